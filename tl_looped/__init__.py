@@ -1,0 +1,82 @@
+"""tl_looped: looped language models in TransformerLens.
+
+``LoopedTransformer`` presents a depth-recurrent, weight-tied model as an ordinary transformer of
+effective layers, every one also addressable as (recurrence, layer).
+"""
+
+from tl_looped._version import __version__
+from tl_looped.adapters import (
+    Adapter,
+    HubAlias,
+    HuginnAdapter,
+    OuroAdapter,
+    RetrofitLlamaAdapter,
+    RetrofitOlmoAdapter,
+    Source,
+    known_adapters,
+    register_adapter,
+    unregister_adapter,
+)
+from tl_looped.cache import LoopedActivationCache
+from tl_looped.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GatedHookError,
+    HookNameError,
+    InputError,
+    InvalidDecompositionError,
+    LayerIndexError,
+    MissingActivationError,
+    RecurrenceCountError,
+    RegistryError,
+    TLLoopedError,
+    TokenizerError,
+    UnknownArchitectureError,
+)
+from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout, RotaryStyle
+from tl_looped.model.exit_gate import ExitReadout, exit_distribution, exit_steps
+from tl_looped.model.geometry import LayerLocation, LoopGeometry
+from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer import LoopedTransformer
+
+__all__ = [
+    "Adapter",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ExitReadout",
+    "GatedHookError",
+    "HookNameError",
+    "HubAlias",
+    "HuginnAdapter",
+    "InitialState",
+    "Injection",
+    "InputError",
+    "InvalidDecompositionError",
+    "LayerIndexError",
+    "LayerLocation",
+    "LoopGeometry",
+    "LoopedActivationCache",
+    "LoopedConfig",
+    "LoopedHookPoint",
+    "LoopedTransformer",
+    "MissingActivationError",
+    "NormLayout",
+    "OuroAdapter",
+    "RecurrenceCountError",
+    "RegistryError",
+    "RetrofitLlamaAdapter",
+    "RetrofitOlmoAdapter",
+    "RotaryStyle",
+    "Source",
+    "TLLoopedError",
+    "TokenizerError",
+    "UnknownArchitectureError",
+    "__version__",
+    "exit_distribution",
+    "exit_steps",
+    "known_adapters",
+    "register_adapter",
+    "unregister_adapter",
+]

@@ -1,0 +1,97 @@
+"""What an adapter is: a declarative description of one family's checkpoints.
+
+An adapter says how a checkpoint's ``config.json`` becomes a :class:`LoopedConfig`, which tensors
+make which parameter, and what the tokenizer's special tokens are. It holds no forward code. A third
+party supports a new family by subclassing :class:`Adapter` in one file and registering it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tl_looped.errors import ConfigError
+from tl_looped.model.config import LoopedConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from.
+
+    Args:
+        names: Checkpoint tensors; several are concatenated along their first dimension.
+        rows: First dimension of each of ``names``; needed only if there are several.
+        index: Leading indices to take, for tensors that hold several parameters.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...] | None = None
+    index: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class HubAlias:
+    """A short name for a hub checkpoint, with the number of recurrences it was trained for."""
+
+    hub_id: str
+    n_recurrences: int | None = None
+
+
+class Adapter(ABC):
+    """One family of checkpoints. Subclasses are stateless.
+
+    Attributes:
+        name: Name of the family, unique in the registry.
+        aliases: Short names that ``from_pretrained`` takes.
+        special_token_ids: ``bos``, ``eos`` and ``pad`` where the shipped tokenizer is wrong.
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[Mapping[str, HubAlias]] = {}
+    special_token_ids: ClassVar[Mapping[str, int]] = {}
+
+    @abstractmethod
+    def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
+        """Whether a checkpoint with this ``config.json`` and these tensors is of this family."""
+
+    @abstractmethod
+    def config(self, config: Mapping[str, Any]) -> LoopedConfig:
+        """The model's configuration, in fp32 on no particular device."""
+
+    @abstractmethod
+    def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
+        """For every parameter of the model, by its ``named_parameters`` name, its source."""
+
+    def ignored(self, cfg: LoopedConfig) -> frozenset[str]:
+        """Tensors that a checkpoint may hold and the model does not need, such as rotary tables."""
+        return frozenset()
+
+    def duplicates(self, cfg: LoopedConfig) -> dict[str, str]:
+        """Tensors that may be stored a second time (tied weights): extra name -> original name.
+
+        A stored duplicate must equal its original, or loading fails.
+        """
+        return {}
+
+
+def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The values of ``keys``, or an error that lists all that are missing."""
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ConfigError(f"config.json lacks {missing}")
+    return [config[key] for key in keys]
+
+
+def require_equal(config: Mapping[str, Any], **expected: Any) -> None:
+    """Refuse a checkpoint whose config asks for something that no supported model has.
+
+    A key that is absent passes: it then has the reference's default, which is the expected value.
+    """
+    for key, value in expected.items():
+        if key in config and config[key] != value:
+            raise ConfigError(
+                f"config.json has {key}={config[key]!r}; only {value!r} is supported, and anything "
+                "else would silently change the result"
+            )

@@ -1,0 +1,105 @@
+"""Ouro: (0, 24 x 4, 0) and (0, 48 x 4, 0), sandwich norms, final norm after every loop, exit gate.
+
+Nothing is injected: the embedding is the state that recurrence 0 starts from. The shipped tokenizer
+says bos = eos = pad = 0; 1, 2 and 0 are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tl_looped.adapters.base import Adapter, HubAlias, Source, require, require_equal
+from tl_looped.adapters.registry import register_adapter
+from tl_looped.model.config import LoopedConfig, NormLayout
+
+_NORMS = {
+    "ln1": "input_layernorm",
+    "ln1_post": "input_layernorm_2",
+    "ln2": "post_attention_layernorm",
+    "ln2_post": "post_attention_layernorm_2",
+}
+
+
+@register_adapter
+class OuroAdapter(Adapter):
+    """ByteDance/Ouro-1.4B and Ouro-2.6B, and their -Thinking versions."""
+
+    name = "ouro"
+    aliases = {
+        "ouro-1.4b": HubAlias("ByteDance/Ouro-1.4B"),
+        "ouro-2.6b": HubAlias("ByteDance/Ouro-2.6B"),
+        "ouro-1.4b-thinking": HubAlias("ByteDance/Ouro-1.4B-Thinking"),
+        "ouro-2.6b-thinking": HubAlias("ByteDance/Ouro-2.6B-Thinking"),
+    }
+    special_token_ids = {"bos": 1, "eos": 2, "pad": 0}
+
+    def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
+        """By ``model_type`` or the architecture's name."""
+        named = "OuroForCausalLM" in (config.get("architectures") or [])
+        return config.get("model_type") == "ouro" or named
+
+    def config(self, config: Mapping[str, Any]) -> LoopedConfig:
+        """See the module's docstring."""
+        d_model, layers, heads, mlp, vocab = require(
+            config,
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+        )
+        n_ctx, theta, eps, steps = require(
+            config, "max_position_embeddings", "rope_theta", "rms_norm_eps", "total_ut_steps"
+        )
+        require_equal(
+            config, hidden_act="silu", use_sliding_window=False, rope_scaling=None,
+            attention_bias=False,
+        )  # fmt: skip
+        return LoopedConfig(
+            architecture=self.name,
+            d_model=d_model,
+            d_head=config.get("head_dim") or d_model // heads,
+            n_heads=heads,
+            n_key_value_heads=config.get("num_key_value_heads"),
+            d_mlp=mlp,
+            d_vocab=vocab,
+            n_ctx=n_ctx,
+            n_core=layers,
+            n_recurrences=steps,
+            norm_layout=NormLayout.SANDWICH,
+            loop_norm=True,
+            exit_gate=True,
+            exit_threshold=float(config.get("early_exit_threshold", 1.0)),
+            rotary_base=float(theta),
+            eps=eps,
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            default_prepend_bos=False,
+        )
+
+    def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
+        """Separate query, key and value, gate and up matrices are joined."""
+        out = {
+            "embed.W_E": Source(("model.embed_tokens.weight",)),
+            "final_norm.w": Source(("model.norm.weight",)),
+            "exit_gate.weight": Source(("model.early_exit_gate.weight",)),
+            "exit_gate.bias": Source(("model.early_exit_gate.bias",)),
+        }
+        if not cfg.tie_embeddings:
+            out["unembed.weight"] = Source(("lm_head.weight",))
+        q, kv, mlp = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head, cfg.d_mlp or 0
+        for i in range(cfg.n_core):
+            ours, theirs = f"core.{i}", f"model.layers.{i}"
+            qkv = tuple(f"{theirs}.self_attn.{name}_proj.weight" for name in "qkv")
+            gate_up = tuple(f"{theirs}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+            out[f"{ours}.attn.qkv"] = Source(qkv, rows=(q, kv, kv))
+            out[f"{ours}.attn.out"] = Source((f"{theirs}.self_attn.o_proj.weight",))
+            out[f"{ours}.mlp.gate_up"] = Source(gate_up, rows=(mlp, mlp))
+            out[f"{ours}.mlp.down"] = Source((f"{theirs}.mlp.down_proj.weight",))
+            for our_norm, their_norm in _NORMS.items():
+                out[f"{ours}.{our_norm}.w"] = Source((f"{theirs}.{their_norm}.weight",))
+        return out
+
+    def duplicates(self, cfg: LoopedConfig) -> dict[str, str]:
+        """A stored copy of a tied unembedding."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if cfg.tie_embeddings else {}

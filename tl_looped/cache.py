@@ -1,0 +1,199 @@
+"""LoopedActivationCache: TransformerLens's ActivationCache that knows the loop it came from.
+
+It keeps the geometry of its run: TransformerLens reads ``model.cfg.n_layers`` when a method is
+called, so a plain cache would misread itself once the model's number of recurrences changes. Its
+``model`` is the live model while that still has the run's geometry, and a view of it with the run's
+``cfg`` and ``blocks`` afterwards.
+
+Methods that add up plain residual writes (``decompose_resid``, ``stack_head_results``,
+``stack_neuron_results``, ``get_full_resid_decomposition``, ``logit_attrs``) are exact only where
+the stream is a plain sum: pre-norm blocks or post-norm ones, no injection, no norm in or on the
+loop. Elsewhere each later norm and the injection rescale every earlier write, and TransformerLens's
+sums would be silently wrong, so these raise and say why.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import Slice, get_act_name
+from transformer_lens.utilities.slice import SliceInput
+
+from tl_looped.errors import InvalidDecompositionError, MissingActivationError
+from tl_looped.model.geometry import LoopGeometry
+from tl_looped.model.names import canonical_name
+
+
+class LoopedActivationCache(ActivationCache):
+    """Activations of one run, addressable by effective layer and by (recurrence, layer).
+
+    Args:
+        cache_dict: Canonical hook name -> activation.
+        model: The model, or anything TransformerLens accepts as one.
+        has_batch_dim: Whether the activations have a batch dimension.
+        loop: Geometry of the run; read from ``model.loop`` if None.
+        state_seed: Seed of the initial state, or None if the state was given or not random.
+
+    Examples:
+        ``cache["resid_post", (3, 1)]``, ``cache["resid_post", 7]``,
+        ``cache["recurrence.3.hook_state_out"]``, ``cache["prelude.0.hook_resid_post"]``,
+        ``cache.stack_recurrences("resid_post")``.
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        loop: LoopGeometry | None = None,
+        state_seed: int | None = None,
+    ) -> None:
+        self.loop: LoopGeometry = model.loop if loop is None else loop
+        self.state_seed = state_seed
+        super().__init__(cache_dict, model, has_batch_dim)
+
+    @property
+    def n_recurrences(self) -> int:
+        """Recurrences of the run."""
+        return self.loop.R
+
+    @property
+    def model(self) -> Any:
+        """The model with the geometry of the run."""
+        if self._model is None or self._model.loop == self.loop:
+            return self._model
+        return self._model.view_at(self.loop.R)
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._model = model
+
+    def __getitem__(self, key: Any) -> Tensor:
+        name = self.resolve(key)
+        try:
+            return self.cache_dict[name]
+        except KeyError:
+            raise MissingActivationError(
+                f"the cache holds no {name!r} ({len(self)} activations of a run of shape "
+                f"{self.loop}). Was it left out by names_filter, or is it behind a flag?"
+            ) from None
+
+    def __contains__(self, key: Any) -> bool:
+        return self.resolve(key) in self.cache_dict
+
+    def resolve(self, key: Any) -> str:
+        """The canonical hook name of a cache key.
+
+        Args:
+            key: A hook name or alias, a TransformerLens shorthand such as ``"embed"`` or
+                ``"z5"``, or ``(name, layer, layer_type)`` with ``layer`` an effective layer or
+                ``(recurrence, layer)``; negative numbers count from the end.
+
+        Raises:
+            LayerIndexError: if the layer is out of the run's range.
+        """
+        if isinstance(key, str):
+            if key in self.cache_dict:
+                return key
+            return canonical_name(get_act_name(key), self.loop)
+        name, *rest = key
+        if rest and rest[0] is not None:
+            rest[0] = self.loop.resolve(rest[0])
+        return canonical_name(get_act_name(name, *rest), self.loop)
+
+    def stack_recurrences(
+        self, name: str, layer_type: str | None = None
+    ) -> Float[Tensor, "recurrence ..."]:
+        """One activation over the whole loop.
+
+        Args:
+            name: Name as in ``cache[name, layer]`` for block activations, which gives
+                ``[recurrence, layer, batch, pos, ...]``; or a loop activation such as
+                ``"state_out"``, ``"state_in"``, ``"injected"``, ``"exit_gate"``, with or without
+                ``hook_``, or ``"ln_loop.hook_scale"``, which gives ``[recurrence, batch, pos, d]``.
+            layer_type: As in ``get_act_name``, for instance ``"ln1"`` for ``"scale"``.
+
+        Raises:
+            MissingActivationError: if the cache lacks one of them.
+        """
+        loop_name = name if "." in name or name.startswith("hook_") else f"hook_{name}"
+        if any(f"recurrence.{r}.{loop_name}" in self.cache_dict for r in range(self.loop.R)):
+            return torch.stack([self[f"recurrence.{r}.{loop_name}"] for r in range(self.loop.R)])
+        if self.loop.R == 0:
+            raise MissingActivationError("the run had no recurrence to stack")
+        rows = [
+            torch.stack([self[name, (r, l), layer_type] for l in range(self.loop.k)])  # noqa: E741
+            for r in range(self.loop.R)
+        ]
+        return torch.stack(rows)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> LoopedActivationCache:
+        """As in TransformerLens; the result keeps the run's geometry and seed."""
+        plain = super().apply_slice_to_batch_dim(batch_slice)
+        return LoopedActivationCache(
+            plain.cache_dict, self._model, plain.has_batch_dim, self.loop, self.state_seed
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"LoopedActivationCache of shape {self.loop}, state_seed={self.state_seed}, "
+            f"with keys {list(self.cache_dict)}"
+        )
+
+    # What is not a plain sum here. Exact replacements are to come; a wrong number must not.
+
+    def _refuse(self, method: str) -> None:
+        reason = self.model.why_not_additive()
+        if reason is not None:
+            raise InvalidDecompositionError(
+                f"{method} adds up plain residual writes, but {reason}, so the sum would not be "
+                "the residual stream. Valid here: accumulated_resid, stack_activation, logit_lens, "
+                "and hooks or patching at any (recurrence, layer)."
+            )
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
+        self._refuse("decompose_resid")
+        return super().decompose_resid(*args, **kwargs)
+
+    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
+        self._refuse("stack_head_results")
+        self._refuse_post_norm("stack_head_results")
+        return super().stack_head_results(*args, **kwargs)
+
+    def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
+        self._refuse("stack_neuron_results")
+        self._refuse_post_norm("stack_neuron_results")
+        return super().stack_neuron_results(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
+        self._refuse("get_full_resid_decomposition")
+        self._refuse_post_norm("get_full_resid_decomposition")
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
+    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
+        self._refuse("logit_attrs")
+        if not bool((self.model.ln_final.w == 1).all()):
+            self._raise_gain("logit_attrs")
+        return super().logit_attrs(*args, **kwargs)
+
+    def _refuse_post_norm(self, method: str) -> None:
+        if self.model.cfg.norm_layout.value in ("post", "sandwich"):
+            raise InvalidDecompositionError(
+                f"{method} needs the residual write of each head or neuron, but this model "
+                "normalises the sublayer's output (ln1_post, ln2_post) before it is added."
+            )
+
+    def _raise_gain(self, method: str) -> NoReturn:
+        raise InvalidDecompositionError(
+            f"{method} reads directions of W_U, but the final norm's gain is not folded into it, "
+            "so the attributions would not sum to the logit."
+        )

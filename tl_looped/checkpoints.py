@@ -1,0 +1,280 @@
+"""Reading and writing checkpoints: folders, the hub, the bundled demo.
+
+Nothing from outside is trusted. Only ``config.json``, safetensors files and tokenizer files are
+read; code of the checkpoint is never run and pickles are never opened. Before a tensor is read, all
+names and shapes are compared with what the configuration implies, and every difference is listed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from tl_looped._version import __version__
+from tl_looped.adapters import Adapter, Source, all_aliases, find_adapter
+from tl_looped.adapters.native import native_config
+from tl_looped.errors import CheckpointError
+from tl_looped.model.config import LoopedConfig
+
+BUNDLED = {"demo": Path(__file__).parent / "data" / "demo"}
+_ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclass
+class Checkpoint:
+    """A folder that has been looked through and matched with an adapter.
+
+    Args:
+        folder: Where it is.
+        name: What the user called it.
+        raw: Its ``config.json``.
+        shapes: Shape of every tensor.
+        files: The file that holds each tensor.
+        adapter: The family.
+        n_recurrences: Recurrences that the alias asks for, or None.
+    """
+
+    folder: Path
+    name: str
+    raw: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, Path]
+    adapter: Adapter
+    n_recurrences: int | None = None
+
+    def config(self) -> LoopedConfig:
+        """The model's configuration."""
+        cfg = self.adapter.config(self.raw)
+        cfg.model_name = self.name
+        return cfg
+
+    def tokenizer(self) -> Any:
+        """The folder's ``tokenizer.json`` with the family's special tokens, or None if there is none.
+
+        ``tokenizer.json`` is read as it is: the ``Auto`` classes may rebuild it or ask for the
+        checkpoint's code.
+        """
+        if not (self.folder / "tokenizer.json").is_file():
+            return None
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
+        except Exception as error:
+            raise CheckpointError(f"{self.folder}/tokenizer.json cannot be read: {error}") from error
+        for kind, token_id in self.adapter.special_token_ids.items():
+            if token_id < len(tokenizer):
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
+        return tokenizer
+
+    def load_into(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Give a model on the meta device its values.
+
+        Raises:
+            CheckpointError: missing, unexpected or mis-shaped tensors, all of them listed.
+        """
+        sources = self.adapter.sources(self.config())
+        parameters = dict(model.named_parameters())
+        self._check(sources, {name: tuple(p.shape) for name, p in parameters.items()})
+        with self._reader() as read:
+            for extra, original in self.adapter.duplicates(self.config()).items():
+                if extra in self.shapes and not torch.equal(read(extra), read(original)):
+                    raise CheckpointError(
+                        f"{self.name}: {extra} is stored and differs from {original}, "
+                        "but the config says that the two are tied"
+                    )
+            for name, parameter in parameters.items():
+                value = _assemble(sources[name], read)
+                value = value.reshape(parameter.shape).to(device, dtype).contiguous()
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+    def _check(self, sources: dict[str, Source], targets: dict[str, tuple[int, ...]]) -> None:
+        problems: list[str] = []
+        absent = sorted(set(targets) - set(sources))
+        if absent:
+            problems.append(f"the adapter {self.adapter.name!r} has no source for {absent}")
+        used: set[str] = set()
+        for target, shape in targets.items():
+            source = sources.get(target, Source(()))
+            used |= set(source.names)
+            rows = source.rows or (shape[0],)
+            for name, n in zip(source.names, rows, strict=True):
+                found = self.shapes.get(name)
+                want = (n, *shape[1:])
+                if found is None:
+                    problems.append(f"missing: {name} {list(want)}")
+                elif (found[len(source.index) :] if source.index else found) != want:
+                    problems.append(f"shape: {name} is {list(found)}, expected {list(want)}")
+        cfg = self.config()
+        known = used | self.adapter.ignored(cfg) | set(self.adapter.duplicates(cfg))
+        problems += [
+            f"unexpected: {name} {list(self.shapes[name])}"
+            for name in sorted(set(self.shapes) - known)
+        ]
+        if problems:
+            listed = "\n  ".join(dict.fromkeys(problems))
+            raise CheckpointError(
+                f"{self.name} does not hold the tensors of a {self.adapter.name} model:\n  {listed}"
+            )
+
+    @contextmanager
+    def _reader(self) -> Iterator[Any]:
+        handles: dict[Path, Any] = {}
+
+        def read(name: str) -> Tensor:
+            path = self.files[name]
+            if path not in handles:
+                handles[path] = safe_open(path, framework="pt").__enter__()
+            tensor: Tensor = handles[path].get_tensor(name)
+            return tensor
+
+        try:
+            yield read
+        finally:
+            for handle in handles.values():
+                handle.__exit__(None, None, None)
+
+
+def _assemble(source: Source, read: Any) -> Tensor:
+    parts = [read(name) for name in source.names]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined[source.index] if source.index else joined
+
+
+def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint and match it with its adapter, without reading any tensor.
+
+    Args:
+        path_or_hub_id: A bundled name or an alias, a local folder, or a hub id. A folder that is
+            called like an alias is meant by ``./name``.
+        revision: Branch, tag or commit, for the hub.
+
+    Raises:
+        CheckpointError: nothing there, no safetensors, a damaged file.
+        UnknownArchitectureError: no adapter recognises it.
+    """
+    name = str(path_or_hub_id)
+    alias = all_aliases().get(name)
+    if name in BUNDLED:
+        folder = BUNDLED[name]
+    elif alias is not None:
+        folder = _download(alias.hub_id, revision)
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif Path(name).exists():
+        raise CheckpointError(f"{name} is a file; a checkpoint is a folder with config.json in it")
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = _download(name, revision)
+    else:
+        known = ", ".join(sorted([*BUNDLED, *all_aliases()]))
+        raise CheckpointError(
+            f"{name!r} is neither a folder nor a hub id (owner/name) nor one of: {known}"
+        )
+    raw = _read_config(folder)
+    files = _tensor_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    where: dict[str, Path] = {}
+    for path in files:
+        for tensor_name, shape in _read_shapes(path).items():
+            shapes[tensor_name], where[tensor_name] = shape, path
+    adapter = find_adapter(raw, set(shapes))
+    recurrences = alias.n_recurrences if alias else None
+    return Checkpoint(folder, name, raw, shapes, where, adapter, recurrences)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_ALLOWED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"cannot get {hub_id!r} (revision {revision or 'main'}) from the hub: {error}\n"
+            "Check the name, the network, and HF_TOKEN for private or gated models; a folder "
+            "downloaded elsewhere can be loaded by its path."
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object")
+    return raw
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    """The index's files; else ``model.safetensors``; else every safetensors file there is."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+        bad = [n for n in names if not isinstance(n, str) or Path(n).name != n]
+        if bad:
+            raise CheckpointError(f"{index} names files outside its folder: {bad}")
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder} lacks the shards {missing} that its index names")
+        return [folder / n for n in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} has weights only as pickles ({', '.join(pickles)}), which can run code when "
+            "they are opened. Convert them to safetensors first; they are not read here."
+        )
+    raise CheckpointError(f"{folder} has no safetensors file")
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); it may be truncated, fetch it again"
+        ) from error
+
+
+def save(model: nn.Module, cfg: LoopedConfig, tokenizer: Any, folder: Path) -> None:
+    """Write a model in the native format: all files aside first, then each renamed into place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        state = {name: p.detach() for name, p in model.named_parameters()}
+        save_torch_state_dict(state, aside)
+        text = json.dumps(native_config(cfg, __version__), indent=2) + "\n"
+        (Path(aside) / "config.json").write_text(text, encoding="utf-8")
+        made = sorted(os.listdir(aside))
+        # config.json goes last: a folder without it is not taken for a checkpoint.
+        for name in sorted(made, key=lambda n: n == "config.json"):
+            target = folder / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(Path(aside) / name, target)
+    for stale in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        if stale.name not in made:
+            stale.unlink()

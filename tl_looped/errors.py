@@ -1,0 +1,68 @@
+"""The exceptions of tl_looped: one family, so that one ``except`` clause catches them all.
+
+Each class also inherits the built-in exception that a TransformerLens or PyTorch user would
+expect in its place (an unknown hook name is a ``KeyError``, a bad argument a ``ValueError``).
+Every message names the thing, the value that was given and the valid range or the fix.
+"""
+
+from __future__ import annotations
+
+
+class TLLoopedError(Exception):
+    """Base class of every error that tl_looped raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError.__str__ shows the repr of its message, which hides line breaks.
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(TLLoopedError, ValueError):
+    """A model configuration that is inconsistent or not supported."""
+
+
+class CheckpointError(TLLoopedError, ValueError):
+    """A checkpoint folder or file that cannot be read, or does not hold what its config says."""
+
+
+class UnknownArchitectureError(CheckpointError):
+    """No registered adapter recognises the checkpoint."""
+
+
+class RegistryError(TLLoopedError, ValueError):
+    """An adapter that cannot be registered, for instance because its name is taken."""
+
+
+class LayerIndexError(TLLoopedError, IndexError):
+    """A recurrence, a layer in a stage or an effective layer outside the model's range."""
+
+
+class RecurrenceCountError(TLLoopedError, ValueError):
+    """A number of recurrences that the model cannot run."""
+
+
+class HookNameError(TLLoopedError, KeyError):
+    """A hook name that does not exist in the model at its current number of recurrences."""
+
+
+class GatedHookError(TLLoopedError, ValueError):
+    """A hook that exists only while a configuration flag is on, used while it is off."""
+
+
+class InputError(TLLoopedError, ValueError):
+    """Tokens, text, masks or states that the model cannot take."""
+
+
+class TokenizerError(TLLoopedError, ValueError):
+    """Text was given to a model without a tokenizer, or text that the tokenizer cannot handle."""
+
+
+class InvalidDecompositionError(TLLoopedError, NotImplementedError):
+    """A TransformerLens analysis that assumes a plain additive residual stream."""
+
+
+class MissingActivationError(TLLoopedError, KeyError):
+    """An activation that the cache does not hold."""
+
+
+class DataError(TLLoopedError, ValueError):
+    """A data file that cannot be read as what it should be."""

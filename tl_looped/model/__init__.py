@@ -1,0 +1,1 @@
+"""The looped model: parts below `transformer/`, which puts them together."""

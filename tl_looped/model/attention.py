@@ -1,0 +1,215 @@
+"""Attention of one effective layer: shared weights, own hook points.
+
+Shapes are TransformerLens's: queries and z ``[batch, pos, n_heads, d_head]``, keys and values with
+``n_kv_heads``, scores and pattern ``[batch, n_heads, query, key]`` after the key-value heads are
+repeated. Scores are masked with -inf; rows without any allowed key (padding) give a zero pattern.
+While nothing listens to scores or pattern, PyTorch's fused attention computes z.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_looped.model.config import LoopedConfig
+from tl_looped.model.context import RunContext
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint
+from tl_looped.model.norms import HookedRMSNorm, NormWeights
+from tl_looped.model.rotary import rotate
+
+
+class AttentionWeights(nn.Module):
+    """Parameters of an attention layer, stored as the checkpoints multiply them.
+
+    Attributes:
+        qkv: ``[(n_heads + 2 n_kv_heads) d_head, d_model]``, rows in order q, k, v.
+        out: ``[d_model, n_heads d_head]``.
+        q_bias, k_bias: ``[heads, d_head]``, only with ``cfg.qk_bias``.
+        q_norm, k_norm: RMSNorm over all heads together, only with ``cfg.qk_norm``.
+    """
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.d_head = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+        q_size, kv_size = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        dtype = cfg.dtype
+        self.qkv = nn.Parameter(torch.empty(q_size + 2 * kv_size, cfg.d_model, dtype=dtype))
+        self.out = nn.Parameter(torch.empty(cfg.d_model, q_size, dtype=dtype))
+        if cfg.qk_bias:
+            self.q_bias = nn.Parameter(torch.zeros(self.n_heads, self.d_head, dtype=dtype))
+            self.k_bias = nn.Parameter(torch.zeros(self.n_kv_heads, self.d_head, dtype=dtype))
+        if cfg.qk_norm:
+            self.q_norm = NormWeights(q_size, cfg.eps, dtype)
+            self.k_norm = NormWeights(kv_size, cfg.eps, dtype)
+
+    def head_weights(self, which: str) -> Float[Tensor, "head d_head d_model"]:
+        """Rows of ``qkv`` that make the ``"q"``, ``"k"`` or ``"v"`` heads, as a view."""
+        q, kv = self.n_heads, self.n_kv_heads
+        start, n = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}[which]
+        rows = self.qkv[start * self.d_head : (start + n) * self.d_head]
+        return rows.unflatten(0, (n, self.d_head))
+
+
+class Attention(nn.Module):
+    """Hooked attention on borrowed weights."""
+
+    def __init__(self, cfg: LoopedConfig, weights: AttentionWeights) -> None:
+        super().__init__()
+        self.cfg = cfg
+        object.__setattr__(self, "_weights", weights)
+        per_head = PER_HEAD_POS_DIM
+        self.hook_q_input = LoopedHookPoint(per_head)
+        self.hook_k_input = LoopedHookPoint(per_head)
+        self.hook_v_input = LoopedHookPoint(per_head)
+        self.hook_q = LoopedHookPoint(per_head)
+        self.hook_k = LoopedHookPoint(per_head)
+        self.hook_v = LoopedHookPoint(per_head)
+        if cfg.qk_norm:
+            self.q_norm = HookedRMSNorm(weights.q_norm)
+            self.k_norm = HookedRMSNorm(weights.k_norm)
+        self.hook_rot_q = LoopedHookPoint(per_head)
+        self.hook_rot_k = LoopedHookPoint(per_head)
+        self.hook_attn_scores = LoopedHookPoint()
+        self.hook_pattern = LoopedHookPoint()
+        self.hook_z = LoopedHookPoint(per_head)
+        self.hook_result = LoopedHookPoint(per_head)
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], run: RunContext
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Attention output of a (normalised) input, before any post-norm."""
+        weights = self._weights
+        n_q, n_kv, d = weights.n_heads, weights.n_kv_heads, weights.d_head
+        qkv = F.linear(x, weights.qkv)
+        # Slices, not split(): hooks may edit a single view in place under autograd.
+        q = qkv[..., : n_q * d].unflatten(-1, (n_q, d))
+        k = qkv[..., n_q * d : (n_q + n_kv) * d].unflatten(-1, (n_kv, d))
+        v = qkv[..., (n_q + n_kv) * d :].unflatten(-1, (n_kv, d))
+        return self.attend(q, k, v, run)
+
+    def forward_split(
+        self,
+        q_input: Float[Tensor, "batch pos n_heads d_model"],
+        k_input: Float[Tensor, "batch pos n_kv_heads d_model"],
+        v_input: Float[Tensor, "batch pos n_kv_heads d_model"],
+        run: RunContext,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """As :meth:`forward`, each head with an input of its own."""
+        q, k, v = (
+            torch.einsum("bthd,hkd->bthk", inputs, self._weights.head_weights(which))
+            for inputs, which in ((q_input, "q"), (k_input, "k"), (v_input, "v"))
+        )
+        return self.attend(q, k, v, run)
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch pos n_heads d_head"],
+        k: Float[Tensor, "batch pos n_kv_heads d_head"],
+        v: Float[Tensor, "batch pos n_kv_heads d_head"],
+        run: RunContext,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """From raw queries, keys and values to the attention output."""
+        weights = self._weights
+        if self.cfg.qk_bias:
+            q, k = q + weights.q_bias, k + weights.k_bias
+        # All three hooks before any use: an in-place edit must not touch a tensor saved for grad.
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        if self.cfg.qk_norm:
+            q = self.q_norm(q.flatten(-2)).unflatten(-1, q.shape[-2:])
+            k = self.k_norm(k.flatten(-2)).unflatten(-1, k.shape[-2:])
+        q = self.hook_rot_q(rotate(q, run.rotation))
+        k = self.hook_rot_k(rotate(k, run.rotation))
+        z = self.hook_z(self._mix(q, k, v, run))
+        if self.cfg.use_attn_result:
+            return self.hook_result(torch.einsum("bthk,hkd->bthd", z, self.W_O)).sum(-2)
+        return F.linear(z.flatten(-2), weights.out)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, run: RunContext) -> Tensor:
+        """Values averaged by the attention pattern, ``[batch, pos, n_heads, d_head]``."""
+        repeats = q.shape[2] // k.shape[2]
+        # [batch, pos, head, d_head] -> [batch, head, pos, d_head], one key-value head a query head
+        q = q.transpose(1, 2)
+        k, v = (t.repeat_interleave(repeats, 2).transpose(1, 2) for t in (k, v))
+        if not (self.hook_attn_scores.is_active or self.hook_pattern.is_active):
+            return _fused(q, k, v, run).transpose(1, 2)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(run.blocked(q.shape[2]), -torch.inf)
+        scores = self.hook_attn_scores(scores)
+        work = scores if scores.dtype == torch.float64 else scores.float()
+        pattern = work.softmax(-1).to(v.dtype)
+        pattern = torch.where(pattern.isnan(), torch.zeros_like(pattern), pattern)
+        pattern = self.hook_pattern(pattern)
+        return (pattern @ v).transpose(1, 2)
+
+    # TransformerLens's weights. Views of the stored matrices, but for W_K and W_V under
+    # grouped-query attention, where TransformerLens repeats them for each query head.
+
+    def _repeated(self, which: str) -> Float[Tensor, "n_heads d_head d_model"]:
+        heads = self._weights.head_weights(which)
+        repeats = self._weights.n_heads // heads.shape[0]
+        return heads if repeats == 1 else heads.repeat_interleave(repeats, 0)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "n_heads d_model d_head"]:
+        """Query weights."""
+        return self._weights.head_weights("q").transpose(1, 2)
+
+    @property
+    def W_K(self) -> Float[Tensor, "n_heads d_model d_head"]:
+        """Key weights, repeated for each query head."""
+        return self._repeated("k").transpose(1, 2)
+
+    @property
+    def W_V(self) -> Float[Tensor, "n_heads d_model d_head"]:
+        """Value weights, repeated for each query head."""
+        return self._repeated("v").transpose(1, 2)
+
+    @property
+    def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
+        """Output weights."""
+        weights = self._weights
+        return weights.out.unflatten(1, (weights.n_heads, weights.d_head)).permute(1, 2, 0)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "n_heads d_head"]:
+        """Query bias, zero where the model has none."""
+        return self._weights.q_bias if self.cfg.qk_bias else self._zeros()
+
+    @property
+    def b_K(self) -> Float[Tensor, "n_heads d_head"]:
+        """Key bias, zero where the model has none, repeated for each query head."""
+        if not self.cfg.qk_bias:
+            return self._zeros()
+        return self._weights.k_bias.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, 0)
+
+    @property
+    def b_V(self) -> Float[Tensor, "n_heads d_head"]:
+        """Value bias: zero."""
+        return self._zeros()
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """Output bias: zero."""
+        return self._weights.out.new_zeros(self.cfg.d_model)
+
+    def _zeros(self) -> Float[Tensor, "n_heads d_head"]:
+        return self._weights.out.new_zeros(self.cfg.n_heads, self.cfg.d_head)
+
+
+def _fused(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch head key d_head"],
+    v: Float[Tensor, "batch head key d_head"],
+    run: RunContext,
+) -> Float[Tensor, "batch head query d_head"]:
+    """PyTorch's fused attention; queries that may attend to nothing get zero."""
+    if run.allowed is None or run.no_key is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # Backends differ on rows without any key, and their gradient may be NaN: give such a row all
+    # keys, then discard it.
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask=run.allowed | run.no_key)
+    return z.masked_fill(run.no_key, 0.0)

@@ -1,0 +1,183 @@
+"""One effective layer: own hook points, weights borrowed from the layer of the stage.
+
+``BlockWeights`` exist once for each layer of prelude, core and coda. A ``Block`` exists once for
+each effective layer and holds no parameter. All four norm layouts share one forward pass, in which
+a layout's missing norms are skipped.
+
+``hook_attn_out`` and ``hook_mlp_out`` are what is added to the residual stream, so they come after
+a post-norm. In Huginn's layout the *sum* is normalised: ``hook_attn_out`` is the raw attention
+output, ``hook_resid_mid_sum = resid_pre + attn_out``, ``hook_resid_mid = ln_mid(sum)``, and so
+``resid_mid != resid_pre + attn_out``; likewise ``hook_resid_post_sum``, ``ln_out`` and
+``hook_resid_post``.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_looped.model.attention import Attention, AttentionWeights
+from tl_looped.model.config import LoopedConfig, NormLayout
+from tl_looped.model.context import RunContext
+from tl_looped.model.geometry import LayerLocation
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, place
+from tl_looped.model.mlp import MLP, MLPWeights
+from tl_looped.model.norms import HookedRMSNorm, NormWeights
+
+# Hooks that exist only while a flag of the config is on: name within the block -> flag.
+GATED_HOOKS: dict[str, str] = {
+    "attn.hook_result": "use_attn_result",
+    "attn.hook_q_input": "use_split_qkv_input",
+    "attn.hook_k_input": "use_split_qkv_input",
+    "attn.hook_v_input": "use_split_qkv_input",
+    "hook_attn_in": "use_attn_in",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+
+
+class BlockWeights(nn.Module):
+    """Parameters of one layer of a stage, with the norms that the layout names."""
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.attn = AttentionWeights(cfg)
+        self.mlp = MLPWeights(cfg)
+        for name in cfg.norm_layout.norm_names:
+            self.add_module(name, NormWeights(cfg.d_model, cfg.eps, cfg.dtype))
+
+
+class Block(nn.Module):
+    """A transformer block as TransformerLens's tools expect it, on borrowed weights.
+
+    Args:
+        cfg: The model's configuration; its flags are read at every call.
+        weights: Parameters of the stage's layer.
+        location: Stage, recurrence and layer, passed on to every hook point.
+    """
+
+    # Read by TransformerLens's logit lens: block outputs are one [batch, pos, d_model] stream.
+    hook_out_is_single_residual_stream = True
+
+    ln1: HookedRMSNorm
+    ln1_post: HookedRMSNorm
+    ln_mid: HookedRMSNorm
+    ln2: HookedRMSNorm
+    ln2_post: HookedRMSNorm
+    ln_out: HookedRMSNorm
+
+    def __init__(self, cfg: LoopedConfig, weights: BlockWeights, location: LayerLocation) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.location = location
+        object.__setattr__(self, "weights", weights)
+        layout = cfg.norm_layout
+        self._pre = layout is not NormLayout.POST
+        self._post = layout in (NormLayout.POST, NormLayout.SANDWICH)
+        self._residual = layout is NormLayout.RESIDUAL
+
+        self.hook_attn_in = LoopedHookPoint(PER_HEAD_POS_DIM)
+        self.hook_mlp_in = LoopedHookPoint()
+        self.hook_resid_pre = LoopedHookPoint()
+        self._add_norm("ln1", self._pre)
+        self.attn = Attention(cfg, weights.attn)
+        self._add_norm("ln1_post", self._post)
+        self.hook_attn_out = LoopedHookPoint()
+        if self._residual:
+            self.hook_resid_mid_sum = LoopedHookPoint()
+        self._add_norm("ln_mid", self._residual)
+        self.hook_resid_mid = LoopedHookPoint()
+        self._add_norm("ln2", self._pre)
+        self.mlp = MLP(weights.mlp)
+        self._add_norm("ln2_post", self._post)
+        self.hook_mlp_out = LoopedHookPoint()
+        if self._residual:
+            self.hook_resid_post_sum = LoopedHookPoint()
+        self._add_norm("ln_out", self._residual)
+        self.hook_resid_post = LoopedHookPoint()
+        place(self, location)
+        # Name within the block -> hook point, in the order of the forward pass.
+        self.hook_suffixes: dict[str, LoopedHookPoint] = {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, LoopedHookPoint)
+        }
+
+    def _add_norm(self, name: str, present: bool) -> None:
+        if present:
+            self.add_module(name, HookedRMSNorm(getattr(self.weights, name)))
+
+    @property
+    def submodules(self) -> dict[str, nn.Module]:
+        """Components by name, as TransformerLens's edge methods read them, see `hook_aliases`."""
+        return {name: module for name, module in self._modules.items() if module is not None} | {
+            "loop": self
+        }
+
+    @property
+    def hook_aliases(self) -> dict[str, str]:
+        """Where ``hook_attn_out`` comes from, for TransformerLens's direct-path and edge methods.
+
+        They refuse models whose head outputs are not added to the stream as they are. Post-norms
+        are such a case, and so are a norm on the residual sum, an injection and a loop norm.
+        """
+        if self._post:
+            return {"hook_attn_out": "ln1_post.hook_normalized"}
+        if self._residual:
+            return {"hook_attn_out": "ln_mid (the residual sum is normalised)"}
+        if self.cfg.injection.value != "none":
+            return {"hook_attn_out": "loop.hook_injected (the injection rescales earlier writes)"}
+        if self.cfg.loop_norm:
+            return {"hook_attn_out": "loop.ln_loop (the loop norm rescales earlier writes)"}
+        return {"hook_attn_out": "attn.hook_out"}
+
+    def forward(
+        self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this layer."""
+        resid_pre = self.hook_resid_pre(resid_pre)
+        attn_out = self._attention(resid_pre, run)
+        if self._post:
+            attn_out = self.ln1_post(attn_out)
+        resid_mid = resid_pre + self.hook_attn_out(attn_out)
+        if self._residual:
+            resid_mid = self.ln_mid(self.hook_resid_mid_sum(resid_mid))
+        resid_mid = self.hook_resid_mid(resid_mid)
+
+        mlp_in = resid_mid
+        if self.cfg.use_hook_mlp_in:
+            mlp_in = self.hook_mlp_in(resid_mid.clone())
+        mlp_out = self.mlp(self.ln2(mlp_in) if self._pre else mlp_in)
+        if self._post:
+            mlp_out = self.ln2_post(mlp_out)
+        resid_post = resid_mid + self.hook_mlp_out(mlp_out)
+        if self._residual:
+            resid_post = self.ln_out(self.hook_resid_post_sum(resid_post))
+        return self.hook_resid_post(resid_post)
+
+    def _attention(
+        self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Attention output, from one input or, with TransformerLens's flags, one a head."""
+        cfg = self.cfg
+        if not (cfg.use_attn_in or cfg.use_split_qkv_input):
+            return self.attn(self.ln1(resid_pre) if self._pre else resid_pre, run)
+        if cfg.use_attn_in:
+            heads = self.hook_attn_in(_per_head(resid_pre, cfg.n_heads))
+            q_in, k_in, v_in = heads, heads, heads
+            if cfg.n_kv_heads != cfg.n_heads:
+                # A key-value head reads the input of the first query head of its group.
+                k_in = v_in = heads[:, :, :: cfg.n_heads // cfg.n_kv_heads]
+        else:
+            q_in = self.attn.hook_q_input(_per_head(resid_pre, cfg.n_heads))
+            k_in = self.attn.hook_k_input(_per_head(resid_pre, cfg.n_kv_heads))
+            v_in = self.attn.hook_v_input(_per_head(resid_pre, cfg.n_kv_heads))
+        if self._pre:
+            q_in, k_in, v_in = self.ln1(q_in), self.ln1(k_in), self.ln1(v_in)
+        return self.attn.forward_split(q_in, k_in, v_in, run)
+
+
+def _per_head(
+    x: Float[Tensor, "batch pos d_model"], n: int
+) -> Float[Tensor, "batch pos head d_model"]:
+    """A copy of the stream for each head, so that editing one leaves the others alone."""
+    return x[:, :, None].repeat(1, 1, n, 1)

@@ -1,0 +1,272 @@
+"""Configuration of a looped transformer.
+
+Two enums (where the norms stand, how the prelude is injected into the loop) and a few switches
+describe every family; a new family is one adapter file and no change here. Field names are
+TransformerLens's where TransformerLens has one; ``n_layers`` is the number of *effective* layers,
+``n_prelude + n_core * n_recurrences + n_coda``, and follows ``n_recurrences``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, cast
+
+import torch
+from transformer_lens.config import TransformerLensConfig
+
+from tl_looped.errors import ConfigError
+
+
+class NormLayout(str, Enum):
+    """Where a block normalises. ``n`` is an RMSNorm, ``x`` the residual stream.
+
+    - ``PRE`` (Llama): ``x += attn(ln1 x); x += mlp(ln2 x)``
+    - ``POST`` (OLMo-2): ``x += ln1_post(attn x); x += ln2_post(mlp x)``
+    - ``SANDWICH`` (Ouro): ``x += ln1_post(attn(ln1 x)); x += ln2_post(mlp(ln2 x))``
+    - ``RESIDUAL`` (Huginn): ``x = ln_mid(x + attn(ln1 x)); x = ln_out(x + mlp(ln2 x))``
+    """
+
+    PRE = "pre"
+    POST = "post"
+    SANDWICH = "sandwich"
+    RESIDUAL = "residual"
+
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """Names of the norms that a block of this layout has, in the order of the forward pass."""
+        return {
+            NormLayout.PRE: ("ln1", "ln2"),
+            NormLayout.POST: ("ln1_post", "ln2_post"),
+            NormLayout.SANDWICH: ("ln1", "ln1_post", "ln2", "ln2_post"),
+            NormLayout.RESIDUAL: ("ln1", "ln_mid", "ln2", "ln_out"),
+        }[self]
+
+
+class Injection(str, Enum):
+    """How the prelude's output ``e`` enters each recurrence.
+
+    - ``NONE``: it does not; the loop starts from ``e`` and maps the state to itself.
+    - ``LINEAR``: ``x = adapter(concat[state, e])``, the state first (Huginn, retrofits).
+    """
+
+    NONE = "none"
+    LINEAR = "linear"
+
+
+class RotaryStyle(str, Enum):
+    """Which dimensions rotate together: ``(i, i + d_head / 2)`` or ``(2i, 2i + 1)``."""
+
+    HALF = "half"
+    INTERLEAVED = "interleaved"
+
+
+class InitialState(str, Enum):
+    """Where recurrence 0 starts when no ``initial_state`` is given.
+
+    - ``RANDOM``: a truncated normal, a function of the seed and the position alone.
+    - ``PRELUDE``: the prelude's output ``e``. The only choice without injection.
+    - ``PRELUDE_SKIP_ADAPTER``: ``e``, and recurrence 0 does not pass through the adapter.
+    """
+
+    RANDOM = "random"
+    PRELUDE = "prelude"
+    PRELUDE_SKIP_ADAPTER = "prelude-skip-adapter"
+
+
+_ENUMS: dict[str, type[Enum]] = {
+    "norm_layout": NormLayout,
+    "injection": Injection,
+    "rotary_style": RotaryStyle,
+    "initial_state": InitialState,
+}
+
+
+@dataclass(kw_only=True)
+class LoopedConfig(TransformerLensConfig):
+    """Everything that determines a looped transformer, weights aside.
+
+    Args:
+        n_prelude: Layers before the loop, run once.
+        n_core: Layers of the loop, run ``n_recurrences`` times with the same weights.
+        n_coda: Layers after the loop, run once.
+        n_recurrences: How often the loop runs; the checkpoint's trained number by default.
+        architecture: Name of the family, as in the adapter registry.
+        model_name: Where the model came from.
+        norm_layout: See :class:`NormLayout`.
+        injection: See :class:`Injection`.
+        loop_norm: The final norm also ends every recurrence (Ouro).
+        pre_coda_norm: The final norm also stands between the loop and the coda (Huginn).
+        exit_gate: The model has an exit gate, read at the end of every recurrence (Ouro).
+        exit_threshold: Cumulative exit probability at which a token leaves the loop.
+        qk_bias: Queries and keys have a bias (Huginn).
+        qk_norm: RMSNorm on the whole flattened query and key vectors (OLMo-2).
+        rotary_style: See :class:`RotaryStyle`.
+        rotary_base: Rotary theta.
+        rope_scaling: Llama 3 frequency scaling, as in ``transformers`` configs, or None.
+        rotary_in_fp32: Rotate in fp32 and cast back (Huginn); otherwise the angles' cosines and
+            sines are cast to the activations' dtype first (retrofits, Ouro).
+        embed_scale: Factor on the token embeddings and on the random initial state.
+        tie_embeddings: The unembedding is the embedding, transposed.
+        initial_state: See :class:`InitialState`.
+        initial_state_std: Standard deviation of the normal before it is cut at three of them,
+            before ``embed_scale``.
+        init_mode: ``"normal"``: every matrix N(0, ``initializer_range``²); ``"fan_in"``: linear maps
+            N(0, 1 / fan_in), embeddings N(0, 1). Gains are one, biases zero. Only for random models.
+        initializer_range: See ``init_mode``.
+        seed: Seed of random weights.
+        use_attn_in: TransformerLens's flag for ``hook_attn_in``.
+        use_hook_mlp_in: TransformerLens's flag for ``hook_mlp_in``.
+    """
+
+    n_layers: int = -1
+    n_prelude: int = 0
+    n_core: int
+    n_coda: int = 0
+    n_recurrences: int = 1
+    architecture: str = "looped"
+    model_name: str = "custom"
+    norm_layout: NormLayout = NormLayout.PRE
+    injection: Injection = Injection.NONE
+    loop_norm: bool = False
+    pre_coda_norm: bool = False
+    exit_gate: bool = False
+    exit_threshold: float = 1.0
+    qk_bias: bool = False
+    qk_norm: bool = False
+    rotary_style: RotaryStyle = RotaryStyle.HALF
+    rotary_base: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    rotary_in_fp32: bool = False
+    embed_scale: float = 1.0
+    tie_embeddings: bool = False
+    initial_state: InitialState = InitialState.PRELUDE
+    initial_state_std: float = 0.0
+    init_mode: str = "normal"
+    initializer_range: float = 0.02
+    seed: int = 0
+    use_attn_in: bool = False
+    use_hook_mlp_in: bool = False
+
+    # The same for every supported family; TransformerLens's tools read these fields.
+    normalization_type: str | None = "RMS"
+    uses_rms_norm: bool = True
+    final_rms: bool = True
+    positional_embedding_type: str = "rotary"
+    act_fn: str = "silu"
+    gated_mlp: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, enum in _ENUMS.items():
+            setattr(self, name, _as_enum(enum, name, getattr(self, name)))
+        if self.n_key_value_heads == self.n_heads:
+            self.n_key_value_heads = None  # TransformerLens: None means one per query head
+        self.device = str(self.device)
+        self._validate()
+        self.n_layers = self.n_prelude + self.n_core * self.n_recurrences + self.n_coda
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Number of key and value heads (``n_key_value_heads``, or ``n_heads`` if that is None)."""
+        return self.n_key_value_heads or self.n_heads
+
+    @property
+    def min_recurrences(self) -> int:
+        """Fewest recurrences that give a defined output.
+
+        Zero is legal where the initial state can go on to a coda (Huginn, retrofits).
+        """
+        return 0 if self.injection is not Injection.NONE and self.n_coda > 0 else 1
+
+    def _validate(self) -> None:
+        positive = ("d_model", "d_head", "n_heads", "n_ctx", "d_vocab", "d_mlp", "n_core")
+        for name in positive:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name in ("n_prelude", "n_coda"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.n_recurrences < self.min_recurrences:
+            raise ConfigError(
+                f"n_recurrences must be at least {self.min_recurrences} here, "
+                f"got {self.n_recurrences}"
+            )
+        if self.d_head % 2:
+            raise ConfigError(f"rotary embeddings need an even d_head, got {self.d_head}")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"n_heads ({self.n_heads}) must be a multiple of n_key_value_heads "
+                f"({self.n_kv_heads})"
+            )
+        if self.injection is Injection.NONE and self.initial_state is not InitialState.PRELUDE:
+            raise ConfigError(
+                f"initial_state={self.initial_state.value!r} needs an injection: without one the "
+                "prompt would never reach the loop. Use initial_state='prelude'."
+            )
+        if self.pre_coda_norm and (self.loop_norm or self.n_coda == 0):
+            raise ConfigError("pre_coda_norm needs a coda, and excludes loop_norm")
+        if self.init_mode not in ("normal", "fan_in"):
+            raise ConfigError(f"init_mode must be 'normal' or 'fan_in', got {self.init_mode!r}")
+        if self.act_fn != "silu" or not self.gated_mlp:
+            raise ConfigError("only gated SiLU MLPs are supported (act_fn='silu', gated_mlp=True)")
+        if self.rope_scaling is not None and self.rope_type != "llama3":
+            raise ConfigError(
+                f"rope_scaling of type {self.rope_type!r} is not supported; known: 'llama3', None"
+            )
+
+    @property
+    def rope_type(self) -> str | None:
+        """Type of the rotary scaling, or None."""
+        if self.rope_scaling is None:
+            return None
+        return self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; the device is left out, it belongs to the machine."""
+        out: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "device":
+                continue
+            if isinstance(value, Enum):
+                value = value.value
+            elif isinstance(value, torch.dtype):
+                value = str(value).removeprefix("torch.")
+            out[field.name] = value
+        return out
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LoopedConfig:
+        """Inverse of :meth:`to_json`; unknown keys are an error."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown configuration fields {unknown}; the file may be of a newer version"
+            )
+        values = dict(values)
+        if "dtype" in values:
+            values["dtype"] = parse_dtype(values["dtype"])
+        missing = [name for name in ("d_model", "d_head", "n_ctx", "n_core") if name not in values]
+        if missing:
+            raise ConfigError(f"the configuration lacks {missing}")
+        return cls(**values)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``"bfloat16"`` or ``torch.bfloat16`` -> ``torch.bfloat16``; anything but floats is refused."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(
+            f"dtype must be a floating point type such as 'float32' or 'bfloat16', got {dtype!r}"
+        )
+    return found
+
+
+def _as_enum(enum: type[Enum], name: str, value: Any) -> Enum:
+    try:
+        return enum(value)
+    except ValueError:
+        valid = [cast(str, member.value) for member in enum]
+        raise ConfigError(f"{name} must be one of {valid}, got {value!r}") from None

@@ -1,0 +1,105 @@
+"""Hook names: canonical ones, their aliases, and helpful refusals.
+
+Canonical are ``blocks.{i}.…`` with i the effective layer, ``recurrence.{r}.hook_…`` for the loop's
+own hooks, and the global ones (``hook_embed``, ``ln_final.hook_scale``, …). Aliases name the same
+HookPoint, never a second one:
+
+- ``recurrence.{r}.blocks.{l}.…``, ``prelude.{l}.…``, ``coda.{l}.…``
+- ``blocks.(r, l).…``, which is what TransformerLens's ``get_act_name("z", (r, l))`` returns
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from tl_looped.errors import GatedHookError, HookNameError
+from tl_looped.model.block import GATED_HOOKS
+from tl_looped.model.geometry import LoopGeometry
+
+_TUPLE = re.compile(r"blocks\.\((-?\d+), ?(-?\d+)\)\.(.+)")
+_RECURRENCE_BLOCK = re.compile(r"recurrence\.(\d+)\.blocks\.(\d+)\.(.+)")
+_STAGE = re.compile(r"(prelude|coda)\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blocks\.(-?\d+)\.(.+)")
+_RECURRENCE = re.compile(r"recurrence\.(\d+)\.(.+)")
+
+
+def canonical_name(name: str, loop: LoopGeometry) -> str:
+    """The canonical spelling of a hook name; a name that is not an alias is returned as it is.
+
+    Raises:
+        LayerIndexError: if an alias names a recurrence or layer out of range.
+    """
+    if match := _TUPLE.fullmatch(name):
+        return f"blocks.{loop.index(int(match[1]), int(match[2]))}.{match[3]}"
+    if match := _RECURRENCE_BLOCK.fullmatch(name):
+        return f"blocks.{loop.index(int(match[1]), int(match[2]))}.{match[3]}"
+    if match := _STAGE.fullmatch(name):
+        stage_index = loop.prelude_index if match[1] == "prelude" else loop.coda_index
+        return f"blocks.{stage_index(int(match[2]))}.{match[3]}"
+    return name
+
+
+def alias_names(name: str, loop: LoopGeometry) -> list[str]:
+    """Other spellings of a canonical name, none for names outside the blocks."""
+    match = _BLOCK.fullmatch(name)
+    if not match:
+        return []
+    place, rest = loop.locate(int(match[1])), match[2]
+    if place.recurrence is None:
+        return [f"{place.stage}.{place.layer}.{rest}"]
+    r, l = place.recurrence, place.layer  # noqa: E741 - the paper's letters
+    return [f"recurrence.{r}.blocks.{l}.{rest}", f"blocks.({r}, {l}).{rest}"]
+
+
+def resolve_name(name: str, loop: LoopGeometry, known: Mapping[str, object]) -> str:
+    """The canonical name of a hook that exists now, or an error that says why there is none.
+
+    Args:
+        name: Canonical name or alias.
+        loop: Geometry at the current number of recurrences.
+        known: Canonical names of the hooks that exist.
+
+    Raises:
+        HookNameError: unknown name, with the valid ranges or near matches.
+        GatedHookError: the hook exists only while a flag is on.
+        LayerIndexError: an alias out of range.
+    """
+    canonical = canonical_name(name, loop)
+    if canonical in known:
+        return canonical
+    if match := _BLOCK.fullmatch(canonical):
+        i, suffix = int(match[1]), match[2]
+        if not 0 <= i < loop.n_layers:
+            raise HookNameError(
+                f"hook {name!r}: effective layer {i} is out of range; at R={loop.R} the model of "
+                f"shape {loop} has layers 0..{loop.n_layers - 1}. set_recurrences changes R."
+            )
+        if suffix in GATED_HOOKS:
+            flag = GATED_HOOKS[suffix]
+            raise GatedHookError(
+                f"hook {name!r} exists only while cfg.{flag} is on: call model.set_{flag}(True)"
+            )
+        raise HookNameError(_unknown(name, suffix, known, f"blocks.{i}."))
+    if match := _RECURRENCE.fullmatch(canonical):
+        r, suffix = int(match[1]), match[2]
+        if r >= loop.R:
+            raise HookNameError(
+                f"hook {name!r}: recurrence {r} is out of range; at R={loop.R} valid are "
+                f"0..{loop.R - 1}. set_recurrences changes R."
+            )
+        raise HookNameError(_unknown(name, suffix, known, f"recurrence.{r}."))
+    raise HookNameError(_unknown(name, canonical, known, ""))
+
+
+def _unknown(name: str, suffix: str, known: Iterable[str], prefix: str) -> str:
+    # Comparing within one block keeps this fast at tens of thousands of hooks.
+    if prefix:
+        candidates = [n.removeprefix(prefix) for n in known if n.startswith(prefix)]
+    else:
+        candidates = [n for n in known if not n.startswith(("blocks.", "recurrence."))]
+        candidates += [n for n in known if n.startswith(("blocks.0.", "recurrence.0."))]
+    near = difflib.get_close_matches(suffix, candidates, n=4, cutoff=0.4) or candidates[:4]
+    shown = ", ".join(prefix + n for n in near)
+    return f"there is no hook {name!r}; near matches: {shown}"

@@ -1,0 +1,73 @@
+"""RMSNorm, its weight and its hooks.
+
+TransformerLens's convention: ``hook_scale`` is the denominator (the root mean square, epsilon
+included), ``hook_normalized`` the quotient without the gain. Both are in fp32 or better. The
+quotient is cast to the input's dtype first and multiplied by the gain then, as the checkpoints'
+own code does.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_looped.model.hook_points import LoopedHookPoint
+
+
+class NormWeights(nn.Module):
+    """The gain of an RMSNorm over ``d`` features."""
+
+    def __init__(self, d: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(d, dtype=dtype))
+        self.eps = eps
+
+
+def rms_scale(x: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 1"]:
+    """Root mean square over the last dimension, in fp32 or better."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def rms_norm(x: Float[Tensor, "... d"], weights: NormWeights) -> Float[Tensor, "... d"]:
+    """RMSNorm without hooks."""
+    scale = rms_scale(x, weights.eps)
+    return (x.to(scale.dtype) / scale).to(x.dtype) * weights.w
+
+
+class HookedRMSNorm(nn.Module):
+    """RMSNorm with hook points, on borrowed weights."""
+
+    def __init__(self, weights: NormWeights) -> None:
+        super().__init__()
+        # Past nn.Module.__setattr__: a borrowed module must not be registered a second time.
+        object.__setattr__(self, "_weights", weights)
+        self.hook_scale = LoopedHookPoint()
+        self.hook_normalized = LoopedHookPoint()
+
+    @property
+    def w(self) -> Float[Tensor, " d"]:
+        """The gain."""
+        return self._weights.w
+
+    @property
+    def eps(self) -> float:
+        """Epsilon inside the square root."""
+        return self._weights.eps
+
+    def forward(
+        self, x: Float[Tensor, "... d"], also: HookedRMSNorm | None = None
+    ) -> Float[Tensor, "... d"]:
+        """Normalise; ``also`` names a second set of hook points for the same computation.
+
+        In a model whose last loop norm is its final norm (Ouro) the one computation is both
+        ``recurrence.{R-1}.ln_loop`` and ``ln_final``, and the hooks of both see it and may edit it.
+        """
+        scale = self.hook_scale(rms_scale(x, self.eps))
+        if also is not None:
+            scale = also.hook_scale(scale)
+        normalized = self.hook_normalized(x.to(scale.dtype) / scale)
+        if also is not None:
+            normalized = also.hook_normalized(normalized)
+        return normalized.to(x.dtype) * self.w

@@ -1,0 +1,69 @@
+"""Rotary position embeddings: both pairings of dimensions, and Llama 3's frequency scaling.
+
+Angles are computed in fp32 for the positions at hand. With ``rotary_in_fp32`` the rotation itself
+is done in fp32 and cast back (Huginn); otherwise cosines and sines are first cast to the
+activations' dtype (retrofits, Ouro).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_looped.model.config import LoopedConfig, RotaryStyle
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines for a batch of positions, one row shared by all where they are equal."""
+
+    cos: Float[Tensor, "batch pos 1 d_head"]
+    sin: Float[Tensor, "batch pos 1 d_head"]
+    interleaved: bool
+
+
+def inverse_frequencies(cfg: LoopedConfig) -> Float[Tensor, " half"]:
+    """``rotary_base ** (-2i / d_head)``, rescaled after Llama 3 where the config asks for it."""
+    exponent = torch.arange(0, cfg.d_head, 2, dtype=torch.float32) / cfg.d_head
+    frequencies = 1.0 / (cfg.rotary_base**exponent)
+    if cfg.rope_scaling is None:
+        return frequencies
+    scaling = cfg.rope_scaling
+    factor = float(scaling["factor"])
+    low = float(scaling["low_freq_factor"])
+    high = float(scaling["high_freq_factor"])
+    original = float(scaling["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / frequencies
+    # Long waves are slowed down by the factor, short ones kept, those between interpolated.
+    smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (smooth + (1.0 - smooth) / factor)
+
+
+def rotation(
+    cfg: LoopedConfig, positions: Int[Tensor, "batch pos"], dtype: torch.dtype
+) -> Rotation:
+    """Cosines and sines of every angle at ``positions``, ready for :func:`rotate`."""
+    interleaved = cfg.rotary_style is RotaryStyle.INTERLEAVED
+    frequencies = inverse_frequencies(cfg).to(positions.device)
+    angles = positions[..., None].float() * frequencies
+    angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+    angles = angles[:, :, None]
+    keep = dtype if dtype == torch.float64 or not cfg.rotary_in_fp32 else torch.float32
+    return Rotation(angles.cos().to(keep), angles.sin().to(keep), interleaved)
+
+
+def rotate(
+    x: Float[Tensor, "batch pos head d_head"], by: Rotation
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Rotate each pair of dimensions of ``x`` by its angle."""
+    x_ = x.to(by.cos.dtype)
+    if by.interleaved:
+        pairs = x_.unflatten(-1, (-1, 2))
+        turned = torch.stack((-pairs[..., 1], pairs[..., 0]), -1).flatten(-2)
+    else:
+        half = x_.shape[-1] // 2
+        turned = torch.cat((-x_[..., half:], x_[..., :half]), -1)
+    return (x_ * by.cos + turned * by.sin).to(x.dtype)

@@ -1,0 +1,404 @@
+"""Hook points of a looped model: pooled blocks, names, recurrences, hooks and caches.
+
+Blocks are pooled by (stage, recurrence, layer) and made once, when they are first needed. Changing
+the number of recurrences only selects among them, so hooks survive it: a hook on recurrence 7 sleeps
+while R is 4 and is there again at R = 8, and a coda layer keeps its hooks while its effective index
+moves. ``reset_hooks`` reaches the sleeping ones too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint, NamesFilter
+from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import SliceInput
+
+from tl_looped.cache import LoopedActivationCache
+from tl_looped.errors import InputError, RecurrenceCountError
+from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights
+from tl_looped.model.config import Injection, LoopedConfig, NormLayout
+from tl_looped.model.geometry import LayerLike, LayerLocation, LoopGeometry
+from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.model.names import resolve_name
+from tl_looped.model.norms import HookedRMSNorm, NormWeights
+
+HookName = str | tuple[str, LayerLike] | Callable[[str], bool]
+
+
+class RecurrenceHooks(nn.Module):
+    """The loop's own hook points at one recurrence.
+
+    ``hook_state_in``, ``hook_injected`` (the adapter's output, with an injection), ``ln_loop`` and
+    ``hook_state_out`` (after the loop norm, if there is one), ``hook_exit_gate`` (gate logits
+    ``[batch, pos, 1]``, with a gate).
+    """
+
+    ln_loop: HookedRMSNorm
+    hook_injected: LoopedHookPoint
+    hook_exit_gate: LoopedHookPoint
+
+    def __init__(self, cfg: LoopedConfig, r: int, norm: NormWeights) -> None:
+        super().__init__()
+        self.hook_state_in = LoopedHookPoint()
+        if cfg.injection is not Injection.NONE:
+            self.hook_injected = LoopedHookPoint()
+        if cfg.loop_norm:
+            self.ln_loop = HookedRMSNorm(norm)
+        self.hook_state_out = LoopedHookPoint()
+        if cfg.exit_gate:
+            self.hook_exit_gate = LoopedHookPoint()
+        for module in self.modules():
+            if isinstance(module, LoopedHookPoint):
+                # The loop's hooks belong to a recurrence but to no layer; -1 says so.
+                module.location = LayerLocation("core", r, -1)
+
+
+class HookDict(dict[str, LoopedHookPoint]):
+    """Hook points by canonical name; look-up also takes aliases and explains what is missing."""
+
+    def __init__(self, loop: LoopGeometry) -> None:
+        super().__init__()
+        self.loop = loop
+
+    def __missing__(self, name: str) -> LoopedHookPoint:
+        return dict.__getitem__(self, resolve_name(name, self.loop, self))
+
+
+class _GeometryView:
+    """A model as it was at another number of recurrences, for caches of earlier runs."""
+
+    def __init__(self, model: LoopedHookManager, R: int) -> None:
+        self._model = model
+        self.loop = model.loop.with_recurrences(R)
+        self.cfg = copy(model.cfg)
+        self.cfg.n_recurrences, self.cfg.n_layers = R, self.loop.n_layers
+        self.blocks = [model._pooled_block(self.loop.locate(i)) for i in range(self.loop.n_layers)]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class LoopedHookManager(HookedRootModule):
+    """Everything about hooks; :class:`~tl_looped.LoopedTransformer` adds the mathematics."""
+
+    cfg: LoopedConfig
+    loop: LoopGeometry
+
+    def _setup_hooks(self, cfg: LoopedConfig) -> None:
+        """Make the global hook points and the pool; the weights must exist already."""
+        self.hook_embed = LoopedHookPoint()
+        self.hook_initial_state = LoopedHookPoint()
+        final_norm = self._modules["final_norm"]
+        assert isinstance(final_norm, NormWeights)
+        if cfg.pre_coda_norm:
+            self.ln_pre_coda = HookedRMSNorm(final_norm)
+        # Past __setattr__: `ln_final` and `blocks` are class-level properties, because TransformerLens's
+        # runtime-checked protocols only see those from Python 3.12 on.
+        self._modules["ln_final"] = HookedRMSNorm(final_norm)
+        self._block_pool: dict[LayerLocation, Block] = {}
+        self._recurrence_pool: list[RecurrenceHooks] = []
+        self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
+        self._record_state_seed: int | None = None
+        self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
+        self._select()
+
+    # -- recurrences --------------------------------------------------------------------------
+
+    def set_recurrences(self, n_recurrences: int) -> None:
+        """Set the number of recurrences of every later run. Hooks and older caches stay right.
+
+        Raises:
+            RecurrenceCountError: if it is negative, or zero where the model has no meaning at zero.
+        """
+        fewest = self.cfg.min_recurrences
+        if isinstance(n_recurrences, bool) or not isinstance(n_recurrences, int):
+            raise RecurrenceCountError(f"n_recurrences must be an integer, got {n_recurrences!r}")
+        if n_recurrences < fewest:
+            raise RecurrenceCountError(
+                f"n_recurrences must be at least {fewest} for this model, got {n_recurrences}"
+                + ("" if n_recurrences else ": without injection and coda, zero has no output")
+            )
+        if n_recurrences == self.loop.R:
+            return
+        self.loop = self.loop.with_recurrences(n_recurrences)
+        self.cfg.n_recurrences, self.cfg.n_layers = n_recurrences, self.loop.n_layers
+        self._select()
+
+    @contextmanager
+    def recurrences(self, n_recurrences: int | None) -> Iterator[LoopedHookManager]:
+        """Run with another number of recurrences for a while; None changes nothing."""
+        before = self.loop.R
+        try:
+            if n_recurrences is not None:
+                self.set_recurrences(n_recurrences)
+            yield self
+        finally:
+            self.set_recurrences(before)
+
+    def view_at(self, n_recurrences: int) -> Any:
+        """This model as TransformerLens's tools would see it at another number of recurrences."""
+        return _GeometryView(self, n_recurrences)
+
+    def _pooled_block(self, location: LayerLocation) -> Block:
+        block = self._block_pool.get(location)
+        if block is None:
+            stage = self._modules[location.stage]
+            assert isinstance(stage, nn.ModuleList)
+            weights = stage[location.layer]
+            assert isinstance(weights, BlockWeights)
+            block = Block(self.cfg, weights, location)
+            self._block_pool[location] = block
+        return block
+
+    def _select(self) -> None:
+        """Bring blocks, recurrences and hook names in line with ``self.loop``."""
+        loop, cfg = self.loop, self.cfg
+        final_norm = self._modules["final_norm"]
+        assert isinstance(final_norm, NormWeights)
+        for r in range(len(self._recurrence_pool), loop.R):
+            self._recurrence_pool.append(RecurrenceHooks(cfg, r, final_norm))
+        blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
+        self._modules["blocks"] = nn.ModuleList(blocks)
+        self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
+        self._modules["blocks"].train(self.training)
+        self._modules["recurrence"].train(self.training)
+        self._name_hooks(blocks)
+
+    def _name_hooks(self, blocks: list[Block]) -> None:
+        loop = self.loop
+        hooks = HookDict(loop)
+
+        def add(module: nn.Module, prefix: str) -> None:
+            for name, child in module.named_modules(prefix=prefix):
+                if isinstance(child, LoopedHookPoint):
+                    child.name = name
+                    hooks[name] = child
+
+        def add_block(i: int) -> None:
+            key = (i, blocks[i].location)
+            if key not in self._block_names:
+                self._block_names[key] = {
+                    f"blocks.{i}.{suffix}": hook
+                    for suffix, hook in blocks[i].hook_suffixes.items()
+                    if suffix not in GATED_HOOKS or getattr(self.cfg, GATED_HOOKS[suffix])
+                }
+            for name, hook in self._block_names[key].items():
+                hook.name = name
+            hooks.update(self._block_names[key])
+
+        add(self.hook_embed, "hook_embed")
+        for i in range(loop.p):
+            add_block(i)
+        add(self.hook_initial_state, "hook_initial_state")
+        for r in range(loop.R):
+            add(self._recurrence_pool[r], f"recurrence.{r}")
+            for l in range(loop.k):  # noqa: E741 - the paper's letters
+                add_block(loop.index(r, l))
+        if self.cfg.pre_coda_norm:
+            add(self.ln_pre_coda, "ln_pre_coda")
+        for l in range(loop.c):  # noqa: E741
+            add_block(loop.coda_index(l))
+        add(self._modules["ln_final"], "ln_final")  # type: ignore[arg-type]
+        self.hook_dict = hooks
+
+    @property
+    def mod_dict(self) -> dict[str, nn.Module]:  # type: ignore[override]
+        """Every module by name."""
+        return {name: module for name, module in self.named_modules() if name}
+
+    # -- flags --------------------------------------------------------------------------------
+
+    def _set_flag(self, flag: str, on: bool) -> None:
+        setattr(self.cfg, flag, on)
+        self._block_names.clear()
+        self._name_hooks(list(self._modules["blocks"]))  # type: ignore[arg-type]
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Compute and hook each head's output, ``attn.hook_result``."""
+        self._set_flag("use_attn_result", use_attn_result)
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Give queries, keys and values of each head hooked inputs of their own."""
+        if use_split_qkv_input and self.cfg.use_attn_in:
+            raise InputError("use_split_qkv_input and use_attn_in exclude each other: turn one off")
+        self._set_flag("use_split_qkv_input", use_split_qkv_input)
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Give each head a hooked input of its own, ``hook_attn_in``."""
+        if use_attn_in and self.cfg.use_split_qkv_input:
+            raise InputError("use_split_qkv_input and use_attn_in exclude each other: turn one off")
+        self._set_flag("use_attn_in", use_attn_in)
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Hook the residual stream that enters each MLP, before its norm, ``hook_mlp_in``."""
+        self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+    # -- hooks --------------------------------------------------------------------------------
+
+    def hook_name(self, name: Any) -> str:
+        """The canonical name of a hook that exists at the current number of recurrences.
+
+        Args:
+            name: Canonical name, alias, or ``(name, layer)`` as in a cache.
+
+        Raises:
+            HookNameError, GatedHookError, LayerIndexError: see ``tl_looped.model.names``.
+        """
+        if not isinstance(name, str):
+            from transformer_lens.utilities import get_act_name
+
+            short, layer, *rest = name
+            name = get_act_name(short, self.loop.resolve(layer), *rest)
+        return resolve_name(name, self.loop, self.hook_dict)
+
+    def all_hook_points(self) -> Iterator[HookPoint]:
+        """Every hook point there is, those beyond the current number of recurrences included."""
+        yield self.hook_embed
+        yield self.hook_initial_state
+        for block in self._block_pool.values():
+            yield from block.hook_suffixes.values()
+        norms = [self._modules["ln_final"], self._modules.get("ln_pre_coda")]
+        for owner in [*self._recurrence_pool, *norms]:
+            if owner is not None:
+                yield from (m for m in owner.modules() if isinstance(m, HookPoint))
+
+    def remove_all_hook_fns(
+        self,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """As in TransformerLens, also on hook points beyond the current recurrences."""
+        for hook in self.all_hook_points():
+            if hook.fwd_hooks or hook.bwd_hooks:
+                hook.remove_hooks(direction, including_permanent, level)
+
+    def clear_contexts(self) -> None:
+        """As in TransformerLens, also on hook points beyond the current recurrences."""
+        for hook in self.all_hook_points():
+            if hook.ctx:
+                hook.clear_context()
+
+    def add_hook(
+        self,
+        name: HookName,
+        hook: Callable[..., Any],
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Add a hook until ``reset_hooks``; names as in :meth:`hook_name`, or a filter function."""
+        add: dict[str, Any] = dict(
+            dir=dir, is_permanent=is_permanent, level=level, prepend=prepend
+        )
+        if callable(name):
+            super().add_hook(name, hook, **add)
+            return
+        canonical = self.hook_name(name)
+        self.check_and_add_hook(self.hook_dict[canonical], canonical, hook, **add)
+
+    def _enable_hook(self, name: HookName, hook: Callable[..., Any], dir: Any) -> None:
+        if callable(name):
+            super()._enable_hook(name, hook, dir)
+            return
+        self.hook_dict[self.hook_name(name)].add_hook(hook, dir=dir, level=self.context_level)
+
+    def run_with_hooks(
+        self, *model_args: Any, n_recurrences: int | None = None, **kwargs: Any
+    ) -> Any:
+        """As in TransformerLens; hook names are read at ``n_recurrences``, before the run."""
+        with self.recurrences(n_recurrences):
+            return super().run_with_hooks(*model_args, **kwargs)
+
+    # -- caching ------------------------------------------------------------------------------
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        n_recurrences: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run and cache, as in TransformerLens.
+
+        Args:
+            *model_args: As for the model.
+            return_cache_object: Return a :class:`LoopedActivationCache`; a plain dict otherwise.
+            remove_batch_dim: Drop the batch dimension; only for a batch of one.
+            n_recurrences: Recurrences of this run.
+            **kwargs: ``names_filter`` (a name or alias, ``(name, layer)``, a list or set of them,
+                or a function on canonical names), ``device``, ``incl_bwd``, ``pos_slice``,
+                ``reset_hooks_end``, ``clear_contexts``, and the model's own arguments.
+        """
+        with self.recurrences(n_recurrences):
+            batch = model_args[0] if model_args else kwargs.get("input")
+            if remove_batch_dim and isinstance(batch, list) and len(batch) > 1:
+                raise InputError(f"cannot remove the batch dimension of {len(batch)} prompts")
+            out, cache_dict = super().run_with_cache(
+                *model_args, remove_batch_dim=remove_batch_dim, **kwargs
+            )
+            if not return_cache_object:
+                return out, cache_dict
+            cache = LoopedActivationCache(
+                cache_dict, self, not remove_batch_dim, self.loop, self._record_state_seed
+            )
+            return out, cache
+
+    def names_filter_set(self, names_filter: Any) -> set[str]:
+        """Canonical names that a ``names_filter`` selects; unknown names are an error."""
+        if names_filter is None:
+            return set(self.hook_dict)
+        if callable(names_filter):
+            return {name for name in self.hook_dict if names_filter(name)}
+        if isinstance(names_filter, (str, tuple)):
+            names_filter = [names_filter]
+        return {self.hook_name(name) for name in names_filter}
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Slice | SliceInput | None = None,
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """As in TransformerLens, with aliases, and slicing on each hook's own position axis."""
+        positions = Slice.unwrap(pos_slice)
+        store: dict[str, Tensor] = {} if cache is None else cache
+        self.is_caching = True
+
+        def save(tensor: Tensor, hook: LoopedHookPoint, suffix: str) -> None:
+            kept = tensor.detach().to(device)
+            if remove_batch_dim and kept.shape[0] == 1:
+                kept = kept[0]
+            assert hook.name is not None and hook.pos_dim is not None
+            store[hook.name + suffix] = positions.apply(kept, dim=hook.pos_dim)
+
+        names = self.names_filter_set(names_filter)
+        ordered = [name for name in self.hook_dict if name in names]
+        fwd = [(name, partial(save, suffix="")) for name in ordered]
+        bwd = [(name, partial(save, suffix="_grad")) for name in ordered] if incl_bwd else []
+        return store, fwd, bwd
+
+    def why_not_additive(self) -> str | None:
+        """Why the residual stream is not the plain sum of all writes, or None if it is."""
+        cfg = self.cfg
+        if cfg.norm_layout is NormLayout.RESIDUAL:
+            return "each block normalises its residual sum (ln_mid, ln_out)"
+        if cfg.injection is not Injection.NONE:
+            return "the injection maps the stream through an adapter before every recurrence"
+        if cfg.loop_norm:
+            return "the loop norm rescales the stream after every recurrence"
+        return None
+
+

@@ -1,0 +1,130 @@
+"""Lenses: logits from any state of the loop, without running the rest of it.
+
+- The logit lens reads a residual stream through the final norm and the unembedding.
+- The coda lens reads it as if the loop ended there: through the norm before the coda where the
+  family has one (Huginn, whose final norm stands there too; the retrofits have none), the coda's
+  layers, the final norm and the unembedding. At the last recurrence's last layer it gives the
+  model's own logits.
+
+No hook fires inside a lens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.model.block import Block
+from tl_looped.model.context import RunContext
+from tl_looped.model.exit_gate import ExitReadout
+from tl_looped.model.geometry import LayerLocation
+from tl_looped.model.norms import rms_norm
+from tl_looped.transformer.loop import LoopMixin
+
+
+class LensesMixin(LoopMixin):
+    """Logit lens, coda lens and exit readout."""
+
+    def logit_lens(
+        self, resid: Float[Tensor, "*stack batch pos d_model"]
+    ) -> Float[Tensor, "*stack batch pos d_vocab"]:
+        """Final norm (recomputed for each vector) and unembedding.
+
+        Args:
+            resid: Block outputs or any other residual streams, with any leading dimensions.
+        """
+        self._check_width(resid)
+        return self.unembed(rms_norm(resid.to(self.W_E), self.ln_final._weights))
+
+    def coda_lens(
+        self,
+        resid: Float[Tensor, "*stack batch pos d_model"],
+        attention_mask: Tensor | None = None,
+        after_loop_norm: bool = False,
+    ) -> Float[Tensor, "*stack batch pos d_vocab"]:
+        """Logits if the loop ended with this state.
+
+        Args:
+            resid: Output of a core layer, ``cache["resid_post", (r, l)]``, or several of them
+                stacked in front, as from ``cache.stack_recurrences("resid_post")``. Every position
+                from the first is needed: the coda's layers attend.
+            attention_mask: ``[batch, pos]``, as in the run; needed for padded batches.
+            after_loop_norm: ``resid`` is a ``hook_state_out``, already past the loop norm. Only
+                matters in models whose last loop norm is the final norm (Ouro).
+        """
+        self._check_width(resid)
+        stream = resid.to(self.W_E)
+        stack, (batch, length) = stream.shape[:-3], stream.shape[-3:-1]
+        final = self.ln_final._weights
+        if self.cfg.loop_norm and self.loop.c == 0:
+            return self.unembed(stream if after_loop_norm else rms_norm(stream, final))
+        if self.cfg.loop_norm and not after_loop_norm or self.cfg.pre_coda_norm:
+            stream = rms_norm(stream, final)
+        mask = self._check_mask(attention_mask, batch, length)
+        run = RunContext.build(self.cfg, batch, length, mask, stream.device, stream.dtype)
+        flat = stream.reshape(-1, batch, length, self.cfg.d_model)
+        outputs = []
+        for x in flat:
+            for block in self._lens_coda():
+                x = block(x, run)
+            outputs.append(self.unembed(rms_norm(x, final)))
+        return torch.stack(outputs).reshape(*stack, batch, length, -1)
+
+    def _lens_coda(self) -> list[Block]:
+        # Blocks of their own on the same weights, so that the model's hooks stay silent.
+        if getattr(self, "_coda_without_hooks", None) is None:
+            object.__setattr__(
+                self,
+                "_coda_without_hooks",
+                [
+                    Block(self.cfg, weights, LayerLocation("coda", None, i))  # type: ignore[arg-type]
+                    for i, weights in enumerate(self._modules["coda"])  # type: ignore[arg-type]
+                ],
+            )
+        blocks: list[Block] = self._coda_without_hooks
+        return blocks
+
+    def exits(self, input: Any, **kwargs: Any) -> ExitReadout:
+        """Gate logits and exit logits of every recurrence (Ouro).
+
+        Args:
+            input: Text or tokens; further arguments as for the model.
+
+        Raises:
+            InputError: if the model has no exit gate.
+        """
+        if not self.cfg.exit_gate:
+            raise InputError(f"{self.cfg.model_name} has no exit gate")
+        keep = ("hook_exit_gate", "hook_state_out")
+        _, cache = self.run_with_cache(
+            input, names_filter=lambda name: name.endswith(keep), return_type=None, **kwargs
+        )
+        gate = cache.stack_recurrences("exit_gate")[..., 0].permute(1, 2, 0)
+        states = cache.stack_recurrences("state_out")
+        return ExitReadout(gate, self.coda_lens(states, after_loop_norm=True))
+
+    def _check_width(self, resid: Tensor) -> None:
+        if resid.ndim < 3 or resid.shape[-1] != self.cfg.d_model:
+            raise InputError(
+                f"a lens reads [..., batch, pos, d_model={self.cfg.d_model}], "
+                f"got shape {tuple(resid.shape)}"
+            )
+
+    def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+        """A boolean mask ``[batch, pos]`` with a real token in every row."""
+        if mask is None:
+            return None
+        if tuple(mask.shape) != (batch, length):
+            raise InputError(
+                f"attention_mask must have shape {(batch, length)} like the tokens, "
+                f"got {tuple(mask.shape)}"
+            )
+        mask = mask.to(self.W_E.device) != 0
+        if not bool(mask.any(-1).all()):
+            empty = (~mask.any(-1)).nonzero().flatten().tolist()
+            raise InputError(f"attention_mask leaves rows {empty} without any token")
+        return mask

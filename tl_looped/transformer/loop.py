@@ -1,0 +1,144 @@
+"""The forward pass between embedding and logits: the loop and its boundaries.
+
+Everything that happens between two blocks (the start of the loop, the injection, the loop norm, the
+norm before the coda) is the *boundary before* an effective layer. ``stop_at_layer=i`` returns what
+layer i would have received, boundary included, and ``start_at_layer=i`` takes exactly that, so that
+the two compose to the whole run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_looped.errors import InputError
+from tl_looped.model.config import InitialState, Injection
+from tl_looped.model.context import RunContext
+from tl_looped.model.initial_state import draw_initial_state
+from tl_looped.model.norms import HookedRMSNorm
+from tl_looped.transformer.hooking import RecurrenceHooks
+from tl_looped.transformer.tokens import TokensMixin
+
+Stream = Float[Tensor, "batch pos d_model"]
+
+
+@dataclass
+class LoopRun:
+    """What one forward pass carries besides the residual stream.
+
+    Args:
+        context: Positions, rotation and mask.
+        initial_state: The state that recurrence 0 starts from; None draws or derives it.
+        state_seed: Seed of a random initial state.
+        prelude_output: ``e``, what is injected; set when the loop is entered.
+    """
+
+    context: RunContext
+    initial_state: Stream | None
+    state_seed: int
+    prelude_output: Stream | None = field(default=None)
+
+
+class LoopMixin(TokensMixin):
+    """Blocks, loop boundaries and the head."""
+
+    injection: nn.Linear
+    exit_gate: nn.Linear
+
+    def _run_layers(
+        self, x: Stream, run: LoopRun, start: int, stop: int, enter_first: bool
+    ) -> Stream:
+        """Blocks ``start`` to ``stop - 1`` with their boundaries; the first one's if asked."""
+        blocks = self.blocks
+        for i in range(start, stop):
+            if i > start or enter_first:
+                x = self._enter_layer(i, x, run)
+            x = blocks[i](x, run.context)
+        return x
+
+    def _enter_layer(self, i: int, x: Stream, run: LoopRun) -> Stream:
+        """The boundary before effective layer ``i``."""
+        loop = self.loop
+        loop_end = loop.p + loop.k * loop.R
+        if i == loop.p:
+            x = self._enter_loop(x, run)
+        if loop.p < i <= loop_end and (i - loop.p) % loop.k == 0:
+            x = self._leave_recurrence((i - loop.p) // loop.k - 1, x)
+        if loop.p <= i < loop_end and (i - loop.p) % loop.k == 0:
+            x = self._enter_recurrence((i - loop.p) // loop.k, x, run)
+        if i == loop_end and self.cfg.pre_coda_norm:
+            x = self.ln_pre_coda(x)
+        return x
+
+    def _enter_loop(self, e: Stream, run: LoopRun) -> Stream:
+        """The prelude is done: keep its output, start the state."""
+        run.prelude_output = e
+        if run.initial_state is not None:
+            state = run.initial_state.to(e)
+        elif self.cfg.initial_state is InitialState.RANDOM:
+            state = self.random_initial_state(run)
+        else:
+            state = e
+        # A copy where e stays in use: an in-place edit of the state must not edit e or the caller's.
+        if run.initial_state is not None or self.cfg.injection is not Injection.NONE:
+            state = state.clone()
+        return self.hook_initial_state(state)
+
+    def random_initial_state(self, run: LoopRun) -> Stream:
+        """The state drawn for a run's seed and positions, one row a sequence."""
+        cfg, positions = self.cfg, run.context.positions
+        if cfg.initial_state_std == 0.0:
+            shape = (*positions.shape, cfg.d_model)
+            state = self.W_E.new_zeros(shape)
+        else:
+            scale = cfg.initial_state_std * cfg.embed_scale
+            state = draw_initial_state(run.state_seed, positions, cfg.d_model, scale, cfg.dtype)
+        assert run.prelude_output is not None
+        return state.to(run.prelude_output).expand(run.prelude_output.shape)
+
+    def _enter_recurrence(self, r: int, state: Stream, run: LoopRun) -> Stream:
+        hooks = self._recurrence_hooks(r)
+        state = hooks.hook_state_in(state)
+        if self.cfg.injection is Injection.NONE:
+            return state
+        if r == 0 and self._skips_first_adapter(run):
+            return hooks.hook_injected(state)
+        if run.prelude_output is None:
+            raise InputError(
+                f"start_at_layer lies in the loop, and recurrence {r} injects the prelude's output: "
+                "pass it as prelude_output= (the cache's hook_resid_post of the last prelude layer)"
+            )
+        # One product over the concatenation, as the reference rounds it in half precision.
+        injected = self.injection(torch.cat((state, run.prelude_output), -1))
+        return hooks.hook_injected(injected)
+
+    def _skips_first_adapter(self, run: LoopRun) -> bool:
+        skip = self.cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
+        return skip and run.initial_state is None
+
+    def _leave_recurrence(self, r: int, x: Stream, final_norm: HookedRMSNorm | None = None) -> Stream:
+        """The end of recurrence ``r``; ``final_norm`` if its loop norm is also the final norm."""
+        hooks = self._recurrence_hooks(r)
+        if final_norm is not None:
+            x = final_norm(x, also=hooks.ln_loop)
+        elif self.cfg.loop_norm:
+            x = hooks.ln_loop(x)
+        x = hooks.hook_state_out(x)
+        if self.cfg.exit_gate:
+            hooks.hook_exit_gate(self.exit_gate(x))
+        return x
+
+    def _head(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits from the last block's output, closing the loop first if there is no coda."""
+        loop = self.loop
+        if loop.c == 0 and self.cfg.loop_norm:
+            return self.unembed(self._leave_recurrence(loop.R - 1, x, final_norm=self.ln_final))
+        if loop.c == 0:
+            x = self._leave_recurrence(loop.R - 1, x)
+        return self.unembed(self.ln_final(x))
+
+    def _recurrence_hooks(self, r: int) -> RecurrenceHooks:
+        return self._recurrence_pool[r]

@@ -1,0 +1,299 @@
+"""LoopedTransformer: a looped language model with TransformerLens's surface.
+
+A model of p prelude, k core and c coda layers that runs its core R times appears as an ordinary
+transformer of ``p + k R + c`` effective layers, ``blocks.{i}``. Weights exist once; every effective
+layer has hook points of its own. See ``tl_looped.model.names`` for the names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.utilities import get_device, lm_cross_entropy_loss
+
+from tl_looped import checkpoints
+from tl_looped.errors import InputError
+from tl_looped.model.block import BlockWeights
+from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
+from tl_looped.model.context import RunContext
+from tl_looped.model.geometry import LayerLike
+from tl_looped.model.init import init_weights
+from tl_looped.model.norms import NormWeights
+from tl_looped.transformer.generation import GenerationMixin
+from tl_looped.transformer.loop import LoopRun
+from tl_looped.transformer.weights import Embed, Unembed
+
+_RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+class LoopedTransformer(GenerationMixin):
+    """A looped transformer with hook points by effective layer and by (recurrence, layer).
+
+    Args:
+        cfg: Its shape and switches.
+        tokenizer: A Hugging Face tokenizer, or None for a model of token ids only.
+
+    Attributes:
+        loop: Geometry: ``p``, ``k``, ``c``, ``R``, ``index(r, l)``, ``locate(i)``.
+        state_seed: Seed of the random initial state where a call gives none.
+    """
+
+    def __init__(self, cfg: LoopedConfig, tokenizer: Any = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.state_seed = 0
+        device = torch.device("cpu" if cfg.device is None else cfg.device)
+        with device:
+            self.embed = Embed(cfg)
+            for stage, n in (("prelude", cfg.n_prelude), ("core", cfg.n_core), ("coda", cfg.n_coda)):
+                self.add_module(stage, nn.ModuleList(BlockWeights(cfg) for _ in range(n)))
+            if cfg.injection is not Injection.NONE:
+                self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False, dtype=cfg.dtype)
+            if cfg.exit_gate:
+                self.exit_gate = nn.Linear(cfg.d_model, 1, dtype=cfg.dtype)
+            self.final_norm = NormWeights(cfg.d_model, cfg.eps, cfg.dtype)
+            self.unembed = Unembed(cfg, self.embed)
+        self._setup_hooks(cfg)
+
+    # -- making and saving --------------------------------------------------------------------
+
+    @classmethod
+    def from_config(
+        cls, cfg: LoopedConfig | dict[str, Any], tokenizer: Any = None
+    ) -> LoopedTransformer:
+        """A model with random weights, drawn from ``cfg.seed`` as ``cfg.init_mode`` says.
+
+        With ``device="meta"`` it has shapes and names, but no values. In evaluation mode, as
+        TransformerLens's analysis tools want it; there is no dropout.
+        """
+        model = cls(LoopedConfig.from_json(cfg) if isinstance(cfg, dict) else cfg, tokenizer)
+        init_weights(model, model.cfg)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        n_recurrences: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> LoopedTransformer:
+        """Load a checkpoint from a folder, the hub, or the bundle (``"demo"``).
+
+        Args:
+            path_or_hub_id: A local folder, a hub id, or a short alias such as ``"huginn"``,
+                ``"ouro-1.4b"``, ``"recurrent-llama-3.2-r32"``. Only config, safetensors and
+                tokenizer files are read: no remote code, no pickles.
+            n_recurrences: Recurrences; the checkpoint's trained number if None.
+            device: TransformerLens's default device if None. ``"meta"`` loads no values.
+            dtype: fp32 if None, as in TransformerLens.
+            revision: Branch, tag or commit on the hub.
+
+        Raises:
+            CheckpointError, UnknownArchitectureError: see ``tl_looped.checkpoints``.
+        """
+        source = checkpoints.open_checkpoint(path_or_hub_id, revision)
+        cfg = source.config()
+        if n_recurrences is None:
+            n_recurrences = source.n_recurrences
+        if n_recurrences is not None:
+            cfg.n_recurrences = n_recurrences
+        cfg.dtype = parse_dtype(torch.float32 if dtype is None else dtype)
+        target = torch.device(get_device() if device is None else device)
+        cfg.device = "meta"
+        cfg.__post_init__()  # again, with the number of recurrences asked for
+        model = cls(cfg, source.tokenizer())
+        if target.type != "meta":
+            source.load_into(model, target, cfg.dtype)
+        cfg.device = str(target)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that :meth:`from_pretrained` reads: config, safetensors, tokenizer.
+
+        Files are written beside their place and renamed, so that an interrupted save leaves no
+        partial file.
+        """
+        checkpoints.save(self, self.cfg, self.tokenizer, Path(folder))
+
+    # -- running ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: str | list[str] | Tensor,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        start_at_layer: LayerLike | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: LayerLike | None = None,
+        n_recurrences: int | None = None,
+        initial_state: Tensor | str | None = None,
+        state_seed: int | None = None,
+        prelude_output: Float[Tensor, "batch pos d_model"] | None = None,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: Text, several texts, tokens ``[batch, pos]`` or ``[pos]``; with
+                ``start_at_layer`` the residual stream ``[batch, pos, d_model]`` that it receives.
+            return_type: ``"logits"`` ``[batch, pos, d_vocab]``, ``"loss"``, ``"both"`` or None.
+            loss_per_token: The loss of every next token ``[batch, pos - 1]``, not the mean.
+            prepend_bos, padding_side: See :meth:`to_tokens`.
+            start_at_layer: Start with the input of this effective layer, or (recurrence, layer).
+            tokens: The tokens of a residual input, for the loss.
+            attention_mask: ``[batch, pos]``, zero at padding, on either side.
+            stop_at_layer: Return what this layer would have received. ``n_layers`` returns the last
+                block's output.
+            n_recurrences: Recurrences of this run only.
+            initial_state: State of recurrence 0, ``[batch, pos, d_model]``, or ``"zeros"``.
+            state_seed: Seed of the random initial state; ``self.state_seed`` if None.
+            prelude_output: What is injected, if ``start_at_layer`` skips the prelude.
+
+        Raises:
+            InputError: tokens outside the vocabulary, too long a sequence, wrong shapes.
+        """
+        with self.recurrences(n_recurrences):
+            if return_type not in _RETURN_TYPES:
+                raise InputError(f"return_type must be one of {_RETURN_TYPES}, got {return_type!r}")
+            start = None if start_at_layer is None else self._layer_or_end(start_at_layer)
+            stop = None if stop_at_layer is None else self._layer_or_end(stop_at_layer)
+            if stop is not None and (start or 0) > stop:
+                raise InputError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
+            mask = attention_mask
+            if start is None:
+                tokens, mask = self._tokens_and_mask(input, mask, prepend_bos, padding_side)
+            x, mask = self._stream(input, tokens, mask, start)
+            run = self._new_run(x, mask, initial_state, state_seed, prelude_output)
+            if start is None:
+                x = self.hook_embed(x)
+            n = self.loop.n_layers
+            end = n if stop is None else stop
+            x = self._run_layers(x, run, start or 0, end, enter_first=start is None)
+            if stop is not None:
+                # Nothing was entered yet if there was nothing to run.
+                entered = stop == n or (start is not None and stop == start)
+                return x if entered else self._enter_layer(stop, x, run)
+            logits = self._head(x)
+            return self._result(logits, tokens, mask, return_type, loss_per_token)
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Cross entropy of the next token, over real tokens only; TransformerLens's own."""
+        if attention_mask is not None:
+            attention_mask = attention_mask != 0
+        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+
+    def _result(
+        self,
+        logits: Tensor,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        return_type: str | None,
+        per_token: bool,
+    ) -> Any:
+        if return_type in (None, "logits"):
+            return logits if return_type else None
+        if tokens is None:
+            raise InputError("a loss needs tokens: pass tokens= with a residual input")
+        loss = self.loss_fn(logits, tokens, mask, per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    # -- input --------------------------------------------------------------------------------
+
+    def _layer_or_end(self, layer: LayerLike) -> int:
+        return self.loop.n_layers if layer == self.loop.n_layers else self.loop.resolve(layer)
+
+    def _tokens_and_mask(
+        self,
+        input: str | list[str] | Tensor,
+        mask: Tensor | None,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(input, (str, list)):
+            tokens, own_mask = self.tokenize(input, prepend_bos, padding_side)
+            return tokens, own_mask if mask is None else mask
+        tokens = self._check_tokens(input)
+        return tokens, self._left_padding(tokens) if mask is None else mask
+
+    def _check_tokens(self, tokens: Tensor) -> Int[Tensor, "batch pos"]:
+        if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
+            raise InputError(
+                f"tokens must be integers of shape [batch, pos], got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)} (a residual stream needs start_at_layer=)"
+            )
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        if tokens.numel() == 0:
+            raise InputError(f"there is no token in an input of shape {tuple(tokens.shape)}")
+        if tokens.device.type != "meta":
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.cfg.d_vocab:
+                raise InputError(
+                    f"token ids must be 0..{self.cfg.d_vocab - 1}, got {low if low < 0 else high}"
+                )
+        return tokens.to(self.W_E.device)
+
+    def _stream(
+        self, input: Any, tokens: Tensor | None, mask: Tensor | None, start: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream to start with and the checked mask."""
+        if start is None:
+            assert tokens is not None
+            x = self.embed(tokens)
+        else:
+            x = input
+            if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.cfg.d_model:
+                shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise InputError(
+                    f"start_at_layer takes a residual stream [batch, pos, {self.cfg.d_model}], "
+                    f"got {shape}"
+                )
+            x = x.to(self.W_E)
+        mask = self._check_mask(mask, x.shape[0], x.shape[1])
+        length = x.shape[1] if mask is None else int(mask.sum(-1).max())
+        if length > self.cfg.n_ctx:
+            raise InputError(
+                f"a sequence of {length} tokens is longer than the context of {self.cfg.n_ctx}"
+            )
+        return x, mask
+
+    def _new_run(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        initial_state: Tensor | str | None,
+        state_seed: int | None,
+        prelude_output: Tensor | None,
+    ) -> LoopRun:
+        seed = self.state_seed if state_seed is None else state_seed
+        if isinstance(initial_state, str):
+            if initial_state != "zeros":
+                raise InputError(
+                    f"initial_state must be a tensor or 'zeros', got {initial_state!r}"
+                )
+            initial_state = torch.zeros_like(x)
+        for name, state in (("initial_state", initial_state), ("prelude_output", prelude_output)):
+            if state is not None and state.shape != x.shape:
+                raise InputError(
+                    f"{name} must have shape [batch, pos, d_model] = {tuple(x.shape)}, "
+                    f"got {tuple(state.shape)}"
+                )
+        random = initial_state is None and self.cfg.initial_state.value == "random"
+        self._record_state_seed = seed if random else None
+        context = RunContext.build(self.cfg, x.shape[0], x.shape[1], mask, x.device, x.dtype)
+        given = None if prelude_output is None else prelude_output.to(x)
+        return LoopRun(context, initial_state, seed, given)

@@ -1,0 +1,208 @@
+"""Text to tokens and back, with TransformerLens's method names.
+
+Decisions: BOS is prepended here, by id, and never by the tokenizer, so that it is never there
+twice; ``cfg.default_prepend_bos`` says whether. Text that is longer than the context is an error
+unless ``truncate=True`` is asked for (TransformerLens truncates by default). Text batches carry
+their own mask. A batch given as *tokens* is read as left-padded where some rows, but not all, begin
+with pad tokens; pass ``attention_mask`` to say otherwise. Padding on the right changes nothing that
+a real token sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.errors import InputError, TokenizerError
+from tl_looped.transformer.weights import WeightsMixin
+
+
+class TokensMixin(WeightsMixin):
+    """The tokenizer's side of a model."""
+
+    tokenizer: Any
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                f"{self.cfg.model_name} has no tokenizer, so it takes token ids only; "
+                "set model.tokenizer to use text"
+            )
+        return self.tokenizer
+
+    def _bos_id(self) -> int:
+        bos = self._need_tokenizer().bos_token_id
+        if bos is None:
+            raise TokenizerError("prepend_bos=True, but the tokenizer has no BOS token")
+        return int(bos)
+
+    def _pad_id(self) -> int:
+        for name in ("pad_token_id", "eos_token_id"):
+            found = getattr(self.tokenizer, name, None)
+            if found is not None:
+                return int(found)
+        return 0  # never seen by a real token: text batches are masked
+
+    def tokenize(
+        self,
+        text: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        truncate: bool = False,
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """Tokens of one or more texts, and the mask of the real ones.
+
+        Args:
+            text: One text or several; several are padded to the longest.
+            prepend_bos: Overrides ``cfg.default_prepend_bos``.
+            padding_side: ``"left"`` or ``"right"``; the tokenizer's own side if None.
+            truncate: Cut rows to the context length instead of raising.
+
+        Raises:
+            TokenizerError: without a tokenizer, or if a text gives no token at all.
+            InputError: if a text is longer than the context, or padding_side is unknown.
+        """
+        tokenizer = self._need_tokenizer()
+        prepend_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        side = padding_side or getattr(tokenizer, "padding_side", None) or "right"
+        if side not in ("left", "right"):
+            raise InputError(f"padding_side must be 'left' or 'right', got {side!r}")
+        texts = [text] if isinstance(text, str) else text
+        if not texts:
+            raise InputError("no text was given")
+        start = [self._bos_id()] if prepend_bos else []
+        rows = [start + tokenizer.encode(t, add_special_tokens=False) for t in texts]
+        for i, row in enumerate(rows):
+            if not row:
+                raise TokenizerError(f"text {i} ({texts[i]!r}) gives no token; prepend_bos=True?")
+            if len(row) > self.cfg.n_ctx and not truncate:
+                raise InputError(
+                    f"text {i} has {len(row)} tokens, the context holds {self.cfg.n_ctx}: "
+                    "shorten it, or cut it with to_tokens(..., truncate=True)"
+                )
+        rows = [row[: self.cfg.n_ctx] for row in rows]
+        length = max(map(len, rows))
+        tokens = torch.full((len(rows), length), self._pad_id())
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+            tokens[i, where] = torch.tensor(row)
+            mask[i, where] = True
+        return tokens.to(self.W_E.device), mask.to(self.W_E.device)
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = False,
+    ) -> Int[Tensor, "batch pos"]:
+        """Tokens of one or more texts, padded to the longest; see :meth:`tokenize`."""
+        tokens, _ = self.tokenize(input, prepend_bos, padding_side, truncate)
+        return tokens if move_to_device else tokens.cpu()
+
+    def _left_padding(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
+        """Mask of a token batch in which some rows, but not all, begin with pad tokens."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        if pad is None or tokens.shape[0] < 2:
+            return None
+        leading = (tokens == pad).long().cumprod(-1).sum(-1)
+        if self.cfg.default_prepend_bos and pad == getattr(self.tokenizer, "bos_token_id", None):
+            leading = (leading - 1).clamp(min=0)  # the last of them is the BOS token
+        if int(leading.max()) == 0 or int(leading.min()) > 0:
+            return None
+        return torch.arange(tokens.shape[1], device=tokens.device) >= leading[:, None]
+
+    def to_string(
+        self, tokens: int | list[int] | list[list[int]] | Tensor | np.ndarray
+    ) -> str | list[str]:
+        """Text of one sequence, or a list of texts of a batch."""
+        tokenizer = self._need_tokenizer()
+        ids = torch.as_tensor(tokens)
+        if ids.ndim > 2:
+            raise InputError(f"tokens must have at most 2 dimensions, got shape {tuple(ids.shape)}")
+        if ids.ndim == 2:
+            return [self.to_string(row) for row in ids]  # type: ignore[misc]
+        flat = ids.reshape(-1).tolist()
+        return str(tokenizer.decode(flat, clean_up_tokenization_spaces=False))
+
+    def to_str_tokens(
+        self,
+        input: str | list[str] | Tensor | np.ndarray,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Each token as a string; a list of texts gives a list of such lists, unpadded."""
+        if isinstance(input, list):
+            return [self.to_str_tokens(text, prepend_bos) for text in input]  # type: ignore[misc]
+        if isinstance(input, str):
+            ids = self.tokenize(input, prepend_bos)[0][0]
+        else:
+            ids = torch.as_tensor(input).squeeze()
+            ids = ids[None] if ids.ndim == 0 else ids
+            if ids.ndim != 1:
+                raise InputError(f"to_str_tokens takes one sequence, got shape {tuple(ids.shape)}")
+        return [str(self.to_string(token)) for token in ids]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is exactly one token.
+
+        Raises:
+            TokenizerError: if it is none or several; the message lists them.
+        """
+        ids = self.tokenize(string, prepend_bos=False)[0][0]
+        if len(ids) != 1:
+            raise TokenizerError(
+                f"{string!r} is not a single token but {self.to_str_tokens(string, False)}"
+            )
+        return int(ids[0])
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """The text of one token id."""
+        return str(self.to_string(torch.tensor([int_token])))
+
+    def get_token_position(
+        self,
+        single_token: str | int | Tensor,
+        input: str | Tensor,
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> int:
+        """Position of a token in a text or a token sequence ``[pos]`` or ``[1, pos]``.
+
+        Raises:
+            InputError: if it does not occur, if there is more than one sequence, or if ``mode``
+                is neither ``"first"`` nor ``"last"``.
+        """
+        if mode not in ("first", "last"):
+            raise InputError(f"mode must be 'first' or 'last', got {mode!r}")
+        ids = self.tokenize(input, prepend_bos)[0] if isinstance(input, str) else input
+        if ids.ndim == 2 and ids.shape[0] != 1:
+            raise InputError(f"get_token_position takes one sequence, got {ids.shape[0]}")
+        ids = ids.reshape(-1)
+        is_text = isinstance(single_token, str)
+        token = self.to_single_token(str(single_token)) if is_text else int(single_token)
+        found = (ids == token).nonzero().flatten().tolist()
+        if not found:
+            raise InputError(f"token {single_token!r} does not occur in the prompt")
+        return int(found[0 if mode == "first" else -1])
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "..."]
+    ) -> Float[Tensor, "... d_model"]:
+        """Columns of W_U of the given tokens, as rows.
+
+        As in TransformerLens, a single token gives ``[d_model]``. The final norm's gain is not
+        folded in: the exact direction of a logit is ``ln_final.w * W_U[:, token]``.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        if isinstance(tokens, int) or tokens.numel() == 1:
+            return self.unembed.matrix[int(tokens)]
+        return self.unembed.matrix[tokens]
