@@ -73,7 +73,9 @@ class Checkpoint:
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
         except Exception as error:
-            raise CheckpointError(f"{self.folder}/tokenizer.json cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{self.folder}/tokenizer.json cannot be read: {error}"
+            ) from error
         for kind, token_id in self.adapter.special_token_ids.items():
             if token_id < len(tokenizer):
                 setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
@@ -224,7 +226,9 @@ def _tensor_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
         bad = [n for n in names if not isinstance(n, str) or Path(n).name != n]
@@ -251,7 +255,7 @@ def _tensor_files(folder: Path) -> list[Path]:
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); it may be truncated, fetch it again"

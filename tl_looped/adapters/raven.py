@@ -24,9 +24,8 @@ _STATE_MODES = {
 
 def is_raven(config: Mapping[str, Any]) -> bool:
     """Whether a config is of the Raven format."""
-    return (
-        config.get("model_type") == "huginn_raven"
-        or "RavenForCausalLM" in (config.get("architectures") or [])
+    return config.get("model_type") == "huginn_raven" or "RavenForCausalLM" in (
+        config.get("architectures") or []
     )
 
 
@@ -61,23 +60,25 @@ def raven_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
     mode = config.get("initial_state_mode") or "random"
     if mode not in _STATE_MODES:
         raise ConfigError(f"initial_state_mode must be one of {list(_STATE_MODES)}, got {mode!r}")
-    values: dict[str, Any] = dict(
-        d_model=d_model,
-        d_head=config.get("head_dim") or d_model // n_heads,
-        n_heads=n_heads,
-        n_key_value_heads=config.get("num_key_value_heads"),
-        d_mlp=mlp,
-        d_vocab=vocab,
-        n_prelude=p,
-        n_core=k,
-        n_coda=c,
-        n_recurrences=recurrences,
-        eps=eps,
-        injection=Injection.LINEAR,
-        initial_state=_STATE_MODES[mode],
-        initial_state_std=require(init_values, "std")[0],
-        tie_embeddings=bool(config.get("tie_embeddings", config.get("tie_word_embeddings", False))),
-    )
+    values: dict[str, Any] = {
+        "d_model": d_model,
+        "d_head": config.get("head_dim") or d_model // n_heads,
+        "n_heads": n_heads,
+        "n_key_value_heads": config.get("num_key_value_heads"),
+        "d_mlp": mlp,
+        "d_vocab": vocab,
+        "n_prelude": p,
+        "n_core": k,
+        "n_coda": c,
+        "n_recurrences": recurrences,
+        "eps": eps,
+        "injection": Injection.LINEAR,
+        "initial_state": _STATE_MODES[mode],
+        "initial_state_std": require(init_values, "std")[0],
+        "tie_embeddings": bool(
+            config.get("tie_embeddings", config.get("tie_word_embeddings", False))
+        ),
+    }
     return LoopedConfig(**(values | family))
 
 

@@ -48,7 +48,9 @@ def known_adapters() -> list[str]:
 
 def all_aliases() -> dict[str, HubAlias]:
     """Every short checkpoint name of every registered family."""
-    return {name: alias for adapter in _ADAPTERS.values() for name, alias in adapter.aliases.items()}
+    return {
+        name: alias for adapter in _ADAPTERS.values() for name, alias in adapter.aliases.items()
+    }
 
 
 def find_adapter(config: Mapping[str, Any], tensor_names: Collection[str]) -> Adapter:

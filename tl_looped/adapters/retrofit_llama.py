@@ -36,12 +36,12 @@ def retrofit_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
     """The part of the configuration that all retrofits share."""
     theta, n_ctx = require(config, "rope_theta", "max_position_embeddings")
     (init_values,) = require(config, "init_values")
-    values: dict[str, Any] = dict(
-        n_ctx=n_ctx,
-        rotary_base=float(theta),
-        rope_scaling=config.get("rope_scaling"),
-        embed_scale=float(init_values.get("embed_scale", 1.0)),
-    )
+    values: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "rotary_base": float(theta),
+        "rope_scaling": config.get("rope_scaling"),
+        "embed_scale": float(init_values.get("embed_scale", 1.0)),
+    }
     return raven_config(config, **(values | family))
 
 

@@ -57,6 +57,8 @@ class AttentionWeights(nn.Module):
 class Attention(nn.Module):
     """Hooked attention on borrowed weights."""
 
+    _weights: AttentionWeights
+
     def __init__(self, cfg: LoopedConfig, weights: AttentionWeights) -> None:
         super().__init__()
         self.cfg = cfg

@@ -58,6 +58,7 @@ class Block(nn.Module):
     # Read by TransformerLens's logit lens: block outputs are one [batch, pos, d_model] stream.
     hook_out_is_single_residual_stream = True
 
+    weights: BlockWeights
     ln1: HookedRMSNorm
     ln1_post: HookedRMSNorm
     ln_mid: HookedRMSNorm

@@ -34,6 +34,8 @@ class MLPWeights(nn.Module):
 class MLP(nn.Module):
     """Hooked MLP on borrowed weights."""
 
+    _weights: MLPWeights
+
     def __init__(self, weights: MLPWeights) -> None:
         super().__init__()
         object.__setattr__(self, "_weights", weights)

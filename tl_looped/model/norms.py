@@ -39,22 +39,24 @@ def rms_norm(x: Float[Tensor, "... d"], weights: NormWeights) -> Float[Tensor, "
 class HookedRMSNorm(nn.Module):
     """RMSNorm with hook points, on borrowed weights."""
 
+    weights: NormWeights
+
     def __init__(self, weights: NormWeights) -> None:
         super().__init__()
         # Past nn.Module.__setattr__: a borrowed module must not be registered a second time.
-        object.__setattr__(self, "_weights", weights)
+        object.__setattr__(self, "weights", weights)
         self.hook_scale = LoopedHookPoint()
         self.hook_normalized = LoopedHookPoint()
 
     @property
     def w(self) -> Float[Tensor, " d"]:
         """The gain."""
-        return self._weights.w
+        return self.weights.w
 
     @property
     def eps(self) -> float:
         """Epsilon inside the square root."""
-        return self._weights.eps
+        return self.weights.eps
 
     def forward(
         self, x: Float[Tensor, "... d"], also: HookedRMSNorm | None = None

@@ -205,11 +205,11 @@ class LoopedHookManager(HookedRootModule):
             add(self.ln_pre_coda, "ln_pre_coda")
         for l in range(loop.c):  # noqa: E741
             add_block(loop.coda_index(l))
-        add(self._modules["ln_final"], "ln_final")  # type: ignore[arg-type]
+        add(self._modules["ln_final"], "ln_final")
         self.hook_dict = hooks
 
     @property
-    def mod_dict(self) -> dict[str, nn.Module]:  # type: ignore[override]
+    def mod_dict(self) -> dict[str, nn.Module]:
         """Every module by name."""
         return {name: module for name, module in self.named_modules() if name}
 
@@ -218,7 +218,7 @@ class LoopedHookManager(HookedRootModule):
     def _set_flag(self, flag: str, on: bool) -> None:
         setattr(self.cfg, flag, on)
         self._block_names.clear()
-        self._name_hooks(list(self._modules["blocks"]))  # type: ignore[arg-type]
+        self._name_hooks(list(self._modules["blocks"]))
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Compute and hook each head's output, ``attn.hook_result``."""
@@ -296,9 +296,12 @@ class LoopedHookManager(HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """Add a hook until ``reset_hooks``; names as in :meth:`hook_name`, or a filter function."""
-        add: dict[str, Any] = dict(
-            dir=dir, is_permanent=is_permanent, level=level, prepend=prepend
-        )
+        add: dict[str, Any] = {
+            "dir": dir,
+            "is_permanent": is_permanent,
+            "level": level,
+            "prepend": prepend,
+        }
         if callable(name):
             super().add_hook(name, hook, **add)
             return
@@ -320,7 +323,7 @@ class LoopedHookManager(HookedRootModule):
 
     # -- caching ------------------------------------------------------------------------------
 
-    def run_with_cache(  # type: ignore[override]
+    def run_with_cache(
         self,
         *model_args: Any,
         return_cache_object: bool = True,
@@ -381,7 +384,8 @@ class LoopedHookManager(HookedRootModule):
             kept = tensor.detach().to(device)
             if remove_batch_dim and kept.shape[0] == 1:
                 kept = kept[0]
-            assert hook.name is not None and hook.pos_dim is not None
+            assert hook.name is not None
+            assert hook.pos_dim is not None
             store[hook.name + suffix] = positions.apply(kept, dim=hook.pos_dim)
 
         names = self.names_filter_set(names_filter)
@@ -400,5 +404,3 @@ class LoopedHookManager(HookedRootModule):
         if cfg.loop_norm:
             return "the loop norm rescales the stream after every recurrence"
         return None
-
-

@@ -38,7 +38,7 @@ class LensesMixin(LoopMixin):
             resid: Block outputs or any other residual streams, with any leading dimensions.
         """
         self._check_width(resid)
-        return self.unembed(rms_norm(resid.to(self.W_E), self.ln_final._weights))
+        return self.unembed(rms_norm(resid.to(self.W_E), self.ln_final.weights))
 
     def coda_lens(
         self,
@@ -59,10 +59,10 @@ class LensesMixin(LoopMixin):
         self._check_width(resid)
         stream = resid.to(self.W_E)
         stack, (batch, length) = stream.shape[:-3], stream.shape[-3:-1]
-        final = self.ln_final._weights
+        final = self.ln_final.weights
         if self.cfg.loop_norm and self.loop.c == 0:
             return self.unembed(stream if after_loop_norm else rms_norm(stream, final))
-        if self.cfg.loop_norm and not after_loop_norm or self.cfg.pre_coda_norm:
+        if (self.cfg.loop_norm and not after_loop_norm) or self.cfg.pre_coda_norm:
             stream = rms_norm(stream, final)
         mask = self._check_mask(attention_mask, batch, length)
         run = RunContext.build(self.cfg, batch, length, mask, stream.device, stream.dtype)
@@ -81,8 +81,8 @@ class LensesMixin(LoopMixin):
                 self,
                 "_coda_without_hooks",
                 [
-                    Block(self.cfg, weights, LayerLocation("coda", None, i))  # type: ignore[arg-type]
-                    for i, weights in enumerate(self._modules["coda"])  # type: ignore[arg-type]
+                    Block(self.cfg, weights, LayerLocation("coda", None, i))
+                    for i, weights in enumerate(self._modules["coda"])
                 ],
             )
         blocks: list[Block] = self._coda_without_hooks

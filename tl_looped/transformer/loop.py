@@ -119,7 +119,9 @@ class LoopMixin(TokensMixin):
         skip = self.cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
         return skip and run.initial_state is None
 
-    def _leave_recurrence(self, r: int, x: Stream, final_norm: HookedRMSNorm | None = None) -> Stream:
+    def _leave_recurrence(
+        self, r: int, x: Stream, final_norm: HookedRMSNorm | None = None
+    ) -> Stream:
         """The end of recurrence ``r``; ``final_norm`` if its loop norm is also the final norm."""
         hooks = self._recurrence_hooks(r)
         if final_norm is not None:

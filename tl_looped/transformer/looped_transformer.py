@@ -50,10 +50,16 @@ class LoopedTransformer(GenerationMixin):
         device = torch.device("cpu" if cfg.device is None else cfg.device)
         with device:
             self.embed = Embed(cfg)
-            for stage, n in (("prelude", cfg.n_prelude), ("core", cfg.n_core), ("coda", cfg.n_coda)):
+            for stage, n in (
+                ("prelude", cfg.n_prelude),
+                ("core", cfg.n_core),
+                ("coda", cfg.n_coda),
+            ):
                 self.add_module(stage, nn.ModuleList(BlockWeights(cfg) for _ in range(n)))
             if cfg.injection is not Injection.NONE:
-                self.injection = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False, dtype=cfg.dtype)
+                self.injection = nn.Linear(
+                    2 * cfg.d_model, cfg.d_model, bias=False, dtype=cfg.dtype
+                )
             if cfg.exit_gate:
                 self.exit_gate = nn.Linear(cfg.d_model, 1, dtype=cfg.dtype)
             self.final_norm = NormWeights(cfg.d_model, cfg.eps, cfg.dtype)

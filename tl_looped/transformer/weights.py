@@ -40,6 +40,7 @@ class Unembed(nn.Module):
     """Map from the normalised stream to logits; shares the embedding's matrix if tied."""
 
     weight: nn.Parameter
+    _embed: Embed
 
     def __init__(self, cfg: LoopedConfig, embed: Embed) -> None:
         super().__init__()
@@ -77,12 +78,12 @@ class WeightsMixin(LoopedHookManager):
     @property
     def blocks(self) -> nn.ModuleList:
         """The effective layers, in order."""
-        return self._modules["blocks"]  # type: ignore[return-value]
+        return self._modules["blocks"]
 
     @property
     def ln_final(self) -> HookedRMSNorm:
         """The norm before the unembedding."""
-        return self._modules["ln_final"]  # type: ignore[return-value]
+        return self._modules["ln_final"]
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
@@ -168,7 +169,7 @@ class WeightsMixin(LoopedHookManager):
         for i in range(self.loop.n_layers):
             unique = self.unique_layer(i)
             if unique not in by_unique:
-                block: Block = self.blocks[i]  # type: ignore[assignment]
+                block: Block = self.blocks[i]
                 by_unique[unique] = _block_parameters(block)
             out |= {f"blocks.{i}.{name}": value for name, value in by_unique[unique].items()}
         out["ln_final.w"] = self.ln_final.w

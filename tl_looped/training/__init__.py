@@ -1,0 +1,1 @@
+"""Training small looped models from scratch."""

@@ -1,0 +1,69 @@
+"""How the bundled demo model was made.
+
+Shape (2, 4 x 4, 2), linear injection, d_model 128, four heads, pre-norm RMSNorm, SwiGLU, RoPE, tied
+embeddings, context 256, byte-level BPE of 2,048 tokens, trained on GSM8K's training problems at four
+recurrences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout
+from tl_looped.training.corpus import pack, read_problems, split, train_tokenizer
+from tl_looped.training.small import TrainSpec, train_small
+from tl_looped.transformer import LoopedTransformer
+
+VOCABULARY = 2048
+CONTEXT = 256
+HELD_OUT_PROBLEMS = 373
+SPEC = TrainSpec(steps=3200)
+
+
+def demo_config(d_vocab: int, seed: int) -> LoopedConfig:
+    """Configuration of the demo model."""
+    return LoopedConfig(
+        architecture="tl_looped",
+        model_name="demo",
+        d_model=128,
+        d_head=32,
+        n_heads=4,
+        d_mlp=344,
+        n_ctx=CONTEXT,
+        d_vocab=d_vocab,
+        n_prelude=2,
+        n_core=4,
+        n_coda=2,
+        n_recurrences=4,
+        norm_layout=NormLayout.PRE,
+        injection=Injection.LINEAR,
+        initial_state=InitialState.RANDOM,
+        initial_state_std=math.sqrt(2 / 5),  # Huginn's state, after its embedding scale
+        tie_embeddings=True,
+        init_mode="normal",
+        initializer_range=0.02,
+        default_prepend_bos=True,
+        seed=seed,
+        device="cpu",
+    )
+
+
+def train_demo(
+    data: Path,
+    out: Path,
+    spec: TrainSpec = SPEC,
+    report: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> list[dict[str, Any]]:
+    """Train the demo model on a jsonl file of problems; see :func:`train_small` for the output.
+
+    Raises:
+        DataError: see :func:`read_problems`.
+    """
+    training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, spec.seed)
+    tokenizer = train_tokenizer(training, VOCABULARY)
+    model = LoopedTransformer.from_config(demo_config(len(tokenizer), spec.seed), tokenizer)
+    rows, held_out_rows = (pack(texts, tokenizer, CONTEXT) for texts in (training, held_out))
+    return train_small(model, rows, held_out_rows, spec, out, report)
