@@ -23,7 +23,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, get_act_name
 from transformer_lens.utilities.slice import SliceInput
 
-from tl_looped.errors import InvalidDecompositionError, MissingActivationError
+from tl_looped.errors import InvalidDecompositionError, LayerIndexError, MissingActivationError
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.model.names import canonical_name
 
@@ -83,7 +83,10 @@ class LoopedActivationCache(ActivationCache):
             ) from None
 
     def __contains__(self, key: Any) -> bool:
-        return self.resolve(key) in self.cache_dict
+        try:
+            return self.resolve(key) in self.cache_dict
+        except LayerIndexError:
+            return False
 
     def resolve(self, key: Any) -> str:
         """The canonical hook name of a cache key.

@@ -63,7 +63,7 @@ class Checkpoint:
         return cfg
 
     def tokenizer(self) -> Any:
-        """The folder's ``tokenizer.json`` with the family's special tokens, or None if there is none.
+        """The folder's ``tokenizer.json`` with the family's special tokens; None without one.
 
         ``tokenizer.json`` is read as it is: the ``Auto`` classes may rebuild it or ask for the
         checkpoint's code.
@@ -255,7 +255,7 @@ def _tensor_files(folder: Path) -> list[Path]:
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file}
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); it may be truncated, fetch it again"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from tl_looped.adapters.base import Adapter, HubAlias, Source, require
 from tl_looped.adapters.raven import (
@@ -28,8 +28,8 @@ class HuginnAdapter(Adapter):
     """tomg-group-umd/huginn-0125."""
 
     name = "huginn"
-    aliases = {"huginn": HubAlias("tomg-group-umd/huginn-0125")}
-    special_token_ids = {"bos": 65504, "eos": 65505, "pad": 65509}
+    aliases: ClassVar = {"huginn": HubAlias("tomg-group-umd/huginn-0125")}
+    special_token_ids: ClassVar = {"bos": 65504, "eos": 65505, "pad": 65509}
 
     def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
         """Raven with four norms a block."""

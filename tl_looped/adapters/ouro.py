@@ -7,7 +7,7 @@ says bos = eos = pad = 0; 1, 2 and 0 are right.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from tl_looped.adapters.base import Adapter, HubAlias, Source, require, require_equal
 from tl_looped.adapters.registry import register_adapter
@@ -26,13 +26,13 @@ class OuroAdapter(Adapter):
     """ByteDance/Ouro-1.4B and Ouro-2.6B, and their -Thinking versions."""
 
     name = "ouro"
-    aliases = {
+    aliases: ClassVar = {
         "ouro-1.4b": HubAlias("ByteDance/Ouro-1.4B"),
         "ouro-2.6b": HubAlias("ByteDance/Ouro-2.6B"),
         "ouro-1.4b-thinking": HubAlias("ByteDance/Ouro-1.4B-Thinking"),
         "ouro-2.6b-thinking": HubAlias("ByteDance/Ouro-2.6B-Thinking"),
     }
-    special_token_ids = {"bos": 1, "eos": 2, "pad": 0}
+    special_token_ids: ClassVar = {"bos": 1, "eos": 2, "pad": 0}
 
     def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
         """By ``model_type`` or the architecture's name."""

@@ -47,7 +47,7 @@ def retrofit_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
 
 @register_adapter
 class RetrofitLlamaAdapter(Adapter):
-    """smcleish/Recurrent-Llama-3.2-train-recurrence-R and Recurrent-TinyLlama-3T-…"""
+    """smcleish/Recurrent-Llama-3.2-train-recurrence-R and the same for TinyLlama-3T."""
 
     name = "retrofit-llama"
     aliases = retrofit_aliases("recurrent-llama-3.2", "Recurrent-Llama-3.2") | retrofit_aliases(

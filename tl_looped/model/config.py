@@ -111,8 +111,9 @@ class LoopedConfig(TransformerLensConfig):
         initial_state: See :class:`InitialState`.
         initial_state_std: Standard deviation of the normal before it is cut at three of them,
             before ``embed_scale``.
-        init_mode: ``"normal"``: every matrix N(0, ``initializer_range``²); ``"fan_in"``: linear maps
-            N(0, 1 / fan_in), embeddings N(0, 1). Gains are one, biases zero. Only for random models.
+        init_mode: ``"normal"``: every matrix N(0, ``initializer_range``²); ``"fan_in"``: linear
+            maps N(0, 1 / fan_in), embeddings N(0, 1). Gains are one, biases zero. Only for random
+            models.
         initializer_range: See ``init_mode``.
         seed: Seed of random weights.
         use_attn_in: TransformerLens's flag for ``hook_attn_in``.
@@ -147,6 +148,9 @@ class LoopedConfig(TransformerLensConfig):
     seed: int = 0
     use_attn_in: bool = False
     use_hook_mlp_in: bool = False
+
+    n_key_value_heads: int | None = None
+    device: str | None = None
 
     # The same for every supported family; TransformerLens's tools read these fields.
     normalization_type: str | None = "RMS"
@@ -255,7 +259,7 @@ class LoopedConfig(TransformerLensConfig):
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """``"bfloat16"`` or ``torch.bfloat16`` -> ``torch.bfloat16``; anything but floats is refused."""
+    """``"bfloat16"`` or ``torch.bfloat16`` -> ``torch.bfloat16``; only floats are accepted."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(

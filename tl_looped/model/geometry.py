@@ -9,11 +9,11 @@ Python and TransformerLens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Union
+from typing import NamedTuple, TypeAlias
 
 from tl_looped.errors import LayerIndexError
 
-LayerLike = Union[int, tuple[int, int]]
+LayerLike: TypeAlias = int | tuple[int, int]
 """An effective layer ``i``, or ``(recurrence, layer)`` in the core."""
 
 

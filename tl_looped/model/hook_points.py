@@ -55,6 +55,7 @@ class LoopedHookPoint(HookPoint):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The activation, as the hooks left it; at once if there are none."""
         # The idle call is the common one: 27,000 of them at 128 recurrences of Huginn.
         if not self.is_active and len(args) == 1 and not kwargs:
             return args[0]

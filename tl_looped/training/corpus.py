@@ -1,8 +1,8 @@
 """From a jsonl file of problems to packed token rows.
 
 Each problem is one document, ``question`` newline ``answer``, between BOS and EOS; GSM8K's
-calculator notes (``<<48/2=24>>``) are taken out. Documents are joined in a seeded order and cut into
-rows of one context length each, so a row may hold the end of one document and the start of another.
+calculator notes (``<<48/2=24>>``) are taken out. Documents are joined in a seeded order and cut
+into rows of one context length each, so a row may hold the end of one and the start of another.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def read_problems(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise DataError(
-            f"{path} does not exist. GSM8K's training split (openai/gsm8k on the hub) as jsonl, one "
-            '{"question": ..., "answer": ...} a line, is what the demo model was trained on.'
+            f"{path} does not exist. The demo model was trained on GSM8K's training split "
+            '(openai/gsm8k on the hub) as jsonl, one {"question": ..., "answer": ...} a line.'
         )
     texts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

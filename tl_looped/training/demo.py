@@ -1,8 +1,8 @@
 """How the bundled demo model was made.
 
 Shape (2, 4 x 4, 2), linear injection, d_model 128, four heads, pre-norm RMSNorm, SwiGLU, RoPE, tied
-embeddings, context 256, byte-level BPE of 2,048 tokens, trained on GSM8K's training problems at four
-recurrences.
+embeddings, context 256, byte-level BPE of 2,048 tokens, trained on GSM8K's training problems at
+four recurrences.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Hook points of a looped model: pooled blocks, names, recurrences, hooks and caches.
 
 Blocks are pooled by (stage, recurrence, layer) and made once, when they are first needed. Changing
-the number of recurrences only selects among them, so hooks survive it: a hook on recurrence 7 sleeps
-while R is 4 and is there again at R = 8, and a coda layer keeps its hooks while its effective index
-moves. ``reset_hooks`` reaches the sleeping ones too.
+the number of recurrences only selects among them, so hooks survive it: a hook on recurrence 7
+sleeps while R is 4 and is there again at R = 8, and a coda layer keeps its hooks while its
+effective index moves. ``reset_hooks`` reaches the sleeping ones too.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class LoopedHookManager(HookedRootModule):
         assert isinstance(final_norm, NormWeights)
         if cfg.pre_coda_norm:
             self.ln_pre_coda = HookedRMSNorm(final_norm)
-        # Past __setattr__: `ln_final` and `blocks` are class-level properties, because TransformerLens's
-        # runtime-checked protocols only see those from Python 3.12 on.
+        # Past __setattr__: `ln_final` and `blocks` are class-level properties, because those are all
+        # that TransformerLens's runtime-checked protocols see from Python 3.12 on.
         self._modules["ln_final"] = HookedRMSNorm(final_norm)
         self._block_pool: dict[LayerLocation, Block] = {}
         self._recurrence_pool: list[RecurrenceHooks] = []
@@ -143,7 +143,7 @@ class LoopedHookManager(HookedRootModule):
             self.set_recurrences(before)
 
     def view_at(self, n_recurrences: int) -> Any:
-        """This model as TransformerLens's tools would see it at another number of recurrences."""
+        """The model as TransformerLens's tools would see it at another number of recurrences."""
         return _GeometryView(self, n_recurrences)
 
     def _pooled_block(self, location: LayerLocation) -> Block:

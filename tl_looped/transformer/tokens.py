@@ -10,7 +10,7 @@ a real token sees.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class TokensMixin(WeightsMixin):
         if ids.ndim > 2:
             raise InputError(f"tokens must have at most 2 dimensions, got shape {tuple(ids.shape)}")
         if ids.ndim == 2:
-            return [self.to_string(row) for row in ids]
+            return [str(self.to_string(row)) for row in ids]
         flat = ids.reshape(-1).tolist()
         return str(tokenizer.decode(flat, clean_up_tokenization_spaces=False))
 
@@ -139,7 +139,7 @@ class TokensMixin(WeightsMixin):
     ) -> list[str] | list[list[str]]:
         """Each token as a string; a list of texts gives a list of such lists, unpadded."""
         if isinstance(input, list):
-            return [self.to_str_tokens(text, prepend_bos) for text in input]
+            return [cast(list[str], self.to_str_tokens(text, prepend_bos)) for text in input]
         if isinstance(input, str):
             ids = self.tokenize(input, prepend_bos)[0][0]
         else:

@@ -9,6 +9,7 @@ layers, and its tensors are views of the shared weights (but for repeated keys a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -169,7 +170,7 @@ class WeightsMixin(LoopedHookManager):
         for i in range(self.loop.n_layers):
             unique = self.unique_layer(i)
             if unique not in by_unique:
-                block: Block = self.blocks[i]
+                block = cast(Block, self.blocks[i])
                 by_unique[unique] = _block_parameters(block)
             out |= {f"blocks.{i}.{name}": value for name, value in by_unique[unique].items()}
         out["ln_final.w"] = self.ln_final.w
