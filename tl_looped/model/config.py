@@ -252,6 +252,9 @@ class LoopedConfig(TransformerLensConfig):
         values = dict(values)
         if "dtype" in values:
             values["dtype"] = parse_dtype(values["dtype"])
+        for name, enum in _ENUMS.items():
+            if name in values:
+                values[name] = _as_enum(enum, name, values[name])
         missing = [name for name in ("d_model", "d_head", "n_ctx", "n_core") if name not in values]
         if missing:
             raise ConfigError(f"the configuration lacks {missing}")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint, NamesFilter
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 from transformer_lens.utilities.slice import SliceInput
 
@@ -99,7 +99,7 @@ class LoopedHookManager(HookedRootModule):
         assert isinstance(final_norm, NormWeights)
         if cfg.pre_coda_norm:
             self.ln_pre_coda = HookedRMSNorm(final_norm)
-        # Past __setattr__: `ln_final` and `blocks` are class-level properties, because those are all
+        # Past __setattr__: `ln_final` and `blocks` are class-level properties, since that is all
         # that TransformerLens's runtime-checked protocols see from Python 3.12 on.
         self._modules["ln_final"] = HookedRMSNorm(final_norm)
         self._block_pool: dict[LayerLocation, Block] = {}
@@ -368,7 +368,7 @@ class LoopedHookManager(HookedRootModule):
 
     def get_caching_hooks(
         self,
-        names_filter: NamesFilter = None,
+        names_filter: Any = None,
         incl_bwd: bool = False,
         device: Any = None,
         remove_batch_dim: bool = False,

@@ -108,8 +108,8 @@ class LoopMixin(TokensMixin):
             return hooks.hook_injected(state)
         if run.prelude_output is None:
             raise InputError(
-                f"start_at_layer lies in the loop, but recurrence {r} injects the prelude's output: "
-                "pass it as prelude_output= (hook_resid_post of the last prelude layer)"
+                f"start_at_layer lies in the loop, and recurrence {r} injects the prelude's output:"
+                " pass it as prelude_output= (hook_resid_post of the last prelude layer)"
             )
         # One product over the concatenation, as the reference rounds it in half precision.
         injected = self.injection(torch.cat((state, run.prelude_output), -1))

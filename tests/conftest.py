@@ -1,0 +1,124 @@
+"""Fixtures: the five golden cases, and small random models of every kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tl_looped import (
+    InitialState,
+    Injection,
+    LoopedConfig,
+    LoopedTransformer,
+    NormLayout,
+    RotaryStyle,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("huginn", "retrofit_llama", "retrofit_tinyllama", "retrofit_olmo", "ouro")
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A reference checkpoint and what the authors' code computes from it."""
+
+    name: str
+    folder: Path
+    tensors: dict[str, Tensor]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Arguments of the reference run besides the tokens."""
+        return {"initial_state": self.tensors["initial_state"]} if self.is_raven else {}
+
+    @property
+    def is_raven(self) -> bool:
+        return self.name != "ouro"
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.tensors["input_ids"]
+
+    def load(self, **kwargs: Any) -> LoopedTransformer:
+        return LoopedTransformer.from_pretrained(self.folder, device="cpu", **kwargs)
+
+
+def load_golden(name: str) -> Golden:
+    return Golden(name, GOLDEN / name, load_file(GOLDEN / name / "golden.safetensors"))
+
+
+@pytest.fixture(params=CASES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return load_golden(request.param)
+
+
+@pytest.fixture
+def golden_model(golden: Golden) -> LoopedTransformer:
+    return golden.load()
+
+
+def random_config(**changes: Any) -> LoopedConfig:
+    """A (2, 3 x 4, 1) model of 32 dimensions that `changes` turns into what a test needs."""
+    values: dict[str, Any] = {
+        "d_model": 32,
+        "d_head": 8,
+        "n_heads": 4,
+        "d_mlp": 48,
+        "n_ctx": 64,
+        "d_vocab": 50,
+        "n_prelude": 2,
+        "n_core": 3,
+        "n_coda": 1,
+        "n_recurrences": 4,
+        "init_mode": "fan_in",
+        "device": "cpu",
+        "default_prepend_bos": False,
+    }
+    return LoopedConfig(**(values | changes))
+
+
+# One model of every norm layout, with and without injection, grouped heads, gate, loop norm.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pre": {},
+    "pre-injection": {
+        "injection": Injection.LINEAR,
+        "initial_state": InitialState.RANDOM,
+        "initial_state_std": 0.5,
+    },
+    "post-qk-norm": {"norm_layout": NormLayout.POST, "qk_norm": True, "n_key_value_heads": 2},
+    "sandwich-loop-norm": {
+        "norm_layout": NormLayout.SANDWICH,
+        "loop_norm": True,
+        "exit_gate": True,
+        "n_prelude": 0,
+        "n_coda": 0,
+    },
+    "residual-injection": {
+        "norm_layout": NormLayout.RESIDUAL,
+        "injection": Injection.LINEAR,
+        "initial_state": InitialState.RANDOM,
+        "initial_state_std": 0.5,
+        "pre_coda_norm": True,
+        "qk_bias": True,
+        "rotary_style": RotaryStyle.INTERLEAVED,
+        "rotary_in_fp32": True,
+        "tie_embeddings": True,
+    },
+}
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> LoopedTransformer:
+    return LoopedTransformer.from_config(random_config(**VARIANTS[request.param]))
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,416 @@
+"""Adapters: what they read from configs, how families are told apart, the registry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import CASES, GOLDEN, Golden, load_golden
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from tl_looped import (
+    Adapter,
+    ConfigError,
+    HubAlias,
+    InitialState,
+    Injection,
+    LoopedConfig,
+    LoopedTransformer,
+    NormLayout,
+    RegistryError,
+    RotaryStyle,
+    Source,
+    UnknownArchitectureError,
+    known_adapters,
+    register_adapter,
+    unregister_adapter,
+)
+from tl_looped.adapters import find_adapter
+from tl_looped.model.parameters import parameter_names
+
+LLAMA3 = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+RETROFIT = {
+    "norm_layout": NormLayout.PRE,
+    "injection": Injection.LINEAR,
+    "initial_state": InitialState.RANDOM,
+    "initial_state_std": 0.008703882797784892,
+    "embed_scale": 1.0,
+    "n_recurrences": 5,
+    "loop_norm": False,
+    "pre_coda_norm": False,
+    "exit_gate": False,
+    "qk_bias": False,
+    "qk_norm": False,
+    "tie_embeddings": False,
+    "rotary_style": RotaryStyle.HALF,
+    "rotary_in_fp32": False,
+    "rope_scaling": None,
+    "d_model": 64,
+    "d_head": 16,
+    "n_heads": 4,
+    "d_mlp": 96,
+    "d_vocab": 97,
+}
+FACTS: dict[str, dict[str, Any]] = {
+    "huginn": RETROFIT
+    | {
+        "architecture": "huginn",
+        "norm_layout": NormLayout.RESIDUAL,
+        "initial_state_std": 0.07905694150420949,
+        "embed_scale": 8.0,
+        "pre_coda_norm": True,
+        "qk_bias": True,
+        "tie_embeddings": True,
+        "rotary_style": RotaryStyle.INTERLEAVED,
+        "rotary_in_fp32": True,
+        "rotary_base": 50000.0,
+        "eps": 1e-6,
+        "n_ctx": 64,
+        "n_kv_heads": 4,
+        "d_mlp": 88,
+        "default_prepend_bos": True,
+    },
+    "retrofit_llama": RETROFIT
+    | {
+        "architecture": "retrofit-llama",
+        "rotary_base": 500000.0,
+        "rope_scaling": LLAMA3,
+        "eps": 1e-5,
+        "n_ctx": 131072,
+        "n_kv_heads": 2,
+        "default_prepend_bos": True,
+    },
+    "retrofit_tinyllama": RETROFIT
+    | {
+        "architecture": "retrofit-llama",
+        "rotary_base": 10000.0,
+        "eps": 1e-5,
+        "n_ctx": 2048,
+        "n_kv_heads": 1,
+        "default_prepend_bos": True,
+    },
+    "retrofit_olmo": RETROFIT
+    | {
+        "architecture": "retrofit-olmo",
+        "norm_layout": NormLayout.POST,
+        "qk_norm": True,
+        "rotary_base": 500000.0,
+        "eps": 1e-6,
+        "n_ctx": 4096,
+        "n_kv_heads": 4,
+        "default_prepend_bos": False,
+    },
+    "ouro": RETROFIT
+    | {
+        "architecture": "ouro",
+        "norm_layout": NormLayout.SANDWICH,
+        "injection": Injection.NONE,
+        "initial_state": InitialState.PRELUDE,
+        "initial_state_std": 0.0,
+        "n_recurrences": 4,
+        "loop_norm": True,
+        "exit_gate": True,
+        "exit_threshold": 1.0,
+        "rotary_base": 1e6,
+        "eps": 1e-6,
+        "n_ctx": 65536,
+        "n_kv_heads": 2,
+        "default_prepend_bos": False,
+    },
+}
+SHAPES = {
+    "huginn": (2, 4, 2),
+    "retrofit_llama": (2, 3, 2),
+    "retrofit_tinyllama": (1, 4, 1),
+    "retrofit_olmo": (2, 3, 2),
+    "ouro": (0, 3, 0),
+}
+RAVEN = [case for case in CASES if case != "ouro"]
+
+
+def raw_config(case: str, **changes: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((GOLDEN / case / "config.json").read_text())
+    return raw | changes
+
+
+def tensor_names(case: str) -> set[str]:
+    return set(load_file(GOLDEN / case / "model.safetensors"))
+
+
+def read_config(case: str, **changes: Any) -> LoopedConfig:
+    raw = raw_config(case, **changes)
+    return find_adapter(raw, tensor_names(case)).config(raw)
+
+
+def write_checkpoint(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def load_changed(case: str, folder: Path, **changes: Any) -> LoopedTransformer:
+    tensors = load_file(GOLDEN / case / "model.safetensors")
+    write_checkpoint(folder, raw_config(case, **changes), tensors)
+    return LoopedTransformer.from_pretrained(folder, device="cpu")
+
+
+# -- what is read from the config -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_has_the_facts_of_the_family(case: str) -> None:
+    cfg = read_config(case)
+    assert {name: getattr(cfg, name) for name in FACTS[case]} == FACTS[case]
+    assert (cfg.n_prelude, cfg.n_core, cfg.n_coda) == SHAPES[case]
+    p, k, c = SHAPES[case]
+    assert cfg.n_layers == p + k * cfg.n_recurrences + c
+
+
+def test_huginn_embed_scale_is_the_root_of_the_width() -> None:
+    stale = {"embed_scale": 3.0, "std": 0.25}
+    cfg = read_config("huginn", init_values=stale)
+    assert (cfg.embed_scale, cfg.initial_state_std) == (8.0, 0.25)
+
+
+def test_retrofit_embed_scale_is_read() -> None:
+    cfg = read_config("retrofit_llama", init_values={"embed_scale": 3.0, "std": 0.25})
+    assert (cfg.embed_scale, cfg.initial_state_std) == (3.0, 0.25)
+
+
+@pytest.mark.parametrize("case", [case for case in RAVEN if case != "huginn"])
+def test_retrofits_do_not_read_the_stale_keys(case: str) -> None:
+    assert read_config(case, rope_base=3.0, block_size=7).to_json() == read_config(case).to_json()
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
+    [
+        ("huginn", "injection_type", "add"),
+        ("huginn", "test_time_noise", 0.1),
+        ("retrofit_llama", "test_time_noise", 1),
+        ("retrofit_olmo", "nonlin_name", "GELU"),
+        ("retrofit_llama", "bias", True),
+        ("huginn", "state_init", "zero"),
+        ("huginn", "padded_vocab_size", 4096),
+        ("retrofit_olmo", "initial_state_mode", "zeros"),
+        ("ouro", "use_sliding_window", True),
+        ("ouro", "hidden_act", "gelu"),
+        ("ouro", "rope_scaling", {"rope_type": "yarn"}),
+        ("ouro", "attention_bias", True),
+    ],
+)
+def test_unsupported_value_is_refused_by_name(case: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(case, **{key: value})
+    assert key in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+# -- telling families apart -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config_of", RAVEN)
+@pytest.mark.parametrize("names_of", RAVEN)
+def test_tensor_names_decide_the_raven_family(config_of: str, names_of: str) -> None:
+    adapter = find_adapter(raw_config(config_of), tensor_names(names_of))
+    assert adapter.name == FACTS[names_of]["architecture"]
+
+
+@pytest.mark.parametrize("module", ["", "_llama", "_olmo", "_of_somebody_else"])
+def test_class_and_module_names_change_nothing(module: str, golden: Golden, tmp_path: Path) -> None:
+    names = {
+        "auto_map": {"AutoModelForCausalLM": f"raven_modeling_minimal{module}.Any"},
+        "block_class_name": f"Block{module}",
+        "norm_class_name": f"Norm{module}",
+        "architecture_class_name": f"GPT{module}",
+    }
+    model = load_changed(golden.name, tmp_path, **names)
+    logits = model(golden.tokens, **golden.run)
+    assert torch.equal(logits, golden.load()(golden.tokens, **golden.run))
+
+
+def test_model_type_and_architecture_each_suffice() -> None:
+    for case in CASES:
+        names = tensor_names(case)
+        only_type = raw_config(case, architectures=None)
+        only_class = raw_config(case, model_type=None)
+        wanted = FACTS[case]["architecture"]
+        assert find_adapter(only_type, names).name == wanted
+        assert find_adapter(only_class, names).name == wanted
+
+
+# -- initial states ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["embed-init", "skip-adapter"])
+def test_olmo_modes_start_from_the_prelude(mode: str, tmp_path: Path) -> None:
+    model = load_changed("retrofit_olmo", tmp_path, initial_state_mode=mode)
+    _, cache = model.run_with_cache(load_golden("retrofit_olmo").tokens)
+    e = cache["prelude.1.hook_resid_post"]
+    assert torch.equal(cache["hook_initial_state"], e)
+    assert torch.equal(cache["recurrence.0.hook_state_in"], e)
+    first = e if mode == "skip-adapter" else model.injection(torch.cat((e, e), -1))
+    assert torch.equal(cache["recurrence.0.hook_injected"], first)
+    for r in range(1, 5):
+        state = cache[f"recurrence.{r - 1}.hook_state_out"]
+        injected = model.injection(torch.cat((state, e), -1))
+        assert torch.equal(cache[f"recurrence.{r}.hook_injected"], injected)
+
+
+def test_olmo_modes_are_three_starts() -> None:
+    modes = ("random", "embed-init", "skip-adapter", None)
+    found = [read_config("retrofit_olmo", initial_state_mode=m).initial_state for m in modes]
+    assert found == [
+        InitialState.RANDOM,
+        InitialState.PRELUDE,
+        InitialState.PRELUDE_SKIP_ADAPTER,
+        InitialState.RANDOM,
+    ]
+
+
+@pytest.mark.parametrize("case", ["retrofit_llama", "retrofit_tinyllama", "huginn"])
+@pytest.mark.parametrize("mode", ["embed-init", "skip-adapter", "anything"])
+def test_only_olmo_reads_the_mode(case: str, mode: str) -> None:
+    cfg = read_config(case, initial_state_mode=mode)
+    assert cfg.initial_state is InitialState.RANDOM
+
+
+# -- tokenizer --------------------------------------------------------------------------------
+
+
+def test_ouro_special_tokens_are_corrected(tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / "ouro", tmp_path / "model")
+    words = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "a": 3}
+    start = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token=start)),
+        bos_token=start, eos_token=start, pad_token=start,
+    ).save_pretrained(folder)  # fmt: skip
+    model = LoopedTransformer.from_pretrained(folder, device="cpu")
+    ids = model.tokenizer
+    assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (1, 2, 0)
+    assert model.to_tokens("a").tolist() == [[3]]
+    assert model.to_tokens("a", prepend_bos=True).tolist() == [[1, 3]]
+
+
+# -- registry and third parties ---------------------------------------------------------------
+
+
+class ToyAdapter(Adapter):
+    """A family nobody has heard of: own config keys, own tensor names."""
+
+    name = "toy"
+    aliases: ClassVar = {"toy-small": HubAlias("toys/small", 3)}
+
+    def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
+        return config.get("kind") == "toy"
+
+    def config(self, config: Mapping[str, Any]) -> LoopedConfig:
+        return LoopedConfig(
+            architecture=self.name,
+            d_model=config["width"], d_head=8, n_heads=2, d_mlp=24, n_ctx=32, d_vocab=11,
+            n_prelude=1, n_core=config["depth"], n_recurrences=config["loops"],
+        )  # fmt: skip
+
+    def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
+        out = {name: Source((f"toy.{name}",)) for name in parameter_names(cfg)}
+        for block in ("prelude.0", *(f"core.{i}" for i in range(cfg.n_core))):
+            qkv = tuple(f"toy.{block}.{letter}" for letter in "qkv")
+            out[f"{block}.attn.qkv"] = Source(qkv, rows=(16, 16, 16))
+            out[f"{block}.ln1.w"] = Source(("toy.norms",), index=(0,))
+            out[f"{block}.ln2.w"] = Source(("toy.norms",), index=(1,))
+        return out
+
+
+@pytest.fixture
+def toy() -> Iterator[None]:
+    assert register_adapter(ToyAdapter) is ToyAdapter
+    yield
+    if "toy" in known_adapters():
+        unregister_adapter("toy")
+
+
+@pytest.mark.usefixtures("toy")
+def test_third_party_family_is_loaded_and_run(tmp_path: Path) -> None:
+    raw = {"kind": "toy", "width": 16, "depth": 2, "loops": 3}
+    reference = LoopedTransformer.from_config(ToyAdapter().config(raw))
+    gains = torch.stack((torch.linspace(0.5, 1.5, 16), torch.linspace(1.5, 0.5, 16)))
+    tensors = {"toy.norms": gains}
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            if name.endswith(("ln1.w", "ln2.w")):
+                p.copy_(gains[int(name.endswith("ln2.w"))])
+            elif name.endswith(".attn.qkv"):
+                block = name.removesuffix(".attn.qkv")
+                for letter, part in zip("qkv", p.detach().split(16), strict=True):
+                    tensors[f"toy.{block}.{letter}"] = part.clone()
+            else:
+                tensors[f"toy.{name}"] = p.detach().clone()
+    write_checkpoint(tmp_path, raw, tensors)
+    model = LoopedTransformer.from_pretrained(tmp_path, device="cpu")
+    tokens = torch.arange(8)[None]
+    assert torch.equal(model(tokens), reference(tokens))
+    model.save_pretrained(tmp_path / "again")
+    again = LoopedTransformer.from_pretrained(tmp_path / "again", device="cpu")
+    assert torch.equal(again(tokens), reference(tokens))
+    unregister_adapter("toy")
+    assert "toy" not in known_adapters()
+    with pytest.raises(UnknownArchitectureError, match=r"huginn.*ouro"):
+        LoopedTransformer.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_taken_name_is_refused() -> None:
+    class Impostor(ToyAdapter):
+        aliases: ClassVar = {}
+
+    with pytest.raises(RegistryError, match=r"'toy' is registered already \(ToyAdapter\)"):
+        register_adapter(Impostor)
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("alias", ["toy-small", "huginn"])
+def test_a_taken_alias_is_refused(alias: str) -> None:
+    class Impostor(ToyAdapter):
+        name = "impostor"
+        aliases: ClassVar = {alias: HubAlias("else/where")}
+
+    with pytest.raises(RegistryError, match=alias):
+        register_adapter(Impostor)
+    assert "impostor" not in known_adapters()
+
+
+def test_an_unknown_name_cannot_be_unregistered() -> None:
+    with pytest.raises(RegistryError, match=r"'nobody'.*known: .*'huginn'"):
+        unregister_adapter("nobody")
+
+
+def test_a_checkpoint_that_two_adapters_claim_is_refused() -> None:
+    class Claims(ToyAdapter):
+        name = "claims-all"
+        aliases: ClassVar = {}
+
+        def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
+            return True
+
+    register_adapter(Claims)
+    try:
+        with pytest.raises(UnknownArchitectureError, match=r"several .*\['claims-all', 'ouro'\]"):
+            LoopedTransformer.from_pretrained(GOLDEN / "ouro", device="cpu")
+    finally:
+        unregister_adapter("claims-all")

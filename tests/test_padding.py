@@ -1,0 +1,78 @@
+"""A padded batch gives, row by row, what the unpadded runs give: logits, states and patterns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Golden
+from torch import Tensor
+
+from tl_looped import LoopedTransformer
+
+LENGTHS = (11, 4, 7)
+
+
+def padded(golden: Golden, side: str) -> tuple[Tensor, Tensor, list[slice]]:
+    """Rows of unequal length, padded with a token that is in the vocabulary."""
+    source = torch.cat((golden.tokens, golden.tokens.flip(1)[:1]))
+    tokens = torch.full((3, 11), 5)
+    mask = torch.zeros(3, 11, dtype=torch.long)
+    where = []
+    for i, n in enumerate(LENGTHS):
+        place = slice(11 - n, 11) if side == "left" else slice(0, n)
+        tokens[i, place], mask[i, place] = source[i, :n], 1
+        where.append(place)
+    return tokens, mask, where
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("listening", [False, True])
+def test_rows_equal_unpadded_runs(
+    golden: Golden, golden_model: LoopedTransformer, side: str, listening: bool
+) -> None:
+    tokens, mask, where = padded(golden, side)
+    cache = None
+    if listening:
+        logits, cache = golden_model.run_with_cache(tokens, attention_mask=mask)
+    else:
+        logits = golden_model(tokens, attention_mask=mask)
+    for i, place in enumerate(where):
+        alone, alone_cache = golden_model.run_with_cache(tokens[i : i + 1, place])
+        torch.testing.assert_close(logits[i, place], alone[0], atol=5e-5, rtol=1e-4)
+        if cache is not None:
+            state = cache["resid_post", (2, 1)][i, place]
+            torch.testing.assert_close(
+                state, alone_cache["resid_post", (2, 1)][0], atol=1e-4, rtol=1e-4
+            )
+            pattern = cache["pattern", (2, 1)][i, :, place, place]
+            torch.testing.assert_close(
+                pattern, alone_cache["pattern", (2, 1)][0], atol=1e-5, rtol=1e-4
+            )
+
+
+def test_patterns_of_padding_are_zero_and_nothing_is_nan(golden, golden_model) -> None:
+    tokens, mask, _ = padded(golden, "left")
+    logits, cache = golden_model.run_with_cache(tokens, attention_mask=mask)
+    pattern = cache["pattern", (1, 0)]
+    assert logits.isfinite().all()
+    assert not pattern[1, :, :7].any()  # queries of padding
+    assert not pattern[1, :, 7:, :7].any()  # keys of padding
+    rows = pattern.sum(-1)[mask.bool()[:, None].expand(-1, pattern.shape[1], -1)]
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+def test_gradients_of_a_padded_batch_are_finite(golden, golden_model) -> None:
+    tokens, mask, _ = padded(golden, "left")
+    for _ in range(2):  # fused attention first, then with a listener on the pattern
+        golden_model(tokens, attention_mask=mask)[mask.bool()].sum().backward()
+        assert all(p.grad.isfinite().all() for p in golden_model.parameters() if p.grad is not None)
+        golden_model.add_hook(lambda name: name.endswith("pattern"), lambda value, hook: None)
+
+
+def test_coda_lens_of_a_padded_batch(golden, golden_model) -> None:
+    tokens, mask, where = padded(golden, "left")
+    _, cache = golden_model.run_with_cache(tokens, attention_mask=mask)
+    lens = golden_model.coda_lens(cache["resid_post", (1, -1)], attention_mask=mask)
+    for i, place in enumerate(where):
+        expected = golden_model(tokens[i : i + 1, place], n_recurrences=2)[0]
+        torch.testing.assert_close(lens[i, place], expected, atol=5e-5, rtol=1e-4)

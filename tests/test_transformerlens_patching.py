@@ -1,0 +1,207 @@
+"""TransformerLens's activation, attribution and path patching, unmodified, on looped models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import VARIANTS, random_config
+from torch import Tensor
+from transformer_lens import patching
+from transformer_lens.tools.analysis import attribution_patching as attribution
+
+from tl_looped import LoopedTransformer, NormLayout
+
+SMALL = {"n_prelude": 1, "n_core": 2, "n_recurrences": 2, "n_coda": 1, "n_heads": 2}
+CLEAN = torch.tensor([[5, 11], [1, 40]])
+CORRUPTED = torch.tensor([[8, 3], [9, 2]])
+ALL = slice(None)
+
+# TransformerLens's sweep -> hook, and the part of the activation that one cell replaces.
+SWEEPS: dict[str, tuple[str, Callable[..., tuple[Any, ...]]]] = {
+    "resid_pre": ("hook_resid_pre", lambda pos: (ALL, pos)),
+    "resid_mid": ("hook_resid_mid", lambda pos: (ALL, pos)),
+    "attn_out": ("hook_attn_out", lambda pos: (ALL, pos)),
+    "mlp_out": ("hook_mlp_out", lambda pos: (ALL, pos)),
+    "attn_head_out_by_pos": ("attn.hook_z", lambda pos, head: (ALL, pos, head)),
+    "attn_head_q_by_pos": ("attn.hook_q", lambda pos, head: (ALL, pos, head)),
+    "attn_head_k_by_pos": ("attn.hook_k", lambda pos, head: (ALL, pos, head)),
+    "attn_head_v_by_pos": ("attn.hook_v", lambda pos, head: (ALL, pos, head)),
+    "attn_head_pattern_by_pos": ("attn.hook_pattern", lambda head, pos: (ALL, head, pos)),
+    "attn_head_pattern_dest_src_pos": ("attn.hook_pattern", lambda *place: (ALL, *place)),
+    "attn_head_out_all_pos": ("attn.hook_z", lambda head: (ALL, ALL, head)),
+    "attn_head_q_all_pos": ("attn.hook_q", lambda head: (ALL, ALL, head)),
+    "attn_head_k_all_pos": ("attn.hook_k", lambda head: (ALL, ALL, head)),
+    "attn_head_v_all_pos": ("attn.hook_v", lambda head: (ALL, ALL, head)),
+    "attn_head_pattern_all_pos": ("attn.hook_pattern", lambda head: (ALL, head)),
+}
+
+
+def small(variant: str = "pre", **changes: Any) -> LoopedTransformer:
+    """Six effective layers, two heads; one key-value head where the variant groups them."""
+    values = VARIANTS[variant] | SMALL | changes
+    if "n_key_value_heads" in values:
+        values["n_key_value_heads"] = 1
+    return LoopedTransformer.from_config(random_config(**values))
+
+
+def metric(logits: Tensor) -> Tensor:
+    return (logits[:, -1, 3] - logits[:, -1, 4]).mean()
+
+
+def patch_by_hand(model: LoopedTransformer, name: str, part: Any, clean: Tensor) -> Tensor:
+    def replace(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[part] = clean[part]
+        return value
+
+    return metric(model.run_with_hooks(CORRUPTED, fwd_hooks=[(name, replace)]))
+
+
+def edge_methods(model: LoopedTransformer) -> dict[str, Callable[[], Any]]:
+    clean, corrupted = CLEAN[:1], CORRUPTED[:1]
+    caches = [model.run_with_cache(tokens)[1] for tokens in (clean, corrupted)]
+    edges = attribution.EdgeAttributionConfig(granularity="edge")
+    return {
+        "direct path": lambda: patching.get_act_patch_direct_path(
+            model, corrupted, *caches, metric, src_layer=0, src_head=0, verbose=False
+        ),
+        "edge": lambda: attribution.attribution_patch(model, clean, corrupted, metric, edges),
+        "faithfulness": lambda: attribution.faithfulness(model, clean, corrupted, metric, []),
+    }
+
+
+SWEPT = [(variant, sweep) for variant in VARIANTS for sweep in SWEEPS if "head" not in sweep]
+SWEPT += [(v, s) for v in ("post-qk-norm", "residual-injection") for s in SWEEPS if "head" in s]
+
+
+@pytest.mark.parametrize(("variant", "sweep"), SWEPT)
+def test_a_patching_sweep_equals_patches_by_hand(variant: str, sweep: str) -> None:
+    model = small(variant)
+    suffix, part_of = SWEEPS[sweep]
+    _, cache = model.run_with_cache(CLEAN)
+    with torch.no_grad():
+        grid = getattr(patching, f"get_act_patch_{sweep}")(model, CORRUPTED, cache, metric)
+        assert grid.shape[0] == model.loop.n_layers
+        assert grid.unique().numel() > grid.shape[0] // 2, "patches have effects of their own"
+        last = tuple(size - 1 for size in grid.shape)
+        for cell in [tuple(0 for _ in last), tuple(size // 2 for size in grid.shape), last]:
+            name = f"blocks.{cell[0]}.{suffix}"
+            by_hand = patch_by_hand(model, name, part_of(*cell[1:]), cache.cache_dict[name])
+            assert grid[cell] == by_hand
+
+
+ITSELF = [(variant, "block_every") for variant in VARIANTS]
+ITSELF += [("post-qk-norm", f"attn_head_{which}_pos_every") for which in ("all", "by")]
+
+
+@pytest.mark.parametrize(("variant", "every"), ITSELF)
+def test_patching_a_run_with_itself_changes_nothing(variant: str, every: str) -> None:
+    model = small(variant)
+    _, cache = model.run_with_cache(CORRUPTED)
+    with torch.no_grad():
+        grid = getattr(patching, f"get_act_patch_{every}")(model, CORRUPTED, cache, metric)
+        expected = torch.full_like(grid, float(metric(model(CORRUPTED))))
+    if every != "block_every":
+        # TransformerLens fills the key and value heads that grouped attention lacks with zeros.
+        expected[2:4, ..., model.cfg.n_kv_heads :] = 0.0
+    torch.testing.assert_close(grid, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_patching_takes_recurrence_and_layer_as_the_layer() -> None:
+    model = small("pre-injection")
+    _, cache = model.run_with_cache(CLEAN)
+    places = [(0, 0), (1, 1), (1, 0)]
+
+    def sweep(layers: Sequence[Any]) -> Tensor:
+        where = pd.DataFrame({"layer": layers, "pos": [1, 0, 1]})
+        setter = patching.layer_pos_patch_setter
+        return patching.generic_activation_patch(
+            model, CORRUPTED, cache, metric, setter, "resid_post", index_df=where
+        )
+
+    effects = sweep(places)
+    assert effects.unique().numel() == 3
+    assert torch.equal(effects, sweep([model.loop.index(*place) for place in places]))
+
+
+NOT_A_SUM = {
+    "pre-injection": {},
+    "residual-injection": {},
+    "post-qk-norm": {},
+    "sandwich-loop-norm": {},
+    "post": {"norm_layout": NormLayout.POST},
+    "residual": {"norm_layout": NormLayout.RESIDUAL},
+    "loop norm": {"loop_norm": True},
+    "norm before the coda": {"pre_coda_norm": True},
+}
+
+
+@pytest.mark.parametrize("method", ["direct path", "edge", "faithfulness"])
+@pytest.mark.parametrize("kind", NOT_A_SUM)
+def test_edge_methods_refuse_models_that_rescale_writes(kind: str, method: str) -> None:
+    model = small(kind if kind in VARIANTS else "pre", **NOT_A_SUM[kind])
+    refused = "normalized or scaled before the residual add"
+    with pytest.raises(ValueError, match=refused):
+        edge_methods(model)[method]()
+
+
+def test_a_direct_path_adds_the_head_write_to_one_query_input() -> None:
+    model = small()
+    paths = edge_methods(model)["direct path"]()
+    model.set_use_attn_result(True)
+    clean, corrupted = (
+        model.run_with_cache(tokens[:1])[1]["result", 0][:, :, 0] for tokens in (CLEAN, CORRUPTED)
+    )
+    model.set_use_attn_result(False)
+    model.set_use_split_qkv_input(True)
+
+    def add(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[:, :, 1] += clean - corrupted
+        return value
+
+    for layer in (2, 5):
+        hooks = [(f"blocks.{layer}.attn.hook_q_input", add)]
+        by_hand = metric(model.run_with_hooks(CORRUPTED[:1], fwd_hooks=hooks))
+        torch.testing.assert_close(paths[layer, 1], by_hand, atol=1e-5, rtol=1e-5)
+
+
+def test_edge_attributions_of_a_plain_model_add_up_to_its_node_attributions() -> None:
+    model = small(n_core=1)
+    edges = edge_methods(model)["edge"]()
+    nodes = attribution.attribution_patch(model, CLEAN[:1], CORRUPTED[:1], metric)
+    assert edges.node_scores == pytest.approx(nodes.node_scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_node_attribution_is_the_slope_of_the_activation_patch(variant: str) -> None:
+    model = small(variant, dtype=torch.float64)
+    clean, corrupted = CLEAN[:1], CORRUPTED[:1]
+    scores = attribution.attribution_patch(model, clean, corrupted, metric).node_scores
+    _, clean_cache = model.run_with_cache(clean)
+    _, corrupted_cache = model.run_with_cache(corrupted)
+    last = model.loop.n_layers - 1
+    nodes = [attribution.Node("embed", 1)]
+    for layer in (0, model.loop.index(1, 0), last):
+        nodes += [
+            attribution.Node("attn_head_out", 1, layer, 1),
+            attribution.Node("mlp_out", 1, layer),
+        ]
+    for node in nodes:
+        part = (ALL, node.position) if node.head is None else (ALL, node.position, node.head)
+        delta = (clean_cache[node.hook_name] - corrupted_cache[node.hook_name])[part]
+
+        def patched(step: float, node: Any = node, part: Any = part, delta: Tensor = delta) -> Any:
+            def move(value: Tensor, hook: Any) -> Tensor:
+                value = value.clone()
+                value[part] += step * delta
+                return value
+
+            return metric(model.run_with_hooks(corrupted, fwd_hooks=[(node.hook_name, move)]))
+
+        slope = (patched(1e-4) - patched(-1e-4)).item() / 2e-4
+        assert scores[node] == pytest.approx(slope, rel=1e-5, abs=1e-7)
