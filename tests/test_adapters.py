@@ -231,13 +231,21 @@ def test_tensor_names_decide_the_raven_family(config_of: str, names_of: str) -> 
     assert adapter.name == FACTS[names_of]["architecture"]
 
 
-@pytest.mark.parametrize("module", ["", "_llama", "_olmo", "_of_somebody_else"])
-def test_class_and_module_names_change_nothing(module: str, golden: Golden, tmp_path: Path) -> None:
+OTHER_MODULE = {
+    "huginn": "raven_modeling_minimal_olmo",
+    "retrofit_llama": "raven_modeling_minimal_olmo",
+    "retrofit_tinyllama": "raven_modeling_minimal_huginn",
+    "retrofit_olmo": "raven_modeling_minimal_llama",
+    "ouro": "raven_modeling_minimal",
+}
+
+
+def test_class_and_module_names_change_nothing(golden: Golden, tmp_path: Path) -> None:
     names = {
-        "auto_map": {"AutoModelForCausalLM": f"raven_modeling_minimal{module}.Any"},
-        "block_class_name": f"Block{module}",
-        "norm_class_name": f"Norm{module}",
-        "architecture_class_name": f"GPT{module}",
+        "auto_map": {"AutoModelForCausalLM": f"{OTHER_MODULE[golden.name]}.RavenForCausalLM"},
+        "block_class_name": "TransformerPreNormBlock",
+        "norm_class_name": "LayerNorm",
+        "architecture_class_name": "GPT",
     }
     model = load_changed(golden.name, tmp_path, **names)
     logits = model(golden.tokens, **golden.run)

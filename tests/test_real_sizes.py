@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,7 +24,10 @@ from tl_looped.model.parameters import parameter_names
 Shapes = dict[str, tuple[int, ...]]
 
 
-def raven_sizes(p: int, k: int, c: int, d: int, heads: int, kv: int, mlp: int, vocab: int) -> Any:
+def raven_sizes(
+    shape: tuple[int, int, int], recurrences: int, d: int, heads: int, kv: int, mlp: int, vocab: int
+) -> dict[str, Any]:
+    p, k, c = shape
     return {
         "n_layers_in_prelude": p,
         "n_layers_in_recurrent_block": k,
@@ -35,7 +39,7 @@ def raven_sizes(p: int, k: int, c: int, d: int, heads: int, kv: int, mlp: int, v
         "intermediate_size": mlp,
         "vocab_size": vocab,
         "padded_vocab_size": vocab,
-        "mean_recurrence": 32,
+        "mean_recurrence": recurrences,
     }
 
 
@@ -56,32 +60,32 @@ MODELS: dict[str, tuple[Adapter, str, dict[str, Any], int, int]] = {
     "huginn-0125": (
         HuginnAdapter(),
         "huginn",
-        raven_sizes(2, 4, 2, 5280, 55, 55, 17920, 65536),
+        raven_sizes((2, 4, 2), 32, 5280, 55, 55, 17920, 65536),
         3_564_976_800,
         132,
     ),
     "Ouro-1.4B": (OuroAdapter(), "ouro", ouro_sizes(24), 1_434_652_673, 96),
     "Ouro-2.6B": (OuroAdapter(), "ouro", ouro_sizes(48), 2_667_974_657, 192),
-    "Recurrent-Llama-3.2": (
+    "Recurrent-Llama-3.2-r4": (
         RetrofitLlamaAdapter(),
         "retrofit_llama",
-        raven_sizes(4, 6, 4, 2048, 32, 8, 8192, 128256),
+        raven_sizes((4, 6, 4), 4, 2048, 32, 8, 8192, 128256),
         1_385_228_288,
-        200,
+        32,
     ),
-    "Recurrent-TinyLlama-3T": (
+    "Recurrent-TinyLlama-3T-r4": (
         RetrofitLlamaAdapter(),
         "retrofit_tinyllama",
-        raven_sizes(4, 8, 4, 2048, 32, 4, 5632, 32000),
+        raven_sizes((4, 8, 4), 4, 2048, 32, 4, 5632, 32000),
         844_171_264,
-        264,
+        40,
     ),
-    "Recurrent-OLMo-2-0425": (
+    "Recurrent-OLMo-2-0425-r4": (
         RetrofitOlmoAdapter(),
         "retrofit_olmo",
-        raven_sizes(4, 6, 4, 2048, 16, 16, 8192, 100352),
+        raven_sizes((4, 6, 4), 4, 2048, 16, 16, 8192, 100352),
         1_359_071_232,
-        200,
+        32,
     ),
 }
 
@@ -92,6 +96,7 @@ def real_config(model: str) -> dict[str, Any]:
     return raw | sizes
 
 
+@cache
 def on_meta(model: str) -> LoopedTransformer:
     cfg = MODELS[model][0].config(real_config(model))
     cfg.device = "meta"
@@ -200,7 +205,7 @@ def test_parameter_names_are_those_of_the_config(model: str) -> None:
 
 def test_llama_count_is_the_sum_of_its_parts() -> None:
     parts = 14 * 60_821_504 + 525_336_576 + 8_388_608 + 2_048
-    assert closed_form("Recurrent-Llama-3.2") == parts == 1_385_228_288
+    assert closed_form("Recurrent-Llama-3.2-r4") == parts == 1_385_228_288
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -63,11 +63,17 @@ def patch_by_hand(model: LoopedTransformer, name: str, part: Any, clean: Tensor)
 
 def edge_methods(model: LoopedTransformer) -> dict[str, Callable[[], Any]]:
     clean, corrupted = CLEAN[:1], CORRUPTED[:1]
-    caches = [model.run_with_cache(tokens)[1] for tokens in (clean, corrupted)]
     edges = attribution.EdgeAttributionConfig(granularity="edge")
     return {
         "direct path": lambda: patching.get_act_patch_direct_path(
-            model, corrupted, *caches, metric, src_layer=0, src_head=0, verbose=False
+            model,
+            corrupted,
+            model.run_with_cache(clean)[1],
+            model.run_with_cache(corrupted)[1],
+            metric,
+            src_layer=0,
+            src_head=0,
+            verbose=False,
         ),
         "edge": lambda: attribution.attribution_patch(model, clean, corrupted, metric, edges),
         "faithfulness": lambda: attribution.faithfulness(model, clean, corrupted, metric, []),
@@ -75,7 +81,8 @@ def edge_methods(model: LoopedTransformer) -> dict[str, Callable[[], Any]]:
 
 
 SWEPT = [(variant, sweep) for variant in VARIANTS for sweep in SWEEPS if "head" not in sweep]
-SWEPT += [(v, s) for v in ("post-qk-norm", "residual-injection") for s in SWEEPS if "head" in s]
+SWEPT += [("post-qk-norm", sweep) for sweep in SWEEPS if "head" in sweep]
+SWEPT += [("residual-injection", f"attn_head_{which}_by_pos") for which in ("q", "k", "pattern")]
 
 
 @pytest.mark.parametrize(("variant", "sweep"), SWEPT)
@@ -94,7 +101,7 @@ def test_a_patching_sweep_equals_patches_by_hand(variant: str, sweep: str) -> No
             assert grid[cell] == by_hand
 
 
-ITSELF = [(variant, "block_every") for variant in VARIANTS]
+ITSELF = [(variant, "block_every") for variant in ("pre-injection", "residual-injection")]
 ITSELF += [("post-qk-norm", f"attn_head_{which}_pos_every") for which in ("all", "by")]
 
 

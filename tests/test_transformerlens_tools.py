@@ -86,7 +86,7 @@ def test_svd_interpreter_reads_the_shared_weights_of_an_effective_layer(variant:
     with torch.no_grad():
         for name in model.cfg.norm_layout.norm_names:
             getattr(weights, name).w.uniform_(0.5, 2.0, generator=generator)
-    d, n_q, n_kv, head = 8, 4, model.cfg.n_kv_heads, 3
+    d, n_q, n_kv, head = 8, 4, model.cfg.n_kv_heads, 2
     first_value_row = (n_q + n_kv + head * n_kv // n_q) * d
     W_V = weights.attn.qkv[first_value_row : first_value_row + d].T
     W_O = weights.attn.out[:, head * d : (head + 1) * d].T

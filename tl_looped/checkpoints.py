@@ -273,11 +273,13 @@ def save(model: nn.Module, cfg: LoopedConfig, tokenizer: Any, folder: Path) -> N
         text = json.dumps(native_config(cfg, __version__), indent=2) + "\n"
         (Path(aside) / "config.json").write_text(text, encoding="utf-8")
         made = sorted(os.listdir(aside))
+        mode = (Path(aside) / "config.json").stat().st_mode
         # config.json goes last: a folder without it is not taken for a checkpoint.
         for name in sorted(made, key=lambda n: n == "config.json"):
             target = folder / name
             if target.is_dir():
                 shutil.rmtree(target)
+            os.chmod(Path(aside) / name, mode)  # the library writes tensors for the owner only
             os.replace(Path(aside) / name, target)
     for stale in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         if stale.name not in made:

@@ -20,7 +20,7 @@ from tl_looped.transformer import LoopedTransformer
 VOCABULARY = 2048
 CONTEXT = 256
 HELD_OUT_PROBLEMS = 373
-SPEC = TrainSpec(steps=3200)
+SPEC = TrainSpec(steps=2200, learning_rate=3e-3)
 
 
 def demo_config(d_vocab: int, seed: int) -> LoopedConfig:

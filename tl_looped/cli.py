@@ -1,0 +1,121 @@
+"""Command line: ``tl-looped demo`` and ``tl-looped train-demo``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tl_looped._version import __version__
+from tl_looped.errors import TLLoopedError
+
+app = typer.Typer(
+    help="Looped language models in TransformerLens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"tl-looped {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Looped language models in TransformerLens."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for figures and numbers.")] = Path(
+        "demo-report"
+    ),
+) -> None:
+    """Run the bundled model on 32 bundled word problems at 32 recurrences."""
+    # Imported here: `--help` and a mistyped option answer at once.
+    from tl_looped.experiments.demo import read_prompts, run_demo, write_demo
+    from tl_looped.experiments.files import make_folder
+    from tl_looped.transformer import LoopedTransformer
+
+    make_folder(out)
+    model = LoopedTransformer.from_pretrained("demo", device="cpu")
+    prompts = read_prompts()
+    with _progress() as progress:
+        result = run_demo(
+            model, prompts, track=lambda items: progress.track(items, description="word problems")
+        )
+    console.print(_demo_table(result))
+    for path in write_demo(result, out):
+        console.print(f"  {path.name}", highlight=False)
+    console.print(f"The report is in [bold]{out.resolve()}[/bold]", soft_wrap=True)
+
+
+@app.command("train-demo")
+def train_demo_command(
+    data: Annotated[
+        Path, typer.Argument(help="jsonl with question and answer, GSM8K's train split.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for log.csv and the best model.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train the demo model again (about an hour on two cores)."""
+    from tl_looped.experiments.files import make_folder
+    from tl_looped.training.demo import SPEC, train_demo
+
+    make_folder(out)
+    with _progress() as progress:
+        task = progress.add_task("training", total=SPEC.steps)
+
+        def report(entry: dict[str, Any]) -> None:
+            progress.update(task, completed=entry["step"])
+            losses = f"train {entry['train_loss']:.3f}, held out {entry['held_out_loss']:.3f}"
+            progress.console.print(f"step {entry['step']}: {losses}", highlight=False)
+
+        train_demo(data, out, SPEC, report)
+    console.print(f"The best model is in [bold]{(out / 'best').resolve()}[/bold]", soft_wrap=True)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def _demo_table(result: Any) -> Table:
+    """Means over the core's layers at a few recurrences."""
+    table = Table(title=f"{result.settings['model']} {result.settings['shape']}: mean over layers")
+    table.add_column("recurrence", justify="right")
+    for name in ("ColSum concentration", "relative step", "relative distance to the last state"):
+        table.add_column(name, justify="right")
+    last = result.loop.R - 1
+    for r in sorted({0, 1, 2, 3, 4, 8, 16, last}):
+        if r > last:
+            continue
+        cells = [result.grid(m)[r].mean() for m in ("colsum_concentration", "step", "distance")]
+        table.add_row(str(r), *("-" if c != c else f"{c:.4g}" for c in cells))
+    return table
+
+
+def main() -> None:
+    """Entry point: errors of the package are one message, not a traceback."""
+    try:
+        app()
+    except TLLoopedError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {error}", soft_wrap=True)
+        sys.exit(1)

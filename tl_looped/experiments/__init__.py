@@ -1,0 +1,1 @@
+"""Experiments: from a model and prompts to numbers and figures on disk."""

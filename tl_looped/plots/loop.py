@@ -1,0 +1,117 @@
+"""Figures of a loop: lines by recurrence and layer, and a layer-by-layer heat map.
+
+Each function returns a Figure and shows nothing. Layers go from blue to green, later layers
+greener.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+LAYER_COLOURS = "winter"  # blue to green
+
+
+def _layer_colour(layer: int, n_layers: int) -> tuple[float, ...]:
+    from matplotlib import colormaps
+
+    colour: tuple[float, ...] = colormaps[LAYER_COLOURS](layer / max(1, n_layers - 1))
+    return colour
+
+
+def by_recurrence(
+    values: np.ndarray,
+    spread: np.ndarray,
+    title: str,
+    label: str,
+    caption: str,
+    log: bool = False,
+) -> Figure:
+    """One line a layer over the recurrences, with a band.
+
+    Args:
+        values: ``[recurrence, layer]``; NaN where undefined.
+        spread: Half width of the band, of the same shape.
+        title: What is shown.
+        label: Label of the vertical axis, with its unit.
+        caption: How it was made: prompts, recurrences, what the band is.
+        log: Logarithmic vertical axis; zeros are left out.
+    """
+    n_recurrences, n_layers = values.shape
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    recurrences = np.arange(n_recurrences)
+    for layer in range(n_layers):
+        colour = _layer_colour(layer, n_layers)
+        mean, band = values[:, layer].copy(), spread[:, layer]
+        if log:
+            mean[mean <= 0] = np.nan
+        axes.plot(
+            recurrences, mean, color=colour, marker="o", markersize=3, label=f"core layer {layer}"
+        )
+        lower = np.maximum(mean - band, mean / 10) if log else mean - band
+        axes.fill_between(recurrences, lower, mean + band, color=colour, alpha=0.15, linewidth=0)
+    if log:
+        axes.set_yscale("log")
+    axes.set_title(title)
+    axes.set_xlabel("recurrence r (0-based)")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, ncols=min(4, n_layers), fontsize=9)
+    figure.supxlabel(caption, fontsize=8, color="0.35")
+    return figure
+
+
+def layer_heat_map(
+    matrix: np.ndarray,
+    boundaries: Sequence[int],
+    stage_labels: Sequence[tuple[float, str]],
+    title: str,
+    label: str,
+    caption: str,
+) -> Figure:
+    """A square matrix over effective layers.
+
+    Args:
+        matrix: ``[layer, layer]``.
+        boundaries: Effective layers at which a recurrence or a stage begins; drawn as thin lines.
+        stage_labels: Tick position and text, along both axes.
+        title: What is shown.
+        label: Label of the colour bar.
+        caption: How it was made.
+    """
+    figure = Figure(figsize=(7.2, 6.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(matrix, cmap="viridis", interpolation="nearest", aspect="equal")
+    for edge in boundaries:
+        axes.axhline(edge - 0.5, color="white", linewidth=0.25, alpha=0.5)
+        axes.axvline(edge - 0.5, color="white", linewidth=0.25, alpha=0.5)
+    ticks, names = zip(*stage_labels, strict=True)
+    axes.set_xticks(ticks, names, rotation=90, fontsize=8)
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.set_title(title)
+    axes.set_xlabel("effective layer, by recurrence")
+    axes.set_ylabel("effective layer, by recurrence")
+    figure.colorbar(image, ax=axes, shrink=0.82, label=label)
+    figure.supxlabel(caption, fontsize=8, color="0.35")
+    return figure
+
+
+def loss_curve(
+    tokens: Sequence[float], train: Sequence[float], held_out: Sequence[float], caption: str
+) -> Figure:
+    """Training and held-out loss over training tokens."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    millions = np.asarray(tokens) / 1e6
+    axes.plot(millions, train, color="0.55", marker=".", label="training, mean since last point")
+    axes.plot(millions, held_out, color="tab:blue", marker="o", markersize=3, label="held out")
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Demo model: loss")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.supxlabel(caption, fontsize=8, color="0.35")
+    return figure
