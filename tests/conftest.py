@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ class Golden:
 
 def load_golden(name: str) -> Golden:
     return Golden(name, GOLDEN / name, load_file(GOLDEN / name / "golden.safetensors"))
+
+
+def copy_of(name: str, folder: Path) -> Path:
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / name / file, folder)
+    return folder
 
 
 @pytest.fixture(params=CASES)
@@ -112,6 +120,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
     },
 }
+
+
+@pytest.fixture(scope="module")
+def plain() -> LoopedTransformer:
+    """(2, 3 x 4, 1) without injection."""
+    return LoopedTransformer.from_config(random_config())
 
 
 @pytest.fixture(params=list(VARIANTS))

@@ -61,7 +61,11 @@ def retrofit_tensors(model: Any) -> dict[str, Tensor]:
         "lm_head.weight": state["lm_head.weight"],
         "transformer.adapter.weight": torch.cat((torch.zeros(d, d), torch.eye(d)), 1),
     }
-    stages = [(s, i) for s, n in zip(("prelude", "core_block", "coda"), SHAPE) for i in range(n)]
+    stages = [
+        (s, i)
+        for s, n in zip(("prelude", "core_block", "coda"), SHAPE, strict=True)
+        for i in range(n)
+    ]
     first, second = "input_layernorm", "post_attention_layernorm"
     if "model.layers.0.self_attn.q_norm.weight" in state:
         first, second = "post_attention_layernorm", "post_feedforward_layernorm"

@@ -37,6 +37,7 @@ class LoopedActivationCache(ActivationCache):
         has_batch_dim: Whether the activations have a batch dimension.
         loop: Geometry of the run; read from ``model.loop`` if None.
         state_seed: Seed of the initial state, or None if the state was given or not random.
+        state_given: Whether the run's initial state was given by the caller.
 
     Examples:
         ``cache["resid_post", (3, 1)]``, ``cache["resid_post", 7]``,
@@ -51,9 +52,11 @@ class LoopedActivationCache(ActivationCache):
         has_batch_dim: bool = True,
         loop: LoopGeometry | None = None,
         state_seed: int | None = None,
+        state_given: bool = False,
     ) -> None:
         self.loop: LoopGeometry = model.loop if loop is None else loop
         self.state_seed = state_seed
+        self.state_given = state_given
         super().__init__(cache_dict, model, has_batch_dim)
 
     @property
@@ -138,7 +141,12 @@ class LoopedActivationCache(ActivationCache):
         """As in TransformerLens; the result keeps the run's geometry and seed."""
         plain = super().apply_slice_to_batch_dim(batch_slice)
         return LoopedActivationCache(
-            plain.cache_dict, self._model, plain.has_batch_dim, self.loop, self.state_seed
+            plain.cache_dict,
+            self._model,
+            plain.has_batch_dim,
+            self.loop,
+            self.state_seed,
+            self.state_given,
         )
 
     def __repr__(self) -> str:
@@ -151,6 +159,8 @@ class LoopedActivationCache(ActivationCache):
 
     def _refuse(self, method: str) -> None:
         reason = self.model.why_not_additive()
+        if reason is None and self.state_given:
+            reason = "the run's initial state was given, in place of what the prelude wrote"
         if reason is not None:
             raise InvalidDecompositionError(
                 f"{method} adds up plain residual writes, but {reason}, so the sum would not be "
@@ -174,6 +184,11 @@ class LoopedActivationCache(ActivationCache):
         self._refuse("stack_neuron_results")
         self._refuse_post_norm("stack_neuron_results")
         return super().stack_neuron_results(*args, **kwargs)
+
+    def get_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; raises where a post-norm rescales each neuron's write."""
+        self._refuse_post_norm("get_neuron_results")
+        return super().get_neuron_results(*args, **kwargs)
 
     def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens where the stream is a plain sum; otherwise raises."""

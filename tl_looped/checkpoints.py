@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from tl_looped._version import __version__
 from tl_looped.adapters import Adapter, Source, all_aliases, find_adapter
 from tl_looped.adapters.native import native_config
-from tl_looped.errors import CheckpointError
+from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
 from tl_looped.model.config import LoopedConfig
 
 BUNDLED = {"demo": Path(__file__).parent / "data" / "demo"}
@@ -58,7 +57,15 @@ class Checkpoint:
 
     def config(self) -> LoopedConfig:
         """The model's configuration."""
-        cfg = self.adapter.config(self.raw)
+        try:
+            cfg = self.adapter.config(self.raw)
+        except TLLoopedError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            raise ConfigError(
+                f"{self.name}: config.json holds a value of the wrong kind "
+                f"({type(error).__name__}: {error})"
+            ) from error
         cfg.model_name = self.name
         return cfg
 
@@ -153,7 +160,8 @@ class Checkpoint:
 def _assemble(source: Source, read: Any) -> Tensor:
     parts = [read(name) for name in source.names]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return joined[source.index] if source.index else joined
+    # A copy: two parameters of one tensor must not share their memory.
+    return joined[source.index].clone() if source.index else joined
 
 
 def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Checkpoint:
@@ -161,8 +169,8 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
 
     Args:
         path_or_hub_id: A bundled name or an alias, a local folder, or a hub id. A folder that is
-            called like an alias is meant by ``./name``.
-        revision: Branch, tag or commit, for the hub.
+            called like an alias is meant by ``./name`` or by a ``Path``.
+        revision: Branch, tag or commit, for the hub only.
 
     Raises:
         CheckpointError: nothing there, no safetensors, a damaged file.
@@ -170,7 +178,12 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     """
     name = str(path_or_hub_id)
     alias = all_aliases().get(name)
-    if name in BUNDLED:
+    if isinstance(path_or_hub_id, Path):
+        alias = None
+        if not path_or_hub_id.is_dir():
+            raise CheckpointError(f"{name} is not a folder; a checkpoint is one with a config.json")
+        folder = path_or_hub_id
+    elif name in BUNDLED:
         folder = BUNDLED[name]
     elif alias is not None:
         folder = _download(alias.hub_id, revision)
@@ -185,12 +198,16 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
         raise CheckpointError(
             f"{name!r} is neither a folder nor a hub id (owner/name) nor one of: {known}"
         )
+    if revision is not None and (folder in BUNDLED.values() or Path(name).is_dir()):
+        raise CheckpointError(f"revision={revision!r} is for the hub, but {name} is a folder")
     raw = _read_config(folder)
     files = _tensor_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     where: dict[str, Path] = {}
     for path in files:
         for tensor_name, shape in _read_shapes(path).items():
+            if tensor_name in where:
+                raise CheckpointError(f"{tensor_name} is in both {where[tensor_name]} and {path}")
             shapes[tensor_name], where[tensor_name] = shape, path
     adapter = find_adapter(raw, set(shapes))
     recurrences = alias.n_recurrences if alias else None
@@ -199,7 +216,10 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
 
 def _download(hub_id: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_ALLOWED))
+        found = snapshot_download(
+            hub_id, revision=revision, allow_patterns=_ALLOWED, ignore_patterns=["*/*"]
+        )
+        return Path(found)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"cannot get {hub_id!r} (revision {revision or 'main'}) from the hub: {error}\n"
@@ -214,7 +234,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object")
@@ -229,7 +249,7 @@ def _tensor_files(folder: Path) -> list[Path]:
             names = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
         bad = [n for n in names if not isinstance(n, str) or Path(n).name != n]
         if bad:
@@ -264,7 +284,12 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def save(model: nn.Module, cfg: LoopedConfig, tokenizer: Any, folder: Path) -> None:
     """Write a model in the native format: all files aside first, then each renamed into place."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise CheckpointError("a model on the meta device has no values to save")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise CheckpointError(f"{folder} is a file; a checkpoint is saved as a folder") from error
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
@@ -274,13 +299,15 @@ def save(model: nn.Module, cfg: LoopedConfig, tokenizer: Any, folder: Path) -> N
         (Path(aside) / "config.json").write_text(text, encoding="utf-8")
         made = sorted(os.listdir(aside))
         mode = (Path(aside) / "config.json").stat().st_mode
-        # config.json goes last: a folder without it is not taken for a checkpoint.
+        taken = [name for name in made if (folder / name).is_dir()]
+        if taken:
+            raise CheckpointError(f"{folder} has folders where files would be saved: {taken}")
+        # config.json goes first and comes last: a folder without it is not taken for a checkpoint,
+        # so an interrupted save never mixes two models.
+        (folder / "config.json").unlink(missing_ok=True)
+        for stale in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+            if stale.name not in made:
+                stale.unlink()
         for name in sorted(made, key=lambda n: n == "config.json"):
-            target = folder / name
-            if target.is_dir():
-                shutil.rmtree(target)
             os.chmod(Path(aside) / name, mode)  # the library writes tensors for the owner only
-            os.replace(Path(aside) / name, target)
-    for stale in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-        if stale.name not in made:
-            stale.unlink()
+            os.replace(Path(aside) / name, folder / name)

@@ -36,7 +36,8 @@ class HuginnAdapter(Adapter):
         return is_raven(config) and has_tensor(tensor_names, ".norm_3.weight")
 
     def config(self, config: Mapping[str, Any]) -> LoopedConfig:
-        """See the module's docstring."""
+        """See the module's docstring. Huginn's code does not read ``initial_state_mode``."""
+        config = {key: value for key, value in config.items() if key != "initial_state_mode"}
         d_model, block_size, rope_base = require(config, "n_embd", "block_size", "rope_base")
         return raven_config(
             config,

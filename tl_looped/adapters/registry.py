@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from tl_looped.adapters.base import Adapter, HubAlias
-from tl_looped.errors import RegistryError, UnknownArchitectureError
+from tl_looped.errors import ConfigError, RegistryError, UnknownArchitectureError
 
 _ADAPTERS: dict[str, Adapter] = {}
 A = TypeVar("A", bound=type[Adapter])
@@ -59,6 +59,8 @@ def find_adapter(config: Mapping[str, Any], tensor_names: Collection[str]) -> Ad
     Raises:
         UnknownArchitectureError: if none does, or more than one.
     """
+    if not isinstance(config.get("architectures") or [], (list, tuple)):
+        raise ConfigError(f"architectures must be a list, got {config['architectures']!r}")
     found = [a for a in _ADAPTERS.values() if a.matches(config, tensor_names)]
     if len(found) == 1:
         return found[0]

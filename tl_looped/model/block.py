@@ -118,17 +118,21 @@ class Block(nn.Module):
     def hook_aliases(self) -> dict[str, str]:
         """Where ``hook_attn_out`` comes from, for TransformerLens's direct-path and edge methods.
 
-        They refuse models whose head outputs are not added to the stream as they are. Post-norms
-        are such a case, and so are a norm on the residual sum, an injection and a loop norm.
+        They refuse models whose head outputs do not reach the end of the stream as they were
+        written: behind a post-norm, a norm on the residual sum, an injection, a norm of the loop.
+        They take what stands before the first dot for the component and look it up in
+        `submodules`; the block stands in there for the loop, which is no part of it.
         """
         if self._post:
             return {"hook_attn_out": "ln1_post.hook_normalized"}
         if self._residual:
-            return {"hook_attn_out": "ln_mid (the residual sum is normalised)"}
+            return {"hook_attn_out": "ln_mid.hook_normalized (a norm on the residual sum)"}
         if self.cfg.injection.value != "none":
             return {"hook_attn_out": "loop.hook_injected (the injection rescales earlier writes)"}
         if self.cfg.loop_norm:
             return {"hook_attn_out": "loop.ln_loop (the loop norm rescales earlier writes)"}
+        if self.cfg.pre_coda_norm:
+            return {"hook_attn_out": "loop.ln_pre_coda (the norm before the coda rescales writes)"}
         return {"hook_attn_out": "attn.hook_out"}
 
     def forward(

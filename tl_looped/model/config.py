@@ -161,7 +161,10 @@ class LoopedConfig(TransformerLensConfig):
     gated_mlp: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, ArithmeticError, TypeError) as error:
+            raise ConfigError(f"inconsistent sizes: {error}") from error
         for name, enum in _ENUMS.items():
             setattr(self, name, _as_enum(enum, name, getattr(self, name)))
         if self.n_key_value_heads == self.n_heads:
@@ -185,12 +188,17 @@ class LoopedConfig(TransformerLensConfig):
 
     def _validate(self) -> None:
         positive = ("d_model", "d_head", "n_heads", "n_ctx", "d_vocab", "d_mlp", "n_core")
-        for name in positive:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        for name in ("n_prelude", "n_coda"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        counts = ("n_prelude", "n_coda", "n_recurrences")
+        for name in (*positive, *counts, "n_key_value_heads"):
+            value, least = getattr(self, name), 0 if name in counts else 1
+            if name == "n_key_value_heads" and value is None:
+                continue
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name in ("eps", "rotary_base", "initial_state_std", "embed_scale", "exit_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
         if self.n_recurrences < self.min_recurrences:
             raise ConfigError(
                 f"n_recurrences must be at least {self.min_recurrences} here, "
@@ -214,10 +222,21 @@ class LoopedConfig(TransformerLensConfig):
             raise ConfigError(f"init_mode must be 'normal' or 'fan_in', got {self.init_mode!r}")
         if self.act_fn != "silu" or not self.gated_mlp:
             raise ConfigError("only gated SiLU MLPs are supported (act_fn='silu', gated_mlp=True)")
-        if self.rope_scaling is not None and self.rope_type != "llama3":
+        self._validate_rope()
+
+    def _validate_rope(self) -> None:
+        if self.rope_scaling is None:
+            return
+        if not isinstance(self.rope_scaling, dict):
+            raise ConfigError(f"rope_scaling must be a dict or None, got {self.rope_scaling!r}")
+        if self.rope_type != "llama3":
             raise ConfigError(
                 f"rope_scaling of type {self.rope_type!r} is not supported; known: 'llama3', None"
             )
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        bad = [k for k in keys if not isinstance(self.rope_scaling.get(k), (int, float))]
+        if bad:
+            raise ConfigError(f"rope_scaling lacks numbers for {bad}")
 
     @property
     def rope_type(self) -> str | None:

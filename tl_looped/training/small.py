@@ -77,7 +77,7 @@ def held_out_loss(
 def train_small(
     model: LoopedTransformer,
     rows: Int[Tensor, "row length"],
-    held_out: Int[Tensor, "row length"],
+    held_out: Int[Tensor, "held_out_row length"],
     spec: TrainSpec,
     out: Path,
     report: Callable[[dict[str, Any]], None] = lambda entry: None,

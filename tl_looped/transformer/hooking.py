@@ -59,6 +59,12 @@ class RecurrenceHooks(nn.Module):
                 # The loop's hooks belong to a recurrence but to no layer; -1 says so.
                 module.location = LayerLocation("core", r, -1)
 
+    def in_order(self) -> tuple[list[str], list[str]]:
+        """Names of the hooks before and after the recurrence's blocks, in the order they fire."""
+        before = ("hook_state_in", "hook_injected")
+        names = list(self._modules)
+        return [n for n in names if n in before], [n for n in names if n not in before]
+
 
 class HookDict(dict[str, LoopedHookPoint]):
     """Hook points by canonical name; look-up also takes aliases and explains what is missing."""
@@ -106,6 +112,7 @@ class LoopedHookManager(HookedRootModule):
         self._recurrence_pool: list[RecurrenceHooks] = []
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
         self._record_state_seed: int | None = None
+        self._record_state_given = False
         self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
         self._select()
 
@@ -198,9 +205,13 @@ class LoopedHookManager(HookedRootModule):
             add_block(i)
         add(self.hook_initial_state, "hook_initial_state")
         for r in range(loop.R):
-            add(self._recurrence_pool[r], f"recurrence.{r}")
+            before, after = self._recurrence_pool[r].in_order()
+            for name in before:
+                add(getattr(self._recurrence_pool[r], name), f"recurrence.{r}.{name}")
             for l in range(loop.k):  # noqa: E741 - the paper's letters
                 add_block(loop.index(r, l))
+            for name in after:
+                add(getattr(self._recurrence_pool[r], name), f"recurrence.{r}.{name}")
         if self.cfg.pre_coda_norm:
             add(self.ln_pre_coda, "ln_pre_coda")
         for l in range(loop.c):  # noqa: E741
@@ -314,6 +325,22 @@ class LoopedHookManager(HookedRootModule):
             return
         self.hook_dict[self.hook_name(name)].add_hook(hook, dir=dir, level=self.context_level)
 
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedRootModule]:
+        """As in TransformerLens; every name is resolved before the first hook is attached."""
+        fwd, bwd = (
+            [(name if callable(name) else self.hook_name(name), hook) for name, hook in given]
+            for given in (fwd_hooks, bwd_hooks)
+        )
+        with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts) as model:
+            yield model
+
     def run_with_hooks(
         self, *model_args: Any, n_recurrences: int | None = None, **kwargs: Any
     ) -> Any:
@@ -352,7 +379,12 @@ class LoopedHookManager(HookedRootModule):
             if not return_cache_object:
                 return out, cache_dict
             cache = LoopedActivationCache(
-                cache_dict, self, not remove_batch_dim, self.loop, self._record_state_seed
+                cache_dict,
+                self,
+                not remove_batch_dim,
+                self.loop,
+                self._record_state_seed,
+                self._record_state_given,
             )
             return out, cache
 
@@ -403,4 +435,6 @@ class LoopedHookManager(HookedRootModule):
             return "the injection maps the stream through an adapter before every recurrence"
         if cfg.loop_norm:
             return "the loop norm rescales the stream after every recurrence"
+        if cfg.pre_coda_norm:
+            return "the norm before the coda rescales the stream"
         return None

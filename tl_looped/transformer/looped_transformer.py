@@ -106,15 +106,13 @@ class LoopedTransformer(GenerationMixin):
         """
         source = checkpoints.open_checkpoint(path_or_hub_id, revision)
         cfg = source.config()
-        if n_recurrences is None:
-            n_recurrences = source.n_recurrences
-        if n_recurrences is not None:
-            cfg.n_recurrences = n_recurrences
         cfg.dtype = parse_dtype(torch.float32 if dtype is None else dtype)
         target = torch.device(get_device() if device is None else device)
         cfg.device = "meta"
-        cfg.__post_init__()  # again, with the number of recurrences asked for
         model = cls(cfg, source.tokenizer())
+        wanted = source.n_recurrences if n_recurrences is None else n_recurrences
+        if wanted is not None:
+            model.set_recurrences(wanted)
         if target.type != "meta":
             source.load_into(model, target, cfg.dtype)
         cfg.device = str(target)
@@ -127,6 +125,12 @@ class LoopedTransformer(GenerationMixin):
         partial file.
         """
         checkpoints.save(self, self.cfg, self.tokenizer, Path(folder))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoopedTransformer:
+        # Behind to(), cuda(), half() and their kin: cfg follows the weights, as in TransformerLens.
+        super()._apply(fn, recurse)
+        self.cfg.device, self.cfg.dtype = str(self.W_E.device), self.W_E.dtype
+        return self
 
     # -- running ------------------------------------------------------------------------------
 
@@ -300,6 +304,7 @@ class LoopedTransformer(GenerationMixin):
                 )
         random = initial_state is None and self.cfg.initial_state.value == "random"
         self._record_state_seed = seed if random else None
+        self._record_state_given = initial_state is not None
         context = RunContext.build(self.cfg, x.shape[0], x.shape[1], mask, x.device, x.dtype)
         given = None if prelude_output is None else prelude_output.to(x)
         return LoopRun(context, initial_state, seed, given)
