@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_looped import (
@@ -60,6 +60,10 @@ def copy_of(name: str, folder: Path) -> Path:
     for file in ("config.json", "model.safetensors"):
         shutil.copy(GOLDEN / name / file, folder)
     return folder
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
 
 
 @pytest.fixture(params=CASES)

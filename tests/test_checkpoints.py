@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOLERANCE, VARIANTS, Golden, copy_of, load_golden, random_config
+from conftest import (
+    GOLDEN,
+    TOLERANCE,
+    VARIANTS,
+    Golden,
+    copy_of,
+    load_golden,
+    random_config,
+    write_tensors,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -31,10 +40,6 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
-
-
-def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
 
 
 def split_in_two(folder: Path) -> list[str]:

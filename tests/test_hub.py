@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import copy_of
+from conftest import GOLDEN, copy_of, write_tensors
 from safetensors.torch import load_file
 
 REPO = "smcleish/Recurrent-Llama-3.2-train-recurrence-4"
