@@ -23,7 +23,7 @@ app = typer.Typer(
 console = Console()
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool | None) -> None:
     if wanted:
         console.print(f"tl-looped {__version__}")
         raise typer.Exit
@@ -32,11 +32,11 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Looped language models in TransformerLens."""
 
