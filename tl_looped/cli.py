@@ -71,11 +71,12 @@ def train_demo_command(
     data: Annotated[
         Path, typer.Argument(help="jsonl with question and answer, GSM8K's train split.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for log.csv and the best model.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the log, the best model and the shipped one.")
+    ] = Path("runs/demo"),
 ) -> None:
     """Train the demo model again (about an hour on two cores)."""
+    from tl_looped.experiments.bundle import bundle_demo
     from tl_looped.experiments.files import make_folder
     from tl_looped.training.demo import SPEC, train_demo
 
@@ -89,7 +90,8 @@ def train_demo_command(
             progress.console.print(f"step {entry['step']}: {losses}", highlight=False)
 
         train_demo(data, out, SPEC, report)
-    console.print(f"The best model is in [bold]{(out / 'best').resolve()}[/bold]", soft_wrap=True)
+    bundle = bundle_demo(out, data, SPEC, out / "bundle")
+    console.print(f"The model and its card are in [bold]{bundle.resolve()}[/bold]", soft_wrap=True)
 
 
 def _progress() -> Progress:

@@ -1,0 +1,118 @@
+"""From a finished training run of the demo model to the folder that is shipped.
+
+The folder holds bf16 weights, tokenizer, config, the log, the loss curve and a model card. The
+card's numbers come from the run's log and from the shipped weights themselves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from tl_looped._version import __version__
+from tl_looped.experiments.files import make_folder, write_figure, write_text
+from tl_looped.plots import loss_curve
+from tl_looped.training.corpus import pack, read_problems, split
+from tl_looped.training.demo import CONTEXT, HELD_OUT_PROBLEMS
+from tl_looped.training.small import TrainSpec, held_out_loss
+from tl_looped.transformer import LoopedTransformer
+
+EVALUATED = (1, 2, 4, 8, 16, 32)
+EVALUATED_ROWS = 16
+
+_CARD = """# Demo model
+
+A small looped language model for trying out `tl_looped`: shape {shape}, linear injection,
+{d_model} dimensions, {heads} heads, pre-norm RMSNorm, SwiGLU, RoPE, tied embeddings, context
+{context}, {parameters:,} parameters (bf16). Byte-level BPE tokenizer of {vocabulary:,} tokens;
+digits are tokens of their own. It writes text that looks like worked word problems; it does not solve them.
+
+## Training
+
+- Data: the training split of GSM8K (Cobbe et al. 2021, MIT licence), {n_training:,} problems,
+  question and worked answer without the calculator notes; {n_held_out} more are held out.
+- {tokens:,} tokens ({epochs:.1f} epochs), {steps:,} steps of {batch} rows of {context} tokens, AdamW,
+  peak learning rate {rate:g}, {warmup} steps of warm-up, cosine decay, weight decay {decay:g}.
+- Four recurrences throughout, cross entropy of the final state. The random initial state has a new
+  seed at every step.
+- Seed {seed}. bfloat16 matrix products. Best held-out loss {held_out:.3f} nats a token, at step
+  {best_step:,} of {evaluations} evaluations.
+- Command: `tl-looped train-demo gsm8k_train.jsonl --out runs/demo` with tl_looped {version}. Other
+  numbers of threads or other PyTorch versions may round differently.
+
+![loss](loss.png)
+
+`log.csv` holds every point of the curve.
+
+## Other numbers of recurrences
+
+Loss of the shipped weights in fp32 on the first {rows} held-out rows, state seed 0:
+
+| recurrences | {header} |
+|---|{rule}
+| nats a token | {row} |
+"""
+
+
+@torch.inference_mode()
+def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
+    """Write the shipped folder of a run.
+
+    Args:
+        run: Folder that :func:`tl_looped.training.small.train_small` wrote.
+        data: The problems it was trained on.
+        spec: The hyperparameters it was trained with.
+        out: Where to write.
+
+    Returns:
+        ``out``.
+    """
+    make_folder(out)
+    model = LoopedTransformer.from_pretrained(run / "best", device="cpu")
+    log = pd.read_csv(run / "log.csv")
+    training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, spec.seed)
+    model.to(torch.bfloat16)
+    model.save_pretrained(out)
+    model = LoopedTransformer.from_pretrained(out, device="cpu")
+    rows = pack(held_out, model.tokenizer, CONTEXT)
+    losses = []
+    for recurrences in EVALUATED:
+        with model.recurrences(recurrences):
+            losses.append(held_out_loss(model, rows[:EVALUATED_ROWS], 4))
+    best = log.sort_values("held_out_loss").iloc[0]
+    cfg = model.cfg
+    card = _CARD.format(
+        shape=model.loop,
+        d_model=cfg.d_model,
+        heads=cfg.n_heads,
+        context=cfg.n_ctx,
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocabulary=len(model.tokenizer),
+        n_training=len(training),
+        n_held_out=len(held_out),
+        tokens=int(log["tokens"].iloc[-1]),
+        epochs=log["epoch"].iloc[-1],
+        steps=spec.steps,
+        batch=spec.batch_size,
+        rate=spec.learning_rate,
+        warmup=spec.warmup,
+        decay=spec.weight_decay,
+        seed=spec.seed,
+        held_out=best["held_out_loss"],
+        evaluations=len(log),
+        best_step=int(best["step"]),
+        version=__version__,
+        rows=len(rows[:EVALUATED_ROWS]),
+        header=" | ".join(map(str, EVALUATED)),
+        rule="---|" * len(EVALUATED),
+        row=" | ".join(f"{loss:.3f}" for loss in losses),
+    )
+    caption = f"seed {spec.seed}; held out: {len(held_out)} problems, {len(rows)} rows"
+    curve = (log[name].tolist() for name in ("tokens", "train_loss", "held_out_loss"))
+    figure = loss_curve(*curve, caption)
+    write_figure(figure, out / "loss.png", dpi=100)
+    write_text((run / "log.csv").read_text(encoding="utf-8"), out / "log.csv")
+    write_text(card, out / "README.md")
+    return out
