@@ -27,14 +27,15 @@ _CARD = """# Demo model
 A small looped language model for trying out `tl_looped`: shape {shape}, linear injection,
 {d_model} dimensions, {heads} heads, pre-norm RMSNorm, SwiGLU, RoPE, tied embeddings, context
 {context}, {parameters:,} parameters (bf16). Byte-level BPE tokenizer of {vocabulary:,} tokens;
-digits are tokens of their own. It writes text that looks like worked word problems; it does not solve them.
+digits are tokens of their own. It writes text that looks like worked word problems; it does not
+solve them.
 
 ## Training
 
 - Data: the training split of GSM8K (Cobbe et al. 2021, MIT licence), {n_training:,} problems,
   question and worked answer without the calculator notes; {n_held_out} more are held out.
-- {tokens:,} tokens ({epochs:.1f} epochs), {steps:,} steps of {batch} rows of {context} tokens, AdamW,
-  peak learning rate {rate:g}, {warmup} steps of warm-up, cosine decay, weight decay {decay:g}.
+- {tokens:,} tokens ({epochs:.1f} epochs), {steps:,} steps of {batch} rows of {context} tokens,
+  AdamW, peak learning rate {rate:g}, {warmup} steps of warm-up, cosine decay, weight decay {decay:g}.
 - Four recurrences throughout, cross entropy of the final state. The random initial state has a new
   seed at every step.
 - Seed {seed}. bfloat16 matrix products. Best held-out loss {held_out:.3f} nats a token, at step
@@ -110,8 +111,8 @@ def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
         row=" | ".join(f"{loss:.3f}" for loss in losses),
     )
     caption = f"seed {spec.seed}; held out: {len(held_out)} problems, {len(rows)} rows"
-    curve = (log[name].tolist() for name in ("tokens", "train_loss", "held_out_loss"))
-    figure = loss_curve(*curve, caption)
+    tokens, train, curve = (log[n].tolist() for n in ("tokens", "train_loss", "held_out_loss"))
+    figure = loss_curve(tokens, train, curve, caption)
     write_figure(figure, out / "loss.png", dpi=100)
     write_text((run / "log.csv").read_text(encoding="utf-8"), out / "log.csv")
     write_text(card, out / "README.md")
