@@ -311,3 +311,34 @@ def test_aliases_name_the_published_checkpoints() -> None:
     assert all_aliases() == ALIASES
     assert len(ALIASES) == 20
     assert not set(ALIASES) & set(BUNDLED)
+
+
+def test_configuration_follows_the_weights(golden_model: LoopedTransformer) -> None:
+    golden_model.to(torch.bfloat16)
+    assert golden_model.cfg.dtype == torch.bfloat16
+    golden_model.double()
+    assert golden_model.cfg.dtype == torch.float64
+
+
+def test_a_revision_of_a_folder_is_refused(golden: Golden) -> None:
+    with pytest.raises(CheckpointError, match="revision='v2' is for the hub"):
+        LoopedTransformer.from_pretrained(golden.folder, revision="v2")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = copy_of("ouro", tmp_path / "model")
+    shards = split_in_two(folder)
+    both = load_file(folder / shards[0]) | load_file(folder / shards[1])
+    save_file(both, folder / shards[1])
+    with pytest.raises(CheckpointError, match=r"is in both .*00001.* and .*00002"):
+        load(folder)
+
+
+def test_a_model_without_values_or_a_target_that_is_a_file_cannot_be_saved(tmp_path: Path) -> None:
+    meta = LoopedTransformer.from_config(random_config(device="meta"))
+    with pytest.raises(CheckpointError, match="meta device"):
+        meta.save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    model = LoopedTransformer.from_config(random_config())
+    with pytest.raises(CheckpointError, match="is a file"):
+        model.save_pretrained(tmp_path / "file")

@@ -314,3 +314,11 @@ def test_cached_gradients(variant, tokens) -> None:
     name = variant.hook_name(("resid_post", (1, 0)))
     assert cache[name + "_grad"].shape == cache[name].shape
     assert cache[name + "_grad"].any()
+
+
+def test_a_refused_name_attaches_nothing_even_when_hooks_are_to_stay(variant, tokens) -> None:
+    with pytest.raises(HookNameError):
+        variant.run_with_hooks(
+            tokens, reset_hooks_end=False, fwd_hooks=[("hook_embed", double), ("nothing", double)]
+        )
+    assert not variant.list_hooks()

@@ -32,10 +32,11 @@ solve them.
 
 ## Training
 
-- Data: the training split of GSM8K (Cobbe et al. 2021, MIT licence), {n_training:,} problems,
+- Data: the training split of GSM8K (Cobbe et al. 2021, MIT), {n_training:,} problems,
   question and worked answer without the calculator notes; {n_held_out} more are held out.
 - {tokens:,} tokens ({epochs:.1f} epochs), {steps:,} steps of {batch} rows of {context} tokens,
-  AdamW, peak learning rate {rate:g}, {warmup} steps of warm-up, cosine decay, weight decay {decay:g}.
+  AdamW, peak learning rate {rate:g}, {warmup} steps of warm-up, cosine decay, weight decay
+  {decay:g}.
 - Four recurrences throughout, cross entropy of the final state. The random initial state has a new
   seed at every step.
 - Seed {seed}. bfloat16 matrix products. Best held-out loss {held_out:.3f} nats a token, at step

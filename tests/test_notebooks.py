@@ -1,0 +1,35 @@
+"""Every notebook's code runs from top to bottom."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def test_there_is_a_notebook() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# plt.show() has no window to show in a test, and says so.
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib.use("agg")
+    monkeypatch.chdir(path.parent)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    namespace: dict[str, object] = {}
+    grad = torch.is_grad_enabled()
+    try:
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                assert cell["outputs"], "outputs are kept with the notebook"
+                exec(compile("".join(cell["source"]), path.name, "exec"), namespace)
+    finally:
+        torch.set_grad_enabled(grad)
+        matplotlib.pyplot.close("all")
