@@ -218,10 +218,11 @@ def test_a_sequence_as_long_as_the_context_is_taken(plain: LoopedTransformer) ->
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ({"initial_state": torch.zeros(1, 3, 32)}, ["initial_state", "(2, 3, 32)", "(1, 3, 32)"]),
+        ({"initial_state": torch.zeros(3, 3, 32)}, ["initial_state", "(2, 3, 32)", "(3, 3, 32)"]),
         ({"initial_state": torch.zeros(2, 3, 31)}, ["initial_state", "(2, 3, 31)"]),
         ({"initial_state": "ones"}, ["initial_state", "'zeros'", "'ones'"]),
-        ({"prelude_output": torch.zeros(2, 4, 32)}, ["prelude_output", "(2, 4, 32)"]),
+        ({"prelude_output": torch.zeros(2, 3, 32)}, ["prelude_output", "computes its own"]),
+        ({"state_seed": 3, "stop_at_layer": 1}, ["state_seed", "does not enter the loop"]),
         ({"attention_mask": torch.ones(2, 4)}, ["attention_mask", "(2, 3)", "(2, 4)"]),
         ({"attention_mask": torch.ones(3)}, ["attention_mask", "(2, 3)", "(3,)"]),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, ["attention_mask", "rows [1]"]),

@@ -246,7 +246,8 @@ def test_stopping_and_starting_again_is_the_whole_run(variant, tokens) -> None:
         resid = variant(tokens, stop_at_layer=i)
         if i < variant.loop.n_layers:
             torch.testing.assert_close(resid, cache["resid_pre", i], atol=1e-5, rtol=1e-5)
-        rest = variant(resid, start_at_layer=i, prelude_output=e)
+        given = {} if i < variant.loop.p else {"prelude_output": e}
+        rest = variant(resid, start_at_layer=i, **given)
         torch.testing.assert_close(rest, logits, atol=1e-4, rtol=1e-4)
 
 

@@ -45,6 +45,8 @@ class LoopedActivationCache(ActivationCache):
         ``cache.stack_recurrences("resid_post")``.
     """
 
+    _view: Any
+
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
@@ -69,11 +71,14 @@ class LoopedActivationCache(ActivationCache):
         """The model with the geometry of the run."""
         if self._model is None or self._model.loop == self.loop:
             return self._model
-        return self._model.view_at(self.loop.R)
+        if self._view is None:
+            self._view = self._model.view_at(self.loop.R)
+        return self._view
 
     @model.setter
     def model(self, model: Any) -> None:
         self._model = model
+        self._view = None
 
     def __getitem__(self, key: Any) -> Tensor:
         name = self.resolve(key)
@@ -127,6 +132,7 @@ class LoopedActivationCache(ActivationCache):
             MissingActivationError: if the cache lacks one of them.
         """
         loop_name = name if "." in name or name.startswith("hook_") else f"hook_{name}"
+        name = name.removeprefix("hook_")
         if any(f"recurrence.{r}.{loop_name}" in self.cache_dict for r in range(self.loop.R)):
             return torch.stack([self[f"recurrence.{r}.{loop_name}"] for r in range(self.loop.R)])
         if self.loop.R == 0:
@@ -136,6 +142,12 @@ class LoopedActivationCache(ActivationCache):
             for r in range(self.loop.R)
         ]
         return torch.stack(rows)
+
+    def accumulated_resid(self, layer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; ``layer`` may also be (recurrence, layer)."""
+        if isinstance(layer, tuple):
+            layer = self.loop.resolve(layer)
+        return super().accumulated_resid(layer, *args, **kwargs)
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> LoopedActivationCache:
         """As in TransformerLens; the result keeps the run's geometry and seed."""

@@ -87,7 +87,6 @@ class Attention(nn.Module):
         weights = self._weights
         n_q, n_kv, d = weights.n_heads, weights.n_kv_heads, weights.d_head
         qkv = F.linear(x, weights.qkv)
-        # Slices, not split(): hooks may edit a single view in place under autograd.
         q = qkv[..., : n_q * d].unflatten(-1, (n_q, d))
         k = qkv[..., n_q * d : (n_q + n_kv) * d].unflatten(-1, (n_kv, d))
         v = qkv[..., (n_q + n_kv) * d :].unflatten(-1, (n_kv, d))
@@ -118,7 +117,6 @@ class Attention(nn.Module):
         weights = self._weights
         if self.cfg.qk_bias:
             q, k = q + weights.q_bias, k + weights.k_bias
-        # All three hooks before any use: an in-place edit must not touch a tensor saved for grad.
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if self.cfg.qk_norm:
             q = self.q_norm(q.flatten(-2)).unflatten(-1, q.shape[-2:])

@@ -82,6 +82,15 @@ _ENUMS: dict[str, type[Enum]] = {
 }
 
 
+_NOT_SAVED = (
+    "device",
+    "use_attn_result",
+    "use_split_qkv_input",
+    "use_attn_in",
+    "use_hook_mlp_in",
+)
+
+
 @dataclass(kw_only=True)
 class LoopedConfig(TransformerLensConfig):
     """Everything that determines a looped transformer, weights aside.
@@ -98,7 +107,8 @@ class LoopedConfig(TransformerLensConfig):
         loop_norm: The final norm also ends every recurrence (Ouro).
         pre_coda_norm: The final norm also stands between the loop and the coda (Huginn).
         exit_gate: The model has an exit gate, read at the end of every recurrence (Ouro).
-        exit_threshold: Cumulative exit probability at which a token leaves the loop.
+        exit_threshold: Cumulative exit probability at which a token leaves the loop, the default
+            of ``model.exits(...)``. The model's own logits are always the last recurrence's.
         qk_bias: Queries and keys have a bias (Huginn).
         qk_norm: RMSNorm on the whole flattened query and key vectors (OLMo-2).
         rotary_style: See :class:`RotaryStyle`.
@@ -246,11 +256,14 @@ class LoopedConfig(TransformerLensConfig):
         return self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; the device is left out, it belongs to the machine."""
+        """The fields as JSON values, but for the device and TransformerLens's hook flags.
+
+        Those belong to the machine and to the session, not to the model.
+        """
         out: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "device":
+            if field.name in _NOT_SAVED:
                 continue
             if isinstance(value, Enum):
                 value = value.value

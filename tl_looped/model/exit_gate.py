@@ -44,10 +44,12 @@ class ExitReadout:
     Args:
         gate_logits: Gate output before the sigmoid.
         exit_logits: The model's logits, had it stopped after each recurrence.
+        threshold: The checkpoint's threshold, used where none is given.
     """
 
     gate_logits: Float[Tensor, "batch pos recurrence"]
     exit_logits: Float[Tensor, "recurrence batch pos d_vocab"]
+    threshold: float = 1.0
 
     @property
     def distribution(self) -> Float[Tensor, "batch pos recurrence"]:
@@ -59,11 +61,11 @@ class ExitReadout:
         """Logits averaged over the exit distribution."""
         return torch.einsum("btr,rbtv->btv", self.distribution, self.exit_logits)
 
-    def steps(self, threshold: float) -> Int[Tensor, "batch pos"]:
+    def steps(self, threshold: float | None = None) -> Int[Tensor, "batch pos"]:
         """See :func:`exit_steps`."""
-        return exit_steps(self.distribution, threshold)
+        return exit_steps(self.distribution, self.threshold if threshold is None else threshold)
 
-    def logits_at(self, threshold: float) -> Float[Tensor, "batch pos d_vocab"]:
+    def logits_at(self, threshold: float | None = None) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of each token at the step it takes at ``threshold``."""
         steps = self.steps(threshold).long()[None, ..., None]
         return torch.take_along_dim(self.exit_logits, steps, 0)[0]

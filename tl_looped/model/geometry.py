@@ -8,6 +8,7 @@ Python and TransformerLens.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
@@ -104,6 +105,10 @@ class LoopGeometry:
         return f"({self.p}, {self.k} x {self.R}, {self.c})"
 
     def _check(self, what: str, value: int, size: int) -> int:
+        try:
+            value = operator.index(value)  # numpy's integers too
+        except TypeError:
+            raise LayerIndexError(f"{what} must be an integer, got {value!r}") from None
         if not -size <= value < size:
             valid = f"0..{size - 1}" if size else "none"
             raise LayerIndexError(

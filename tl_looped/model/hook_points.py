@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
 
 from tl_looped.model.geometry import LayerLocation
 
@@ -41,7 +42,7 @@ class LoopedHookPoint(HookPoint):
     @property
     def layer_in_stage(self) -> int | None:
         """Layer within its stage (0-based), else None."""
-        return self.location.layer if self.location else None
+        return self.location.layer if self.location and self.location.layer >= 0 else None
 
     @property
     def is_active(self) -> bool:
@@ -60,6 +61,48 @@ class LoopedHookPoint(HookPoint):
         if not self.is_active and len(args) == 1 and not kwargs:
             return args[0]
         return super().__call__(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation itself, or a copy if a hook may edit it in place.
+
+        Neighbouring hooks see the same tensor (one layer's ``resid_post`` is the next one's
+        ``resid_pre``), autograd may have saved it and a caller may own it; an edit in place must
+        reach none of them.
+        """
+        readers = sum(isinstance(handle.user_hook, CacheWriter) for handle in self.fwd_hooks)
+        return x.clone() if len(self._forward_hooks) > readers else x
+
+
+class CacheWriter:
+    """A hook that only reads: it stores the activation under the hook's name.
+
+    Args:
+        store: Where to.
+        positions: Positions to keep.
+        device: Where the copy lives; the activation's own device if None.
+        remove_batch_dim: Drop a leading dimension of one.
+        suffix: Appended to the name, for gradients.
+    """
+
+    def __init__(
+        self,
+        store: dict[str, Tensor],
+        positions: Slice,
+        device: Any,
+        remove_batch_dim: bool,
+        suffix: str = "",
+    ) -> None:
+        self.store, self.positions, self.device = store, positions, device
+        self.remove_batch_dim, self.suffix = remove_batch_dim, suffix
+
+    def __call__(self, tensor: Tensor, hook: LoopedHookPoint) -> None:
+        """Store the activation; return nothing, so that it goes on unchanged."""
+        kept = tensor.detach().to(self.device)
+        if self.remove_batch_dim and kept.shape[0] == 1:
+            kept = kept[0]
+        assert hook.name is not None
+        assert hook.pos_dim is not None
+        self.store[hook.name + self.suffix] = self.positions.apply(kept, dim=hook.pos_dim)
 
 
 def _has_global_hooks() -> bool:

@@ -22,6 +22,8 @@ _TUPLE = re.compile(r"blocks\.\((-?\d+), ?(-?\d+)\)\.(.+)")
 _RECURRENCE_BLOCK = re.compile(r"recurrence\.(\d+)\.blocks\.(\d+)\.(.+)")
 _STAGE = re.compile(r"(prelude|coda)\.(\d+)\.(.+)")
 _BLOCK = re.compile(r"blocks\.(-?\d+)\.(.+)")
+# get_act_name("q_input", i) leaves the component out.
+_ATTENTION_INPUT = re.compile(r"^(.*[\d)])\.(hook_[qkv]_input)$")
 _RECURRENCE = re.compile(r"recurrence\.(\d+)\.(.+)")
 
 
@@ -31,6 +33,7 @@ def canonical_name(name: str, loop: LoopGeometry) -> str:
     Raises:
         LayerIndexError: if an alias names a recurrence or layer out of range.
     """
+    name = _ATTENTION_INPUT.sub(r"\1.attn.\2", name)
     if match := _TUPLE.fullmatch(name):
         return f"blocks.{loop.index(int(match[1]), int(match[2]))}.{match[3]}"
     if match := _RECURRENCE_BLOCK.fullmatch(name):
@@ -39,18 +42,6 @@ def canonical_name(name: str, loop: LoopGeometry) -> str:
         stage_index = loop.prelude_index if match[1] == "prelude" else loop.coda_index
         return f"blocks.{stage_index(int(match[2]))}.{match[3]}"
     return name
-
-
-def alias_names(name: str, loop: LoopGeometry) -> list[str]:
-    """Other spellings of a canonical name, none for names outside the blocks."""
-    match = _BLOCK.fullmatch(name)
-    if not match:
-        return []
-    place, rest = loop.locate(int(match[1])), match[2]
-    if place.recurrence is None:
-        return [f"{place.stage}.{place.layer}.{rest}"]
-    r, l = place.recurrence, place.layer  # noqa: E741 - the paper's letters
-    return [f"recurrence.{r}.blocks.{l}.{rest}", f"blocks.({r}, {l}).{rest}"]
 
 
 def resolve_name(name: str, loop: LoopGeometry, known: Mapping[str, object]) -> str:

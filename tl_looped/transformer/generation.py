@@ -7,7 +7,7 @@ has the same state at every step.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,7 @@ from transformer_lens.utilities import sample_logits
 
 from tl_looped.errors import InputError
 from tl_looped.transformer.lenses import LensesMixin
+from tl_looped.transformer.tokens import is_text
 
 
 class GenerationMixin(LensesMixin):
@@ -67,11 +68,14 @@ class GenerationMixin(LensesMixin):
         """
         if return_type not in ("input", "str", "tokens"):
             raise InputError(f"return_type must be input, str or tokens, got {return_type!r}")
-        if isinstance(input, (str, list)):
-            tokens, mask = self.tokenize(input, prepend_bos, padding_side="left")
+        text = is_text(input)
+        if self.tokenizer is None and return_type == "str":
+            raise InputError("return_type='str' needs a tokenizer")
+        if text:
+            tokens, mask = self.tokenize(cast(Any, input), prepend_bos, padding_side="left")
         else:
             tokens, found = self._check_tokens(input), attention_mask
-            found = self._left_padding(tokens) if found is None else found
+            found = self._padding(tokens, prepend_bos) if found is None else found
             given = self._check_mask(found, *tokens.shape)
             mask = torch.ones_like(tokens, dtype=torch.bool) if given is None else given
             if not bool(mask[:, -1].all()):
@@ -82,6 +86,12 @@ class GenerationMixin(LensesMixin):
             raise InputError("stop_at_eos=True, but there is no EOS token: pass eos_token_id=")
         eos = eos_token_id if stop_at_eos else None
         self._check_state_covers(initial_state, tokens.shape[1] + max_new_tokens - 1)
+        longest = int(mask.sum(-1).max()) + max_new_tokens - 1
+        if longest > self.cfg.n_ctx:
+            raise InputError(
+                f"max_new_tokens={max_new_tokens} would run the model on {longest} tokens, its "
+                f"context holds {self.cfg.n_ctx}"
+            )
 
         def step(tokens: Tensor, mask: Tensor) -> Tensor:
             state = initial_state
@@ -90,7 +100,6 @@ class GenerationMixin(LensesMixin):
             logits = self(
                 tokens,
                 attention_mask=mask,
-                n_recurrences=n_recurrences,
                 initial_state=state,
                 state_seed=state_seed,
             )[:, -1]
@@ -107,14 +116,14 @@ class GenerationMixin(LensesMixin):
             )
 
         devices = [tokens.device] if tokens.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        with (
+            self.recurrences(n_recurrences),
+            torch.random.fork_rng(devices=devices, enabled=seed is not None),
+        ):
             if seed is not None:
                 torch.manual_seed(seed)
             out, mask = self._extend(tokens, mask, max_new_tokens, step, eos, verbose)
-        as_text = return_type == "str" or (
-            return_type == "input" and isinstance(input, (str, list))
-        )
-        if not as_text:
+        if return_type == "tokens" or (return_type == "input" and not text):
             return out
         texts = [
             self.tokenizer.decode(

@@ -8,10 +8,11 @@ effective index moves. ``reset_hooks`` reaches the sleeping ones too.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -21,15 +22,24 @@ from transformer_lens.utilities import Slice
 from transformer_lens.utilities.slice import SliceInput
 
 from tl_looped.cache import LoopedActivationCache
-from tl_looped.errors import InputError, RecurrenceCountError
+from tl_looped.errors import GatedHookError, HookNameError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights
 from tl_looped.model.config import Injection, LoopedConfig, NormLayout
 from tl_looped.model.geometry import LayerLike, LayerLocation, LoopGeometry
-from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, CacheWriter, LoopedHookPoint
 from tl_looped.model.names import resolve_name
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
 
 HookName = str | tuple[str, LayerLike] | Callable[[str], bool]
+
+
+@dataclass
+class RunRecord:
+    """What a cache keeps of its run; filled by the first forward pass, not by one in a hook."""
+
+    filled: bool = False
+    state_seed: int | None = None
+    state_given: bool = False
 
 
 class RecurrenceHooks(nn.Module):
@@ -77,6 +87,10 @@ class HookDict(dict[str, LoopedHookPoint]):
         return dict.__getitem__(self, resolve_name(name, self.loop, self))
 
 
+# Methods that read `self.loop` and `self.blocks`, and so must run on the view itself.
+_OF_GEOMETRY = ("accumulated_bias", "tl_parameters", "unique_layer")
+
+
 class _GeometryView:
     """A model as it was at another number of recurrences, for caches of earlier runs."""
 
@@ -88,6 +102,10 @@ class _GeometryView:
         self.blocks = [model._pooled_block(self.loop.locate(i)) for i in range(self.loop.n_layers)]
 
     def __getattr__(self, name: str) -> Any:
+        if "_model" not in self.__dict__:  # while it is being copied or unpickled
+            raise AttributeError(name)
+        if name in _OF_GEOMETRY:
+            return getattr(type(self._model), name).__get__(self)
         return getattr(self._model, name)
 
 
@@ -111,8 +129,7 @@ class LoopedHookManager(HookedRootModule):
         self._block_pool: dict[LayerLocation, Block] = {}
         self._recurrence_pool: list[RecurrenceHooks] = []
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
-        self._record_state_seed: int | None = None
-        self._record_state_given = False
+        self._records: list[RunRecord] = []
         self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
         self._select()
 
@@ -125,8 +142,12 @@ class LoopedHookManager(HookedRootModule):
             RecurrenceCountError: if it is negative, or zero where the model has no meaning at zero.
         """
         fewest = self.cfg.min_recurrences
-        if isinstance(n_recurrences, bool) or not isinstance(n_recurrences, int):
-            raise RecurrenceCountError(f"n_recurrences must be an integer, got {n_recurrences!r}")
+        try:
+            n_recurrences = operator.index(n_recurrences)  # numpy's integers too
+        except TypeError:
+            raise RecurrenceCountError(
+                f"n_recurrences must be an integer, got {n_recurrences!r}"
+            ) from None
         if n_recurrences < fewest:
             raise RecurrenceCountError(
                 f"n_recurrences must be at least {fewest} for this model, got {n_recurrences}"
@@ -149,6 +170,13 @@ class LoopedHookManager(HookedRootModule):
         finally:
             self.set_recurrences(before)
 
+    def train(self, mode: bool = True) -> LoopedHookManager:
+        """As in PyTorch, also for blocks beyond the current recurrences."""
+        super().train(mode)
+        for module in (*self._block_pool.values(), *self._recurrence_pool):
+            module.train(mode)
+        return self
+
     def view_at(self, n_recurrences: int) -> Any:
         """The model as TransformerLens's tools would see it at another number of recurrences."""
         return _GeometryView(self, n_recurrences)
@@ -160,7 +188,7 @@ class LoopedHookManager(HookedRootModule):
             assert isinstance(stage, nn.ModuleList)
             weights = stage[location.layer]
             assert isinstance(weights, BlockWeights)
-            block = Block(self.cfg, weights, location)
+            block = Block(self.cfg, weights, location).train(self.training)
             self._block_pool[location] = block
         return block
 
@@ -170,12 +198,10 @@ class LoopedHookManager(HookedRootModule):
         final_norm = self._modules["final_norm"]
         assert isinstance(final_norm, NormWeights)
         for r in range(len(self._recurrence_pool), loop.R):
-            self._recurrence_pool.append(RecurrenceHooks(cfg, r, final_norm))
+            self._recurrence_pool.append(RecurrenceHooks(cfg, r, final_norm).train(self.training))
         blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
         self._modules["blocks"] = nn.ModuleList(blocks)
         self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
-        self._modules["blocks"].train(self.training)
-        self._modules["recurrence"].train(self.training)
         self._name_hooks(blocks)
 
     def _name_hooks(self, blocks: list[Block]) -> None:
@@ -198,6 +224,12 @@ class LoopedHookManager(HookedRootModule):
                 }
             for name, hook in self._block_names[key].items():
                 hook.name = name
+            per_head = self.cfg.use_split_qkv_input or self.cfg.use_attn_in
+            for suffix in ("ln1.hook_scale", "ln1.hook_normalized"):
+                if suffix in blocks[i].hook_suffixes:
+                    # With one input a head, its norm works on [batch, pos, head, d_model].
+                    hook = blocks[i].hook_suffixes[suffix]
+                    hook.pos_dim = PER_HEAD_POS_DIM if per_head else -2
             hooks.update(self._block_names[key])
 
         add(self.hook_embed, "hook_embed")
@@ -227,6 +259,14 @@ class LoopedHookManager(HookedRootModule):
     # -- flags --------------------------------------------------------------------------------
 
     def _set_flag(self, flag: str, on: bool) -> None:
+        for block in self._block_pool.values():
+            for suffix, gate in GATED_HOOKS.items():
+                point = block.hook_suffixes[suffix]
+                if gate == flag and not on and (point.fwd_hooks or point.bwd_hooks):
+                    raise GatedHookError(
+                        f"{point.name} has hooks that would never fire with {flag} off: "
+                        "call reset_hooks() first"
+                    )
         setattr(self.cfg, flag, on)
         self._block_names.clear()
         self._name_hooks(list(self._modules["blocks"]))
@@ -314,14 +354,27 @@ class LoopedHookManager(HookedRootModule):
             "prepend": prepend,
         }
         if callable(name):
-            super().add_hook(name, hook, **add)
+            for selected in self._selected(name):
+                self.check_and_add_hook(self.hook_dict[selected], selected, hook, **add)
             return
         canonical = self.hook_name(name)
         self.check_and_add_hook(self.hook_dict[canonical], canonical, hook, **add)
 
+    def _selected(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Names that a filter function selects; none at all is a mistake, not a wish."""
+        names = [name for name in self.hook_dict if wanted(name)]
+        if not names:
+            raise HookNameError(
+                f"the filter function selects none of the {len(self.hook_dict)} hooks. It sees "
+                "canonical names only, such as 'blocks.0.attn.hook_z' or "
+                "'recurrence.0.hook_state_out', no aliases."
+            )
+        return names
+
     def _enable_hook(self, name: HookName, hook: Callable[..., Any], dir: Any) -> None:
         if callable(name):
-            super()._enable_hook(name, hook, dir)
+            for selected in self._selected(name):
+                self.hook_dict[selected].add_hook(hook, dir=dir, level=self.context_level)
             return
         self.hook_dict[self.hook_name(name)].add_hook(hook, dir=dir, level=self.context_level)
 
@@ -373,9 +426,14 @@ class LoopedHookManager(HookedRootModule):
             batch = model_args[0] if model_args else kwargs.get("input")
             if remove_batch_dim and isinstance(batch, list) and len(batch) > 1:
                 raise InputError(f"cannot remove the batch dimension of {len(batch)} prompts")
-            out, cache_dict = super().run_with_cache(
-                *model_args, remove_batch_dim=remove_batch_dim, **kwargs
-            )
+            record = RunRecord()
+            self._records.append(record)
+            try:
+                out, cache_dict = super().run_with_cache(
+                    *model_args, remove_batch_dim=remove_batch_dim, **kwargs
+                )
+            finally:
+                self._records.pop()
             if not return_cache_object:
                 return out, cache_dict
             cache = LoopedActivationCache(
@@ -383,8 +441,8 @@ class LoopedHookManager(HookedRootModule):
                 self,
                 not remove_batch_dim,
                 self.loop,
-                self._record_state_seed,
-                self._record_state_given,
+                record.state_seed,
+                record.state_given,
             )
             return out, cache
 
@@ -393,7 +451,7 @@ class LoopedHookManager(HookedRootModule):
         if names_filter is None:
             return set(self.hook_dict)
         if callable(names_filter):
-            return {name for name in self.hook_dict if names_filter(name)}
+            return set(self._selected(names_filter))
         if isinstance(names_filter, (str, tuple)):
             names_filter = [names_filter]
         return {self.hook_name(name) for name in names_filter}
@@ -408,23 +466,32 @@ class LoopedHookManager(HookedRootModule):
         pos_slice: Slice | SliceInput | None = None,
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
         """As in TransformerLens, with aliases, and slicing on each hook's own position axis."""
-        positions = Slice.unwrap(pos_slice)
         store: dict[str, Tensor] = {} if cache is None else cache
         self.is_caching = True
-
-        def save(tensor: Tensor, hook: LoopedHookPoint, suffix: str) -> None:
-            kept = tensor.detach().to(device)
-            if remove_batch_dim and kept.shape[0] == 1:
-                kept = kept[0]
-            assert hook.name is not None
-            assert hook.pos_dim is not None
-            store[hook.name + suffix] = positions.apply(kept, dim=hook.pos_dim)
-
+        common = (store, Slice.unwrap(pos_slice), device, remove_batch_dim)
         names = self.names_filter_set(names_filter)
         ordered = [name for name in self.hook_dict if name in names]
-        fwd = [(name, partial(save, suffix="")) for name in ordered]
-        bwd = [(name, partial(save, suffix="_grad")) for name in ordered] if incl_bwd else []
+        fwd = [(name, CacheWriter(*common)) for name in ordered]
+        bwd = [(name, CacheWriter(*common, "_grad")) for name in ordered] if incl_bwd else []
         return store, fwd, bwd
+
+    def add_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """As in TransformerLens, with aliases; the hooks stay until ``reset_hooks``."""
+        store, fwd, bwd = self.get_caching_hooks(
+            names_filter, incl_bwd, device, remove_batch_dim, cache
+        )
+        for name, hook in fwd:
+            self.hook_dict[name].add_hook(hook, "fwd")
+        for name, hook in bwd:
+            self.hook_dict[name].add_hook(hook, "bwd")
+        return store
 
     def why_not_additive(self) -> str | None:
         """Why the residual stream is not the plain sum of all writes, or None if it is."""

@@ -100,12 +100,21 @@ class LensesMixin(LoopMixin):
         if not self.cfg.exit_gate:
             raise InputError(f"{self.cfg.model_name} has no exit gate")
         keep = ("hook_exit_gate", "hook_state_out")
+        text = (
+            kwargs.pop(name, None) for name in ("attention_mask", "prepend_bos", "padding_side")
+        )
+        tokens, mask = self._tokens_and_mask(input, *text)
         _, cache = self.run_with_cache(
-            input, names_filter=lambda name: name.endswith(keep), return_type=None, **kwargs
+            tokens,
+            attention_mask=mask,
+            names_filter=lambda name: name.endswith(keep),
+            return_type=None,
+            **kwargs,
         )
         gate = cache.stack_recurrences("exit_gate")[..., 0].permute(1, 2, 0)
         states = cache.stack_recurrences("state_out")
-        return ExitReadout(gate, self.coda_lens(states, after_loop_norm=True))
+        logits = self.coda_lens(states, attention_mask=mask, after_loop_norm=True)
+        return ExitReadout(gate, logits, self.cfg.exit_threshold)
 
     def _check_width(self, resid: Tensor) -> None:
         if resid.ndim < 3 or resid.shape[-1] != self.cfg.d_model:

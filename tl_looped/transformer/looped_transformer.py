@@ -7,9 +7,11 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from tl_looped.model.init import init_weights
 from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.generation import GenerationMixin
 from tl_looped.transformer.loop import LoopRun
+from tl_looped.transformer.tokens import is_text
 from tl_looped.transformer.weights import Embed, Unembed
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
@@ -44,7 +47,8 @@ class LoopedTransformer(GenerationMixin):
 
     def __init__(self, cfg: LoopedConfig, tokenizer: Any = None) -> None:
         super().__init__()
-        self.cfg = cfg
+        # A copy of its own: recurrences, flags and dtype of one model must not reach another.
+        self.cfg = cfg = copy(cfg)
         self.tokenizer = tokenizer
         self.state_seed = 0
         device = torch.device("cpu" if cfg.device is None else cfg.device)
@@ -114,8 +118,8 @@ class LoopedTransformer(GenerationMixin):
         if wanted is not None:
             model.set_recurrences(wanted)
         if target.type != "meta":
-            source.load_into(model, target, cfg.dtype)
-        cfg.device = str(target)
+            source.load_into(model, target, model.cfg.dtype)
+        model.cfg.device = str(target)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -136,7 +140,7 @@ class LoopedTransformer(GenerationMixin):
 
     def forward(
         self,
-        input: str | list[str] | Tensor,
+        input: str | list[Any] | Tensor | np.ndarray,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
@@ -154,7 +158,8 @@ class LoopedTransformer(GenerationMixin):
 
         Args:
             input: Text, several texts, tokens ``[batch, pos]`` or ``[pos]``; with
-                ``start_at_layer`` the residual stream ``[batch, pos, d_model]`` that it receives.
+                ``start_at_layer`` the residual stream ``[batch, pos, d_model]`` that it receives
+                (give ``attention_mask`` or ``tokens`` again if the batch is padded).
             return_type: ``"logits"`` ``[batch, pos, d_vocab]``, ``"loss"``, ``"both"`` or None.
             loss_per_token: The loss of every next token ``[batch, pos - 1]``, not the mean.
             prepend_bos, padding_side: See :meth:`to_tokens`.
@@ -181,8 +186,14 @@ class LoopedTransformer(GenerationMixin):
             mask = attention_mask
             if start is None:
                 tokens, mask = self._tokens_and_mask(input, mask, prepend_bos, padding_side)
+            elif tokens is not None:
+                tokens = self._check_tokens(tokens)
+                mask = self._padding(tokens, prepend_bos) if mask is None else mask
+            enters = self._check_loop_arguments(
+                start, stop, initial_state, state_seed, prelude_output
+            )
             x, mask = self._stream(input, tokens, mask, start)
-            run = self._new_run(x, mask, initial_state, state_seed, prelude_output)
+            run = self._new_run(x, mask, initial_state, state_seed, prelude_output, enters)
             if start is None:
                 x = self.hook_embed(x)
             n = self.loop.n_layers
@@ -229,18 +240,43 @@ class LoopedTransformer(GenerationMixin):
 
     def _tokens_and_mask(
         self,
-        input: str | list[str] | Tensor,
+        input: Any,
         mask: Tensor | None,
         prepend_bos: bool | None,
         padding_side: str | None,
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(input, (str, list)):
+        if is_text(input):
             tokens, own_mask = self.tokenize(input, prepend_bos, padding_side)
             return tokens, own_mask if mask is None else mask
         tokens = self._check_tokens(input)
-        return tokens, self._left_padding(tokens) if mask is None else mask
+        return tokens, self._padding(tokens, prepend_bos) if mask is None else mask
 
-    def _check_tokens(self, tokens: Tensor) -> Int[Tensor, "batch pos"]:
+    def _check_loop_arguments(
+        self,
+        start: int | None,
+        stop: int | None,
+        initial_state: Tensor | str | None,
+        state_seed: int | None,
+        prelude_output: Tensor | None,
+    ) -> bool:
+        """Whether the run enters the loop; arguments that it would not read are an error."""
+        before = start is None or start < self.loop.p
+        if before and prelude_output is not None:
+            raise InputError(
+                "prelude_output is for a start_at_layer behind the prelude; this run computes its "
+                "own. To change what is injected, hook the prelude's last hook_resid_post."
+            )
+        enters = before and (stop is None or stop >= self.loop.p)
+        if not enters and (initial_state is not None or state_seed is not None):
+            raise InputError(
+                "initial_state and state_seed have no effect: with start_at_layer="
+                f"{start} and stop_at_layer={stop} the run does not enter the loop (at layer "
+                f"{self.loop.p})"
+            )
+        return enters
+
+    def _check_tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
+        tokens = torch.as_tensor(tokens)
         if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
             raise InputError(
                 f"tokens must be integers of shape [batch, pos], got {tokens.dtype} of shape "
@@ -255,7 +291,7 @@ class LoopedTransformer(GenerationMixin):
                 raise InputError(
                     f"token ids must be 0..{self.cfg.d_vocab - 1}, got {low if low < 0 else high}"
                 )
-        return tokens.to(self.W_E.device)
+        return tokens.to(self.W_E.device, torch.long)
 
     def _stream(
         self, input: Any, tokens: Tensor | None, mask: Tensor | None, start: int | None
@@ -288,23 +324,30 @@ class LoopedTransformer(GenerationMixin):
         initial_state: Tensor | str | None,
         state_seed: int | None,
         prelude_output: Tensor | None,
+        enters_loop: bool,
     ) -> LoopRun:
         seed = self.state_seed if state_seed is None else state_seed
+        if type(seed) is not int:
+            raise InputError(f"state_seed must be an integer, got {seed!r}")
         if isinstance(initial_state, str):
             if initial_state != "zeros":
                 raise InputError(
                     f"initial_state must be a tensor or 'zeros', got {initial_state!r}"
                 )
             initial_state = torch.zeros_like(x)
+        if initial_state is not None and initial_state.ndim == 3 and initial_state.shape[0] == 1:
+            initial_state = initial_state.expand(x.shape[0], -1, -1)
         for name, state in (("initial_state", initial_state), ("prelude_output", prelude_output)):
             if state is not None and state.shape != x.shape:
                 raise InputError(
                     f"{name} must have shape [batch, pos, d_model] = {tuple(x.shape)}, "
                     f"got {tuple(state.shape)}"
                 )
-        random = initial_state is None and self.cfg.initial_state.value == "random"
-        self._record_state_seed = seed if random else None
-        self._record_state_given = initial_state is not None
+        if self._records and not self._records[-1].filled:
+            record = self._records[-1]
+            random = initial_state is None and self.cfg.initial_state.value == "random"
+            record.state_seed = seed if random and enters_loop else None
+            record.state_given, record.filled = initial_state is not None, True
         context = RunContext.build(self.cfg, x.shape[0], x.shape[1], mask, x.device, x.dtype)
         given = None if prelude_output is None else prelude_output.to(x)
         return LoopRun(context, initial_state, seed, given)

@@ -3,9 +3,9 @@
 Decisions: BOS is prepended here, by id, and never by the tokenizer, so that it is never there
 twice; ``cfg.default_prepend_bos`` says whether. Text that is longer than the context is an error
 unless ``truncate=True`` is asked for (TransformerLens truncates by default). Text batches carry
-their own mask. A batch given as *tokens* is read as left-padded where some rows, but not all, begin
-with pad tokens; pass ``attention_mask`` to say otherwise. Padding on the right changes nothing that
-a real token sees.
+their own mask. In a batch given as *tokens*, leading and trailing pad tokens are padding; where the
+pad token is also BOS or EOS, only leading ones that some rows have and others have not. Pass
+``attention_mask`` to say otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ from torch import Tensor
 
 from tl_looped.errors import InputError, TokenizerError
 from tl_looped.transformer.weights import WeightsMixin
+
+_SPECIAL = ("pad", "bos", "eos")
+
+
+def is_text(input: Any) -> bool:
+    """Whether an input is text: a string or a list of strings."""
+    if isinstance(input, list):
+        return all(isinstance(item, str) for item in input)
+    return isinstance(input, str)
 
 
 class TokensMixin(WeightsMixin):
@@ -103,20 +112,43 @@ class TokensMixin(WeightsMixin):
         truncate: bool = False,
     ) -> Int[Tensor, "batch pos"]:
         """Tokens of one or more texts, padded to the longest; see :meth:`tokenize`."""
-        tokens, _ = self.tokenize(input, prepend_bos, padding_side, truncate)
+        tokens, mask = self.tokenize(input, prepend_bos, padding_side, truncate)
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        if ids == (None, None) and not bool(mask.all()):
+            raise TokenizerError(
+                "texts of unequal length need padding, but the tokenizer has neither a pad nor an "
+                "EOS token: give the texts to the model itself, or set tokenizer.pad_token"
+            )
         return tokens if move_to_device else tokens.cpu()
 
-    def _left_padding(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
-        """Mask of a token batch in which some rows, but not all, begin with pad tokens."""
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        if pad is None or tokens.shape[0] < 2:
+    def _padding(
+        self, tokens: Int[Tensor, "batch pos"], prepend_bos: bool | None = None
+    ) -> Bool[Tensor, "batch pos"] | None:
+        """Mask of a token batch, read off its pad tokens; None if it has no padding.
+
+        A pad token that is neither BOS nor EOS is padding wherever it leads or ends a row. One that
+        is also BOS or EOS may be meant, so only leading runs that some rows have and others have
+        not are padding, less the BOS token itself.
+        """
+        ids = {name: getattr(self.tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+        pad = ids["eos"] if ids["pad"] is None else ids["pad"]
+        if pad is None:
             return None
-        leading = (tokens == pad).long().cumprod(-1).sum(-1)
-        if self.cfg.default_prepend_bos and pad == getattr(self.tokenizer, "bos_token_id", None):
-            leading = (leading - 1).clamp(min=0)  # the last of them is the BOS token
-        if int(leading.max()) == 0 or int(leading.min()) > 0:
+        is_pad = tokens == pad
+        leading = is_pad.long().cumprod(-1).sum(-1)
+        trailing = torch.zeros_like(leading)
+        if pad in (ids["bos"], ids["eos"]):
+            prepended = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+            if pad == ids["bos"] and prepended:
+                leading = (leading - 1).clamp(min=0)
+            if int(leading.min()) > 0:
+                return None
+        else:
+            trailing = is_pad.flip(-1).long().cumprod(-1).sum(-1)
+        if not bool(leading.any() or trailing.any()):
             return None
-        return torch.arange(tokens.shape[1], device=tokens.device) >= leading[:, None]
+        at = torch.arange(tokens.shape[1], device=tokens.device)
+        return (at >= leading[:, None]) & (at < tokens.shape[1] - trailing[:, None])
 
     def to_string(
         self, tokens: int | list[int] | list[list[int]] | Tensor | np.ndarray
