@@ -79,6 +79,19 @@ def test_weights_exist_once_and_hooks_hold_none(variant) -> None:
     assert set(variant.state_dict()) == set(names)
 
 
+def test_training_mode_reaches_every_recurrence(variant) -> None:
+    variant.set_recurrences(6)
+    assert not any(module.training for module in variant.modules())
+    variant.set_recurrences(2)
+    variant.train()
+    variant.set_recurrences(7)
+    assert all(module.training for module in variant.modules())
+    variant.set_recurrences(3)
+    variant.eval()
+    variant.set_recurrences(7)
+    assert not any(module.training for module in variant.modules())
+
+
 # -- hooks ------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,10 @@
 
 Each prompt runs alone, unpadded. Per core layer and recurrence: ColSum concentration of the
 attention patterns (mean over heads), the step from the previous recurrence and the distance to the
-last recurrence's state (both relative to the norm, mean over tokens); then mean and standard
-deviation over prompts. Between all effective layers: attention similarity, ``1 - d / sqrt(2 T)``
-with d the Frobenius distance, so that 1 is the same pattern and prompts of different lengths T can
-be averaged.
+last recurrence's state (both relative to the norm, mean over tokens); then mean, standard
+deviation and the 10 and 90 % quantiles over prompts. Between all effective layers: attention
+similarity, ``1 - d / sqrt(2 T)`` with d the Frobenius distance, so that 1 is the same pattern and
+prompts of different lengths T can be averaged.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class DemoResult:
 
     Args:
         loop: Geometry of the run.
-        numbers: One row a metric, recurrence and layer: mean, standard deviation and number of
-            prompts.
+        numbers: One row a metric, recurrence and layer: mean, standard deviation, quantiles and
+            number of prompts.
         similarity: ``[effective layer, effective layer]``, mean over heads and prompts.
         settings: What was run.
     """
@@ -100,6 +100,7 @@ def run_demo(
         raise DataError("there is no prompt to run")
     collected: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
     similarity: torch.Tensor | float = 0.0
+    trained = model.loop.R
     keep = ("hook_pattern", "hook_resid_post")
     with model.recurrences(n_recurrences):
         loop = model.loop
@@ -132,6 +133,7 @@ def run_demo(
             "shape": str(loop),
             "prompts": len(prompts),
             "recurrences": n_recurrences,
+            "trained_recurrences": trained,
             "state_seed": STATE_SEED,
             "dtype": str(model.cfg.dtype),
             "tl_looped": __version__,
@@ -152,8 +154,10 @@ def _tidy(collected: dict[str, list[np.ndarray]]) -> pd.DataFrame:
             n = len(values)
             mean = values.mean() if n else math.nan
             sd = values.std(ddof=1) if n > 1 else math.nan
-            rows.append((metric, r, layer, mean, sd, n))
-    return pd.DataFrame(rows, columns=["metric", "recurrence", "layer", "mean", "sd", "prompts"])
+            low, high = np.quantile(values, (0.1, 0.9)) if n else (math.nan, math.nan)
+            rows.append((metric, r, layer, mean, sd, low, high, n))
+    columns = ["metric", "recurrence", "layer", "mean", "sd", "p10", "p90", "prompts"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def figures(result: DemoResult) -> dict[str, Figure]:
@@ -161,7 +165,7 @@ def figures(result: DemoResult) -> dict[str, Figure]:
     settings = result.settings
     caption = (
         f"{settings['model']} {settings['shape']}, {settings['prompts']} word problems, "
-        f"state seed {settings['state_seed']}; lines are means, bands one SD over prompts"
+        f"state seed {settings['state_seed']}; lines are means, bands 10 to 90 % of prompts"
     )
     titles = {
         "colsum_concentration": "How concentrated attention is, by recurrence",
@@ -171,10 +175,12 @@ def figures(result: DemoResult) -> dict[str, Figure]:
     out = {
         name: by_recurrence(
             result.grid(name),
-            np.nan_to_num(result.grid(name, "sd")),
+            result.grid(name, "p10"),
+            result.grid(name, "p90"),
             titles[name],
             label,
             caption,
+            trained=settings["trained_recurrences"],
             log=name != "colsum_concentration",
         )
         for name, label in METRICS.items()

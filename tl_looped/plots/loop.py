@@ -23,20 +23,23 @@ def _layer_colour(layer: int, n_layers: int) -> tuple[float, ...]:
 
 def by_recurrence(
     values: np.ndarray,
-    spread: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
     title: str,
     label: str,
     caption: str,
+    trained: int | None = None,
     log: bool = False,
 ) -> Figure:
     """One line a layer over the recurrences, with a band.
 
     Args:
         values: ``[recurrence, layer]``; NaN where undefined.
-        spread: Half width of the band, of the same shape.
+        low, high: Edges of the band, of the same shape.
         title: What is shown.
         label: Label of the vertical axis, with its unit.
         caption: How it was made: prompts, recurrences, what the band is.
+        trained: Number of recurrences the model was trained with; its last one is marked.
         log: Logarithmic vertical axis; zeros are left out.
     """
     n_recurrences, n_layers = values.shape
@@ -45,14 +48,20 @@ def by_recurrence(
     recurrences = np.arange(n_recurrences)
     for layer in range(n_layers):
         colour = _layer_colour(layer, n_layers)
-        mean, band = values[:, layer].copy(), spread[:, layer]
+        mean, lower, upper = (array[:, layer].copy() for array in (values, low, high))
         if log:
-            mean[mean <= 0] = np.nan
+            for array in (mean, lower, upper):
+                array[array <= 0] = np.nan
         axes.plot(
             recurrences, mean, color=colour, marker="o", markersize=3, label=f"core layer {layer}"
         )
-        lower = np.maximum(mean - band, mean / 10) if log else mean - band
-        axes.fill_between(recurrences, lower, mean + band, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(recurrences, lower, upper, color=colour, alpha=0.15, linewidth=0)
+    if trained is not None and trained < n_recurrences:
+        axes.axvline(trained - 1, color="0.5", linestyle=":", linewidth=1.2)
+        axes.annotate(
+            " last trained recurrence", (trained - 1, 0.02), fontsize=8, color="0.35",
+            xycoords=axes.get_xaxis_transform(),
+        )  # fmt: skip
     if log:
         axes.set_yscale("log")
     axes.set_title(title)

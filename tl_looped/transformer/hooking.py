@@ -202,6 +202,8 @@ class LoopedHookManager(HookedRootModule):
         blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
         self._modules["blocks"] = nn.ModuleList(blocks)
         self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
+        for name in ("blocks", "recurrence"):  # their members have the right mode already
+            self._modules[name].training = self.training
         self._name_hooks(blocks)
 
     def _name_hooks(self, blocks: list[Block]) -> None:
