@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import CASES, GOLDEN, Golden, load_golden
-from safetensors.torch import load_file, save_file
+from rawcheckpoints import load_changed, raw_config, read_config, tensor_names
 from tokenizers import Tokenizer, models
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tl_looped import (
     ConfigError,
     InitialState,
     Injection,
-    LoopedConfig,
     LoopedTransformer,
     NormLayout,
     RotaryStyle,
@@ -130,33 +127,6 @@ SHAPES = {
     "ouro": (0, 3, 0),
 }
 RAVEN = [case for case in CASES if case != "ouro"]
-
-
-def raw_config(case: str, **changes: Any) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((GOLDEN / case / "config.json").read_text())
-    return raw | changes
-
-
-def tensor_names(case: str) -> set[str]:
-    return set(load_file(GOLDEN / case / "model.safetensors"))
-
-
-def read_config(case: str, **changes: Any) -> LoopedConfig:
-    raw = raw_config(case, **changes)
-    return find_adapter(raw, tensor_names(case)).config(raw)
-
-
-def write_checkpoint(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(raw))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def load_changed(case: str, folder: Path, **changes: Any) -> LoopedTransformer:
-    tensors = load_file(GOLDEN / case / "model.safetensors")
-    write_checkpoint(folder, raw_config(case, **changes), tensors)
-    return LoopedTransformer.from_pretrained(folder, device="cpu")
 
 
 # -- what is read from the config -------------------------------------------------------------

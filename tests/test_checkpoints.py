@@ -342,3 +342,10 @@ def test_a_model_without_values_or_a_target_that_is_a_file_cannot_be_saved(tmp_p
     model = LoopedTransformer.from_config(random_config())
     with pytest.raises(CheckpointError, match="is a file"):
         model.save_pretrained(tmp_path / "file")
+
+
+def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path: Path) -> None:
+    model = load(copy_of("ouro", tmp_path / "mine"))
+    assert model.cfg.model_name == "mine"
+    model.save_pretrained(tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()

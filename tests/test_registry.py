@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,8 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import GOLDEN
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from rawcheckpoints import write_checkpoint
 
 from tl_looped import (
     Adapter,
@@ -25,35 +23,7 @@ from tl_looped import (
     register_adapter,
     unregister_adapter,
 )
-from tl_looped.adapters import find_adapter
 from tl_looped.model.parameters import parameter_names
-
-
-def raw_config(case: str, **changes: Any) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((GOLDEN / case / "config.json").read_text())
-    return raw | changes
-
-
-def tensor_names(case: str) -> set[str]:
-    return set(load_file(GOLDEN / case / "model.safetensors"))
-
-
-def read_config(case: str, **changes: Any) -> LoopedConfig:
-    raw = raw_config(case, **changes)
-    return find_adapter(raw, tensor_names(case)).config(raw)
-
-
-def write_checkpoint(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(raw))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def load_changed(case: str, folder: Path, **changes: Any) -> LoopedTransformer:
-    tensors = load_file(GOLDEN / case / "model.safetensors")
-    write_checkpoint(folder, raw_config(case, **changes), tensors)
-    return LoopedTransformer.from_pretrained(folder, device="cpu")
 
 
 class ToyAdapter(Adapter):

@@ -14,6 +14,7 @@ sums would be silently wrong, so these raise and say why.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +27,15 @@ from transformer_lens.utilities.slice import SliceInput
 from tl_looped.errors import InvalidDecompositionError, LayerIndexError, MissingActivationError
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.model.names import canonical_name
+
+
+@dataclass
+class RunRecord:
+    """What a cache keeps of its run; filled by the first forward pass, not by one in a hook."""
+
+    filled: bool = False
+    state_seed: int | None = None
+    state_given: bool = False
 
 
 class LoopedActivationCache(ActivationCache):

@@ -66,7 +66,8 @@ class Checkpoint:
                 f"{self.name}: config.json holds a value of the wrong kind "
                 f"({type(error).__name__}: {error})"
             ) from error
-        cfg.model_name = self.name
+        # The name of a folder, not where it lies: a saved model should not tell its owner's paths.
+        cfg.model_name = Path(self.name).name if Path(self.name).is_dir() else self.name
         return cfg
 
     def tokenizer(self) -> Any:

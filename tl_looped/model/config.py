@@ -258,7 +258,7 @@ class LoopedConfig(TransformerLensConfig):
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, but for the device and TransformerLens's hook flags.
 
-        Those belong to the machine and to the session, not to the model.
+        Those belong to the machine and to the moment, not to the model.
         """
         out: dict[str, Any] = {}
         for field in fields(self):

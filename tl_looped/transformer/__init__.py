@@ -1,4 +1,4 @@
-"""LoopedTransformer, built up in steps: hooks, weights, tokens, loop, lenses, generation."""
+"""LoopedTransformer, in steps: pool, hooks, caching, weights, tokens, loop, lenses, generation."""
 
 from tl_looped.transformer.looped_transformer import LoopedTransformer
 

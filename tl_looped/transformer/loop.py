@@ -19,7 +19,7 @@ from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.context import RunContext
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import HookedRMSNorm
-from tl_looped.transformer.hooking import RecurrenceHooks
+from tl_looped.transformer.pool import RecurrenceHooks
 from tl_looped.transformer.tokens import TokensMixin
 
 Stream = Float[Tensor, "batch pos d_model"]

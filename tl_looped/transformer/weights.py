@@ -20,7 +20,7 @@ from tl_looped.model.block import Block
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.norms import HookedRMSNorm
-from tl_looped.transformer.hooking import LoopedHookManager
+from tl_looped.transformer.caching import CachingMixin
 
 
 class Embed(nn.Module):
@@ -70,7 +70,7 @@ class Unembed(nn.Module):
         return nn.functional.linear(x, self.matrix)
 
 
-class WeightsMixin(LoopedHookManager):
+class WeightsMixin(CachingMixin):
     """Weights under TransformerLens's names."""
 
     embed: Embed

@@ -1,0 +1,292 @@
+"""The pool of blocks, the number of recurrences, hook names and flags.
+
+Blocks are pooled by (stage, recurrence, layer) and made once, when they are first needed. Changing
+the number of recurrences only selects among them, so hooks survive it: a hook on recurrence 7
+sleeps while R is 4 and is there again at R = 8, and a coda layer keeps its hooks while its
+effective index moves.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+from torch import nn
+from transformer_lens import HookedRootModule
+
+from tl_looped.cache import RunRecord
+from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
+from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights
+from tl_looped.model.config import Injection, LoopedConfig, NormLayout
+from tl_looped.model.geometry import LayerLocation, LoopGeometry
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint
+from tl_looped.model.names import resolve_name
+from tl_looped.model.norms import HookedRMSNorm, NormWeights
+
+
+class RecurrenceHooks(nn.Module):
+    """The loop's own hook points at one recurrence.
+
+    ``hook_state_in``, ``hook_injected`` (the adapter's output, with an injection), ``ln_loop`` and
+    ``hook_state_out`` (after the loop norm, if there is one), ``hook_exit_gate`` (gate logits
+    ``[batch, pos, 1]``, with a gate).
+    """
+
+    ln_loop: HookedRMSNorm
+    hook_injected: LoopedHookPoint
+    hook_exit_gate: LoopedHookPoint
+
+    def __init__(self, cfg: LoopedConfig, r: int, norm: NormWeights) -> None:
+        super().__init__()
+        self.hook_state_in = LoopedHookPoint()
+        if cfg.injection is not Injection.NONE:
+            self.hook_injected = LoopedHookPoint()
+        if cfg.loop_norm:
+            self.ln_loop = HookedRMSNorm(norm)
+        self.hook_state_out = LoopedHookPoint()
+        if cfg.exit_gate:
+            self.hook_exit_gate = LoopedHookPoint()
+        for module in self.modules():
+            if isinstance(module, LoopedHookPoint):
+                # The loop's hooks belong to a recurrence but to no layer; -1 says so.
+                module.location = LayerLocation("core", r, -1)
+
+    def in_order(self) -> tuple[list[str], list[str]]:
+        """Names of the hooks before and after the recurrence's blocks, in the order they fire."""
+        before = ("hook_state_in", "hook_injected")
+        names = list(self._modules)
+        return [n for n in names if n in before], [n for n in names if n not in before]
+
+
+class HookDict(dict[str, LoopedHookPoint]):
+    """Hook points by canonical name; look-up also takes aliases and explains what is missing."""
+
+    def __init__(self, loop: LoopGeometry) -> None:
+        super().__init__()
+        self.loop = loop
+
+    def __missing__(self, name: str) -> LoopedHookPoint:
+        return dict.__getitem__(self, resolve_name(name, self.loop, self))
+
+
+# Methods that read `self.loop` and `self.blocks`, and so must run on the view itself.
+_OF_GEOMETRY = ("accumulated_bias", "tl_parameters", "unique_layer")
+
+
+class _GeometryView:
+    """A model as it was at another number of recurrences, for caches of earlier runs."""
+
+    def __init__(self, model: BlockPool, R: int) -> None:
+        self._model = model
+        self.loop = model.loop.with_recurrences(R)
+        self.cfg = copy(model.cfg)
+        self.cfg.n_recurrences, self.cfg.n_layers = R, self.loop.n_layers
+        self.blocks = [model._pooled_block(self.loop.locate(i)) for i in range(self.loop.n_layers)]
+
+    def __getattr__(self, name: str) -> Any:
+        if "_model" not in self.__dict__:  # while it is being copied or unpickled
+            raise AttributeError(name)
+        if name in _OF_GEOMETRY:
+            return getattr(type(self._model), name).__get__(self)
+        return getattr(self._model, name)
+
+
+class BlockPool(HookedRootModule):
+    """Everything about hooks; :class:`~tl_looped.LoopedTransformer` adds the mathematics."""
+
+    cfg: LoopedConfig
+    loop: LoopGeometry
+
+    def _setup_hooks(self, cfg: LoopedConfig) -> None:
+        """Make the global hook points and the pool; the weights must exist already."""
+        self.hook_embed = LoopedHookPoint()
+        self.hook_initial_state = LoopedHookPoint()
+        final_norm = self._modules["final_norm"]
+        assert isinstance(final_norm, NormWeights)
+        if cfg.pre_coda_norm:
+            self.ln_pre_coda = HookedRMSNorm(final_norm)
+        # Past __setattr__: `ln_final` and `blocks` are class-level properties, since that is all
+        # that TransformerLens's runtime-checked protocols see from Python 3.12 on.
+        self._modules["ln_final"] = HookedRMSNorm(final_norm)
+        self._block_pool: dict[LayerLocation, Block] = {}
+        self._recurrence_pool: list[RecurrenceHooks] = []
+        self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
+        self._records: list[RunRecord] = []
+        self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
+        self._select()
+
+    # -- recurrences --------------------------------------------------------------------------
+
+    def set_recurrences(self, n_recurrences: int) -> None:
+        """Set the number of recurrences of every later run. Hooks and older caches stay right.
+
+        Raises:
+            RecurrenceCountError: if it is negative, or zero where the model has no meaning at zero.
+        """
+        fewest = self.cfg.min_recurrences
+        try:
+            n_recurrences = operator.index(n_recurrences)  # numpy's integers too
+        except TypeError:
+            raise RecurrenceCountError(
+                f"n_recurrences must be an integer, got {n_recurrences!r}"
+            ) from None
+        if n_recurrences < fewest:
+            raise RecurrenceCountError(
+                f"n_recurrences must be at least {fewest} for this model, got {n_recurrences}"
+                + ("" if n_recurrences else ": without injection and coda, zero has no output")
+            )
+        if n_recurrences == self.loop.R:
+            return
+        self.loop = self.loop.with_recurrences(n_recurrences)
+        self.cfg.n_recurrences, self.cfg.n_layers = n_recurrences, self.loop.n_layers
+        self._select()
+
+    @contextmanager
+    def recurrences(self, n_recurrences: int | None) -> Iterator[BlockPool]:
+        """Run with another number of recurrences for a while; None changes nothing."""
+        before = self.loop.R
+        try:
+            if n_recurrences is not None:
+                self.set_recurrences(n_recurrences)
+            yield self
+        finally:
+            self.set_recurrences(before)
+
+    def train(self, mode: bool = True) -> BlockPool:
+        """As in PyTorch, also for blocks beyond the current recurrences."""
+        super().train(mode)
+        for module in (*self._block_pool.values(), *self._recurrence_pool):
+            module.train(mode)
+        return self
+
+    def view_at(self, n_recurrences: int) -> Any:
+        """The model as TransformerLens's tools would see it at another number of recurrences."""
+        return _GeometryView(self, n_recurrences)
+
+    def _pooled_block(self, location: LayerLocation) -> Block:
+        block = self._block_pool.get(location)
+        if block is None:
+            stage = self._modules[location.stage]
+            assert isinstance(stage, nn.ModuleList)
+            weights = stage[location.layer]
+            assert isinstance(weights, BlockWeights)
+            block = Block(self.cfg, weights, location).train(self.training)
+            self._block_pool[location] = block
+        return block
+
+    def _select(self) -> None:
+        """Bring blocks, recurrences and hook names in line with ``self.loop``."""
+        loop, cfg = self.loop, self.cfg
+        final_norm = self._modules["final_norm"]
+        assert isinstance(final_norm, NormWeights)
+        for r in range(len(self._recurrence_pool), loop.R):
+            self._recurrence_pool.append(RecurrenceHooks(cfg, r, final_norm).train(self.training))
+        blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
+        self._modules["blocks"] = nn.ModuleList(blocks)
+        self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
+        for name in ("blocks", "recurrence"):  # their members have the right mode already
+            self._modules[name].training = self.training
+        self._name_hooks(blocks)
+
+    def _name_hooks(self, blocks: list[Block]) -> None:
+        loop = self.loop
+        hooks = HookDict(loop)
+
+        def add(module: nn.Module, prefix: str) -> None:
+            for name, child in module.named_modules(prefix=prefix):
+                if isinstance(child, LoopedHookPoint):
+                    child.name = name
+                    hooks[name] = child
+
+        def add_block(i: int) -> None:
+            key = (i, blocks[i].location)
+            if key not in self._block_names:
+                self._block_names[key] = {
+                    f"blocks.{i}.{suffix}": hook
+                    for suffix, hook in blocks[i].hook_suffixes.items()
+                    if suffix not in GATED_HOOKS or getattr(self.cfg, GATED_HOOKS[suffix])
+                }
+            for name, hook in self._block_names[key].items():
+                hook.name = name
+            per_head = self.cfg.use_split_qkv_input or self.cfg.use_attn_in
+            for suffix in ("ln1.hook_scale", "ln1.hook_normalized"):
+                if suffix in blocks[i].hook_suffixes:
+                    # With one input a head, its norm works on [batch, pos, head, d_model].
+                    hook = blocks[i].hook_suffixes[suffix]
+                    hook.pos_dim = PER_HEAD_POS_DIM if per_head else -2
+            hooks.update(self._block_names[key])
+
+        add(self.hook_embed, "hook_embed")
+        for i in range(loop.p):
+            add_block(i)
+        add(self.hook_initial_state, "hook_initial_state")
+        for r in range(loop.R):
+            before, after = self._recurrence_pool[r].in_order()
+            for name in before:
+                add(getattr(self._recurrence_pool[r], name), f"recurrence.{r}.{name}")
+            for l in range(loop.k):  # noqa: E741 - the paper's letters
+                add_block(loop.index(r, l))
+            for name in after:
+                add(getattr(self._recurrence_pool[r], name), f"recurrence.{r}.{name}")
+        if self.cfg.pre_coda_norm:
+            add(self.ln_pre_coda, "ln_pre_coda")
+        for l in range(loop.c):  # noqa: E741
+            add_block(loop.coda_index(l))
+        add(self._modules["ln_final"], "ln_final")
+        self.hook_dict = hooks
+
+    @property
+    def mod_dict(self) -> dict[str, nn.Module]:
+        """Every module by name."""
+        return {name: module for name, module in self.named_modules() if name}
+
+    # -- flags --------------------------------------------------------------------------------
+
+    def _set_flag(self, flag: str, on: bool) -> None:
+        for block in self._block_pool.values():
+            for suffix, gate in GATED_HOOKS.items():
+                point = block.hook_suffixes[suffix]
+                if gate == flag and not on and (point.fwd_hooks or point.bwd_hooks):
+                    raise GatedHookError(
+                        f"{point.name} has hooks that would never fire with {flag} off: "
+                        "call reset_hooks() first"
+                    )
+        setattr(self.cfg, flag, on)
+        self._block_names.clear()
+        self._name_hooks(list(self._modules["blocks"]))
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Compute and hook each head's output, ``attn.hook_result``."""
+        self._set_flag("use_attn_result", use_attn_result)
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Give queries, keys and values of each head hooked inputs of their own."""
+        if use_split_qkv_input and self.cfg.use_attn_in:
+            raise InputError("use_split_qkv_input and use_attn_in exclude each other: turn one off")
+        self._set_flag("use_split_qkv_input", use_split_qkv_input)
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Give each head a hooked input of its own, ``hook_attn_in``."""
+        if use_attn_in and self.cfg.use_split_qkv_input:
+            raise InputError("use_split_qkv_input and use_attn_in exclude each other: turn one off")
+        self._set_flag("use_attn_in", use_attn_in)
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Hook the residual stream that enters each MLP, before its norm, ``hook_mlp_in``."""
+        self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+    def why_not_additive(self) -> str | None:
+        """Why the residual stream is not the plain sum of all writes, or None if it is."""
+        cfg = self.cfg
+        if cfg.norm_layout is NormLayout.RESIDUAL:
+            return "each block normalises its residual sum (ln_mid, ln_out)"
+        if cfg.injection is not Injection.NONE:
+            return "the injection maps the stream through an adapter before every recurrence"
+        if cfg.loop_norm:
+            return "the loop norm rescales the stream after every recurrence"
+        if cfg.pre_coda_norm:
+            return "the norm before the coda rescales the stream"
+        return None
