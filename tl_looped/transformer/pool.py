@@ -95,7 +95,7 @@ class _GeometryView:
 
 
 class BlockPool(HookedRootModule):
-    """Everything about hooks; :class:`~tl_looped.LoopedTransformer` adds the mathematics."""
+    """Blocks, recurrences and names; :class:`~tl_looped.LoopedTransformer` adds the rest."""
 
     cfg: LoopedConfig
     loop: LoopGeometry
