@@ -9,13 +9,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import GOLDEN
-from rawcheckpoints import write_checkpoint
+from rawcheckpoints import raw_config, write_checkpoint
+from safetensors.torch import load_file
 
 from tl_looped import (
     Adapter,
+    CheckpointError,
     HubAlias,
     LoopedConfig,
     LoopedTransformer,
+    OuroAdapter,
     RegistryError,
     Source,
     UnknownArchitectureError,
@@ -129,3 +132,26 @@ def test_a_checkpoint_that_two_adapters_claim_is_refused() -> None:
             LoopedTransformer.from_pretrained(GOLDEN / "ouro", device="cpu")
     finally:
         unregister_adapter("claims-all")
+
+
+def test_a_parameter_that_an_adapter_forgets_is_named(tmp_path: Path) -> None:
+    class Forgetful(OuroAdapter):
+        name = "forgetful"
+
+        def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
+            return config.get("model_type") == "forgetful"
+
+        def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
+            made = super().sources(cfg)
+            del made["core.1.attn.qkv"]
+            return made
+
+    Forgetful.aliases = {}
+    register_adapter(Forgetful)
+    try:
+        raw = raw_config("ouro", model_type="forgetful", architectures=[])
+        write_checkpoint(tmp_path, raw, load_file(GOLDEN / "ouro" / "model.safetensors"))
+        with pytest.raises(CheckpointError, match=r"no source for \['core.1.attn.qkv'\]"):
+            LoopedTransformer.from_pretrained(tmp_path, device="cpu")
+    finally:
+        unregister_adapter("forgetful")

@@ -95,11 +95,13 @@ class Checkpoint:
         Raises:
             CheckpointError: missing, unexpected or mis-shaped tensors, all of them listed.
         """
-        sources = self.adapter.sources(self.config())
+        cfg = self.config()
+        sources, duplicates = self.adapter.sources(cfg), self.adapter.duplicates(cfg)
         parameters = dict(model.named_parameters())
-        self._check(sources, {name: tuple(p.shape) for name, p in parameters.items()})
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        self._check(sources, shapes, self.adapter.ignored(cfg) | set(duplicates))
         with self._reader() as read:
-            for extra, original in self.adapter.duplicates(self.config()).items():
+            for extra, original in duplicates.items():
                 if extra in self.shapes and not torch.equal(read(extra), read(original)):
                     raise CheckpointError(
                         f"{self.name}: {extra} is stored and differs from {original}, "
@@ -111,14 +113,21 @@ class Checkpoint:
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
 
-    def _check(self, sources: dict[str, Source], targets: dict[str, tuple[int, ...]]) -> None:
+    def _check(
+        self,
+        sources: dict[str, Source],
+        targets: dict[str, tuple[int, ...]],
+        optional: frozenset[str],
+    ) -> None:
         problems: list[str] = []
         absent = sorted(set(targets) - set(sources))
         if absent:
             problems.append(f"the adapter {self.adapter.name!r} has no source for {absent}")
         used: set[str] = set()
         for target, shape in targets.items():
-            source = sources.get(target, Source(()))
+            source = sources.get(target)
+            if source is None:
+                continue  # among the absent
             used |= set(source.names)
             rows = source.rows or (shape[0],)
             for name, n in zip(source.names, rows, strict=True):
@@ -128,11 +137,9 @@ class Checkpoint:
                     problems.append(f"missing: {name} {list(want)}")
                 elif (found[len(source.index) :] if source.index else found) != want:
                     problems.append(f"shape: {name} is {list(found)}, expected {list(want)}")
-        cfg = self.config()
-        known = used | self.adapter.ignored(cfg) | set(self.adapter.duplicates(cfg))
         problems += [
             f"unexpected: {name} {list(self.shapes[name])}"
-            for name in sorted(set(self.shapes) - known)
+            for name in sorted(set(self.shapes) - used - optional)
         ]
         if problems:
             listed = "\n  ".join(dict.fromkeys(problems))

@@ -82,15 +82,13 @@ class LoopedHookManager(BlockPool):
             "level": level,
             "prepend": prepend,
         }
-        if callable(name):
-            for selected in self._selected(name):
-                self.check_and_add_hook(self.hook_dict[selected], selected, hook, **add)
-            return
-        canonical = self.hook_name(name)
-        self.check_and_add_hook(self.hook_dict[canonical], canonical, hook, **add)
+        for canonical in self._selected(name):
+            self.check_and_add_hook(self.hook_dict[canonical], canonical, hook, **add)
 
-    def _selected(self, wanted: Callable[[str], bool]) -> list[str]:
-        """Names that a filter function selects; none at all is a mistake, not a wish."""
+    def _selected(self, wanted: Any) -> list[str]:
+        """Canonical names that a name or a filter function means; none at all is a mistake."""
+        if not callable(wanted):
+            return [self.hook_name(wanted)]
         names = [name for name in self.hook_dict if wanted(name)]
         if not names:
             raise HookNameError(
@@ -101,11 +99,8 @@ class LoopedHookManager(BlockPool):
         return names
 
     def _enable_hook(self, name: HookName, hook: Callable[..., Any], dir: Any) -> None:
-        if callable(name):
-            for selected in self._selected(name):
-                self.hook_dict[selected].add_hook(hook, dir=dir, level=self.context_level)
-            return
-        self.hook_dict[self.hook_name(name)].add_hook(hook, dir=dir, level=self.context_level)
+        for canonical in self._selected(name):
+            self.hook_dict[canonical].add_hook(hook, dir=dir, level=self.context_level)
 
     @contextmanager
     def hooks(
@@ -117,7 +112,7 @@ class LoopedHookManager(BlockPool):
     ) -> Iterator[HookedRootModule]:
         """As in TransformerLens; every name is resolved before the first hook is attached."""
         fwd, bwd = (
-            [(name if callable(name) else self.hook_name(name), hook) for name, hook in given]
+            [(name, hook) for wanted, hook in given for name in self._selected(wanted)]
             for given in (fwd_hooks, bwd_hooks)
         )
         with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts) as model:

@@ -82,9 +82,6 @@ class LoopMixin(TokensMixin):
             state = self.random_initial_state(run)
         else:
             state = e
-        # A copy where e stays in use: an in-place edit of the state must not reach e or the caller.
-        if run.initial_state is not None or self.cfg.injection is not Injection.NONE:
-            state = state.clone()
         return self.hook_initial_state(state)
 
     def random_initial_state(self, run: LoopRun) -> Stream:
