@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from tl_looped.errors import LayerIndexError
 
@@ -31,6 +31,18 @@ class LayerLocation(NamedTuple):
         if self.recurrence is None:
             return f"{self.stage}.{self.layer}"
         return f"r{self.recurrence}.l{self.layer}"
+
+
+class Boundary(NamedTuple):
+    """Something that happens to the residual stream between two blocks.
+
+    - ``"enter_loop"``: the prelude is done, the state starts;
+    - ``"leave"``, ``"enter"``: the end and the start of a recurrence;
+    - ``"leave_loop"``: the loop is done, the coda begins.
+    """
+
+    event: Literal["enter_loop", "leave", "enter", "leave_loop"]
+    recurrence: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,21 @@ class LoopGeometry:
                 raise LayerIndexError(f"a layer is an int or (recurrence, layer), got {layer!r}")
             return self.index(layer[0], layer[1])
         return self._check("effective layer", layer, self.n_layers)
+
+    def boundary(self, i: int) -> list[Boundary]:
+        """What happens before effective layer ``i``, in order; mostly nothing.
+
+        With a coda, the end of the loop stands before its first layer. Without one the loop ends
+        behind the last layer, and no boundary of a layer holds it.
+        """
+        loop_end = self.p + self.k * self.R
+        events = [Boundary("enter_loop")] if i == self.p else []
+        if self.p <= i <= loop_end and (i - self.p) % self.k == 0:
+            r = (i - self.p) // self.k
+            if r > 0:
+                events.append(Boundary("leave", r - 1))
+            events.append(Boundary("enter", r) if r < self.R else Boundary("leave_loop"))
+        return events
 
     def labels(self) -> list[str]:
         """Label of every effective layer, in order."""

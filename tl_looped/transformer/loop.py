@@ -9,6 +9,7 @@ the two compose to the whole run.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -61,16 +62,15 @@ class LoopMixin(TokensMixin):
 
     def _enter_layer(self, i: int, x: Stream, run: LoopRun) -> Stream:
         """The boundary before effective layer ``i``."""
-        loop = self.loop
-        loop_end = loop.p + loop.k * loop.R
-        if i == loop.p:
-            x = self._enter_loop(x, run)
-        if loop.p < i <= loop_end and (i - loop.p) % loop.k == 0:
-            x = self._leave_recurrence((i - loop.p) // loop.k - 1, x)
-        if loop.p <= i < loop_end and (i - loop.p) % loop.k == 0:
-            x = self._enter_recurrence((i - loop.p) // loop.k, x, run)
-        if i == loop_end and self.cfg.pre_coda_norm:
-            x = self.ln_pre_coda(x)
+        for event, r in self.loop.boundary(i):
+            if event == "enter_loop":
+                x = self._enter_loop(x, run)
+            elif event == "leave":
+                x = self._leave_recurrence(cast(int, r), x)
+            elif event == "enter":
+                x = self._enter_recurrence(cast(int, r), x, run)
+            elif self.cfg.pre_coda_norm:
+                x = self.ln_pre_coda(x)
         return x
 
     def _enter_loop(self, e: Stream, run: LoopRun) -> Stream:
