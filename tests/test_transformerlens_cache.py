@@ -10,12 +10,7 @@ from conftest import VARIANTS, random_config
 from torch import Tensor
 from transformer_lens.tools.analysis.logit_lens import logit_lens
 
-from tl_looped import (
-    InvalidDecompositionError,
-    LoopedActivationCache,
-    LoopedTransformer,
-    NormLayout,
-)
+from tl_looped import LoopedActivationCache, LoopedTransformer
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -45,7 +40,9 @@ def test_the_last_entry_of_the_logit_lens_is_the_models_logits(golden, golden_mo
     torch.testing.assert_close(cache.logit_lens(positions=None).values, from_cache.values)
     own_run = logit_lens(golden_model, golden.tokens, positions=None, incl_mid=True)
     torch.testing.assert_close(own_run.values[-1], golden_model(golden.tokens), **CLOSE)
-    assert own_run.labels[:3] == ["0_pre", "0_mid", "1_pre"]
+    first, last = golden_model.loop.locate(0).label, golden_model.loop.locate(-1).label
+    assert own_run.labels[:2] == [f"{first}.pre", f"{first}.mid"]
+    assert own_run.labels[-2:] == [f"{last}.mid", "final_post"]
     assert len(own_run.labels) == 2 * golden_model.loop.n_layers + 1
 
 
@@ -94,7 +91,8 @@ def test_accumulated_resid_is_the_stream_at_every_sublayer(
         for layer in range(4)
         for where in ("pre", "mid")
     ]
-    assert labels == [f"{layer}_{where}" for layer in range(4) for where in ("pre", "mid")]
+    places = [variant.loop.locate(layer).label for layer in range(4)]
+    assert labels == [f"{place}.{where}" for place in places for where in ("pre", "mid")]
     assert torch.equal(stack, torch.stack(expected))
     sliced = cache.accumulated_resid(3, incl_mid=True, mlp_input=True, pos_slice=(2, 5))
     assert torch.equal(sliced, stack[:, :, 2:5])
@@ -212,85 +210,3 @@ def test_keys_items_and_moves_show_canonical_names(tokens: Tensor) -> None:
     moved = cache.to(torch.device("meta"))
     assert moved is cache
     assert {value.device.type for value in cache.values()} == {"meta"}
-
-
-# -- decompositions -------------------------------------------------------------------------------
-
-DECOMPOSITIONS = {
-    "decompose_resid": {},
-    "stack_head_results": {},
-    "stack_neuron_results": {"layer": 2},
-    "get_full_resid_decomposition": {},
-    "logit_attrs": {"residual_stack": torch.ones(1, 2, 9, 32), "tokens": 3},
-}
-NOT_A_SUM: dict[str, tuple[dict[str, Any], str]] = {
-    "injection": (VARIANTS["pre-injection"], "injection"),
-    "loop norm": ({"loop_norm": True}, "loop norm"),
-    "residual norm": ({"norm_layout": NormLayout.RESIDUAL}, "ln_mid"),
-    "norm before the coda": ({"pre_coda_norm": True}, "coda"),
-}
-
-
-@pytest.mark.parametrize("method", DECOMPOSITIONS)
-@pytest.mark.parametrize("kind", NOT_A_SUM)
-def test_sums_of_writes_are_refused_where_the_stream_is_no_sum(
-    kind: str, method: str, tokens: Tensor
-) -> None:
-    changes, reason = NOT_A_SUM[kind]
-    cache = cached(model_of(**changes), tokens)
-    with pytest.raises(InvalidDecompositionError, match=reason):
-        getattr(cache, method)(**DECOMPOSITIONS[method])
-
-
-@pytest.mark.parametrize("layout", ["post", "sandwich"])
-@pytest.mark.parametrize(
-    "method", ["stack_head_results", "stack_neuron_results", "get_full_resid_decomposition"]
-)
-def test_head_and_neuron_writes_are_refused_behind_post_norms(
-    layout: str, method: str, tokens: Tensor
-) -> None:
-    cache = cached(model_of(norm_layout=NormLayout(layout)), tokens)
-    with pytest.raises(InvalidDecompositionError, match="ln1_post"):
-        getattr(cache, method)(**DECOMPOSITIONS[method])
-
-
-@pytest.mark.parametrize("state", ["zeros", torch.ones(2, 9, 32)], ids=["zeros", "given"])
-def test_sums_of_writes_are_refused_if_the_loop_did_not_start_from_the_prelude(
-    state: Any, tokens: Tensor
-) -> None:
-    cache = cached(model_of(), tokens, initial_state=state)
-    with pytest.raises(InvalidDecompositionError, match="initial state"):
-        cache.decompose_resid()
-
-
-def test_logit_attributions_are_refused_while_the_final_gain_is_not_one(tokens: Tensor) -> None:
-    model = model_of()
-    torch.nn.init.uniform_(model.final_norm.w, 0.5, 2.0)
-    with pytest.raises(InvalidDecompositionError, match="gain"):
-        cached(model, tokens).logit_attrs(**DECOMPOSITIONS["logit_attrs"])
-
-
-@pytest.mark.parametrize("layout", ["pre", "post", "sandwich"])
-def test_sublayer_writes_sum_to_the_stream_of_a_plain_looped_model(
-    layout: str, tokens: Tensor
-) -> None:
-    cache = cached(model_of(norm_layout=NormLayout(layout)), tokens)
-    for layer in (1, 3, 5):
-        writes, labels = cache.decompose_resid(layer, mlp_input=True, return_labels=True)
-        assert len(labels) == 1 + 2 * layer + 1
-        torch.testing.assert_close(writes.sum(0), cache["resid_mid", layer], **CLOSE)
-    torch.testing.assert_close(cache.decompose_resid().sum(0), cache["resid_post", -1], **CLOSE)
-
-
-def test_heads_neurons_and_logits_decompose_in_a_plain_looped_model(tokens: Tensor) -> None:
-    model = model_of(n_key_value_heads=2, embed_scale=3.0)
-    with torch.no_grad():
-        logits, cache = model.run_with_cache(tokens)
-        heads, labels = cache.stack_head_results(return_labels=True)
-        assert labels[-1] == "L5H3"
-        attention = cache.decompose_resid(mode="attn", incl_embeds=False)
-        torch.testing.assert_close(heads.sum(0), attention.sum(0), **CLOSE)
-        parts = cache.get_full_resid_decomposition()
-        torch.testing.assert_close(parts.sum(0), cache["resid_post", -1], **CLOSE)
-        attributions = cache.logit_attrs(parts, tokens=7)
-        torch.testing.assert_close(attributions.sum(0), logits[..., 7], **CLOSE)

@@ -5,27 +5,25 @@ called, so a plain cache would misread itself once the model's number of recurre
 ``model`` is the live model while that still has the run's geometry, and a view of it with the run's
 ``cfg`` and ``blocks`` afterwards.
 
-Methods that add up plain residual writes (``decompose_resid``, ``stack_head_results``,
-``stack_neuron_results``, ``get_full_resid_decomposition``, ``logit_attrs``) are exact only where
-the stream is a plain sum: pre-norm blocks or post-norm ones, no injection, no norm in or on the
-loop. Elsewhere each later norm and the injection rescale every earlier write, and TransformerLens's
-sums would be silently wrong, so these raise and say why.
+``decompose_resid``, ``stack_head_results`` and their kin are exact in every family, see
+``tl_looped.decomposition``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, get_act_name
 from transformer_lens.utilities.slice import SliceInput
 
-from tl_looped.errors import InvalidDecompositionError, LayerIndexError, MissingActivationError
-from tl_looped.model.geometry import LoopGeometry
+from tl_looped.decomposition import DecompositionMixin
+from tl_looped.decomposition.steps import Target
+from tl_looped.errors import LayerIndexError, MissingActivationError
+from tl_looped.model.geometry import LayerLike, LoopGeometry
 from tl_looped.model.names import canonical_name
 
 
@@ -38,7 +36,7 @@ class RunRecord:
     state_given: bool = False
 
 
-class LoopedActivationCache(ActivationCache):
+class LoopedActivationCache(DecompositionMixin):
     """Activations of one run, addressable by effective layer and by (recurrence, layer).
 
     Args:
@@ -153,11 +151,31 @@ class LoopedActivationCache(ActivationCache):
         ]
         return torch.stack(rows)
 
-    def accumulated_resid(self, layer: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; ``layer`` may also be (recurrence, layer)."""
-        if isinstance(layer, tuple):
-            layer = self.loop.resolve(layer)
-        return super().accumulated_resid(layer, *args, **kwargs)
+    def accumulated_resid(
+        self,
+        layer: LayerLike | None = None,
+        incl_mid: bool = False,
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        mlp_input: bool = False,
+        return_labels: bool = False,
+    ) -> Any:
+        """As in TransformerLens: the stream at every layer, as it was there.
+
+        ``layer`` may be (recurrence, layer). Labels name it: ``r3.l1.pre``, ``prelude.0.mid``,
+        ``final_post``.
+        """
+        target = Target.of(layer, mlp_input, self.loop)
+        stack, labels = super().accumulated_resid(
+            target.layer, incl_mid, apply_ln, pos_slice, target.mid, return_labels=True
+        )
+        if not return_labels:
+            return stack
+        return stack, [self._place_label(label) for label in labels]
+
+    def _place_label(self, label: str) -> str:
+        layer, where = label.split("_")
+        return label if layer == "final" else f"{self.loop.locate(int(layer)).label}.{where}"
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> LoopedActivationCache:
         """As in TransformerLens; the result keeps the run's geometry and seed."""
@@ -175,65 +193,4 @@ class LoopedActivationCache(ActivationCache):
         return (
             f"LoopedActivationCache of shape {self.loop}, state_seed={self.state_seed}, "
             f"with keys {list(self.cache_dict)}"
-        )
-
-    # What is not a plain sum here. Exact replacements are to come; a wrong number must not.
-
-    def _refuse(self, method: str) -> None:
-        reason = self.model.why_not_additive()
-        if reason is None and self.state_given:
-            reason = "the run's initial state was given, in place of what the prelude wrote"
-        if reason is not None:
-            raise InvalidDecompositionError(
-                f"{method} adds up plain residual writes, but {reason}, so the sum would not be "
-                "the residual stream. Valid here: accumulated_resid, stack_activation, logit_lens, "
-                "and hooks or patching at any (recurrence, layer)."
-            )
-
-    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
-        self._refuse("decompose_resid")
-        return super().decompose_resid(*args, **kwargs)
-
-    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
-        self._refuse("stack_head_results")
-        self._refuse_post_norm("stack_head_results")
-        return super().stack_head_results(*args, **kwargs)
-
-    def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
-        self._refuse("stack_neuron_results")
-        self._refuse_post_norm("stack_neuron_results")
-        return super().stack_neuron_results(*args, **kwargs)
-
-    def get_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; raises where a post-norm rescales each neuron's write."""
-        self._refuse_post_norm("get_neuron_results")
-        return super().get_neuron_results(*args, **kwargs)
-
-    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
-        self._refuse("get_full_resid_decomposition")
-        self._refuse_post_norm("get_full_resid_decomposition")
-        return super().get_full_resid_decomposition(*args, **kwargs)
-
-    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens where the stream is a plain sum; otherwise raises."""
-        self._refuse("logit_attrs")
-        if not bool((self.model.ln_final.w == 1).all()):
-            self._raise_gain("logit_attrs")
-        return super().logit_attrs(*args, **kwargs)
-
-    def _refuse_post_norm(self, method: str) -> None:
-        if self.model.cfg.norm_layout.value in ("post", "sandwich"):
-            raise InvalidDecompositionError(
-                f"{method} needs the residual write of each head or neuron, but this model "
-                "normalises the sublayer's output (ln1_post, ln2_post) before it is added."
-            )
-
-    def _raise_gain(self, method: str) -> NoReturn:
-        raise InvalidDecompositionError(
-            f"{method} reads directions of W_U, but the final norm's gain is not folded into it, "
-            "so the attributions would not sum to the logit."
         )

@@ -20,7 +20,7 @@ from transformer_lens import HookedRootModule
 from tl_looped.cache import RunRecord
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights
-from tl_looped.model.config import Injection, LoopedConfig, NormLayout
+from tl_looped.model.config import Injection, LoopedConfig
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint
 from tl_looped.model.names import resolve_name
@@ -277,16 +277,3 @@ class BlockPool(HookedRootModule):
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """Hook the residual stream that enters each MLP, before its norm, ``hook_mlp_in``."""
         self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
-
-    def why_not_additive(self) -> str | None:
-        """Why the residual stream is not the plain sum of all writes, or None if it is."""
-        cfg = self.cfg
-        if cfg.norm_layout is NormLayout.RESIDUAL:
-            return "each block normalises its residual sum (ln_mid, ln_out)"
-        if cfg.injection is not Injection.NONE:
-            return "the injection maps the stream through an adapter before every recurrence"
-        if cfg.loop_norm:
-            return "the loop norm rescales the stream after every recurrence"
-        if cfg.pre_coda_norm:
-            return "the norm before the coda rescales the stream"
-        return None

@@ -1,0 +1,312 @@
+"""TransformerLens's decomposition methods, exact for looped models.
+
+TransformerLens sums writes as they were made. In a looped model a write is rescaled and mapped on
+its way, by norms on the stream and by the injection, so here each write is *carried* to the place
+where the stream is read, with the norms' scales as they were in the run. Then the components sum
+to the true stream, and attributions to the true logit.
+
+Choices: components are computed in fp32 or better, whatever the model's dtype, and carry no
+gradient. ``raw=True`` gives the writes as they were added, not carried. Labels name (recurrence,
+layer): ``r3.l1.attn_out``, ``r3.l1h2``, ``prelude.0n17``, ``coda.1.mlp_out``. ``by=`` sums groups,
+see ``tl_looped.decomposition.components.grouping``. As in TransformerLens, ``layer=None``, ``-1``
+and ``n_layers`` mean the input of the final norm; a layer may also be (recurrence, layer), and what
+is decomposed is what that layer receives, injection included.
+
+If a hook edited the stream itself during the run, its writes do not add up to it; where the stream
+is cached in fp32 or better, this is noticed and is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import SliceInput
+
+from tl_looped.decomposition.carry import carry, project
+from tl_looped.decomposition.components import Component, Rows, grouping
+from tl_looped.decomposition.steps import Step, Target, Write, stream_steps
+from tl_looped.decomposition.writes import Selection, Writes
+from tl_looped.errors import InputError, InvalidDecompositionError
+from tl_looped.model.geometry import LayerLike, LoopGeometry
+
+SUM_TOLERANCE = 1e-2
+"""Largest error of a sum, over the stream's largest value, that rounding is held to explain."""
+
+_ORDER = {"head": 0, "neuron": 1, "mlp_out": 1, "embed": 2, "initial_state": 3}
+"""Place of a kind of component in TransformerLens's full decomposition."""
+
+Positions = Slice | SliceInput
+Direction = Float[Tensor, " d_model"] | Float[Tensor, "d_model out"]
+Stack = Float[Tensor, "component *batch_pos d"]
+Labelled = Stack | tuple[Stack, list[str]]
+
+
+@dataclass(frozen=True)
+class _Options:
+    by: str | None
+    raw: bool
+    apply_ln: bool
+    incl_remainder: bool = False
+    is_whole: bool = False  # nothing was left out, so the sum must be the stream
+
+
+class DecompositionMixin(ActivationCache):
+    """Exact ``decompose_resid`` and its kin; see the module's docstring."""
+
+    loop: LoopGeometry
+    state_given: bool
+
+    @torch.no_grad()
+    def _decompose(
+        self,
+        selection: Selection,
+        target: Target,
+        pos_slice: Positions,
+        options: _Options,
+        onto: Direction | None = None,
+    ) -> tuple[Stack, list[Component]]:
+        """Wanted components at a target, in the order in which they were written."""
+        positions = _as_slice(pos_slice)
+        writes, rows = Writes(self, selection, positions), Rows(grouping(options.by))
+        steps: list[Step] = list(stream_steps(self.model, self.loop, self.state_given, target))
+        if options.raw:
+            steps = [step for step in steps if isinstance(step, Write)]
+
+        def normed(stack: Tensor) -> Tensor:
+            if not options.apply_ln:
+                return stack
+            return self.apply_ln_to_stack(
+                stack, target.layer, target.mid, positions, has_batch_dim=self.has_batch_dim
+            )
+
+        directions = None
+        if onto is None:
+            stack = carry(steps, writes, rows)
+        else:
+            directions = writes.weight(onto if onto.ndim == 2 else onto[:, None])
+            if options.apply_ln:
+                # The last norm is linear too: scaling the directions scales every component.
+                dims = int(self.has_batch_dim) + (positions.mode != "int")
+                inverse = normed(directions.new_ones((1,) * (dims + 2)))[0]
+                directions = inverse[..., None] * directions
+            stack = project(steps, writes, rows, directions)
+        components = rows.groups
+        if stack is None:
+            stack = self._no_rows(writes, directions)
+        if options.is_whole and not options.raw and onto is None:
+            self._check_sum(stack, target, writes)
+        if options.incl_remainder:
+            stream = writes.read(target.hook(self.loop))
+            if directions is not None:
+                stream = (stream.unsqueeze(-2) @ directions).squeeze(-2)
+            stack = torch.cat((stack, (stream - stack.sum(0))[None]))
+            components.append(Component("remainder"))
+        if onto is None:
+            return normed(stack), components
+        return stack if onto.ndim == 2 else stack.squeeze(-1), components
+
+    def _no_rows(self, writes: Writes, directions: Tensor | None) -> Stack:
+        stream = writes.read("hook_embed")
+        width = stream.shape[-1] if directions is None else directions.shape[-1]
+        return stream.new_zeros((0, *stream.shape[:-1], width))
+
+    def _check_sum(self, stack: Stack, target: Target, writes: Writes) -> None:
+        """Refuse a decomposition that does not add up to the stream in the cache."""
+        name = target.hook(self.loop)
+        stream = self.cache_dict.get(name)
+        if stream is None or stream.dtype not in (torch.float32, torch.float64):
+            return
+        truth = writes.read(name)
+        error, largest = (stack.sum(0) - truth).abs().max(), truth.abs().max()
+        if not bool(error <= SUM_TOLERANCE * largest):
+            raise InvalidDecompositionError(
+                f"the components sum to something else than {name}: the error is {error:.2g}, the "
+                f"stream's largest value {largest:.2g}. Either a hook of this run "
+                f"edited the stream or a norm in it, "
+                "or the model's weights changed since. raw=True gives the writes as they are."
+            )
+
+    # -- TransformerLens's methods ---------------------------------------------------------------
+
+    def decompose_resid(
+        self,
+        layer: LayerLike | None = None,
+        mlp_input: bool = False,
+        mode: str = "all",
+        apply_ln: bool = False,
+        pos_slice: Positions = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+        by: str | None = None,
+        raw: bool = False,
+    ) -> Labelled:
+        """Sublayers, the embedding and the initial state as they arrive at a layer.
+
+        Args:
+            layer, mlp_input, mode, apply_ln, pos_slice, incl_embeds, return_labels: As in
+                TransformerLens. ``incl_embeds`` covers the initial state.
+            by: Sum over groups: ``"recurrence"``, ``"layer"``, ``"effective_layer"`` or ``"head"``
+                (which here sums each sublayer over the recurrences).
+            raw: The writes as they were added, not carried.
+
+        Returns:
+            ``[component, batch, pos, d_model]``, which sums to the stream (divided by the norm's
+            scale, with ``apply_ln``) unless parts were left out; with its labels if asked.
+
+        Raises:
+            MissingActivationError: a write or a scale is not cached; the hook is named.
+            InvalidDecompositionError: the writes do not add up, see the module's docstring.
+        """
+        if mode not in ("all", "mlp", "attn"):
+            raise InputError(f"mode must be 'all', 'mlp' or 'attn', got {mode!r}")
+        selection = Selection(
+            incl_embeds,
+            "none" if mode == "mlp" else "whole",
+            "none" if mode == "attn" else "whole",
+        )
+        target = Target.of(layer, mlp_input, self.loop)
+        options = _Options(by, raw, apply_ln, is_whole=incl_embeds and mode == "all")
+        return _labelled(self._decompose(selection, target, pos_slice, options), return_labels)
+
+    def stack_head_results(
+        self,
+        layer: LayerLike | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Positions = None,
+        apply_ln: bool = False,
+        by: str | None = None,
+        raw: bool = False,
+    ) -> Labelled:
+        """Every head's write as it arrives at a layer.
+
+        Args:
+            layer, return_labels, incl_remainder, pos_slice, apply_ln: As in TransformerLens.
+            by, raw: As in :meth:`decompose_resid`.
+
+        Returns:
+            ``[component, batch, pos, d_model]``, labels such as ``r3.l1h2``; with the remainder it
+            sums to the stream.
+        """
+        selection = Selection(embeds=False, attn="parts", mlp="none")
+        options = _Options(by, raw, apply_ln, incl_remainder)
+        target = Target.of(layer, False, self.loop)
+        return _labelled(self._decompose(selection, target, pos_slice, options), return_labels)
+
+    def stack_neuron_results(
+        self,
+        layer: LayerLike | None,
+        pos_slice: Positions = None,
+        neuron_slice: Positions = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        project_output_onto: Direction | None = None,
+        mlp_input: bool = False,
+        by: str | None = None,
+        raw: bool = False,
+    ) -> Labelled:
+        """Every neuron's write as it arrives at a layer.
+
+        Args:
+            layer, pos_slice, neuron_slice, return_labels, incl_remainder, apply_ln, mlp_input: As
+                in TransformerLens.
+            project_output_onto: ``[d_model]`` or ``[d_model, out]``; the result's last dimension
+                becomes ``out``, and no array of neurons by d_model is made.
+            by, raw: As in :meth:`decompose_resid`.
+        """
+        neurons = _keeping_axis(neuron_slice)
+        selection = Selection(embeds=False, attn="none", mlp="parts", neurons=neurons)
+        options = _Options(by, raw, apply_ln, incl_remainder)
+        target = Target.of(layer, mlp_input, self.loop)
+        found = self._decompose(selection, target, pos_slice, options, project_output_onto)
+        return _labelled(found, return_labels)
+
+    def get_full_resid_decomposition(
+        self,
+        layer: LayerLike | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Positions = None,
+        return_labels: bool = False,
+        project_output_onto: Direction | None = None,
+        by: str | None = None,
+        raw: bool = False,
+    ) -> Labelled:
+        """Every head, neuron (or MLP), the embedding, the initial state and the biases (zero).
+
+        In TransformerLens's order: heads, neurons or MLPs, embedding, initial state, bias; groups
+        in the order in which they were written. Arguments as in TransformerLens, and as above.
+        """
+        selection = Selection(attn="parts", mlp="parts" if expand_neurons else "whole")
+        target = Target.of(layer, mlp_input, self.loop)
+        options = _Options(by, raw, apply_ln, is_whole=True)
+        stack, components = self._decompose(
+            selection, target, pos_slice, options, project_output_onto
+        )
+        if by is None:
+            order = sorted(range(len(components)), key=lambda i: _ORDER[components[i].kind])
+            stack, components = stack[order], [components[i] for i in order]
+        stack = torch.cat((stack, torch.zeros_like(stack[:1])))
+        return _labelled((stack, [*components, Component("bias")]), return_labels)
+
+    def get_neuron_results(
+        self,
+        layer: LayerLike,
+        neuron_slice: Positions = None,
+        pos_slice: Positions = None,
+        project_output_onto: Direction | None = None,
+    ) -> Float[Tensor, "*batch_pos_neuron out"]:
+        """What each neuron of one layer added to the stream there, not carried.
+
+        As in TransformerLens, in fp32 or better; behind a post-norm, its part of the normalised
+        output, so that the neurons of a layer always sum to ``hook_mlp_out``.
+        """
+        neurons = _as_slice(neuron_slice)
+        selection = Selection(False, "none", "parts", _keeping_axis(neurons))
+        writes = Writes(self, selection, _as_slice(pos_slice))
+        write = Write("mlp_out", self.loop.resolve(layer))
+        with torch.no_grad():
+            if project_output_onto is None:
+                stack = writes.values(write)
+            else:
+                onto = writes.weight(project_output_onto)
+                stack = writes.projected(write, onto if onto.ndim == 2 else onto[:, None])
+                stack = stack if onto.ndim == 2 else stack.squeeze(-1)
+        if neurons.mode == "int":
+            return stack[0]
+        scalars = project_output_onto is not None and project_output_onto.ndim == 1
+        return stack.movedim(0, -1 if scalars else -2)
+
+    def logit_attrs(
+        self, residual_stack: Float[Tensor, "component *batch_pos d_model"], *args: Any, **kw: Any
+    ) -> Float[Tensor, "component *batch_pos"]:
+        """What each component adds to a token's logit; arguments as in TransformerLens.
+
+        The final norm's gain counts, folded into ``W_U`` or not, so that the attributions of
+        components that sum to the final stream sum to the logit.
+        """
+        gain = self.model.ln_final.w
+        return super().logit_attrs(residual_stack * gain.to(residual_stack.device), *args, **kw)
+
+
+def _labelled(found: tuple[Stack, list[Component]], return_labels: bool) -> Labelled:
+    stack, components = found
+    return (stack, [component.label for component in components]) if return_labels else stack
+
+
+def _as_slice(given: Positions) -> Slice:
+    return given if isinstance(given, Slice) else Slice(given)
+
+
+def _keeping_axis(given: Positions) -> Slice:
+    """A slice that selects the same, but keeps the axis where an integer would drop it."""
+    wanted = _as_slice(given)
+    return Slice([wanted.slice]) if wanted.mode == "int" else wanted

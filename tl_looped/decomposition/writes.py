@@ -1,0 +1,141 @@
+"""What each layer wrote to the stream, whole or by head or by neuron, as it was added there.
+
+Behind a post-norm (OLMo-2, Ouro) a head's or neuron's write is its output times the post-norm's
+gain / scale, so that the heads of a layer sum to ``hook_attn_out`` and its neurons to
+``hook_mlp_out`` in every family. Everything is computed in fp32 or better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.utilities import Slice
+
+from tl_looped.decomposition.components import Component
+from tl_looped.decomposition.steps import Rescale, Write, weights_path
+from tl_looped.model.config import NormLayout
+
+Part = Literal["none", "whole", "parts"]
+
+
+@dataclass
+class Selection:
+    """Which writes are wanted, and how finely.
+
+    Args:
+        embeds: The embedding and the initial state.
+        attn: Attention outputs: none, whole, or by head.
+        mlp: MLP outputs: none, whole, or by neuron.
+        neurons: Which neurons.
+    """
+
+    embeds: bool = True
+    attn: Part = "whole"
+    mlp: Part = "whole"
+    neurons: Slice = field(default_factory=Slice)
+
+
+class Writes:
+    """Reads writes of one run.
+
+    Args:
+        cache: A LoopedActivationCache.
+        selection: Which writes.
+        positions: Positions to read.
+    """
+
+    def __init__(self, cache: Any, selection: Selection, positions: Slice) -> None:
+        self.cache, self.selection, self.positions = cache, selection, positions
+        self.model, self.loop = cache.model, cache.loop
+        self.posts = self.model.cfg.norm_layout in (NormLayout.POST, NormLayout.SANDWICH)
+
+    def components(self, write: Write) -> list[Component]:
+        """The wanted components of a write; none if it is not wanted."""
+        cfg, selection = self.model.cfg, self.selection
+        if write.layer is None:
+            return [Component(write.kind)] if selection.embeds else []
+        place = self.loop.locate(write.layer)
+        is_attn = write.kind == "attn_out"
+        part = selection.attn if is_attn else selection.mlp
+        if part == "whole":
+            return [Component(write.kind, place)]
+        if part == "none":
+            return []
+        if is_attn:
+            return [Component("head", place, head) for head in range(cfg.n_heads)]
+        neurons = selection.neurons.apply(torch.arange(cfg.d_mlp), dim=0).tolist()
+        return [Component("neuron", place, neuron) for neuron in neurons]
+
+    def values(self, write: Write) -> Float[Tensor, "component *batch_pos d_model"]:
+        """The writes of :meth:`components`, in its order."""
+        if write.layer is None:
+            return self.read(f"hook_{write.kind}")[None]
+        part = self.selection.attn if write.kind == "attn_out" else self.selection.mlp
+        if part == "whole":
+            return self.read(f"blocks.{write.layer}.hook_{write.kind}")[None]
+        if write.kind == "attn_out":
+            values = self._heads(write.layer)
+        else:
+            values = self.neuron_activations(write.layer)[..., None] * self.neuron_rows(write)
+        post = self.post_factor(write)
+        return (values if post is None else values * post.unsqueeze(-2)).movedim(-2, 0)
+
+    def projected(
+        self, write: Write, onto: Float[Tensor, "... d_model out"]
+    ) -> Float[Tensor, "component ... out"]:
+        """:meth:`values` times ``onto``, without a ``[neuron, d_model]`` array a position.
+
+        ``onto`` may lack the batch and position dimensions: the same directions everywhere.
+        """
+        part = self.selection.mlp
+        if write.kind != "mlp_out" or part != "parts":
+            values = self.values(write)
+            return (values.unsqueeze(-2) @ onto).squeeze(-2)
+        post = self.post_factor(write)
+        onto = onto if post is None else post[..., None] * onto
+        rows = self.neuron_rows(write) @ onto  # [*batch_pos, neuron, out]
+        return (self.neuron_activations(write.layer)[..., None] * rows).movedim(-2, 0)
+
+    def neuron_activations(self, layer: int | None) -> Float[Tensor, "*batch_pos neuron"]:
+        """``mlp.hook_post`` of the selected neurons."""
+        return self.selection.neurons.apply(self.read(f"blocks.{layer}.mlp.hook_post"), dim=-1)
+
+    def neuron_rows(self, write: Write) -> Float[Tensor, "neuron d_model"]:
+        """Output directions of the selected neurons."""
+        W_out = self.model.blocks[write.layer].mlp.W_out
+        return self.selection.neurons.apply(self.weight(W_out), dim=0)
+
+    def _heads(self, layer: int) -> Float[Tensor, "*batch_pos head d_model"]:
+        name = f"blocks.{layer}.attn.hook_result"
+        if name in self.cache.cache_dict:
+            return self._as_float(self.positions.apply(self.cache[name], dim=-3))
+        z = self._as_float(self.positions.apply(self.cache[f"blocks.{layer}.attn.hook_z"], dim=-3))
+        return torch.einsum("...hk,hkd->...hd", z, self.weight(self.model.blocks[layer].attn.W_O))
+
+    def post_factor(self, write: Write) -> Float[Tensor, "*batch_pos d_model"] | None:
+        """What a post-norm multiplies a part of a sublayer's output with; None without one."""
+        if not self.posts or write.layer is None:
+            return None
+        name = "ln1_post" if write.kind == "attn_out" else "ln2_post"
+        path = weights_path(self.loop.locate(write.layer))
+        return self.factor(Rescale(f"blocks.{write.layer}.{name}.hook_scale", f"{path}.{name}"))
+
+    def factor(self, norm: Rescale) -> Float[Tensor, "*batch_pos d_model"]:
+        """Gain / scale of a norm."""
+        return self.weight(self.model.get_submodule(norm.gain).w) / self.read(norm.scale)
+
+    def read(self, name: str) -> Float[Tensor, "*batch_pos d"]:
+        """A cached activation at the wanted positions; a missing one is an error that names it."""
+        return self._as_float(self.positions.apply(self.cache[name], dim=-2))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """A weight where the cache is, in the precision of the decomposition."""
+        like = next(iter(self.cache.cache_dict.values()))
+        return self._as_float(weight.detach().to(like.device))
+
+    def _as_float(self, x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
