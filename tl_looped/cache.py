@@ -20,10 +20,8 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import ActivationCache
-from transformer_lens.utilities import Slice, get_act_name
-from transformer_lens.utilities.slice import SliceInput
 
+from tl_looped._compat import ActivationCache, Slice, SliceInput, get_act_name
 from tl_looped.errors import InvalidDecompositionError, LayerIndexError, MissingActivationError
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.model.names import canonical_name
