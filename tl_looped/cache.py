@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.utilities import Slice, get_act_name
-from transformer_lens.utilities.slice import SliceInput
 
+from tl_looped._compat import Slice, SliceInput, get_act_name
 from tl_looped.decomposition import DecompositionMixin
 from tl_looped.decomposition.steps import Target
 from tl_looped.errors import LayerIndexError, MissingActivationError

@@ -24,10 +24,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import ActivationCache
-from transformer_lens.utilities import Slice
-from transformer_lens.utilities.slice import SliceInput
 
+from tl_looped._compat import ActivationCache, Slice, SliceInput
 from tl_looped.decomposition.carry import carry, project
 from tl_looped.decomposition.components import Component, Rows, grouping
 from tl_looped.decomposition.steps import Step, Target, Write, stream_steps

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.utilities import Slice
 
+from tl_looped._compat import Slice
 from tl_looped.decomposition.components import Component
 from tl_looped.decomposition.steps import Rescale, Write, weights_path
 from tl_looped.model.config import NormLayout

@@ -13,8 +13,8 @@ from enum import Enum
 from typing import Any, cast
 
 import torch
-from transformer_lens.config import TransformerLensConfig
 
+from tl_looped._compat import TransformerLensConfig
 from tl_looped.errors import ConfigError
 
 

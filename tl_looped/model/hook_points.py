@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
 
+from tl_looped._compat import HookPoint, Slice
 from tl_looped.model.geometry import LayerLocation
 
 # Position axis, from the right, of activations that are not [batch, pos, d] or [.., query, key].

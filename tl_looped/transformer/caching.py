@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformer_lens.utilities import Slice
-from transformer_lens.utilities.slice import SliceInput
 
+from tl_looped._compat import Slice, SliceInput
 from tl_looped.cache import LoopedActivationCache, RunRecord
 from tl_looped.errors import InputError
 from tl_looped.model.hook_points import CacheWriter

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.utilities import sample_logits
 
+from tl_looped._compat import sample_logits
 from tl_looped.errors import InputError
 from tl_looped.transformer.lenses import LensesMixin
 from tl_looped.transformer.tokens import is_text

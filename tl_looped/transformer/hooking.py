@@ -9,10 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import get_act_name
-
+from tl_looped._compat import HookedRootModule, HookPoint, get_act_name
 from tl_looped.errors import HookNameError
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.names import resolve_name

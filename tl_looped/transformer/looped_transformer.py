@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.utilities import get_device, lm_cross_entropy_loss
 
 from tl_looped import checkpoints
+from tl_looped._compat import get_device, lm_cross_entropy_loss
 from tl_looped.errors import InputError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.config import Injection, LoopedConfig, parse_dtype

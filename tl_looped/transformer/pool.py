@@ -15,8 +15,8 @@ from copy import copy
 from typing import Any
 
 from torch import nn
-from transformer_lens import HookedRootModule
 
+from tl_looped._compat import HookedRootModule
 from tl_looped.cache import RunRecord
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights

@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import FactoredMatrix
 
+from tl_looped._compat import FactoredMatrix
 from tl_looped.model.block import Block
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLike
