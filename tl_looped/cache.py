@@ -33,6 +33,7 @@ class RunRecord:
     filled: bool = False
     state_seed: int | None = None
     state_given: bool = False
+    early_exit: bool = False
 
 
 class LoopedActivationCache(DecompositionMixin):
@@ -45,6 +46,7 @@ class LoopedActivationCache(DecompositionMixin):
         loop: Geometry of the run; read from ``model.loop`` if None.
         state_seed: Seed of the initial state, or None if the state was given or not random.
         state_given: Whether the run's initial state was given by the caller.
+        early_exit: Whether tokens could leave the loop early (``exit_rule``).
 
     Examples:
         ``cache["resid_post", (3, 1)]``, ``cache["resid_post", 7]``,
@@ -62,10 +64,12 @@ class LoopedActivationCache(DecompositionMixin):
         loop: LoopGeometry | None = None,
         state_seed: int | None = None,
         state_given: bool = False,
+        early_exit: bool = False,
     ) -> None:
         self.loop: LoopGeometry = model.loop if loop is None else loop
         self.state_seed = state_seed
         self.state_given = state_given
+        self.early_exit = early_exit
         super().__init__(cache_dict, model, has_batch_dim)
 
     @property
@@ -94,7 +98,8 @@ class LoopedActivationCache(DecompositionMixin):
         except KeyError:
             raise MissingActivationError(
                 f"the cache holds no {name!r} ({len(self)} activations of a run of shape "
-                f"{self.loop}). Was it left out by names_filter, or is it behind a flag?"
+                f"{self.loop}). Was it left out by names_filter, is it behind a flag, or did the "
+                "run leave the loop early?"
             ) from None
 
     def __contains__(self, key: Any) -> bool:
@@ -186,6 +191,7 @@ class LoopedActivationCache(DecompositionMixin):
             self.loop,
             self.state_seed,
             self.state_given,
+            self.early_exit,
         )
 
     def __repr__(self) -> str:

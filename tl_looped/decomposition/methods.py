@@ -59,6 +59,7 @@ class DecompositionMixin(ActivationCache):
 
     loop: LoopGeometry
     state_given: bool
+    early_exit: bool
 
     @torch.no_grad()
     def _decompose(
@@ -71,6 +72,11 @@ class DecompositionMixin(ActivationCache):
     ) -> tuple[Stack, list[Component]]:
         """Wanted components at a target, in the order in which they were written."""
         positions = _as_slice(pos_slice)
+        if self.early_exit and target.layer >= self.loop.n_layers - self.loop.c:
+            raise InvalidDecompositionError(
+                "tokens of this run left the loop at different recurrences, so the stream behind "
+                "it is no one sum: decompose a layer in the loop, or run without exit_rule"
+            )
         writes, rows = Writes(self, selection, positions), Rows(grouping(options.by))
         steps: list[Step] = list(stream_steps(self.model, self.loop, self.state_given, target))
         if options.raw:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import RunContext
+from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
 from tl_looped.model.rotary import rotate
@@ -59,9 +60,12 @@ class Attention(nn.Module):
 
     _weights: AttentionWeights
 
-    def __init__(self, cfg: LoopedConfig, weights: AttentionWeights) -> None:
+    def __init__(
+        self, cfg: LoopedConfig, weights: AttentionWeights, location: LayerLocation
+    ) -> None:
         super().__init__()
         self.cfg = cfg
+        self.location = location
         object.__setattr__(self, "_weights", weights)
         per_head = PER_HEAD_POS_DIM
         self.hook_q_input = LoopedHookPoint(per_head)
@@ -113,7 +117,11 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch pos n_kv_heads d_head"],
         run: RunContext,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """From raw queries, keys and values to the attention output."""
+        """From raw queries, keys and values to the attention output.
+
+        Hooks see the new tokens' own queries, keys and values; scores and pattern have the keys of
+        earlier tokens too, if there is a key-value cache.
+        """
         weights = self._weights
         if self.cfg.qk_bias:
             q, k = q + weights.q_bias, k + weights.k_bias
@@ -123,6 +131,7 @@ class Attention(nn.Module):
             k = self.k_norm(k.flatten(-2)).unflatten(-1, k.shape[-2:])
         q = self.hook_rot_q(rotate(q, run.rotation))
         k = self.hook_rot_k(rotate(k, run.rotation))
+        k, v = run.with_past(self.location, k, v)
         z = self.hook_z(self._mix(q, k, v, run))
         if self.cfg.use_attn_result:
             return self.hook_result(torch.einsum("bthk,hkd->bthd", z, self.W_O)).sum(-2)
@@ -137,7 +146,7 @@ class Attention(nn.Module):
         if not (self.hook_attn_scores.is_active or self.hook_pattern.is_active):
             return _fused(q, k, v, run).transpose(1, 2)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        scores = scores.masked_fill(run.blocked(q.shape[2]), -torch.inf)
+        scores = scores.masked_fill(run.blocked(q.shape[2], k.shape[2]), -torch.inf)
         scores = self.hook_attn_scores(scores)
         work = scores if scores.dtype == torch.float64 else scores.float()
         pattern = work.softmax(-1).to(v.dtype)
@@ -207,8 +216,10 @@ def _fused(
     run: RunContext,
 ) -> Float[Tensor, "batch head query d_head"]:
     """PyTorch's fused attention; queries that may attend to nothing get zero."""
-    if run.allowed is None or run.no_key is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if run.allowed is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+    if run.no_key is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=run.allowed)
     # Backends differ on rows without any key, and their gradient may be NaN: give such a row all
     # keys, then discard it.
     z = F.scaled_dot_product_attention(q, k, v, attn_mask=run.allowed | run.no_key)

@@ -80,7 +80,7 @@ class Block(nn.Module):
         self.hook_mlp_in = LoopedHookPoint()
         self.hook_resid_pre = LoopedHookPoint()
         self._add_norm("ln1", self._pre)
-        self.attn = Attention(cfg, weights.attn)
+        self.attn = Attention(cfg, weights.attn, location)
         self._add_norm("ln1_post", self._post)
         self.hook_attn_out = LoopedHookPoint()
         if self._residual:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.model.config import LoopedConfig
+from tl_looped.model.geometry import LayerLocation
+from tl_looped.model.kv_cache import KVRun
 from tl_looped.model.rotary import Rotation, rotation
 
 
@@ -18,42 +20,72 @@ class RunContext:
 
     Args:
         rotation: Rotary cosines and sines at the batch's positions.
-        positions: Position of every token, counted from its row's first real token.
-        attention_mask: True at real tokens; None if there is no padding.
-        allowed: Which key each query may attend to; None means plain causal.
+        positions: Position of every new token, counted from its row's first real token.
+        allowed: Which key each query may attend to; None means plain causal, and a single query
+            attends to every key.
         no_key: Queries (of padding) that may attend to nothing; None if there are none.
+        kv: Keys and values of earlier tokens; None without a cache.
+        peeking: Read ``kv`` and note nothing, for lenses.
     """
 
     rotation: Rotation
     positions: Int[Tensor, "batch pos"]
-    attention_mask: Bool[Tensor, "batch pos"] | None
     allowed: Bool[Tensor, "batch 1 query key"] | None
     no_key: Bool[Tensor, "batch 1 query 1"] | None
+    kv: KVRun | None = None
+    peeking: bool = False
 
     @classmethod
     def build(
         cls,
         cfg: LoopedConfig,
-        batch: int,
         length: int,
-        mask: Bool[Tensor, "batch pos"] | None,
+        mask: Bool[Tensor, "batch key"] | None,
         device: torch.device,
         dtype: torch.dtype,
+        kv: KVRun | None = None,
     ) -> RunContext:
-        """Context of a batch of ``length`` tokens a row, padded where ``mask`` is False."""
-        if mask is None or bool(mask.all()):
-            positions = torch.arange(length, device=device)[None]
-            return cls(rotation(cfg, positions, dtype), positions, None, None, None)
-        # A pad token's own position is never read by a real token; 0 keeps it in range.
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        allowed = causal & mask[:, None, None, :]
-        no_key = ~allowed.any(-1, keepdim=True)
-        return cls(rotation(cfg, positions, dtype), positions, mask, allowed, no_key)
+        """Context of ``length`` new tokens a row.
 
-    def blocked(self, length: int) -> Bool[Tensor, "batch 1 query key"]:
+        Args:
+            cfg: For the rotary angles.
+            length: New tokens; those of ``kv`` come before them.
+            mask: False at padding, past and new tokens together; None if there is none.
+            device: Where to compute.
+            dtype: Of the activations.
+            kv: Keys and values of earlier tokens.
+        """
+        total = length + (kv.n_past if kv else 0)
+        if mask is None or bool(mask.all()):
+            positions = torch.arange(total - length, total, device=device)[None]
+            allowed = None
+            if 1 < length < total:
+                allowed = _causal(length, total, device)[None, None]
+            return cls(rotation(cfg, positions, dtype), positions, allowed, None, kv)
+        # A pad token's own position is never read by a real token; 0 keeps it in range.
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, total - length :]
+        allowed = _causal(length, total, device) & mask[:, None, None, :]
+        no_key = ~allowed.any(-1, keepdim=True)
+        return cls(rotation(cfg, positions, dtype), positions, allowed, no_key, kv)
+
+    def blocked(self, queries: int, keys: int) -> Bool[Tensor, "batch 1 query key"]:
         """Where attention is forbidden, as a mask to fill with -inf."""
         if self.allowed is not None:
             return ~self.allowed
-        device = self.positions.device
-        return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
+        return ~_causal(queries, keys, self.positions.device)[None, None]
+
+    def with_past(
+        self,
+        place: LayerLocation,
+        k: Float[Tensor, "batch pos n_kv_heads d_head"],
+        v: Float[Tensor, "batch pos n_kv_heads d_head"],
+    ) -> tuple[Float[Tensor, "batch key n_kv d_head"], Float[Tensor, "batch key n_kv d_head"]]:
+        """Keys and values of earlier and new tokens at a layer."""
+        if self.kv is None:
+            return k, v
+        return self.kv.peek(place, k, v) if self.peeking else self.kv.extend(place, k, v)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query key"]:
+    """The last ``queries`` of ``keys`` positions see themselves and what came before."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -56,6 +56,7 @@ class CachingMixin(LoopedHookManager):
                 self.loop,
                 record.state_seed,
                 record.state_given,
+                record.early_exit,
             )
             return out, cache
 

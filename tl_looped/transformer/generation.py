@@ -1,41 +1,96 @@
-"""Text generation by whole forward passes.
+"""Text generation.
 
-Every new token runs the model on the whole sequence, so any hook and any initial state are seen as
-in a plain forward pass. The random initial state is a function of seed and position, so a position
-has the same state at every step.
+With the key-value cache (the default) a step runs the newest token alone; without it, the whole
+sequence. Both give the same tokens, up to ties that rounding decides: the random initial state is a
+function of seed and position, so a new position starts from the same state either way. Hooks that
+are attached fire at every step, and with the cache they see one position from the second step on.
+
+With an exit rule and the cache, each row's newest token leaves the loop when the rule says so;
+later tokens read its keys and values at the recurrence where it left. Without the cache every step
+is a plain forward pass with the rule, in which each position leaves by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped._compat import sample_logits
 from tl_looped.errors import InputError
-from tl_looped.transformer.lenses import LensesMixin
-from tl_looped.transformer.tokens import is_text
+from tl_looped.model.exit_rules import ExitResult, ExitRule
+from tl_looped.model.kv_cache import LoopedKeyValueCache
+from tl_looped.transformer.exiting import ExitingMixin
+from tl_looped.transformer.sampling import Sampler
+from tl_looped.transformer.tokens import is_chat, is_text
 
 
-class GenerationMixin(LensesMixin):
-    """``generate`` with TransformerLens's arguments."""
+@dataclass(kw_only=True)
+class GenerationOptions:
+    """Everything that ``generate`` and ``generate_stream`` take besides prompt and length."""
 
-    @torch.inference_mode()
+    stop_at_eos: bool = True
+    eos_token_id: int | list[int] | None = None
+    do_sample: bool = True
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float = 1.0
+    freq_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    use_past_kv_cache: bool = True
+    prepend_bos: bool | None = None
+    return_type: str = "input"
+    verbose: bool = True
+    attention_mask: Tensor | None = None
+    n_recurrences: int | None = None
+    initial_state: Tensor | str | None = None
+    state_seed: int | None = None
+    seed: int | None = None
+    past_kv_cache: LoopedKeyValueCache | None = None
+    exit_rule: ExitRule | None = None
+
+    def sampler(self) -> Sampler:
+        """How tokens are chosen."""
+        names = (field.name for field in fields(Sampler))
+        return Sampler(**{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class _Job:
+    """One call: checked, and in tokens."""
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    n_new: int
+    stop: list[int]
+    cache: LoopedKeyValueCache | None
+    options: GenerationOptions
+    in_text: bool  # what comes out is text
+    many: bool  # ... as a list
+    reply_only: bool
+
+
+class GenerationMixin(ExitingMixin):
+    """``generate`` and ``generate_stream`` with TransformerLens's arguments."""
+
+    @torch.no_grad()
     def generate(
         self,
-        input: str | list[str] | Int[Tensor, "batch pos"],
+        input: str | list[Any] | Int[Tensor, "batch pos"],
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
-        eos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
         do_sample: bool = True,
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float = 1.0,
         freq_penalty: float = 0.0,
         repetition_penalty: float = 1.0,
+        use_past_kv_cache: bool = True,
         prepend_bos: bool | None = None,
         return_type: str = "input",
         verbose: bool = True,
@@ -44,109 +99,222 @@ class GenerationMixin(LensesMixin):
         initial_state: Tensor | str | None = None,
         state_seed: int | None = None,
         seed: int | None = None,
+        past_kv_cache: LoopedKeyValueCache | None = None,
+        exit_rule: ExitRule | None = None,
     ) -> Any:
         """Continue one or more prompts.
 
         Args:
-            input: Text, several texts (padded on the left) or tokens.
+            input: Text, several texts (padded on the left), tokens, or a conversation: a list of
+                ``{"role": ..., "content": ...}``, or several, for the tokenizer's chat template.
             max_new_tokens: Most new tokens a row.
-            stop_at_eos: End a row at the EOS token; it is filled up with it.
-            eos_token_id: EOS token; the tokenizer's if None.
+            stop_at_eos: End a row at a stop token; it is filled up with the first of them.
+            eos_token_id: Stop token or tokens; the tokenizer's EOS if None.
             do_sample: Sample; otherwise take the most likely token.
-            top_k, top_p, temperature, freq_penalty, repetition_penalty: As in TransformerLens.
-            prepend_bos: Overrides ``cfg.default_prepend_bos`` for text.
+            top_k, top_p, temperature, freq_penalty, repetition_penalty: As in TransformerLens; the
+                penalties count real tokens only.
+            use_past_kv_cache: Keep keys and values of earlier tokens.
+            prepend_bos: Overrides ``cfg.default_prepend_bos`` for text. A chat template brings its
+                own.
             return_type: ``"input"`` (as the input was), ``"str"`` or ``"tokens"``.
-            verbose: Show progress.
+            verbose: Show progress, and the cache's memory.
             attention_mask: Mask of a left-padded token batch.
             n_recurrences: Recurrences of every step.
             initial_state: ``"zeros"``, or a state for every position up to the last generated.
             state_seed: Seed of the random initial state.
             seed: Seed of the sampling; the global generator is left alone if given.
+            past_kv_cache: A cache to use, for instance one that shares slots,
+                ``LoopedKeyValueCache(recurrence_slots=1)``, or one that holds a prefix already.
+            exit_rule: When tokens leave the loop.
 
         Returns:
-            Prompt and continuation, as text without special tokens or as tokens ``[batch, pos]``.
+            Prompt and continuation, as text without special tokens or as tokens ``[batch, pos]``;
+            of a conversation the reply alone. With ``exit_rule`` an :class:`ExitResult` of that and
+            the recurrence after which each new token's prediction left the loop ``[batch, new]``.
         """
-        if return_type not in ("input", "str", "tokens"):
-            raise InputError(f"return_type must be input, str or tokens, got {return_type!r}")
-        text = is_text(input)
-        if self.tokenizer is None and return_type == "str":
-            raise InputError("return_type='str' needs a tokenizer")
-        if text:
-            tokens, mask = self.tokenize(cast(Any, input), prepend_bos, padding_side="left")
-        else:
-            tokens, found = self._check_tokens(input), attention_mask
-            found = self._padding(tokens, prepend_bos) if found is None else found
-            given = self._check_mask(found, *tokens.shape)
-            mask = torch.ones_like(tokens, dtype=torch.bool) if given is None else given
-            if not bool(mask[:, -1].all()):
-                raise InputError("generate continues from the last position: pad on the left")
-        if eos_token_id is None:
-            eos_token_id = getattr(self.tokenizer, "eos_token_id", None)
-        if stop_at_eos and eos_token_id is None and self.tokenizer is not None:
-            raise InputError("stop_at_eos=True, but there is no EOS token: pass eos_token_id=")
-        eos = eos_token_id if stop_at_eos else None
-        self._check_state_covers(initial_state, tokens.shape[1] + max_new_tokens - 1)
-        longest = int(mask.sum(-1).max()) + max_new_tokens - 1
-        if longest > self.cfg.n_ctx:
-            raise InputError(
-                f"max_new_tokens={max_new_tokens} would run the model on {longest} tokens, its "
-                f"context holds {self.cfg.n_ctx}"
-            )
+        options = GenerationOptions(
+            stop_at_eos=stop_at_eos,
+            eos_token_id=eos_token_id,
+            do_sample=do_sample,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+            freq_penalty=freq_penalty,
+            repetition_penalty=repetition_penalty,
+            use_past_kv_cache=use_past_kv_cache,
+            prepend_bos=prepend_bos,
+            return_type=return_type,
+            verbose=verbose,
+            attention_mask=attention_mask,
+            n_recurrences=n_recurrences,
+            initial_state=initial_state,
+            state_seed=state_seed,
+            seed=seed,
+            past_kv_cache=past_kv_cache,
+            exit_rule=exit_rule,
+        )
+        job = self._job(input, max_new_tokens, options)
+        with self.recurrences(n_recurrences):
+            steps = list(self._new_tokens(job))
+        new = torch.stack([token for token, _ in steps], 1) if steps else job.tokens[:, :0]
+        output = self._as_asked(job, new, with_prompt=not job.reply_only)
+        if exit_rule is None:
+            return output
+        left = [cast(Tensor, exit_step) for _, exit_step in steps]
+        return ExitResult(output, torch.stack(left, 1) if left else job.tokens[:, :0])
 
-        def step(tokens: Tensor, mask: Tensor) -> Tensor:
-            state = initial_state
-            if isinstance(state, Tensor):
-                state = state[:, : tokens.shape[1]]
-            logits = self(
-                tokens,
-                attention_mask=mask,
-                initial_state=state,
-                state_seed=state_seed,
-            )[:, -1]
-            if not do_sample:
-                return logits.argmax(-1)
-            return sample_logits(
-                logits.float(),
-                top_k=top_k,
-                top_p=top_p,
-                temperature=temperature,
-                freq_penalty=freq_penalty,
-                repetition_penalty=repetition_penalty,
-                tokens=tokens,
-            )
+    def generate_stream(
+        self,
+        input: str | list[Any] | Int[Tensor, "batch pos"],
+        max_new_tokens: int = 10,
+        max_tokens_per_yield: int = 25,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """As :meth:`generate`, piece by piece, in TransformerLens's way.
 
-        devices = [tokens.device] if tokens.device.type == "cuda" else []
-        with (
-            self.recurrences(n_recurrences),
-            torch.random.fork_rng(devices=devices, enabled=seed is not None),
-        ):
-            if seed is not None:
-                torch.manual_seed(seed)
-            out, mask = self._extend(tokens, mask, max_new_tokens, step, eos, verbose)
-        if return_type == "tokens" or (return_type == "input" and not text):
-            return out
-        texts = [
-            self.tokenizer.decode(
-                row[keep].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            for row, keep in zip(out, mask, strict=True)
-        ]
-        return texts if isinstance(input, list) or len(texts) > 1 else texts[0]
+        Args:
+            input, max_new_tokens: As in :meth:`generate`.
+            max_tokens_per_yield: Most tokens in a piece.
+            **options: As in :meth:`generate`; of an ``exit_rule`` the steps are not returned.
 
-    def _extend(
-        self, tokens: Tensor, mask: Tensor, n_new: int, step: Any, eos: int | None, verbose: bool
-    ) -> tuple[Tensor, Tensor]:
-        done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        for _ in tqdm(range(n_new), disable=not verbose, desc="generating"):
-            new = step(tokens, mask)
-            if eos is not None:
-                new = torch.where(done, torch.full_like(new, eos), new)
-                done |= new == eos
+        Yields:
+            Tokens ``[batch, n]``, or texts. The first piece includes the prompt (but for a
+            conversation), later ones hold new tokens only. The model may be used between them.
+        """
+        job = self._job(input, max_new_tokens, GenerationOptions(**options))
+        if max_tokens_per_yield < 1:
+            raise InputError(f"max_tokens_per_yield must be at least 1, got {max_tokens_per_yield}")
+        return self._pieces(job, max_tokens_per_yield)
+
+    def _pieces(self, job: _Job, size: int) -> Iterator[Any]:
+        piece: list[Tensor] = []
+        with_prompt = not job.reply_only
+        for token, _ in self._new_tokens(job):
+            piece.append(token)
+            if len(piece) == size:
+                yield self._as_asked(job, torch.stack(piece, 1), with_prompt)
+                piece, with_prompt = [], False
+        if piece:
+            yield self._as_asked(job, torch.stack(piece, 1), with_prompt)
+
+    # -- the steps -------------------------------------------------------------------------------
+
+    def _new_tokens(self, job: _Job) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The next token of every row, and where its prediction left the loop."""
+        options, cache = job.options, job.cache
+        tokens, mask, sampler = job.tokens, job.mask, options.sampler()
+        prefix = 0 if cache is None else cache.length
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        progress = tqdm(range(job.n_new), disable=not options.verbose, desc="generating")
+        for _ in progress:
+            start = 0 if cache is None else cache.length - prefix
+            with torch.no_grad():
+                logits, left = self._step(job, tokens[:, start:], mask[:, start:], prefix + start)
+                new = sampler.next_tokens(logits[:, -1], tokens, mask)
+            if job.stop:
+                new = torch.where(done, job.stop[0], new)
+                done |= torch.isin(new, torch.tensor(job.stop, device=new.device))
             tokens = torch.cat((tokens, new[:, None]), 1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            if cache is not None:
+                progress.set_postfix_str(f"KV cache {cache.nbytes / 2**20:.1f} MiB", refresh=False)
+            yield new, left
             if bool(done.all()):
                 break
+
+    def _step(
+        self, job: _Job, tokens: Tensor, mask: Tensor, start: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of new tokens, the first of which has column ``start``."""
+        options, state = job.options, job.options.initial_state
+        if isinstance(state, Tensor):
+            state = state[:, start : start + tokens.shape[1]]
+        out = self(
+            tokens,
+            attention_mask=mask,
+            n_recurrences=options.n_recurrences,
+            initial_state=state,
+            state_seed=options.state_seed,
+            past_kv_cache=job.cache,
+            exit_rule=options.exit_rule,
+        )
+        if isinstance(out, ExitResult):
+            return cast(Tensor, out.output), out.steps[:, -1]
+        return out, None
+
+    # -- before and after ------------------------------------------------------------------------
+
+    def _job(self, input: Any, n_new: int, options: GenerationOptions) -> _Job:
+        """Check a call, and turn its prompt into tokens."""
+        if type(n_new) is not int or n_new < 0:
+            raise InputError(f"max_new_tokens must be an integer of at least 0, got {n_new!r}")
+        kind = options.return_type
+        if kind not in ("input", "str", "tokens"):
+            raise InputError(f"return_type must be input, str or tokens, got {kind!r}")
+        if self.tokenizer is None and kind == "str":
+            raise InputError("return_type='str' needs a tokenizer")
+        options.sampler()  # checks its arguments
+        chat, many = is_chat(input), isinstance(input, list)
+        prepend_bos = options.prepend_bos
+        if chat:
+            many = not isinstance(input[0], dict)
+            texts = [self.chat_text(messages) for messages in (input if many else [input])]
+            # The template writes its own BOS.
+            input, prepend_bos = texts, False if prepend_bos is None else prepend_bos
+        in_text = is_text(input)
+        tokens, mask = self._left_padded(input, prepend_bos, options.attention_mask)
+        cache = self._generation_cache(options)
+        total = tokens.shape[1] + n_new - 1
+        self._check_state_covers(options.initial_state, total + (cache.length if cache else 0))
+        self._check_context(mask, cache, n_new)
+        to_text = in_text if kind == "input" else kind == "str"
+        stop = self._stop_tokens(options)
+        return _Job(tokens, mask, n_new, stop, cache, options, to_text, many, chat)
+
+    def _left_padded(
+        self, input: Any, prepend_bos: bool | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if is_text(input):
+            return self.tokenize(input, prepend_bos, padding_side="left")
+        tokens, found = self._check_tokens(input), attention_mask
+        found = self._padding(tokens, prepend_bos) if found is None else found
+        given = self._check_mask(found, *tokens.shape)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if given is None else given
+        if not bool(mask[:, -1].all()):
+            raise InputError("generate continues from the last position: pad on the left")
         return tokens, mask
+
+    def _generation_cache(self, options: GenerationOptions) -> LoopedKeyValueCache | None:
+        given = options.past_kv_cache
+        if not options.use_past_kv_cache:
+            if given is not None:
+                raise InputError("past_kv_cache is given, but use_past_kv_cache is False")
+            return None
+        if given is not None and given.frozen:
+            raise InputError("past_kv_cache is frozen, and generation extends it: unfreeze() it")
+        return LoopedKeyValueCache() if given is None else given
+
+    def _stop_tokens(self, options: GenerationOptions) -> list[int]:
+        if not options.stop_at_eos:
+            return []
+        given = options.eos_token_id
+        if given is None:
+            given = getattr(self.tokenizer, "eos_token_id", None)
+        if given is None:
+            if self.tokenizer is not None:
+                raise InputError("stop_at_eos=True, but there is no EOS token: pass eos_token_id=")
+            return []
+        return [given] if isinstance(given, int) else list(given)
+
+    def _check_context(self, mask: Tensor, cache: LoopedKeyValueCache | None, n_new: int) -> None:
+        longest = int(mask.sum(-1).max()) + n_new - 1
+        if cache is not None and cache.mask is not None:
+            longest += int(cache.mask.sum(-1).max())
+        if longest > self.cfg.n_ctx:
+            raise InputError(
+                f"max_new_tokens={n_new} would run the model on {longest} tokens, its context "
+                f"holds {self.cfg.n_ctx}"
+            )
 
     def _check_state_covers(self, state: Tensor | str | None, length: int) -> None:
         if isinstance(state, Tensor) and (state.ndim != 3 or state.shape[1] < length):
@@ -154,3 +322,19 @@ class GenerationMixin(LensesMixin):
                 f"initial_state must cover all {length} positions of the generation, "
                 f"got shape {tuple(state.shape)}"
             )
+
+    def _as_asked(self, job: _Job, new: Int[Tensor, "batch new"], with_prompt: bool) -> Any:
+        """New tokens, with the prompt or without it, as tokens or text."""
+        out = torch.cat((job.tokens, new), 1) if with_prompt else new
+        if not job.in_text:
+            return out
+        real = torch.ones_like(out, dtype=torch.bool)
+        if with_prompt:
+            real[:, : job.tokens.shape[1]] = job.mask
+        texts = [
+            self.tokenizer.decode(
+                row[keep].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            for row, keep in zip(out, real, strict=True)
+        ]
+        return texts if job.many or len(texts) > 1 else texts[0]

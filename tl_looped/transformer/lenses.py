@@ -11,6 +11,7 @@ No hook fires inside a lens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tl_looped.model.context import RunContext
 from tl_looped.model.exit_gate import ExitReadout
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.norms import rms_norm
-from tl_looped.transformer.loop import LoopMixin
+from tl_looped.transformer.loop import LoopMixin, LoopRun
 
 
 class LensesMixin(LoopMixin):
@@ -65,14 +66,29 @@ class LensesMixin(LoopMixin):
         if (self.cfg.loop_norm and not after_loop_norm) or self.cfg.pre_coda_norm:
             stream = rms_norm(stream, final)
         mask = self._check_mask(attention_mask, batch, length)
-        run = RunContext.build(self.cfg, batch, length, mask, stream.device, stream.dtype)
+        run = RunContext.build(self.cfg, length, mask, stream.device, stream.dtype)
         flat = stream.reshape(-1, batch, length, self.cfg.d_model)
-        outputs = []
-        for x in flat:
-            for block in self._lens_coda():
-                x = block(x, run)
-            outputs.append(self.unembed(rms_norm(x, final)))
+        outputs = [self.unembed(rms_norm(self._silent_coda(x, run), final)) for x in flat]
         return torch.stack(outputs).reshape(*stack, batch, length, -1)
+
+    def _exit_logits(
+        self, state: Float[Tensor, "batch pos d_model"], run: LoopRun, last_only: bool
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """What the coda lens says of a recurrence's state within a run, for exit rules."""
+        final = self.final_norm
+        if not (self.cfg.loop_norm and self.loop.c == 0):
+            if self.cfg.pre_coda_norm:
+                state = rms_norm(state, final)
+            state = rms_norm(self._silent_coda(state, replace(run.context, peeking=True)), final)
+        return self.unembed(state[:, -1:] if last_only else state)
+
+    def _silent_coda(
+        self, x: Float[Tensor, "batch pos d_model"], context: RunContext
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The coda's layers without hooks."""
+        for block in self._lens_coda():
+            x = block(x, context)
+        return x
 
     def _lens_coda(self) -> list[Block]:
         # Blocks of their own on the same weights, so that the model's hooks stay silent.
@@ -122,18 +138,3 @@ class LensesMixin(LoopMixin):
                 f"a lens reads [..., batch, pos, d_model={self.cfg.d_model}], "
                 f"got shape {tuple(resid.shape)}"
             )
-
-    def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-        """A boolean mask ``[batch, pos]`` with a real token in every row."""
-        if mask is None:
-            return None
-        if tuple(mask.shape) != (batch, length):
-            raise InputError(
-                f"attention_mask must have shape {(batch, length)} like the tokens, "
-                f"got {tuple(mask.shape)}"
-            )
-        mask = mask.to(self.W_E.device) != 0
-        if not bool(mask.any(-1).all()):
-            empty = (~mask.any(-1)).nonzero().flatten().tolist()
-            raise InputError(f"attention_mask leaves rows {empty} without any token")
-        return mask

@@ -8,7 +8,7 @@ the two compose to the whole run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,9 +19,8 @@ from tl_looped.errors import InputError
 from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.context import RunContext
 from tl_looped.model.initial_state import draw_initial_state
-from tl_looped.model.norms import HookedRMSNorm
+from tl_looped.transformer.inputs import InputsMixin
 from tl_looped.transformer.pool import RecurrenceHooks
-from tl_looped.transformer.tokens import TokensMixin
 
 Stream = Float[Tensor, "batch pos d_model"]
 
@@ -35,15 +34,17 @@ class LoopRun:
         initial_state: The state that recurrence 0 starts from; None draws or derives it.
         state_seed: Seed of a random initial state.
         prelude_output: ``e``, what is injected; set when the loop is entered.
+        gate: Gate logits of the newest recurrence, in models with a gate.
     """
 
     context: RunContext
     initial_state: Stream | None
     state_seed: int
-    prelude_output: Stream | None = field(default=None)
+    prelude_output: Stream | None = None
+    gate: Float[Tensor, "batch pos 1"] | None = None
 
 
-class LoopMixin(TokensMixin):
+class LoopMixin(InputsMixin):
     """Blocks, loop boundaries and the head."""
 
     injection: nn.Linear
@@ -66,7 +67,7 @@ class LoopMixin(TokensMixin):
             if event == "enter_loop":
                 x = self._enter_loop(x, run)
             elif event == "leave":
-                x = self._leave_recurrence(cast(int, r), x)
+                x = self._leave_recurrence(cast(int, r), x, run)
             elif event == "enter":
                 x = self._enter_recurrence(cast(int, r), x, run)
             elif self.cfg.pre_coda_norm:
@@ -116,28 +117,32 @@ class LoopMixin(TokensMixin):
         skip = self.cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
         return skip and run.initial_state is None
 
-    def _leave_recurrence(
-        self, r: int, x: Stream, final_norm: HookedRMSNorm | None = None
-    ) -> Stream:
-        """The end of recurrence ``r``; ``final_norm`` if its loop norm is also the final norm."""
+    def _leave_recurrence(self, r: int, x: Stream, run: LoopRun) -> Stream:
+        """The end of recurrence ``r``."""
         hooks = self._recurrence_hooks(r)
-        if final_norm is not None:
-            x = final_norm(x, also=hooks.ln_loop)
+        if self._ends_in_loop_norm and r == self.loop.R - 1:
+            x = self.ln_final(x, also=hooks.ln_loop)
         elif self.cfg.loop_norm:
             x = hooks.ln_loop(x)
         x = hooks.hook_state_out(x)
         if self.cfg.exit_gate:
-            hooks.hook_exit_gate(self.exit_gate(x))
+            run.gate = hooks.hook_exit_gate(self.exit_gate(x))
         return x
 
-    def _head(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
+    @property
+    def _ends_in_loop_norm(self) -> bool:
+        """Whether the last loop norm is also the final norm (Ouro)."""
+        return self.loop.c == 0 and self.cfg.loop_norm
+
+    def _head(self, x: Stream, run: LoopRun) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits from the last block's output, closing the loop first if there is no coda."""
-        loop = self.loop
-        if loop.c == 0 and self.cfg.loop_norm:
-            return self.unembed(self._leave_recurrence(loop.R - 1, x, final_norm=self.ln_final))
-        if loop.c == 0:
-            x = self._leave_recurrence(loop.R - 1, x)
-        return self.unembed(self.ln_final(x))
+        if self.loop.c == 0:
+            x = self._leave_recurrence(self.loop.R - 1, x, run)
+        return self._unembed_final(x)
+
+    def _unembed_final(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the final stream, behind the loop norm where that is the final norm."""
+        return self.unembed(x if self._ends_in_loop_norm else self.ln_final(x))
 
     def _recurrence_hooks(self, r: int) -> RecurrenceHooks:
         return self._recurrence_pool[r]

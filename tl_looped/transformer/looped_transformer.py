@@ -22,8 +22,10 @@ from tl_looped.errors import InputError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
 from tl_looped.model.context import RunContext
+from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
+from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
 from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.generation import GenerationMixin
 from tl_looped.transformer.loop import LoopRun
@@ -153,6 +155,8 @@ class LoopedTransformer(GenerationMixin):
         initial_state: Tensor | str | None = None,
         state_seed: int | None = None,
         prelude_output: Float[Tensor, "batch pos d_model"] | None = None,
+        past_kv_cache: LoopedKeyValueCache | None = None,
+        exit_rule: ExitRule | None = None,
     ) -> Any:
         """Run the model.
 
@@ -165,13 +169,23 @@ class LoopedTransformer(GenerationMixin):
             prepend_bos, padding_side: See :meth:`to_tokens`.
             start_at_layer: Start with the input of this effective layer, or (recurrence, layer).
             tokens: The tokens of a residual input, for the loss.
-            attention_mask: ``[batch, pos]``, zero at padding, on either side.
+            attention_mask: ``[batch, pos]`` of the new tokens, zero at padding, on either side.
             stop_at_layer: Return what this layer would have received. ``n_layers`` returns the last
                 block's output.
             n_recurrences: Recurrences of this run only.
             initial_state: State of recurrence 0, ``[batch, pos, d_model]``, or ``"zeros"``.
             state_seed: Seed of the random initial state; ``self.state_seed`` if None.
             prelude_output: What is injected, if ``start_at_layer`` skips the prelude.
+            past_kv_cache: Keys and values of the tokens that come before; extended unless it is
+                frozen. Outputs are those of the new tokens.
+            exit_rule: Each token leaves the loop when the rule says so, and goes on to the coda
+                with its state at that recurrence. The loop ends when every token has left. Keys and
+                values within the loop are not touched by it; with ``past_kv_cache`` the last
+                position decides for its whole row, as in generation.
+
+        Returns:
+            What ``return_type`` says; with ``exit_rule`` an :class:`ExitResult` of it and of the
+            recurrence after which each token left.
 
         Raises:
             InputError: tokens outside the vocabulary, too long a sequence, wrong shapes.
@@ -185,6 +199,8 @@ class LoopedTransformer(GenerationMixin):
                 raise InputError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
             mask = attention_mask
             if start is None:
+                if past_kv_cache is not None and past_kv_cache.length and mask is None:
+                    mask = _no_padding_after(input)
                 tokens, mask = self._tokens_and_mask(input, mask, prepend_bos, padding_side)
             elif tokens is not None:
                 tokens = self._check_tokens(tokens)
@@ -192,10 +208,19 @@ class LoopedTransformer(GenerationMixin):
             enters = self._check_loop_arguments(
                 start, stop, initial_state, state_seed, prelude_output
             )
+            if start_at_layer is not None or stop_at_layer is not None:
+                self._check_whole(past_kv_cache, exit_rule)
             x, mask = self._stream(input, tokens, mask, start)
-            run = self._new_run(x, mask, initial_state, state_seed, prelude_output, enters)
+            kv = self._kv_run(past_kv_cache, x, mask)
+            run = self._new_run(x, mask, kv, initial_state, state_seed, prelude_output, enters)
             if start is None:
                 x = self.hook_embed(x)
+            if exit_rule is not None:
+                logits, steps = self._run_with_exits(x, run, exit_rule, mask)
+                if kv is not None:
+                    kv.commit(self.loop.R)
+                result = self._result(logits, tokens, mask, return_type, loss_per_token)
+                return ExitResult(result, steps)
             n = self.loop.n_layers
             end = n if stop is None else stop
             x = self._run_layers(x, run, start or 0, end, enter_first=start is None)
@@ -203,7 +228,9 @@ class LoopedTransformer(GenerationMixin):
                 # Nothing was entered yet if there was nothing to run.
                 entered = stop == n or (start is not None and stop == start)
                 return x if entered else self._enter_layer(stop, x, run)
-            logits = self._head(x)
+            logits = self._head(x, run)
+            if kv is not None:
+                kv.commit(self.loop.R)
             return self._result(logits, tokens, mask, return_type, loss_per_token)
 
     def loss_fn(
@@ -233,66 +260,6 @@ class LoopedTransformer(GenerationMixin):
         loss = self.loss_fn(logits, tokens, mask, per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    # -- input --------------------------------------------------------------------------------
-
-    def _layer_or_end(self, layer: LayerLike) -> int:
-        return self.loop.n_layers if layer == self.loop.n_layers else self.loop.resolve(layer)
-
-    def _tokens_and_mask(
-        self,
-        input: Any,
-        mask: Tensor | None,
-        prepend_bos: bool | None,
-        padding_side: str | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if is_text(input):
-            tokens, own_mask = self.tokenize(input, prepend_bos, padding_side)
-            return tokens, own_mask if mask is None else mask
-        tokens = self._check_tokens(input)
-        return tokens, self._padding(tokens, prepend_bos) if mask is None else mask
-
-    def _check_loop_arguments(
-        self,
-        start: int | None,
-        stop: int | None,
-        initial_state: Tensor | str | None,
-        state_seed: int | None,
-        prelude_output: Tensor | None,
-    ) -> bool:
-        """Whether the run enters the loop; arguments that it would not read are an error."""
-        before = start is None or start < self.loop.p
-        if before and prelude_output is not None:
-            raise InputError(
-                "prelude_output is for a start_at_layer behind the prelude; this run computes its "
-                "own. To change what is injected, hook the prelude's last hook_resid_post."
-            )
-        enters = before and (stop is None or stop >= self.loop.p)
-        if not enters and (initial_state is not None or state_seed is not None):
-            raise InputError(
-                "initial_state and state_seed have no effect: with start_at_layer="
-                f"{start} and stop_at_layer={stop} the run does not enter the loop (at layer "
-                f"{self.loop.p})"
-            )
-        return enters
-
-    def _check_tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
-        tokens = torch.as_tensor(tokens)
-        if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
-            raise InputError(
-                f"tokens must be integers of shape [batch, pos], got {tokens.dtype} of shape "
-                f"{tuple(tokens.shape)} (a residual stream needs start_at_layer=)"
-            )
-        tokens = tokens[None] if tokens.ndim == 1 else tokens
-        if tokens.numel() == 0:
-            raise InputError(f"there is no token in an input of shape {tuple(tokens.shape)}")
-        if tokens.device.type != "meta":
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.cfg.d_vocab:
-                raise InputError(
-                    f"token ids must be 0..{self.cfg.d_vocab - 1}, got {low if low < 0 else high}"
-                )
-        return tokens.to(self.W_E.device, torch.long)
-
     def _stream(
         self, input: Any, tokens: Tensor | None, mask: Tensor | None, start: int | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -309,18 +276,13 @@ class LoopedTransformer(GenerationMixin):
                     f"got {shape}"
                 )
             x = x.to(self.W_E)
-        mask = self._check_mask(mask, x.shape[0], x.shape[1])
-        length = x.shape[1] if mask is None else int(mask.sum(-1).max())
-        if length > self.cfg.n_ctx:
-            raise InputError(
-                f"a sequence of {length} tokens is longer than the context of {self.cfg.n_ctx}"
-            )
-        return x, mask
+        return x, self._check_mask(mask, x.shape[0], x.shape[1])
 
     def _new_run(
         self,
         x: Tensor,
         mask: Tensor | None,
+        kv: KVRun | None,
         initial_state: Tensor | str | None,
         state_seed: int | None,
         prelude_output: Tensor | None,
@@ -348,6 +310,19 @@ class LoopedTransformer(GenerationMixin):
             random = initial_state is None and self.cfg.initial_state.value == "random"
             record.state_seed = seed if random and enters_loop else None
             record.state_given, record.filled = initial_state is not None, True
-        context = RunContext.build(self.cfg, x.shape[0], x.shape[1], mask, x.device, x.dtype)
+        mask = mask if kv is None else kv.mask
+        length = x.shape[1] if mask is None else int(mask.sum(-1).max())
+        if length > self.cfg.n_ctx:
+            raise InputError(
+                f"a sequence of {length} tokens is longer than the context of {self.cfg.n_ctx}"
+            )
+        context = RunContext.build(self.cfg, x.shape[1], mask, x.device, x.dtype, kv)
         given = None if prelude_output is None else prelude_output.to(x)
         return LoopRun(context, initial_state, seed, given)
+
+
+def _no_padding_after(tokens: Any) -> Tensor | None:
+    """A full mask for tokens that follow others, where a pad token is no padding any more."""
+    if is_text(tokens):
+        return None
+    return torch.ones_like(torch.atleast_2d(torch.as_tensor(tokens)), dtype=torch.bool)

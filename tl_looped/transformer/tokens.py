@@ -30,6 +30,16 @@ def is_text(input: Any) -> bool:
     return isinstance(input, str)
 
 
+def is_chat(input: Any) -> bool:
+    """Whether an input is a conversation, a list of messages, or a list of conversations."""
+    if not isinstance(input, list) or not input:
+        return False
+    first = input[0]
+    if isinstance(first, list) and first:
+        return all(is_chat(item) for item in input) and isinstance(first[0], dict)
+    return all(isinstance(item, dict) for item in input)
+
+
 class TokensMixin(WeightsMixin):
     """The tokenizer's side of a model."""
 
@@ -102,6 +112,26 @@ class TokensMixin(WeightsMixin):
             tokens[i, where] = torch.tensor(row)
             mask[i, where] = True
         return tokens.to(self.W_E.device), mask.to(self.W_E.device)
+
+    def chat_text(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the tokenizer's chat template writes it, special tokens included.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            add_generation_prompt: End with the opening of the model's reply.
+
+        Raises:
+            TokenizerError: without a tokenizer, or if it has no chat template.
+        """
+        tokenizer = self._need_tokenizer()
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise TokenizerError(
+                f"the tokenizer of {self.cfg.model_name} has no chat template: give text instead"
+            )
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)
 
     def to_tokens(
         self,

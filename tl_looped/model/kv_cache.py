@@ -1,0 +1,173 @@
+"""Keys and values of past tokens, one slot for each effective layer.
+
+Keys are stored rotated, as they were used; rotary positions are absolute, so a stored key stays
+right. A slot belongs to (stage, recurrence, layer), like a block, so that a coda layer keeps its
+slot while the number of recurrences changes.
+
+A token that ran fewer recurrences than a later one asks for (because it left the loop early, or
+because the number of recurrences changed between calls) is read at its last recurrence. That is
+Huginn's public strategy "latest" for a looped layer. It needs no choice where all tokens ran alike.
+
+``recurrence_slots`` keeps fewer slots than recurrences, to save memory: recurrence r uses slot
+``r mod recurrence_slots``, and a later recurrence overwrites an earlier one of the same slot. 1
+keeps only the last recurrence's keys and values (proposed for Ouro); larger numbers are Huginn's
+public strategy "compress". While several tokens are read at once they see each other's own
+recurrence, as without a cache; the sharing shows for tokens of earlier calls. It is an
+approximation, and changes the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.model.geometry import LayerLocation
+
+Keys = Float[Tensor, "batch pos n_kv_heads d_head"]
+PastKeys = Float[Tensor, "batch key n_kv_heads d_head"]
+
+
+class LoopedKeyValueCache:
+    """Past keys and values for ``model(tokens, past_kv_cache=cache)``.
+
+    Args:
+        recurrence_slots: Slots of each core layer; None keeps one for every recurrence.
+
+    Attributes:
+        frozen: While set, runs read the cache and leave it as it is, so that many inputs can
+            follow the same prefix.
+        mask: ``[batch, pos]``, False at padding.
+    """
+
+    def __init__(self, recurrence_slots: int | None = None) -> None:
+        if recurrence_slots is not None and (
+            type(recurrence_slots) is not int or recurrence_slots < 1
+        ):
+            raise InputError(
+                f"recurrence_slots must be an integer of at least 1, or None for one slot a "
+                f"recurrence, got {recurrence_slots!r}"
+            )
+        self.recurrence_slots = recurrence_slots
+        self.frozen = False
+        self.mask: Bool[Tensor, "batch pos"] | None = None
+        self.n_recurrences = 0
+        self.entries: dict[LayerLocation, tuple[PastKeys, PastKeys]] = {}
+
+    @classmethod
+    def init_cache(
+        cls, cfg: Any = None, device: Any = None, batch_size: int | None = None
+    ) -> LoopedKeyValueCache:
+        """An empty cache; TransformerLens's spelling. Shapes follow the first run."""
+        return cls()
+
+    @property
+    def length(self) -> int:
+        """Positions held, padding included."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
+    def freeze(self) -> None:
+        """Later runs leave the cache as it is."""
+        self.frozen = True
+
+    def unfreeze(self) -> None:
+        """Later runs extend the cache again."""
+        self.frozen = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all keys and values, in bytes; storage shared by slots counts once."""
+        tensors = [tensor for entry in self.entries.values() for tensor in entry]
+        unique = {tensor.data_ptr(): tensor for tensor in tensors}
+        return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+
+    def __repr__(self) -> str:
+        kept = "every recurrence" if self.recurrence_slots is None else self.recurrence_slots
+        return (
+            f"LoopedKeyValueCache({len(self.entries)} slots, recurrences kept: {kept}, "
+            f"{self.length} positions, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    def slot(self, place: LayerLocation) -> LayerLocation:
+        """Where a layer's keys and values are kept."""
+        if place.recurrence is None or self.recurrence_slots is None:
+            return place
+        return place._replace(recurrence=place.recurrence % self.recurrence_slots)
+
+
+@dataclass
+class KVRun:
+    """One forward pass over new tokens that follow those of a cache.
+
+    Args:
+        cache: Extended by :meth:`commit`, when the pass has succeeded.
+        mask: Of past and new tokens together, False at padding.
+        n_new: New positions.
+        left: Rows that have left the loop; their keys and values stay at their last recurrence.
+    """
+
+    cache: LoopedKeyValueCache
+    mask: Bool[Tensor, "batch pos"]
+    n_new: int
+    left: Bool[Tensor, " batch"] | None = None
+    _new: dict[LayerLocation, tuple[Keys, Keys]] = field(default_factory=dict)
+    _latest: dict[int, tuple[Keys, Keys]] = field(default_factory=dict)
+
+    @property
+    def n_past(self) -> int:
+        """Positions of earlier passes."""
+        return self.cache.length
+
+    def extend(self, place: LayerLocation, keys: Keys, values: Keys) -> tuple[PastKeys, PastKeys]:
+        """Keys and values of past and new positions at one layer; the new ones are noted."""
+        new = keys, values
+        if place.recurrence is not None:
+            before = self._latest.get(place.layer)
+            if self.left is not None and before is not None:
+                left = self.left[:, None, None, None]
+                new = torch.where(left, before[0], keys), torch.where(left, before[1], values)
+            self._latest[place.layer] = new
+        self._new[self.cache.slot(place)] = new
+        return self._with_past(place, new)
+
+    def peek(self, place: LayerLocation, keys: Keys, values: Keys) -> tuple[PastKeys, PastKeys]:
+        """As :meth:`extend`, and nothing is noted: for lenses."""
+        return self._with_past(place, (keys, values))
+
+    def _with_past(self, place: LayerLocation, new: tuple[Keys, Keys]) -> tuple[PastKeys, PastKeys]:
+        if self.n_past == 0:
+            return new
+        past = self._past(place)
+        return torch.cat((past[0], new[0]), 1), torch.cat((past[1], new[1]), 1)
+
+    def _past(self, place: LayerLocation) -> tuple[PastKeys, PastKeys]:
+        """What the cache holds for a layer, at the last recurrence that its tokens ran."""
+        entries, held = self.cache.entries, self.cache.n_recurrences
+        slot = self.cache.slot(place)
+        if place.recurrence is not None and place.recurrence >= held and slot not in entries:
+            if held == 0:
+                raise InputError("the cached tokens ran no recurrence, so the loop has no past")
+            slot = self.cache.slot(place._replace(recurrence=held - 1))
+        return entries[slot]
+
+    def commit(self, n_recurrences: int) -> None:
+        """Extend the cache by the new positions.
+
+        Args:
+            n_recurrences: Recurrences that this pass stands for. Where it stopped before, later
+                ones get the last that was run.
+        """
+        cache = self.cache
+        if cache.frozen:
+            return
+        for r in range(max(n_recurrences, cache.n_recurrences)):
+            for layer, latest in self._latest.items():
+                self._new.setdefault(cache.slot(LayerLocation("core", r, layer)), latest)
+        extended = {place: self._with_past(place, new) for place, new in self._new.items()}
+        cache.entries = extended
+        cache.mask = self.mask
+        cache.n_recurrences = max(n_recurrences, cache.n_recurrences)

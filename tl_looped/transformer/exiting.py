@@ -1,0 +1,70 @@
+"""Leaving the loop early, token by token, as an exit rule says.
+
+The loop goes on for the whole batch until every token has left, so compute is saved when the last
+one leaves. A token that has left keeps its state; the others still see its keys and values at every
+recurrence that is run. Then one pass through the coda reads all states, each at its own recurrence.
+
+With a key-value cache a row leaves as a whole, by its last position, and its keys and values stay
+at that recurrence, so that a row gives what it gives alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.model.exit_rules import ExitRule, ExitTracker
+from tl_looped.transformer.lenses import LensesMixin
+from tl_looped.transformer.loop import LoopRun
+
+
+class ExitingMixin(LensesMixin):
+    """Runs that may leave the loop before its last recurrence."""
+
+    def _run_with_exits(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        run: LoopRun,
+        rule: ExitRule,
+        mask: Bool[Tensor, "batch pos"] | None,
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"], Int[Tensor, "batch pos"]]:
+        """Logits, and the recurrence after which each token left (-1 at padding)."""
+        loop, kv = self.loop, run.context.kv
+        if rule.needs_gate and not self.cfg.exit_gate:
+            raise InputError(f"{rule} needs an exit gate, {self.cfg.model_name} has none")
+        if loop.R == 0:
+            raise InputError("exit_rule needs at least one recurrence")
+        if self._records and self._records[-1].filled:
+            self._records[-1].early_exit = True
+        tracker = ExitTracker(rule, kv is not None, mask)
+        x = self._run_layers(x, run, 0, loop.p, enter_first=True)
+        x = self._enter_loop(x, run)
+        for r in range(loop.R):
+            first = loop.index(r, 0)
+            x = self._enter_recurrence(r, x, run)
+            x = self._run_layers(x, run, first, first + loop.k, enter_first=False)
+            x = self._leave_recurrence(r, x, run)
+            logits = partial(self._exit_logits, x, run, kv is not None)
+            tracker.update(r, r == loop.R - 1, x, logits, run.gate)
+            if kv is not None:
+                kv.left = tracker.has_left[:, -1]
+            if tracker.all_left:
+                break
+        assert tracker.state is not None
+        assert tracker.steps is not None
+        logits_out = self._after_loop(tracker.state, run)
+        steps = tracker.steps if mask is None else tracker.steps.masked_fill(~mask, -1)
+        return logits_out, steps
+
+    def _after_loop(
+        self, state: Float[Tensor, "batch pos d_model"], run: LoopRun
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Coda and head of the states with which the tokens left."""
+        if self.cfg.pre_coda_norm:
+            state = self.ln_pre_coda(state)
+        n = self.loop.n_layers
+        state = self._run_layers(state, run, n - self.loop.c, n, enter_first=False)
+        return self._unembed_final(state)

@@ -1,0 +1,119 @@
+"""Checks of what a run is given: tokens, masks, layers, states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.model.exit_rules import ExitRule
+from tl_looped.model.geometry import LayerLike
+from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
+from tl_looped.transformer.tokens import TokensMixin, is_text
+
+
+class InputsMixin(TokensMixin):
+    """Every argument of a run is checked before anything is computed."""
+
+    def _layer_or_end(self, layer: LayerLike) -> int:
+        return self.loop.n_layers if layer == self.loop.n_layers else self.loop.resolve(layer)
+
+    def _tokens_and_mask(
+        self,
+        input: Any,
+        mask: Tensor | None,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if is_text(input):
+            tokens, own_mask = self.tokenize(input, prepend_bos, padding_side)
+            return tokens, own_mask if mask is None else mask
+        tokens = self._check_tokens(input)
+        return tokens, self._padding(tokens, prepend_bos) if mask is None else mask
+
+    def _check_loop_arguments(
+        self,
+        start: int | None,
+        stop: int | None,
+        initial_state: Tensor | str | None,
+        state_seed: int | None,
+        prelude_output: Tensor | None,
+    ) -> bool:
+        """Whether the run enters the loop; arguments that it would not read are an error."""
+        before = start is None or start < self.loop.p
+        if before and prelude_output is not None:
+            raise InputError(
+                "prelude_output is for a start_at_layer behind the prelude; this run computes its "
+                "own. To change what is injected, hook the prelude's last hook_resid_post."
+            )
+        enters = before and (stop is None or stop >= self.loop.p)
+        if not enters and (initial_state is not None or state_seed is not None):
+            raise InputError(
+                "initial_state and state_seed have no effect: with start_at_layer="
+                f"{start} and stop_at_layer={stop} the run does not enter the loop (at layer "
+                f"{self.loop.p})"
+            )
+        return enters
+
+    def _check_tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
+        tokens = torch.as_tensor(tokens)
+        if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
+            raise InputError(
+                f"tokens must be integers of shape [batch, pos], got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)} (a residual stream needs start_at_layer=)"
+            )
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        if tokens.numel() == 0:
+            raise InputError(f"there is no token in an input of shape {tuple(tokens.shape)}")
+        if tokens.device.type != "meta":
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.cfg.d_vocab:
+                raise InputError(
+                    f"token ids must be 0..{self.cfg.d_vocab - 1}, got {low if low < 0 else high}"
+                )
+        return tokens.to(self.W_E.device, torch.long)
+
+    def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+        """A boolean mask ``[batch, pos]`` with a real token in every row."""
+        if mask is None:
+            return None
+        if tuple(mask.shape) != (batch, length):
+            raise InputError(
+                f"attention_mask must have shape {(batch, length)} like the tokens, "
+                f"got {tuple(mask.shape)}"
+            )
+        mask = mask.to(self.W_E.device) != 0
+        if not bool(mask.any(-1).all()):
+            empty = (~mask.any(-1)).nonzero().flatten().tolist()
+            raise InputError(f"attention_mask leaves rows {empty} without any token")
+        return mask
+
+    def _check_whole(self, cache: LoopedKeyValueCache | None, rule: ExitRule | None) -> None:
+        """A part of the layers can neither extend a cache nor leave the loop early."""
+        for name, value in (("past_kv_cache", cache), ("exit_rule", rule)):
+            if value is not None:
+                raise InputError(
+                    f"{name} is for whole runs: leave out start_at_layer and stop_at_layer"
+                )
+
+    def _kv_run(
+        self,
+        cache: LoopedKeyValueCache | None,
+        x: Float[Tensor, "batch pos d_model"],
+        mask: Bool[Tensor, "batch pos"] | None,
+    ) -> KVRun | None:
+        """The pass of new tokens over a cache."""
+        if cache is None:
+            return None
+        batch, length = x.shape[:2]
+        new = torch.ones(batch, length, dtype=torch.bool, device=x.device) if mask is None else mask
+        if cache.mask is not None:
+            if cache.mask.shape[0] != batch:
+                raise InputError(
+                    f"past_kv_cache holds {cache.mask.shape[0]} rows, the input has {batch}"
+                )
+            new = torch.cat((cache.mask, new), 1)
+        return KVRun(cache, new, length)
