@@ -36,16 +36,35 @@ from tl_looped.errors import (
 )
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout, RotaryStyle
 from tl_looped.model.exit_gate import ExitReadout, exit_distribution, exit_steps
+from tl_looped.model.exit_rules import (
+    Acceleration,
+    ArgmaxStability,
+    EntropyDifference,
+    ExitAt,
+    ExitResult,
+    ExitRule,
+    GateExit,
+    KLDivergence,
+    LatentDifference,
+)
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.transformer import LoopedTransformer
 
 __all__ = [
+    "Acceleration",
     "Adapter",
+    "ArgmaxStability",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "EntropyDifference",
+    "ExitAt",
     "ExitReadout",
+    "ExitResult",
+    "ExitRule",
+    "GateExit",
     "GatedHookError",
     "HookNameError",
     "HubAlias",
@@ -54,12 +73,15 @@ __all__ = [
     "Injection",
     "InputError",
     "InvalidDecompositionError",
+    "KLDivergence",
+    "LatentDifference",
     "LayerIndexError",
     "LayerLocation",
     "LoopGeometry",
     "LoopedActivationCache",
     "LoopedConfig",
     "LoopedHookPoint",
+    "LoopedKeyValueCache",
     "LoopedTransformer",
     "MissingActivationError",
     "NormLayout",

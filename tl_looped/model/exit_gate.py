@@ -4,13 +4,13 @@ With gate probabilities lambda_t, a token leaves at step t with probability
 ``p_t = lambda_t * prod_{j<t} (1 - lambda_j)``; the last step takes what is left. At threshold q a
 token takes the first step whose cumulative probability reaches q, else the last. All of it is
 computed in the dtype of its input, as the reference does: in bf16 a cumulative probability above
-about 0.998 rounds to 1, so tokens may leave early at the default threshold 1. Convert the gate
-logits to fp32 first to avoid that.
+about 0.998 rounds to 1, so tokens may leave early at the default threshold 1.
+``ExitReadout.float()`` and ``GateExit(..., in_fp32=True)`` avoid that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -50,6 +50,12 @@ class ExitReadout:
     gate_logits: Float[Tensor, "batch pos recurrence"]
     exit_logits: Float[Tensor, "recurrence batch pos d_vocab"]
     threshold: float = 1.0
+
+    def float(self) -> ExitReadout:
+        """The same in fp32, so that the rule and the averages are computed in it."""
+        return replace(
+            self, gate_logits=self.gate_logits.float(), exit_logits=self.exit_logits.float()
+        )
 
     @property
     def distribution(self) -> Float[Tensor, "batch pos recurrence"]:

@@ -73,7 +73,7 @@ class LensesMixin(LoopMixin):
 
     def _exit_logits(
         self, state: Float[Tensor, "batch pos d_model"], run: LoopRun, last_only: bool
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "batch read d_vocab"]:
         """What the coda lens says of a recurrence's state within a run, for exit rules."""
         final = self.final_norm
         if not (self.cfg.loop_norm and self.loop.c == 0):
