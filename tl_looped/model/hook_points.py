@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as _torch_module
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from tl_looped._compat import HookPoint, Slice
 from tl_looped.model.geometry import LayerLocation
 
 # Position axis, from the right, of activations that are not [batch, pos, d] or [.., query, key].
 PER_HEAD_POS_DIM = -3
+
+
+def _has_torch_hooks(own: dict[str, Any]) -> bool:
+    """Whether PyTorch would call any hook for a module with these attributes.
+
+    Every kind of hook is in one of these eight dicts, those with keyword arguments and those that
+    are always called included. They are taken from the module's ``__dict__``, since each attribute
+    of a class that defines ``__getattr__``, as ``nn.Module`` does, is slow to look up.
+    """
+    return bool(
+        own["_forward_hooks"]
+        or own["_backward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_pre_hooks"]
+        or _global_forward_hooks
+        or _global_backward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_pre_hooks
+    )
 
 
 class LoopedHookPoint(HookPoint):
@@ -43,23 +68,19 @@ class LoopedHookPoint(HookPoint):
         """Layer within its stage (0-based), else None."""
         return self.location.layer if self.location and self.location.layer >= 0 else None
 
+    # A hook point holds no parameter, buffer or module, so it needs none of nn.Module's sorting of
+    # attributes, which is most of the time it takes to make and name 27,000 of them.
+    __setattr__ = object.__setattr__
+
     @property
     def is_active(self) -> bool:
         """Whether anything at all is attached: TransformerLens hooks or raw torch hooks."""
-        return bool(
-            self._forward_hooks
-            or self._backward_hooks
-            or self._forward_pre_hooks
-            or self._backward_pre_hooks
-            or _has_global_hooks()
-        )
+        return _has_torch_hooks(self.__dict__)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Tensor) -> Any:
         """The activation, as the hooks left it; at once if there are none."""
         # The idle call is the common one: 27,000 of them at 128 recurrences of Huginn.
-        if not self.is_active and len(args) == 1 and not kwargs:
-            return args[0]
-        return super().__call__(*args, **kwargs)
+        return super().__call__(x) if _has_torch_hooks(self.__dict__) else x
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation itself, or a copy if a hook may edit it in place.
@@ -70,6 +91,21 @@ class LoopedHookPoint(HookPoint):
         """
         readers = sum(isinstance(handle.user_hook, CacheWriter) for handle in self.fwd_hooks)
         return x.clone() if len(self._forward_hooks) > readers else x
+
+
+class QuickModule(nn.Module):
+    """A module whose call goes straight to ``forward`` while no torch hook is attached to it.
+
+    PyTorch's own call takes four times as long to find that out. For the same reason ``forward``
+    reads borrowed weights from ``_parameters``, where ``nn.Module`` finds them only after Python
+    has looked for an attribute in vain.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PyTorch."""
+        if self._compiled_call_impl is not None or _has_torch_hooks(self.__dict__):
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
 
 
 class CacheWriter:
@@ -101,20 +137,35 @@ class CacheWriter:
             kept = kept[0]
         assert hook.name is not None
         assert hook.pos_dim is not None
-        self.store[hook.name + self.suffix] = self.positions.apply(kept, dim=hook.pos_dim)
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        _torch_module._global_forward_hooks
-        or _torch_module._global_backward_hooks
-        or _torch_module._global_forward_pre_hooks
-        or _torch_module._global_backward_pre_hooks
-    )
+        kept = self.positions.apply(kept, dim=hook.pos_dim)
+        if kept.untyped_storage().nbytes() > kept.nbytes:
+            kept = kept.clone()  # a part of a tensor would keep the whole of it in memory
+        self.store[hook.name + self.suffix] = kept
 
 
 def place(module: nn.Module, location: LayerLocation) -> None:
     """Tell every LoopedHookPoint below ``module`` where it stands."""
-    for child in module.modules():
+    for child in _tree(module):
         if isinstance(child, LoopedHookPoint):
             child.location = location
+
+
+def settle(module: nn.Module, training: bool) -> None:
+    """Make a new tree of modules quick to run: its mode, and its members within easy reach.
+
+    ``nn.Module`` finds a member (``self.attn``) only after Python has failed to find an attribute
+    of that name, which takes longer than an idle hook. As plain attributes they are found at once.
+    Assigning another module to the name replaces both entries.
+    """
+    for child in _tree(module):
+        own = child.__dict__
+        own["training"] = training
+        own.update(child._modules)
+
+
+def _tree(module: nn.Module) -> Iterator[nn.Module]:
+    # nn.Module.modules() guards against shared members, which take most of its time.
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _tree(child)

@@ -6,13 +6,15 @@ linear branch, ``hook_post`` their product, the neurons' activations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped.model.config import LoopedConfig
-from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.model.hook_points import LoopedHookPoint, QuickModule
 
 
 class MLPWeights(nn.Module):
@@ -31,7 +33,7 @@ class MLPWeights(nn.Module):
         self.down = nn.Parameter(torch.empty(cfg.d_model, self.d_mlp, dtype=cfg.dtype))
 
 
-class MLP(nn.Module):
+class MLP(QuickModule):
     """Hooked MLP on borrowed weights."""
 
     _weights: MLPWeights
@@ -45,11 +47,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """MLP output of a (normalised) input, before any post-norm."""
-        weights = self._weights
-        both = F.linear(x, weights.gate_up)
-        gate = self.hook_pre(both[..., : weights.d_mlp])
-        up = self.hook_pre_linear(both[..., weights.d_mlp :])
-        return F.linear(self.hook_post(F.silu(gate) * up), weights.down)
+        weights: dict[str, Any] = self._weights._parameters  # see QuickModule
+        gate, up = F.linear(x, weights["gate_up"]).chunk(2, -1)
+        gate, up = self.hook_pre(gate), self.hook_pre_linear(up)
+        return F.linear(self.hook_post(F.silu(gate) * up), weights["down"])
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:

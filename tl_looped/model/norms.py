@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.model.hook_points import LoopedHookPoint, QuickModule
 
 
 class NormWeights(nn.Module):
@@ -26,8 +26,12 @@ class NormWeights(nn.Module):
 
 def rms_scale(x: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 1"]:
     """Root mean square over the last dimension, in fp32 or better."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return (_wide(x).pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def _wide(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    # The test first: a conversion to the dtype that it has already costs as much as an addition.
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def rms_norm(x: Float[Tensor, "... d"], weights: NormWeights) -> Float[Tensor, "... d"]:
@@ -36,7 +40,7 @@ def rms_norm(x: Float[Tensor, "... d"], weights: NormWeights) -> Float[Tensor, "
     return (x.to(scale.dtype) / scale).to(x.dtype) * weights.w
 
 
-class HookedRMSNorm(nn.Module):
+class HookedRMSNorm(QuickModule):
     """RMSNorm with hook points, on borrowed weights."""
 
     weights: NormWeights
@@ -66,10 +70,13 @@ class HookedRMSNorm(nn.Module):
         In a model whose last loop norm is its final norm (Ouro) the one computation is both
         ``recurrence.{R-1}.ln_loop`` and ``ln_final``, and the hooks of both see it and may edit it.
         """
-        scale = self.hook_scale(rms_scale(x, self.eps))
+        weights, wide = self.weights, _wide(x)
+        scale = self.hook_scale(rms_scale(wide, weights.eps))
         if also is not None:
             scale = also.hook_scale(scale)
-        normalized = self.hook_normalized(x.to(scale.dtype) / scale)
+        normalized = self.hook_normalized(wide / scale)
         if also is not None:
             normalized = also.hook_normalized(normalized)
-        return normalized.to(x.dtype) * self.w
+        if normalized.dtype != x.dtype:
+            normalized = normalized.to(x.dtype)
+        return normalized * weights._parameters["w"]  # see QuickModule

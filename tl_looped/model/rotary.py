@@ -18,7 +18,10 @@ from tl_looped.model.config import LoopedConfig, RotaryStyle
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines for a batch of positions, one row shared by all where they are equal."""
+    """Cosines and sines for a batch of positions, one row shared by all where they are equal.
+
+    The sines carry the sign of the rotation's matrix: minus in the first dimension of each pair.
+    """
 
     cos: Float[Tensor, "batch pos 1 d_head"]
     sin: Float[Tensor, "batch pos 1 d_head"]
@@ -49,21 +52,24 @@ def rotation(
     interleaved = cfg.rotary_style is RotaryStyle.INTERLEAVED
     frequencies = inverse_frequencies(cfg).to(positions.device)
     angles = positions[..., None].float() * frequencies
-    angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
-    angles = angles[:, :, None]
+    cos, sin = angles.cos(), angles.sin()
+    if interleaved:
+        cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+    else:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     keep = dtype if dtype == torch.float64 or not cfg.rotary_in_fp32 else torch.float32
-    return Rotation(angles.cos().to(keep), angles.sin().to(keep), interleaved)
+    return Rotation(cos[:, :, None].to(keep), sin[:, :, None].to(keep), interleaved)
 
 
 def rotate(
     x: Float[Tensor, "batch pos head d_head"], by: Rotation
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Rotate each pair of dimensions of ``x`` by its angle."""
-    x_ = x.to(by.cos.dtype)
+    x_ = x if x.dtype == by.cos.dtype else x.to(by.cos.dtype)
     if by.interleaved:
-        pairs = x_.unflatten(-1, (-1, 2))
-        turned = torch.stack((-pairs[..., 1], pairs[..., 0]), -1).flatten(-2)
+        swapped = x_.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        half = x_.shape[-1] // 2
-        turned = torch.cat((-x_[..., half:], x_[..., :half]), -1)
-    return (x_ * by.cos + turned * by.sin).to(x.dtype)
+        first, second = x_.chunk(2, -1)
+        swapped = torch.cat((second, first), -1)
+    rotated = x_ * by.cos + swapped * by.sin
+    return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)

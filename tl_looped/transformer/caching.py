@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from tl_looped._compat import Slice, SliceInput
 from tl_looped.cache import LoopedActivationCache, RunRecord
 from tl_looped.errors import InputError
+from tl_looped.model.config import InitialState
 from tl_looped.model.hook_points import CacheWriter
+from tl_looped.transformer.cache_size import (
+    ALWAYS_FREE,
+    PRESETS,
+    free_bytes,
+    most_bytes,
+    readable,
+    twin_config,
+    twin_name,
+)
 from tl_looped.transformer.hooking import LoopedHookManager
 
 
@@ -22,6 +34,7 @@ class CachingMixin(LoopedHookManager):
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
         n_recurrences: int | None = None,
+        force: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run and cache, as in TransformerLens.
@@ -31,14 +44,23 @@ class CachingMixin(LoopedHookManager):
             return_cache_object: Return a :class:`LoopedActivationCache`; a plain dict otherwise.
             remove_batch_dim: Drop the batch dimension; only for a batch of one.
             n_recurrences: Recurrences of this run.
-            **kwargs: ``names_filter`` (a name or alias, ``(name, layer)``, a list or set of them,
-                or a function on canonical names), ``device``, ``incl_bwd``, ``pos_slice``,
-                ``reset_hooks_end``, ``clear_contexts``, and the model's own arguments.
+            force: Run even if the cache exceeds the free memory.
+            **kwargs: ``names_filter`` (a name or alias, ``(name, layer)``, a preset such as
+                ``"residual"``, a list or set of them, or a function on canonical names),
+                ``device``, ``incl_bwd``, ``pos_slice``, ``reset_hooks_end``, ``clear_contexts``,
+                and the model's own arguments. The presets are explained in
+                ``tl_looped.transformer.cache_size``.
+
+        Raises:
+            InputError: if the cache would take more memory than its device has free; see
+                :meth:`estimate_cache_bytes`.
         """
         with self.recurrences(n_recurrences):
             batch = model_args[0] if model_args else kwargs.get("input")
             if remove_batch_dim and isinstance(batch, list) and len(batch) > 1:
                 raise InputError(f"cannot remove the batch dimension of {len(batch)} prompts")
+            if not force:
+                self._refuse_too_large_cache(batch, kwargs)
             record = RunRecord()
             self._records.append(record)
             try:
@@ -68,7 +90,112 @@ class CachingMixin(LoopedHookManager):
             return set(self._selected(names_filter))
         if isinstance(names_filter, (str, tuple)):
             names_filter = [names_filter]
-        return {self.hook_name(name) for name in names_filter}
+        names: set[str] = set()
+        for name in names_filter:
+            if isinstance(name, str) and name in PRESETS:
+                names |= {known for known in self.hook_dict if PRESETS[name](known)}
+            else:
+                names.add(self.hook_name(name))
+        return names
+
+    def estimate_cache_bytes(
+        self,
+        names_filter: Any = None,
+        batch: int = 1,
+        pos: int = 1,
+        n_recurrences: int | None = None,
+        *,
+        pos_slice: Slice | SliceInput | None = None,
+        incl_bwd: bool = False,
+    ) -> int:
+        """Bytes of all tensors that ``run_with_cache`` would put into its cache.
+
+        Exact for the model as it stands, with its dtype and its flags, for runs of the whole model
+        whose hooks change no shape and no dtype. No value is computed and no hook fires.
+
+        Args:
+            names_filter: As for :meth:`run_with_cache`.
+            batch: Rows.
+            pos: Tokens a row, padding included.
+            n_recurrences: Recurrences of the run; the present number if None.
+            pos_slice: As for :meth:`run_with_cache`.
+            incl_bwd: Count the gradients too, as if every parameter had one.
+        """
+        if batch < 1 or pos < 1:
+            raise InputError(f"batch and pos must be at least 1, got {batch} and {pos}")
+        with self.recurrences(n_recurrences):
+            sizes = self._twin_sizes(batch, pos, pos_slice, incl_bwd)
+            return sum(sizes[name] for name in self.names_filter_set(names_filter))
+
+    def _twin_sizes(self, batch: int, pos: int, pos_slice: Any, incl_bwd: bool) -> dict[str, int]:
+        """Bytes of every activation and its gradient, by canonical name."""
+        twin = type(self)(twin_config(self.cfg))
+        # A random state is drawn from values, of which there are none here.
+        state = "zeros" if twin.cfg.initial_state is InitialState.RANDOM else None
+        tokens = torch.zeros(batch, pos, dtype=torch.long, device="meta")
+        with torch.inference_mode(False), torch.set_grad_enabled(incl_bwd):
+            _, cache = twin.run_with_cache(
+                tokens,
+                initial_state=state,
+                return_type="loss" if incl_bwd else None,
+                return_cache_object=False,
+                pos_slice=pos_slice,
+                incl_bwd=incl_bwd,
+                force=True,
+            )
+        in_twin = dict.fromkeys(twin.hook_dict, 0)
+        for key, activation in cache.items():
+            in_twin[key.removesuffix("_grad")] += activation.nbytes
+        return {
+            name: in_twin[twin_name(name, hook, self.loop, twin.loop)]
+            for name, hook in self.hook_dict.items()
+        }
+
+    def _refuse_too_large_cache(self, input: Any, kwargs: dict[str, Any]) -> None:
+        """Raise if the cache of a run with these arguments exceeds the free memory."""
+        shape = self._shape_of(input, kwargs)
+        if shape is None:
+            return
+        incl_bwd = kwargs.get("incl_bwd", False)
+        most = most_bytes(self.cfg, len(self.hook_dict) * (1 + incl_bwd), *shape)
+        if most < ALWAYS_FREE:
+            return
+        device = torch.device(kwargs.get("device") or self.W_E.device)
+        free = free_bytes(device)
+        if free is None or most < free:
+            return
+        pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
+        sizes = self._twin_sizes(*shape, pos_slice, incl_bwd)
+        start, stop = (
+            default if kwargs.get(end) is None else self._layer_or_end(kwargs[end])
+            for end, default in (("start_at_layer", 0), ("stop_at_layer", self.loop.n_layers))
+        )
+        unused = [f"blocks.{i}." for i in (*range(start), *range(stop, self.loop.n_layers))]
+        names = self.names_filter_set(kwargs.get("names_filter"))
+        if unused:
+            names = {name for name in names if not name.startswith(tuple(unused))}
+        needed = sum(sizes[name] for name in names)
+        if needed > free:
+            raise InputError(
+                f"the cache of {len(names)} activations would take {readable(needed)}, but "
+                f"{device} has {readable(free)} free. Cache less (names_filter='residual', "
+                "'attention', 'loop' or a list of names, pos_slice=, fewer n_recurrences or "
+                "prompts), put it elsewhere (device='cpu'), or pass force=True to try nevertheless."
+            )
+
+    def _shape_of(self, input: Any, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """Batch and positions of a model's input; None if it is none, which the run will tell."""
+        texts = [input] if isinstance(input, str) else input
+        if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+            text_arguments = (kwargs.get("prepend_bos"), kwargs.get("padding_side"))
+            tokens, _ = self.tokenize(input, *text_arguments)
+            return tuple(tokens.shape)
+        try:
+            shape = np.shape(input)
+        except ValueError:
+            return None
+        dims = len(shape) if kwargs.get("start_at_layer") is None else len(shape) - 1
+        return {1: (1, *shape[:1]), 2: shape[:2]}.get(dims)
 
     def get_caching_hooks(
         self,

@@ -30,6 +30,8 @@ class LoopedHookManager(BlockPool):
         Raises:
             HookNameError, GatedHookError, LayerIndexError: see ``tl_looped.model.names``.
         """
+        if isinstance(name, str) and name in self.hook_dict:
+            return name  # the common case: reading thousands of canonical names takes a while
         if not isinstance(name, str):
             short, layer, *rest = name
             name = get_act_name(short, self.loop.resolve(layer), *rest)

@@ -8,6 +8,7 @@ effective index moves.
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights
 from tl_looped.model.config import Injection, LoopedConfig
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
-from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, settle
 from tl_looped.model.names import resolve_name
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
 
@@ -59,6 +60,18 @@ class RecurrenceHooks(nn.Module):
         before = ("hook_state_in", "hook_injected")
         names = list(self._modules)
         return [n for n in names if n in before], [n for n in names if n not in before]
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without garbage collection: it would look through all new hook points again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class HookDict(dict[str, LoopedHookPoint]):
@@ -173,7 +186,8 @@ class BlockPool(HookedRootModule):
             assert isinstance(stage, nn.ModuleList)
             weights = stage[location.layer]
             assert isinstance(weights, BlockWeights)
-            block = Block(self.cfg, weights, location).train(self.training)
+            block = Block(self.cfg, weights, location)
+            settle(block, self.training)
             self._block_pool[location] = block
         return block
 
@@ -182,9 +196,12 @@ class BlockPool(HookedRootModule):
         loop, cfg = self.loop, self.cfg
         final_norm = self._modules["final_norm"]
         assert isinstance(final_norm, NormWeights)
-        for r in range(len(self._recurrence_pool), loop.R):
-            self._recurrence_pool.append(RecurrenceHooks(cfg, r, final_norm).train(self.training))
-        blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
+        with _collector_paused():
+            for r in range(len(self._recurrence_pool), loop.R):
+                hooks = RecurrenceHooks(cfg, r, final_norm)
+                settle(hooks, self.training)
+                self._recurrence_pool.append(hooks)
+            blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
         self._modules["blocks"] = nn.ModuleList(blocks)
         self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
         for name in ("blocks", "recurrence"):  # their members have the right mode already
@@ -203,21 +220,11 @@ class BlockPool(HookedRootModule):
 
         def add_block(i: int) -> None:
             key = (i, blocks[i].location)
-            if key not in self._block_names:
-                self._block_names[key] = {
-                    f"blocks.{i}.{suffix}": hook
-                    for suffix, hook in blocks[i].hook_suffixes.items()
-                    if suffix not in GATED_HOOKS or getattr(self.cfg, GATED_HOOKS[suffix])
-                }
-            for name, hook in self._block_names[key].items():
-                hook.name = name
-            per_head = self.cfg.use_split_qkv_input or self.cfg.use_attn_in
-            for suffix in ("ln1.hook_scale", "ln1.hook_normalized"):
-                if suffix in blocks[i].hook_suffixes:
-                    # With one input a head, its norm works on [batch, pos, head, d_model].
-                    hook = blocks[i].hook_suffixes[suffix]
-                    hook.pos_dim = PER_HEAD_POS_DIM if per_head else -2
-            hooks.update(self._block_names[key])
+            named = self._block_names.get(key)
+            # Only a coda layer changes its index with R, and with it the names of its hooks.
+            if named is None or key[1].stage == "coda":
+                named = self._block_names[key] = self._name_block(i, blocks[i])
+            hooks.update(named)
 
         add(self.hook_embed, "hook_embed")
         for i in range(loop.p):
@@ -237,6 +244,22 @@ class BlockPool(HookedRootModule):
             add_block(loop.coda_index(l))
         add(self._modules["ln_final"], "ln_final")
         self.hook_dict = hooks
+
+    def _name_block(self, i: int, block: Block) -> dict[str, LoopedHookPoint]:
+        """Name the hooks of effective layer ``i``; those that the flags leave in use, by name."""
+        named = {
+            f"blocks.{i}.{suffix}": hook
+            for suffix, hook in block.hook_suffixes.items()
+            if suffix not in GATED_HOOKS or getattr(self.cfg, GATED_HOOKS[suffix])
+        }
+        for name, hook in named.items():
+            hook.name = name
+        per_head = self.cfg.use_split_qkv_input or self.cfg.use_attn_in
+        for suffix in ("ln1.hook_scale", "ln1.hook_normalized"):
+            if suffix in block.hook_suffixes:
+                # With one input a head, its norm works on [batch, pos, head, d_model].
+                block.hook_suffixes[suffix].pos_dim = PER_HEAD_POS_DIM if per_head else -2
+        return named
 
     @property
     def mod_dict(self) -> dict[str, nn.Module]:
