@@ -49,7 +49,7 @@ def test_the_estimate_is_the_size_of_a_real_cache(
         ["loop", "hook_embed", "recurrence.0.hook_state_in"],
         lambda name: name.endswith("hook_scale"),
     ],
-    ids=str,
+    ids=lambda wanted: "function" if callable(wanted) else str(wanted),
 )
 def test_the_estimate_reads_every_kind_of_filter(
     variant: LoopedTransformer, tokens: Tensor, names_filter: Any

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_looped._compat import FactoredMatrix
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import RunContext
 from tl_looped.model.geometry import LayerLocation
@@ -56,17 +57,30 @@ class AttentionWeights(nn.Module):
 
 
 class Attention(nn.Module):
-    """Hooked attention on borrowed weights."""
+    """Hooked attention on borrowed weights.
+
+    Args:
+        cfg: The model's configuration.
+        weights: Parameters.
+        location: Effective layer, for the key-value cache.
+        norm: The norm at its input, if there is one: its gain may count as part of W_Q, W_K, W_V.
+    """
 
     _weights: AttentionWeights
+    _norm: HookedRMSNorm | None
 
     def __init__(
-        self, cfg: LoopedConfig, weights: AttentionWeights, location: LayerLocation
+        self,
+        cfg: LoopedConfig,
+        weights: AttentionWeights,
+        location: LayerLocation,
+        norm: HookedRMSNorm | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.location = location
         object.__setattr__(self, "_weights", weights)
+        object.__setattr__(self, "_norm", norm)
         per_head = PER_HEAD_POS_DIM
         self.hook_q_input = LoopedHookPoint(per_head)
         self.hook_k_input = LoopedHookPoint(per_head)
@@ -157,6 +171,9 @@ class Attention(nn.Module):
     # TransformerLens's weights. Views of the stored matrices, but for W_K and W_V under
     # grouped-query attention, where TransformerLens repeats them for each query head.
 
+    def _folded(self, W: Float[Tensor, "n_heads d_model d_head"]) -> Tensor:
+        return W if self._norm is None else self._norm.fold_into(W)
+
     def _repeated(self, which: str) -> Float[Tensor, "n_heads d_head d_model"]:
         heads = self._weights.head_weights(which)
         repeats = self._weights.n_heads // heads.shape[0]
@@ -165,23 +182,33 @@ class Attention(nn.Module):
     @property
     def W_Q(self) -> Float[Tensor, "n_heads d_model d_head"]:
         """Query weights."""
-        return self._weights.head_weights("q").transpose(1, 2)
+        return self._folded(self._weights.head_weights("q").transpose(1, 2))
 
     @property
     def W_K(self) -> Float[Tensor, "n_heads d_model d_head"]:
         """Key weights, repeated for each query head."""
-        return self._repeated("k").transpose(1, 2)
+        return self._folded(self._repeated("k").transpose(1, 2))
 
     @property
     def W_V(self) -> Float[Tensor, "n_heads d_model d_head"]:
         """Value weights, repeated for each query head."""
-        return self._repeated("v").transpose(1, 2)
+        return self._folded(self._repeated("v").transpose(1, 2))
 
     @property
     def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
         """Output weights."""
         weights = self._weights
         return weights.out.unflatten(1, (weights.n_heads, weights.d_head)).permute(1, 2, 0)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """``W_V @ W_O`` of every head, factored."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """``W_Q @ W_K.T`` of every head, factored; positions left out."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
     @property
     def b_Q(self) -> Float[Tensor, "n_heads d_head"]:

@@ -24,6 +24,9 @@ from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, place
 from tl_looped.model.mlp import MLP, MLPWeights
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
 
+# TransformerLens's normalization_type of a model whose norms' gains are folded into the weights.
+FOLDED = "RMSPre"
+
 # Hooks that exist only while a flag of the config is on: name within the block -> flag.
 GATED_HOOKS: dict[str, str] = {
     "attn.hook_result": "use_attn_result",
@@ -80,7 +83,7 @@ class Block(nn.Module):
         self.hook_mlp_in = LoopedHookPoint()
         self.hook_resid_pre = LoopedHookPoint()
         self._add_norm("ln1", self._pre)
-        self.attn = Attention(cfg, weights.attn, location)
+        self.attn = Attention(cfg, weights.attn, location, getattr(self, "ln1", None))
         self._add_norm("ln1_post", self._post)
         self.hook_attn_out = LoopedHookPoint()
         if self._residual:
@@ -88,13 +91,14 @@ class Block(nn.Module):
         self._add_norm("ln_mid", self._residual)
         self.hook_resid_mid = LoopedHookPoint()
         self._add_norm("ln2", self._pre)
-        self.mlp = MLP(weights.mlp)
+        self.mlp = MLP(weights.mlp, getattr(self, "ln2", None))
         self._add_norm("ln2_post", self._post)
         self.hook_mlp_out = LoopedHookPoint()
         if self._residual:
             self.hook_resid_post_sum = LoopedHookPoint()
         self._add_norm("ln_out", self._residual)
         self.hook_resid_post = LoopedHookPoint()
+        self.fold_norms(cfg.normalization_type == FOLDED)
         place(self, location)
         # Name within the block -> hook point, in the order of the forward pass.
         self.hook_suffixes: dict[str, LoopedHookPoint] = {
@@ -102,6 +106,11 @@ class Block(nn.Module):
             for name, module in self.named_modules()
             if isinstance(module, LoopedHookPoint)
         }
+
+    def fold_norms(self, folded: bool) -> None:
+        """Whether the gains of the norms at the sublayers' inputs count as part of the weights."""
+        if self._pre:
+            self.ln1.folded = self.ln2.folded = folded
 
     def _add_norm(self, name: str, present: bool) -> None:
         if present:
@@ -151,7 +160,7 @@ class Block(nn.Module):
         mlp_in = resid_mid
         if self.cfg.use_hook_mlp_in:
             mlp_in = self.hook_mlp_in(resid_mid.clone())
-        mlp_out = self.mlp(self.ln2(mlp_in) if self._pre else mlp_in)
+        mlp_out = self.mlp(self.ln2(mlp_in, True) if self._pre else mlp_in)
         if self._post:
             mlp_out = self.ln2_post(mlp_out)
         resid_post = resid_mid + self.hook_mlp_out(mlp_out)
@@ -165,7 +174,7 @@ class Block(nn.Module):
         """Attention output, from one input or, with TransformerLens's flags, one a head."""
         cfg = self.cfg
         if not (cfg.use_attn_in or cfg.use_split_qkv_input):
-            return self.attn(self.ln1(resid_pre) if self._pre else resid_pre, run)
+            return self.attn(self.ln1(resid_pre, True) if self._pre else resid_pre, run)
         if cfg.use_attn_in:
             heads = self.hook_attn_in(_per_head(resid_pre, cfg.n_heads))
             q_in, k_in, v_in = heads, heads, heads
@@ -177,7 +186,7 @@ class Block(nn.Module):
             k_in = self.attn.hook_k_input(_per_head(resid_pre, cfg.n_kv_heads))
             v_in = self.attn.hook_v_input(_per_head(resid_pre, cfg.n_kv_heads))
         if self._pre:
-            q_in, k_in, v_in = self.ln1(q_in), self.ln1(k_in), self.ln1(v_in)
+            q_in, k_in, v_in = (self.ln1(x, True) for x in (q_in, k_in, v_in))
         return self.attn.forward_split(q_in, k_in, v_in, run)
 
 

@@ -84,6 +84,7 @@ _ENUMS: dict[str, type[Enum]] = {
 
 _NOT_SAVED = (
     "device",
+    "normalization_type",
     "use_attn_result",
     "use_split_qkv_input",
     "use_attn_in",

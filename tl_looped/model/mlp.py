@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.hook_points import LoopedHookPoint, QuickModule
+from tl_looped.model.norms import HookedRMSNorm
 
 
 class MLPWeights(nn.Module):
@@ -34,13 +35,20 @@ class MLPWeights(nn.Module):
 
 
 class MLP(QuickModule):
-    """Hooked MLP on borrowed weights."""
+    """Hooked MLP on borrowed weights.
+
+    Args:
+        weights: Parameters.
+        norm: The norm at its input, if there is one: its gain may count as part of W_in, W_gate.
+    """
 
     _weights: MLPWeights
+    _norm: HookedRMSNorm | None
 
-    def __init__(self, weights: MLPWeights) -> None:
+    def __init__(self, weights: MLPWeights, norm: HookedRMSNorm | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "_weights", weights)
+        object.__setattr__(self, "_norm", norm)
         self.hook_pre = LoopedHookPoint()
         self.hook_pre_linear = LoopedHookPoint()
         self.hook_post = LoopedHookPoint()
@@ -52,15 +60,18 @@ class MLP(QuickModule):
         gate, up = self.hook_pre(gate), self.hook_pre_linear(up)
         return F.linear(self.hook_post(F.silu(gate) * up), weights["down"])
 
+    def _folded(self, W: Float[Tensor, "d_model d_mlp"]) -> Float[Tensor, "d_model d_mlp"]:
+        return W if self._norm is None else self._norm.fold_into(W)
+
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """Gate weights."""
-        return self._weights.gate_up[: self._weights.d_mlp].T
+        return self._folded(self._weights.gate_up[: self._weights.d_mlp].T)
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """Weights of the linear branch."""
-        return self._weights.gate_up[self._weights.d_mlp :].T
+        return self._folded(self._weights.gate_up[self._weights.d_mlp :].T)
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:

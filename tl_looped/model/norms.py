@@ -49,13 +49,20 @@ class HookedRMSNorm(QuickModule):
         super().__init__()
         # Past nn.Module.__setattr__: a borrowed module must not be registered a second time.
         object.__setattr__(self, "weights", weights)
+        # Whether the gain counts as part of the weights behind the norm, see
+        # `enable_compatibility_mode`.
+        self.folded = False
         self.hook_scale = LoopedHookPoint()
         self.hook_normalized = LoopedHookPoint()
 
     @property
     def w(self) -> Float[Tensor, " d"]:
-        """The gain."""
-        return self.weights.w
+        """The gain; ones where it is folded into the weights behind the norm."""
+        return torch.ones_like(self.weights.w) if self.folded else self.weights.w
+
+    def fold_into(self, W: Float[Tensor, "*any d out"]) -> Float[Tensor, "*any d out"]:
+        """Weights behind the norm, times its gain where that is folded."""
+        return self.weights.w[:, None] * W if self.folded else W
 
     @property
     def eps(self) -> float:
@@ -63,12 +70,16 @@ class HookedRMSNorm(QuickModule):
         return self.weights.eps
 
     def forward(
-        self, x: Float[Tensor, "... d"], also: HookedRMSNorm | None = None
+        self, x: Float[Tensor, "... d"], in_model: bool = False, also: HookedRMSNorm | None = None
     ) -> Float[Tensor, "... d"]:
-        """Normalise; ``also`` names a second set of hook points for the same computation.
+        """Normalise.
 
-        In a model whose last loop norm is its final norm (Ouro) the one computation is both
-        ``recurrence.{R-1}.ln_loop`` and ``ln_final``, and the hooks of both see it and may edit it.
+        The model's own forward pass says ``in_model``, and multiplies by the gain always. Called
+        from outside, the norm leaves a folded gain to the weights that are read from outside.
+
+        ``also`` names a second set of hook points for the same computation. In a model whose last
+        loop norm is its final norm (Ouro) the one computation is both ``recurrence.{R-1}.ln_loop``
+        and ``ln_final``, and the hooks of both see it and may edit it.
         """
         weights, wide = self.weights, _wide(x)
         scale = self.hook_scale(rms_scale(wide, weights.eps))
@@ -79,4 +90,6 @@ class HookedRMSNorm(QuickModule):
             normalized = also.hook_normalized(normalized)
         if normalized.dtype != x.dtype:
             normalized = normalized.to(x.dtype)
+        if self.folded and not in_model:
+            return normalized
         return normalized * weights._parameters["w"]  # see QuickModule

@@ -19,6 +19,7 @@ from tl_looped.errors import InputError
 from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.context import RunContext
 from tl_looped.model.initial_state import draw_initial_state
+from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.inputs import InputsMixin
 from tl_looped.transformer.pool import RecurrenceHooks
 
@@ -48,6 +49,7 @@ class LoopMixin(InputsMixin):
     """Blocks, loop boundaries and the head."""
 
     injection: nn.Linear
+    final_norm: NormWeights
     exit_gate: nn.Linear
 
     def _run_layers(
@@ -121,7 +123,7 @@ class LoopMixin(InputsMixin):
         """The end of recurrence ``r``."""
         hooks = self._recurrence_hooks(r)
         if self._ends_in_loop_norm and r == self.loop.R - 1:
-            x = self.ln_final(x, also=hooks.ln_loop)
+            x = self.ln_final(x, True, hooks.ln_loop)
         elif self.cfg.loop_norm:
             x = hooks.ln_loop(x)
         x = hooks.hook_state_out(x)
@@ -142,7 +144,7 @@ class LoopMixin(InputsMixin):
 
     def _unembed_final(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the final stream, behind the loop norm where that is the final norm."""
-        return self.unembed(x if self._ends_in_loop_norm else self.ln_final(x))
+        return self.unembed.unfolded(x if self._ends_in_loop_norm else self.ln_final(x, True))
 
     def _recurrence_hooks(self, r: int) -> RecurrenceHooks:
         return self._recurrence_pool[r]

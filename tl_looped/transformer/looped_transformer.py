@@ -27,10 +27,10 @@ from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
 from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
 from tl_looped.model.norms import NormWeights
+from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.generation import GenerationMixin
 from tl_looped.transformer.loop import LoopRun
 from tl_looped.transformer.tokens import is_text
-from tl_looped.transformer.weights import Embed, Unembed
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -69,7 +69,7 @@ class LoopedTransformer(GenerationMixin):
             if cfg.exit_gate:
                 self.exit_gate = nn.Linear(cfg.d_model, 1, dtype=cfg.dtype)
             self.final_norm = NormWeights(cfg.d_model, cfg.eps, cfg.dtype)
-            self.unembed = Unembed(cfg, self.embed)
+            self.unembed = Unembed(cfg, self.embed, self.final_norm)
         self._setup_hooks(cfg)
 
     # -- making and saving --------------------------------------------------------------------

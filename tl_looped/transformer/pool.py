@@ -85,8 +85,19 @@ class HookDict(dict[str, LoopedHookPoint]):
         return dict.__getitem__(self, resolve_name(name, self.loop, self))
 
 
-# Methods that read `self.loop` and `self.blocks`, and so must run on the view itself.
-_OF_GEOMETRY = ("accumulated_bias", "tl_parameters", "unique_layer")
+# What reads `self.loop` and `self.blocks`, and so must run on the view itself.
+_OF_GEOMETRY = (
+    "accumulated_bias",
+    "all_head_labels",
+    "blocks_with",
+    "stack_weights",
+    "tl_parameters",
+    "unique_layer",
+    *(f"W_{name}" for name in ("Q", "K", "V", "O", "gate", "in", "out")),
+    *(f"b_{name}" for name in ("Q", "K", "V", "O", "in", "out")),
+    "OV",
+    "QK",
+)
 
 
 class _GeometryView:

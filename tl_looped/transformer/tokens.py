@@ -260,11 +260,12 @@ class TokensMixin(WeightsMixin):
     ) -> Float[Tensor, "... d_model"]:
         """Columns of W_U of the given tokens, as rows.
 
-        As in TransformerLens, a single token gives ``[d_model]``. The final norm's gain is not
-        folded in: the exact direction of a logit is ``ln_final.w * W_U[:, token]``.
+        As in TransformerLens, a single token gives ``[d_model]``. The final norm's gain is folded
+        in only in compatibility mode; the exact direction of a logit is always
+        ``ln_final.w * W_U[:, token]``.
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         if isinstance(tokens, int) or tokens.numel() == 1:
-            return self.unembed.matrix[int(tokens)]
-        return self.unembed.matrix[tokens]
+            return self.unembed.directions(int(tokens))
+        return self.unembed.directions(tokens)

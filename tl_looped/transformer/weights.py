@@ -1,73 +1,28 @@
 """TransformerLens's weight surface: ``W_E``, ``W_Q``, ``tl_parameters`` and their kin.
 
-Stacked weights (``W_Q`` …) are over the UNIQUE layers, prelude then core then coda, ``p + k + c``
-of them: stacking over effective layers would copy each core weight once a recurrence.
-``unique_layer(i)`` tells which row an effective layer uses. ``tl_parameters`` names effective
-layers, and its tensors are views of the shared weights (but for repeated keys and values).
+Stacked weights (``W_Q`` …) are over the effective layers, so that ``model.W_Q[i]`` belongs to
+``blocks[i]`` as everywhere in TransformerLens. That copies each core weight once a recurrence, and
+is refused above ``max_stack_bytes``; ``unique_weights("W_Q")`` stacks each layer once, in the order
+prelude, core, coda, and ``unique_layer(i)`` tells which row an effective layer uses.
+``tl_parameters`` names effective layers, and its tensors are views of the shared weights (but for
+repeated keys and values and folded gains).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped._compat import FactoredMatrix
-from tl_looped.model.block import Block
-from tl_looped.model.config import LoopedConfig
+from tl_looped.errors import InputError
+from tl_looped.model.block import FOLDED, Block
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.norms import HookedRMSNorm
 from tl_looped.transformer.caching import CachingMixin
-
-
-class Embed(nn.Module):
-    """Token embedding, scaled."""
-
-    def __init__(self, cfg: LoopedConfig) -> None:
-        super().__init__()
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model, dtype=cfg.dtype))
-        self.scale = cfg.embed_scale
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """Embedding of each token, times the embedding scale."""
-        embedded = nn.functional.embedding(tokens, self.W_E)
-        return embedded if self.scale == 1.0 else embedded * self.scale
-
-
-class Unembed(nn.Module):
-    """Map from the normalised stream to logits; shares the embedding's matrix if tied."""
-
-    weight: nn.Parameter
-    _embed: Embed
-
-    def __init__(self, cfg: LoopedConfig, embed: Embed) -> None:
-        super().__init__()
-        self.cfg = cfg
-        object.__setattr__(self, "_embed", embed)
-        if not cfg.tie_embeddings:
-            self.weight = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model, dtype=cfg.dtype))
-
-    @property
-    def matrix(self) -> Float[Tensor, "d_vocab d_model"]:
-        """``W_U`` transposed, as it is stored."""
-        return self._embed.W_E if self.cfg.tie_embeddings else self.weight
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """TransformerLens's unembedding matrix, a view."""
-        return self.matrix.T
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """Unembedding bias: zero."""
-        return self.matrix.new_zeros(self.cfg.d_vocab)
-
-    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        """Logits."""
-        return nn.functional.linear(x, self.matrix)
+from tl_looped.transformer.embeddings import Embed, Unembed
 
 
 class WeightsMixin(CachingMixin):
@@ -75,6 +30,8 @@ class WeightsMixin(CachingMixin):
 
     embed: Embed
     unembed: Unembed
+    max_stack_bytes: int = 2**30
+    """Largest stack of weights over effective layers, in bytes."""
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -93,7 +50,7 @@ class WeightsMixin(CachingMixin):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """Unembedding matrix; the final norm's gain is not folded in."""
+        """Unembedding matrix; with the final norm's gain in compatibility mode."""
         return self.unembed.W_U
 
     @property
@@ -102,7 +59,7 @@ class WeightsMixin(CachingMixin):
         return self.unembed.b_U
 
     def unique_layer(self, layer: LayerLike) -> int:
-        """Row of the stacked weights that an effective layer, or (recurrence, layer), uses."""
+        """Row of ``unique_weights`` that an effective layer, or (recurrence, layer), uses."""
         place = self.loop.locate(self.loop.resolve(layer))
         start = {"prelude": 0, "core": self.loop.p, "coda": self.loop.p + self.loop.k}
         return start[place.stage] + place.layer
@@ -115,53 +72,158 @@ class WeightsMixin(CachingMixin):
         places = [loop.locate(i) for i in (*range(loop.p), *core, *coda)]
         return [self._pooled_block(place) for place in places]
 
-    def _stack(self, get: Callable[[Block], Tensor]) -> Tensor:
-        return torch.stack([get(block) for block in self.unique_blocks()])
+    def unique_weights(self, name: str) -> Float[Tensor, "unique_layer *shape"]:
+        """``"W_Q"`` and its kin over the p + k + c layers that have weights of their own."""
+        return torch.stack([_weight(block, name) for block in self.unique_blocks()])
+
+    def stack_weights(self, name: str) -> Float[Tensor, "n_layers *shape"]:
+        """``"W_Q"`` and its kin over the effective layers, as TransformerLens's tools index them.
+
+        Core weights are copied once a recurrence.
+
+        Raises:
+            InputError: if that takes more than ``max_stack_bytes``.
+        """
+        blocks = cast(list[Block], list(self.blocks))
+        if not blocks:
+            return self.unique_weights(name)[:0]
+        one = _weight(blocks[0], name)
+        size = len(blocks) * one.numel() * one.element_size()
+        if size > self.max_stack_bytes:
+            raise InputError(
+                f"{name} over {len(blocks)} effective layers would take {size / 2**30:.2f} GiB, "
+                f"more than model.max_stack_bytes ({self.max_stack_bytes / 2**30:.2f} GiB). "
+                f"unique_weights({name!r}) stacks the {len(self.unique_blocks())} layers that have "
+                f"weights of their own, unique_layer(i) gives a layer's row, and "
+                "blocks[i] has the weights of one layer without a copy."
+            )
+        return torch.stack([_weight(block, name) for block in blocks])
 
     @property
-    def W_Q(self) -> Float[Tensor, "unique_layer n_heads d_model d_head"]:
-        """Query weights of the unique layers."""
-        return self._stack(lambda block: block.attn.W_Q)
+    def W_Q(self) -> Float[Tensor, "n_layers n_heads d_model d_head"]:
+        """Query weights."""
+        return self.stack_weights("W_Q")
 
     @property
-    def W_K(self) -> Float[Tensor, "unique_layer n_heads d_model d_head"]:
-        """Key weights of the unique layers, repeated for each query head."""
-        return self._stack(lambda block: block.attn.W_K)
+    def W_K(self) -> Float[Tensor, "n_layers n_heads d_model d_head"]:
+        """Key weights, repeated for each query head."""
+        return self.stack_weights("W_K")
 
     @property
-    def W_V(self) -> Float[Tensor, "unique_layer n_heads d_model d_head"]:
-        """Value weights of the unique layers, repeated for each query head."""
-        return self._stack(lambda block: block.attn.W_V)
+    def W_V(self) -> Float[Tensor, "n_layers n_heads d_model d_head"]:
+        """Value weights, repeated for each query head."""
+        return self.stack_weights("W_V")
 
     @property
-    def W_O(self) -> Float[Tensor, "unique_layer n_heads d_head d_model"]:
-        """Output weights of the unique layers."""
-        return self._stack(lambda block: block.attn.W_O)
+    def W_O(self) -> Float[Tensor, "n_layers n_heads d_head d_model"]:
+        """Output weights."""
+        return self.stack_weights("W_O")
 
     @property
-    def W_gate(self) -> Float[Tensor, "unique_layer d_model d_mlp"]:
-        """Gate weights of the unique layers."""
-        return self._stack(lambda block: block.mlp.W_gate)
+    def W_gate(self) -> Float[Tensor, "n_layers d_model d_mlp"]:
+        """Gate weights."""
+        return self.stack_weights("W_gate")
 
     @property
-    def W_in(self) -> Float[Tensor, "unique_layer d_model d_mlp"]:
-        """Input weights of the unique layers."""
-        return self._stack(lambda block: block.mlp.W_in)
+    def W_in(self) -> Float[Tensor, "n_layers d_model d_mlp"]:
+        """Input weights."""
+        return self.stack_weights("W_in")
 
     @property
-    def W_out(self) -> Float[Tensor, "unique_layer d_mlp d_model"]:
-        """Output weights of the unique layers."""
-        return self._stack(lambda block: block.mlp.W_out)
+    def W_out(self) -> Float[Tensor, "n_layers d_mlp d_model"]:
+        """Output weights."""
+        return self.stack_weights("W_out")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "n_layers n_heads d_head"]:
+        """Query biases."""
+        return self.stack_weights("b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "n_layers n_heads d_head"]:
+        """Key biases, repeated for each query head."""
+        return self.stack_weights("b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "n_layers n_heads d_head"]:
+        """Value biases: zero."""
+        return self.stack_weights("b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "n_layers d_model"]:
+        """Output biases: zero."""
+        return self.stack_weights("b_O")
+
+    @property
+    def b_in(self) -> Float[Tensor, "n_layers d_mlp"]:
+        """Input biases: zero."""
+        return self.stack_weights("b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "n_layers d_model"]:
+        """Output biases: zero."""
+        return self.stack_weights("b_out")
 
     @property
     def OV(self) -> FactoredMatrix:
-        """``W_V @ W_O`` of every head of the unique layers, factored."""
+        """``W_V @ W_O`` of every head of the effective layers, factored."""
         return FactoredMatrix(self.W_V, self.W_O)
 
     @property
     def QK(self) -> FactoredMatrix:
-        """``W_Q @ W_K.T`` of every head of the unique layers, factored; positions left out."""
+        """``W_Q @ W_K.T`` of every head of the effective layers, factored; positions left out."""
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def all_head_labels(self) -> list[str]:
+        """Labels of all heads, as in ``cache.stack_head_results``: ``r3.l1h2``."""
+        places = self.loop.labels()
+        return [f"{place}h{head}" for place in places for head in range(self.cfg.n_heads)]
+
+    def blocks_with(self, submodule: str) -> list[tuple[int, Block]]:
+        """Effective layers, with their index, that have a submodule such as ``"ln1_post"``."""
+        blocks = cast(list[Block], list(self.blocks))
+        return [(i, block) for i, block in enumerate(blocks) if submodule in block._modules]
+
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """TransformerLens's switch to folded norms, for tools and notebooks that rely on it.
+
+        With ``fold_ln`` the gains of ``ln1``, ``ln2`` and ``ln_final`` count as part of W_Q, W_K,
+        W_V, W_gate, W_in and W_U: those are given multiplied, the norms called from outside leave
+        them out and report ones, and ``unembed`` called from outside puts them in. It is a matter
+        of what the model shows. The forward pass, every activation (``hook_normalized`` never
+        includes a gain) and what is saved stay bit for bit the same. Post-norms and norms on the
+        stream or the loop have no weights behind them to be folded into.
+
+        Centring is not done: RMSNorm does not allow it for writing weights, and centring W_U would
+        shift the logits. There are no value biases.
+
+        Args:
+            disable_warnings: There are none.
+            no_processing: Fold nothing.
+            fold_ln: Fold the gains.
+            center_writing_weights, center_unembed, fold_value_biases: Without effect.
+            refactor_factored_attn_matrices: Not supported.
+        """
+        if refactor_factored_attn_matrices and not no_processing:
+            raise InputError(
+                "refactor_factored_attn_matrices is not supported: rotary queries and keys allow "
+                "no such change of basis"
+            )
+        folded = fold_ln and not no_processing
+        self.cfg.normalization_type = FOLDED if folded else "RMS"
+        self.ln_final.folded = self.unembed.folded = folded
+        for block in self._block_pool.values():
+            block.fold_norms(folded)
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Weights of every effective layer under TransformerLens's names."""
@@ -173,7 +235,8 @@ class WeightsMixin(CachingMixin):
                 block = cast(Block, self.blocks[i])
                 by_unique[unique] = _block_parameters(block)
             out |= {f"blocks.{i}.{name}": value for name, value in by_unique[unique].items()}
-        out["ln_final.w"] = self.ln_final.w
+        if not self.ln_final.folded:
+            out["ln_final.w"] = self.ln_final.w
         out["unembed.W_U"], out["unembed.b_U"] = self.W_U, self.b_U
         return out
 
@@ -186,9 +249,18 @@ class WeightsMixin(CachingMixin):
         return self.W_E.new_zeros(self.cfg.d_model)
 
 
+def _weight(block: Block, name: str) -> Tensor:
+    owner = block.attn if hasattr(type(block.attn), name) else block.mlp
+    return cast(Tensor, getattr(owner, name))
+
+
 def _block_parameters(block: Block) -> dict[str, Tensor]:
     attn = {f"attn.{n}": getattr(block.attn, n) for n in ("W_Q", "W_K", "W_V", "W_O")}
     biases = {f"attn.{n}": getattr(block.attn, n) for n in ("b_Q", "b_K", "b_V", "b_O")}
     mlp = {f"mlp.{n}": getattr(block.mlp, n) for n in ("W_gate", "W_in", "W_out", "b_in", "b_out")}
-    norms = {f"{n}.w": getattr(block, n).w for n in block.cfg.norm_layout.norm_names}
+    norms = {
+        f"{n}.w": getattr(block, n).w
+        for n in block.cfg.norm_layout.norm_names
+        if not getattr(block, n).folded  # as in TransformerLens, a folded norm has no gain
+    }
     return attn | biases | mlp | norms

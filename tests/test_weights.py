@@ -1,0 +1,180 @@
+"""Weights under TransformerLens's names, stacked and folded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VARIANTS, random_config
+from safetensors.torch import load_file
+from torch import Tensor
+from transformer_lens import SVDInterpreter
+
+from tl_looped import InputError, LoopedTransformer
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+STACKS = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "b_Q", "b_K", "b_V", "b_O")
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request: pytest.FixtureRequest) -> LoopedTransformer:
+    """A small model with gains that are not one, and without gradients."""
+    model = LoopedTransformer.from_config(random_config(**VARIANTS[request.param]))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if name.endswith(".w"):
+            parameter.uniform_(0.5, 1.5, generator=generator)
+        if name.endswith("_bias"):
+            parameter.normal_(generator=generator)
+    return model
+
+
+def test_stacks_are_indexed_by_effective_layer(model: LoopedTransformer) -> None:
+    for name in (*STACKS, "b_in", "b_out"):
+        stack, unique = getattr(model, name), model.unique_weights(name)
+        assert len(stack) == model.loop.n_layers
+        assert len(unique) == model.loop.p + model.loop.k + model.loop.c
+        for i, row in enumerate(stack):
+            part = (
+                model.blocks[i].attn if hasattr(model.blocks[i].attn, name) else model.blocks[i].mlp
+            )
+            assert torch.equal(row, getattr(part, name))
+            assert torch.equal(row, unique[model.unique_layer(i)])
+    for i in (0, model.loop.index(2, 1)):
+        for name in ("OV", "QK"):
+            factored, mine = getattr(model, name), getattr(model.blocks[i].attn, name)
+            torch.testing.assert_close(factored.AB[i], mine.AB)
+            assert factored.shape[0] == model.loop.n_layers
+
+
+def test_a_stack_that_is_too_large_is_refused_with_its_size(model: LoopedTransformer) -> None:
+    assert model.max_stack_bytes == 2**30
+    size = model.loop.n_layers * 32 * 48 * 4
+    model.max_stack_bytes = size
+    assert model.W_in.numel() * 4 == size
+    model.max_stack_bytes = size - 1
+    with pytest.raises(InputError, match=r"unique_weights\('W_in'\)"):
+        model.W_in  # noqa: B018
+    assert model.unique_weights("W_in").shape[1:] == (32, 48)
+
+
+def test_an_older_cache_sees_the_weights_of_its_own_layers(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    _, cache = model.run_with_cache(tokens)
+    expected = model.W_V
+    model.set_recurrences(1)
+    assert torch.equal(cache.model.W_V, expected)
+    assert len(model.W_V) == model.loop.n_layers < len(expected)
+    assert len(cache.model.all_head_labels) == cache.loop.n_layers * 4
+
+
+def test_labels_and_blocks_with(model: LoopedTransformer, tokens: Tensor) -> None:
+    _, cache = model.run_with_cache(tokens)
+    assert model.all_head_labels == cache.stack_head_results(return_labels=True)[1]
+    for name in ("ln1", "ln1_post", "ln_mid", "attn"):
+        found = model.blocks_with(name)
+        has = name == "attn" or name in model.cfg.norm_layout.norm_names
+        assert [i for i, _ in found] == (list(range(model.loop.n_layers)) if has else [])
+        assert all(block is model.blocks[i] for i, block in found)
+
+
+# -- compatibility mode ---------------------------------------------------------------------------
+
+
+def test_folding_changes_no_logit_and_no_activation(
+    model: LoopedTransformer, tokens: Tensor, tmp_path: Path
+) -> None:
+    logits, cache = model.run_with_cache(tokens)
+    model.save_pretrained(tmp_path / "before")
+    assert model.enable_compatibility_mode() is None
+    after, folded = model.run_with_cache(tokens)
+    assert torch.equal(after, logits)
+    assert all(torch.equal(folded[name], value) for name, value in cache.items())
+    model.save_pretrained(tmp_path / "after")
+    before, saved = (load_file(tmp_path / n / "model.safetensors") for n in ("before", "after"))
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+    again = LoopedTransformer.from_pretrained(tmp_path / "after", device="cpu")
+    assert again.cfg.normalization_type == "RMS"
+    assert torch.equal(again(tokens), model(tokens))
+
+
+def test_folded_weights_read_what_the_norms_hook_shows(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    model.enable_compatibility_mode()
+    model.set_recurrences(5)  # blocks that are made later are folded too
+    logits, cache = model.run_with_cache(tokens)
+    for i in range(model.loop.n_layers):
+        if "ln1" not in model.cfg.norm_layout.norm_names:
+            continue
+        x = cache[f"blocks.{i}.ln1.hook_normalized"]
+        q = torch.einsum("btd,hdk->bthk", x, model.W_Q[i]) + model.b_Q[i]
+        k = torch.einsum("btd,hdk->bthk", x, model.W_K[i]) + model.b_K[i]
+        torch.testing.assert_close(q, cache["q", i], **CLOSE)
+        repeats = 4 // model.cfg.n_kv_heads
+        torch.testing.assert_close(k[:, :, ::repeats], cache["k", i], **CLOSE)
+        y = cache[f"blocks.{i}.ln2.hook_normalized"]
+        torch.testing.assert_close(y @ model.W_in[i], cache["pre_linear", i], **CLOSE)
+        torch.testing.assert_close(y @ model.W_gate[i], cache["pre", i], **CLOSE)
+        block = model.blocks[i]
+        torch.testing.assert_close(block.ln1(cache["resid_pre", i]), x, **CLOSE)
+        assert bool((block.ln1.w == 1).all())
+    torch.testing.assert_close(cache["ln_final.hook_normalized"] @ model.W_U, logits, **CLOSE)
+
+
+def test_the_final_norm_and_the_unembedding_fit_together(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    for fold in (False, True, False):
+        model.enable_compatibility_mode(fold_ln=fold)
+        logits, cache = model.run_with_cache(tokens)
+        stream = cache["resid_post", -1]
+        torch.testing.assert_close(model.unembed(model.ln_final(stream)), logits, **CLOSE)
+        torch.testing.assert_close(model.ln_final(stream) @ model.W_U, logits, **CLOSE)
+        torch.testing.assert_close(model.logit_lens(stream), logits, **CLOSE)
+        lens = cache.logit_lens(positions=None)
+        torch.testing.assert_close(lens.values[-1], logits, **CLOSE)
+        parts = cache.decompose_resid()
+        torch.testing.assert_close(cache.logit_attrs(parts, 7).sum(0), logits[..., 7], **CLOSE)
+        direction = model.tokens_to_residual_directions(torch.tensor([7, 9]))
+        assert torch.equal(direction, model.W_U[:, [7, 9]].T)
+        folded = cache.apply_ln_to_stack(parts) @ model.W_U
+        if fold:  # as every notebook on a folded model does it
+            torch.testing.assert_close(folded.sum(0), logits, **CLOSE)
+
+
+def test_folded_norms_have_no_gain_among_the_parameters(model: LoopedTransformer) -> None:
+    norms = model.cfg.norm_layout.norm_names
+    names = set(model.tl_parameters())
+    assert {"ln_final.w"} | {f"blocks.0.{norm}.w" for norm in norms} <= names
+    model.enable_compatibility_mode()
+    folded = set(model.tl_parameters())
+    gone = {"ln_final.w"} | {
+        f"blocks.{i}.{norm}.w"
+        for i in range(model.loop.n_layers)
+        for norm in {"ln1", "ln2"} & set(norms)
+    }
+    assert names - folded == gone
+    model.enable_compatibility_mode(no_processing=True)
+    assert set(model.tl_parameters()) == names
+    with pytest.raises(InputError, match="rotary"):
+        model.enable_compatibility_mode(refactor_factored_attn_matrices=True)
+
+
+def test_svd_interpreter_gives_the_same_with_folded_norms(model: LoopedTransformer) -> None:
+    def directions() -> Tensor:
+        return SVDInterpreter(model).get_singular_vectors("w_in", 3, 4)
+
+    unfolded_W_U = model.W_U
+    before: Any = directions()
+    model.enable_compatibility_mode()
+    after: Any = directions()
+    # W_in is the same; the vectors are read through W_U, which has the final gain now.
+    W_in = model.blocks[3].mlp.W_in
+    right = torch.linalg.svd(W_in.T).Vh[:4]
+    for found, W_U in ((before, unfolded_W_U), (after, model.W_U)):
+        torch.testing.assert_close(found[:, 0].abs(), (right @ W_U).T.abs(), atol=1e-4, rtol=1e-4)

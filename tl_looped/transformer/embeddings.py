@@ -1,0 +1,77 @@
+"""Embedding and unembedding."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_looped.model.config import LoopedConfig
+from tl_looped.model.norms import NormWeights
+
+
+class Embed(nn.Module):
+    """Token embedding, scaled."""
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model, dtype=cfg.dtype))
+        self.scale = cfg.embed_scale
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Embedding of each token, times the embedding scale."""
+        embedded = nn.functional.embedding(tokens, self.W_E)
+        return embedded if self.scale == 1.0 else embedded * self.scale
+
+
+class Unembed(nn.Module):
+    """Map from the normalised stream to logits; shares the embedding's matrix if tied.
+
+    Args:
+        cfg: The model's configuration.
+        embed: For its matrix.
+        norm: The final norm's weights; its gain may count as part of W_U.
+    """
+
+    weight: nn.Parameter
+    _embed: Embed
+    _norm: NormWeights
+
+    def __init__(self, cfg: LoopedConfig, embed: Embed, norm: NormWeights) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.folded = False
+        object.__setattr__(self, "_embed", embed)
+        object.__setattr__(self, "_norm", norm)
+        if not cfg.tie_embeddings:
+            self.weight = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model, dtype=cfg.dtype))
+
+    @property
+    def matrix(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The matrix as it is stored, ``W_U`` transposed but for a folded gain."""
+        return self._embed.W_E if self.cfg.tie_embeddings else self.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """TransformerLens's unembedding matrix: a view, or a copy where the gain is folded in."""
+        return self._norm.w[:, None] * self.matrix.T if self.folded else self.matrix.T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Unembedding bias: zero."""
+        return self.matrix.new_zeros(self.cfg.d_vocab)
+
+    def directions(
+        self, tokens: int | Int[Tensor, "*any"]
+    ) -> Float[Tensor, "*any d_model"] | Float[Tensor, " d_model"]:
+        """Columns of ``W_U``, as rows."""
+        rows = self.matrix[tokens]
+        return rows * self._norm.w if self.folded else rows
+
+    def unfolded(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits of a stream that the final norm's gain has multiplied, as in the model itself."""
+        return nn.functional.linear(x, self.matrix)
+
+    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits of what ``ln_final`` gives, ``x @ W_U``."""
+        return self.unfolded(x * self._norm.w if self.folded else x)
