@@ -78,8 +78,8 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
         super().__init__(cfg)
         self.supports_fold_ln = False
         self.supports_center_writing_weights = False
-        self.weight_processing_conversions = {}
-        self.component_mapping = {}
+        self.weight_processing_conversions = dict[str, Any]()
+        self.component_mapping = dict[str, Any]()
 
     def prepare_model(self, hf_model: UnrolledModel) -> None:
         """Take the configuration and the component mapping from the model."""

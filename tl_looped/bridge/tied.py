@@ -11,6 +11,8 @@ its gradient reaches the owner's parameter.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -95,6 +97,8 @@ class TiedEmbedding(nn.Module):
         owner: Its embedding, with the matrix ``W_E``; calling it embeds and scales.
     """
 
+    _owner: Any
+
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "_owner", owner)
@@ -117,6 +121,8 @@ class TiedUnembedding(nn.Module):
     Args:
         owner: Its unembedding, with ``matrix``.
     """
+
+    _owner: Any
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()

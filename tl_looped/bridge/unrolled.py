@@ -103,6 +103,8 @@ class Boundary(nn.Module):
         state_seed: Seed of a random initial state.
     """
 
+    _weights: Any
+
     def __init__(
         self, i: int, cfg: LoopedConfig, loop: LoopGeometry, weights: nn.ModuleDict, state_seed: int
     ) -> None:
@@ -128,6 +130,7 @@ class Boundary(nn.Module):
         if self.loop_norm or self.pre_coda_norm:
             x = rms_norm(x, self._weights["final_norm"])
         if self.injects:
+            assert run.prelude_output is not None
             x = self._weights["injection"](torch.cat((x, run.prelude_output), -1))
         return x
 
@@ -144,6 +147,13 @@ class Boundary(nn.Module):
 
 class UnrolledLayer(nn.Module):
     """One effective layer; a norm that the layout lacks is the identity."""
+
+    ln1: nn.Module
+    ln1_post: nn.Module
+    ln_mid: nn.Module
+    ln2: nn.Module
+    ln2_post: nn.Module
+    ln_out: nn.Module
 
     def __init__(
         self, i: int, cfg: LoopedConfig, weights: BlockWeights, boundary: Boundary | None
@@ -186,6 +196,9 @@ class UnrolledModel(nn.Module):
         looped_cfg: The looped model's configuration.
         weights: Its modules that hold parameters, by name.
     """
+
+    weights: Any
+    layers: Any  # UnrolledLayers, until a bridge puts its blocks around them
 
     def __init__(self, model: Any, loop: LoopGeometry, state_seed: int) -> None:
         super().__init__()
@@ -276,17 +289,17 @@ class UnrolledModel(nn.Module):
         puts the caller's stream in its place. It leaves the number on the blocks.
         """
         loop, start = self.loop, getattr(self.layers[0], "_start_at_layer_idx", None)
-        skips_prelude = start is not None and start >= loop.p
-        if prelude_output is not None and not skips_prelude:
+        behind = -1 if start is None or start < loop.p else start
+        if prelude_output is not None and behind < 0:
             raise InputError(
                 "prelude_output is for a start_at_layer behind the prelude; this run computes its "
                 "own. To change what is injected, hook the prelude's last hook_resid_post."
             )
         injects = self.looped_cfg.injection is not Injection.NONE
         last_start = loop.p + loop.k * (loop.R - 1)
-        if skips_prelude and injects and prelude_output is None and start < last_start:
+        if injects and prelude_output is None and 0 <= behind < last_start:
             raise InputError(
-                f"start_at_layer={start} lies in the loop, and later recurrences inject the "
+                f"start_at_layer={behind} lies in the loop, and later recurrences inject the "
                 "prelude's output: pass it as prelude_output= (hook_resid_post of the last "
                 "prelude layer)"
             )

@@ -134,9 +134,9 @@ class LoopedTransformer(GenerationMixin):
     def to_bridge(self, n_recurrences: int | None = None, state_seed: int | None = None) -> Any:
         """A TransformerLens bridge over this model's weights, for tools that insist on one.
 
-        It is a ``TransformerBridge`` of ``p + k R + c`` blocks with R fixed, under TransformerLens's
-        own bridge names. The weights are shared, not copied: training, ``to()`` and ``train()``
-        on one also move the other. Hooks are not shared.
+        It is a ``TransformerBridge`` of ``p + k R + c`` blocks with R fixed, under the bridge's own
+        hook names. The weights are shared, not copied: training, ``to()`` and ``train()`` on one
+        also move the other. Hooks are not shared.
 
         Args:
             n_recurrences: R; the model's current number if None.
