@@ -7,3 +7,5 @@
 
 Nothing is imported here: TransformerLens's bridge is large, and is loaded when one is built.
 """
+
+ARCHITECTURE = "LoopedForCausalLM"  # what TransformerLens knows the adapter by

@@ -31,8 +31,6 @@ from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InvalidDecompositionError
 from tl_looped.model.config import LoopedConfig, NormLayout, RotaryStyle
 
-ARCHITECTURE = "LoopedForCausalLM"
-
 
 class LoopedBridge(TransformerBridge):
     """A TransformerBridge that refuses what a looped model's stream and weights do not allow."""

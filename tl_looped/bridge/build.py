@@ -13,7 +13,8 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
     detect_tokenizer_bos_eos,
 )
 
-from tl_looped.bridge.adapter import ARCHITECTURE, LoopedArchitectureAdapter
+from tl_looped.bridge import ARCHITECTURE
+from tl_looped.bridge.adapter import LoopedArchitectureAdapter
 from tl_looped.bridge.unrolled import UnrolledModel
 from tl_looped.model.geometry import LoopGeometry
 
