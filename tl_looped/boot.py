@@ -1,6 +1,6 @@
 """Lets ``TransformerBridge.boot_transformers`` load folders written by ``save_pretrained``.
 
-TransformerLens 4.3 finds our adapter by its entry point, but ``boot_transformers`` does not get that
+TransformerLens 4.3 finds our adapter by its entry point, but ``boot_transformers`` does not get so
 far by itself. It first asks ``transformers`` for the folder's configuration class, and
 ``transformers`` has no entry points. Then ``determine_architecture_from_hf_config`` looks the
 architecture up in the module's table ``SUPPORTED_ARCHITECTURES``, which neither entry points nor
@@ -98,7 +98,7 @@ class LoopedForCausalLM:
 
 
 def _refuse_overrides(config: Any, cfg: LoopedConfig) -> None:
-    """Raise for a field that ``hf_config_overrides`` changed and the model does not take from it."""
+    """Raise for a changed field that the model does not take from ``hf_config_overrides``."""
     of_the_file = cfg.to_json()
     changed = {
         name: getattr(config, name)

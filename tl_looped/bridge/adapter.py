@@ -82,12 +82,12 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
     def prepare_model(self, hf_model: UnrolledModel) -> None:
         """Take the configuration and the component mapping from the model."""
         _copy_config(hf_model, self.cfg)
-        submodules = self._attention_and_mlp(hf_model.looped_cfg)
-        aliases: dict[str, Any] = {}
+        submodules = self._block_parts(hf_model.looped_cfg)
+        aliases: dict[str, Any] = {"hook_resid_mid": "resid_mid.hook_out"}
         if hf_model.has_boundaries:
             submodules["boundary"] = GeneralizedComponent(name="boundary", config=self.cfg)
         if hf_model.why_not_additive() is not None:
-            aliases = _attn_out_alias(hf_model.looped_cfg)
+            aliases |= _attn_out_alias(hf_model.looped_cfg)
         self.component_mapping = {
             "embed": EmbeddingBridge(name="tok_embed", config=self.cfg),
             "blocks": BlockBridge(
@@ -111,14 +111,15 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
     def _norm(self, name: str) -> RMSNormalizationBridge:
         return RMSNormalizationBridge(name=name, config=self.cfg)
 
-    def _attention_and_mlp(self, cfg: LoopedConfig) -> dict[str, GeneralizedComponent]:
+    def _block_parts(self, cfg: LoopedConfig) -> dict[str, GeneralizedComponent]:
         names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
         parts: dict[str, Any] = {key: LinearBridge(name=name) for key, name in names.items()}
         if cfg.qk_norm:
             parts |= {name: self._norm(name) for name in ("q_norm", "k_norm")}
         attn = PositionEmbeddingsAttentionBridge(name="attn", config=self.cfg, submodules=parts)
         norms = {name: self._norm(name) for name in cfg.norm_layout.norm_names}
-        return {**norms, "attn": attn, "mlp": self._gated_mlp()}
+        resid_mid = GeneralizedComponent(name="resid_mid", config=self.cfg)
+        return {**norms, "attn": attn, "resid_mid": resid_mid, "mlp": self._gated_mlp()}
 
 
 def _attn_out_alias(cfg: LoopedConfig) -> dict[str, Any]:

@@ -146,7 +146,11 @@ class Boundary(nn.Module):
 
 
 class UnrolledLayer(nn.Module):
-    """One effective layer; a norm that the layout lacks is the identity."""
+    """One effective layer; a norm that the layout lacks is the identity.
+
+    ``resid_mid`` does nothing. TransformerLens puts its hook there: its usual place for
+    ``hook_resid_mid``, the input of ``ln2``, would leave the residual stream itself unedited.
+    """
 
     ln1: nn.Module
     ln1_post: nn.Module
@@ -163,6 +167,7 @@ class UnrolledLayer(nn.Module):
             self.boundary = boundary
         self.attn = UnrolledAttention(cfg, weights.attn, i)
         self.mlp = UnrolledMLP(weights.mlp)
+        self.resid_mid = nn.Identity()
         for name in ("ln1", "ln1_post", "ln_mid", "ln2", "ln2_post", "ln_out"):
             present = name in cfg.norm_layout.norm_names
             self.add_module(name, TiedNorm(getattr(weights, name)) if present else nn.Identity())
@@ -179,7 +184,7 @@ class UnrolledLayer(nn.Module):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
         )
-        x = self.ln_mid(hidden_states + self.ln1_post(attn_out))
+        x = self.resid_mid(self.ln_mid(hidden_states + self.ln1_post(attn_out)))
         out: Tensor = self.ln_out(x + self.ln2_post(self.mlp(self.ln2(x))))
         return out
 
