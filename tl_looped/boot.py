@@ -10,7 +10,7 @@ entries. No code of the folder is run.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, no_type_check
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -26,6 +26,7 @@ _FREE = ("n_recurrences", "n_layers", "dtype", "model_name")
 _PLACEMENT = ("device_map", "max_memory", "offload_folder", "quantization_config")
 
 
+@no_type_check  # its __init__ is transformers' own, which takes more than it declares
 class LoopedPretrainedConfig(PreTrainedConfig):
     """``config.json`` of the native format, as ``transformers`` reads it.
 

@@ -7,8 +7,8 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 
 from __future__ import annotations
 
+import importlib.metadata
 from copy import copy
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class LoopedTransformer(GenerationMixin):
             ConfigError: if the installed TransformerLens is older than 4.
             RecurrenceCountError: as :meth:`set_recurrences`.
         """
-        installed = version("transformer-lens")
+        installed = importlib.metadata.version("transformer-lens")
         if int(installed.split(".")[0]) < 4:
             raise ConfigError(
                 f"to_bridge needs TransformerLens 4 or later, and {installed} is installed: "
