@@ -330,3 +330,14 @@ def test_bad_arguments_are_refused(tokens: Tensor, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
     with refused(ConfigError, "3.5.1", "TransformerLens 4", "pip install"):
         model.to_bridge()
+
+
+def test_a_bridges_configuration_is_the_models() -> None:
+    model = load_golden("retrofit_llama").load()
+    cfg = model.to_bridge(2).cfg
+    sizes = ("d_model", "d_head", "n_heads", "n_key_value_heads", "d_mlp", "d_vocab", "n_ctx")
+    for name in (*sizes, "eps", "act_fn", "rotary_base", "model_name", "dtype"):
+        assert getattr(cfg, name) == getattr(model.cfg, name), name
+    assert (cfg.eps, cfg.rotary_base, cfg.d_vocab_out) == (1e-5, 500000.0, 97)
+    # TransformerLens refuses models whose block hooks fire more than once a run.
+    assert getattr(cfg, "total_ut_steps", 1) == 1
