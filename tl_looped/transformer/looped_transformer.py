@@ -7,6 +7,7 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 
 from __future__ import annotations
 
+import importlib.metadata
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tl_looped import checkpoints
 from tl_looped._compat import get_device, lm_cross_entropy_loss
-from tl_looped.errors import InputError
+from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
 from tl_looped.model.context import RunContext
@@ -131,6 +132,32 @@ class LoopedTransformer(GenerationMixin):
         partial file.
         """
         checkpoints.save(self, self.cfg, self.tokenizer, Path(folder))
+
+    def to_bridge(self, n_recurrences: int | None = None, state_seed: int | None = None) -> Any:
+        """A TransformerLens bridge over this model's weights, for tools that insist on one.
+
+        It is a ``TransformerBridge`` of ``p + k R + c`` blocks with R fixed, under the bridge's own
+        hook names. The weights are shared, not copied: training, ``to()`` and ``train()`` on one
+        also move the other. Hooks are not shared.
+
+        Args:
+            n_recurrences: R; the model's current number if None.
+            state_seed: Seed of the random initial state; ``self.state_seed`` if None.
+
+        Raises:
+            ConfigError: if the installed TransformerLens is older than 4.
+            RecurrenceCountError: as :meth:`set_recurrences`.
+        """
+        installed = importlib.metadata.version("transformer-lens")
+        if int(installed.split(".")[0]) < 4:
+            raise ConfigError(
+                f"to_bridge needs TransformerLens 4 or later, and {installed} is installed: "
+                "pip install 'transformer-lens>=4.3,<5'"
+            )
+        from tl_looped.bridge.build import bridge_of  # imports all of TransformerLens's bridge
+
+        with self.recurrences(n_recurrences):
+            return bridge_of(self, self.loop, self._checked_seed(state_seed))
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoopedTransformer:
         # Behind to(), cuda(), half() and their kin: cfg follows the weights, as in TransformerLens.
@@ -278,6 +305,12 @@ class LoopedTransformer(GenerationMixin):
             x = x.to(self.W_E)
         return x, self._check_mask(mask, x.shape[0], x.shape[1])
 
+    def _checked_seed(self, state_seed: int | None) -> int:
+        seed = self.state_seed if state_seed is None else state_seed
+        if type(seed) is not int:
+            raise InputError(f"state_seed must be an integer, got {seed!r}")
+        return seed
+
     def _new_run(
         self,
         x: Tensor,
@@ -288,9 +321,7 @@ class LoopedTransformer(GenerationMixin):
         prelude_output: Tensor | None,
         enters_loop: bool,
     ) -> LoopRun:
-        seed = self.state_seed if state_seed is None else state_seed
-        if type(seed) is not int:
-            raise InputError(f"state_seed must be an integer, got {seed!r}")
+        seed = self._checked_seed(state_seed)
         if isinstance(initial_state, str):
             if initial_state != "zeros":
                 raise InputError(

@@ -1,0 +1,310 @@
+"""A looped model at a fixed number of recurrences, as a plain stack of layers.
+
+The stack has ``p + k R + c`` layers, which hold no weights: they read those of the looped model,
+whose parameters this module registers once each. What a looped model does between two layers (start
+of the loop, injection, loop norm, norm before the coda) is the ``boundary`` of the layer that
+follows, so that a layer's input and output are what ``hook_resid_pre`` and ``hook_resid_post`` of
+the looped model give. A model that does nothing there has no boundaries.
+
+Attention has no forward pass here: TransformerLens's attention component computes it from the
+projections. The module runs inside a bridge only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_looped.bridge.tied import TiedEmbedding, TiedLinear, TiedNorm, TiedUnembedding
+from tl_looped.errors import InputError
+from tl_looped.model.attention import AttentionWeights
+from tl_looped.model.block import BlockWeights
+from tl_looped.model.config import InitialState, Injection, LoopedConfig
+from tl_looped.model.context import RunContext
+from tl_looped.model.geometry import LoopGeometry
+from tl_looped.model.initial_state import draw_initial_state
+from tl_looped.model.mlp import MLPWeights
+from tl_looped.model.norms import rms_norm
+
+_SHARED = (
+    "embed",
+    "prelude",
+    "core",
+    "coda",
+    "injection",
+    "exit_gate",
+    "final_norm",
+    "unembed",
+)
+
+
+@dataclass
+class UnrolledRun:
+    """What one forward pass carries besides the stream.
+
+    Args:
+        context: Positions, rotation and mask.
+        prelude_output: What is injected, ``[batch, pos, d_model]``; set when the loop is entered.
+    """
+
+    context: RunContext
+    prelude_output: Tensor | None = None
+
+
+class UnrolledAttention(nn.Module):
+    """The projections of an attention layer, under the names of the Llama family."""
+
+    def __init__(self, cfg: LoopedConfig, weights: AttentionWeights, layer_idx: int) -> None:
+        super().__init__()
+        d, n_q, n_kv = cfg.d_head, cfg.n_heads, cfg.n_kv_heads
+        q_bias, k_bias = ("q_bias", "k_bias") if cfg.qk_bias else (None, None)
+        self.q_proj = TiedLinear(weights, "qkv", 0, n_q * d, q_bias)
+        self.k_proj = TiedLinear(weights, "qkv", n_q * d, (n_q + n_kv) * d, k_bias)
+        self.v_proj = TiedLinear(weights, "qkv", (n_q + n_kv) * d)
+        self.o_proj = TiedLinear(weights, "out")
+        if cfg.qk_norm:
+            self.q_norm = TiedNorm(weights.q_norm)
+            self.k_norm = TiedNorm(weights.k_norm)
+        # Read by TransformerLens's attention.
+        self.head_dim, self.num_key_value_groups = d, n_q // n_kv
+        self.scaling = 1.0 / math.sqrt(d)
+        self.layer_idx = layer_idx
+
+
+class UnrolledMLP(nn.Module):
+    """A gated SiLU MLP, under the names of the Llama family."""
+
+    def __init__(self, weights: MLPWeights) -> None:
+        super().__init__()
+        self.gate_proj = TiedLinear(weights, "gate_up", 0, weights.d_mlp)
+        self.up_proj = TiedLinear(weights, "gate_up", weights.d_mlp)
+        self.down_proj = TiedLinear(weights, "down")
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """MLP output."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Boundary(nn.Module):
+    """What happens to the stream between the layer before and effective layer ``i``.
+
+    Args:
+        i: The layer that follows.
+        cfg: The looped model's configuration.
+        loop: Its geometry at the stack's number of recurrences.
+        weights: Its modules by name.
+        state_seed: Seed of a random initial state.
+    """
+
+    _weights: Any
+
+    def __init__(
+        self, i: int, cfg: LoopedConfig, loop: LoopGeometry, weights: nn.ModuleDict, state_seed: int
+    ) -> None:
+        super().__init__()
+        self.cfg, self.state_seed = cfg, state_seed
+        object.__setattr__(self, "_weights", weights)
+        end = loop.p + loop.k * loop.R
+        at_start = loop.p <= i <= end and (i - loop.p) % loop.k == 0
+        skips = i == loop.p and cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
+        self.enters_loop = i == loop.p
+        self.loop_norm = cfg.loop_norm and at_start and i > loop.p
+        self.injects = cfg.injection is not Injection.NONE and at_start and i < end and not skips
+        self.pre_coda_norm = cfg.pre_coda_norm and i == end
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], run: UnrolledRun
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What layer ``i`` receives, from what the layer before it wrote."""
+        if self.enters_loop:
+            if run.prelude_output is None:
+                run.prelude_output = x
+            x = self._initial_state(x, run)
+        if self.loop_norm or self.pre_coda_norm:
+            x = rms_norm(x, self._weights["final_norm"])
+        if self.injects:
+            assert run.prelude_output is not None
+            x = self._weights["injection"](torch.cat((x, run.prelude_output), -1))
+        return x
+
+    def _initial_state(self, x: Tensor, run: UnrolledRun) -> Tensor:
+        cfg = self.cfg
+        if cfg.initial_state is not InitialState.RANDOM:
+            return x
+        scale = cfg.initial_state_std * cfg.embed_scale
+        state = draw_initial_state(
+            self.state_seed, run.context.positions, cfg.d_model, scale, x.dtype
+        )
+        return state.expand(x.shape)
+
+
+class UnrolledLayer(nn.Module):
+    """One effective layer; a norm that the layout lacks is the identity.
+
+    ``resid_mid`` does nothing. TransformerLens puts its hook there: its usual place for
+    ``hook_resid_mid``, the input of ``ln2``, would leave the residual stream itself unedited.
+    """
+
+    ln1: nn.Module
+    ln1_post: nn.Module
+    ln_mid: nn.Module
+    ln2: nn.Module
+    ln2_post: nn.Module
+    ln_out: nn.Module
+
+    def __init__(
+        self, i: int, cfg: LoopedConfig, weights: BlockWeights, boundary: Boundary | None
+    ) -> None:
+        super().__init__()
+        if boundary is not None:
+            self.boundary = boundary
+        self.attn = UnrolledAttention(cfg, weights.attn, i)
+        self.mlp = UnrolledMLP(weights.mlp)
+        self.resid_mid = nn.Identity()
+        for name in ("ln1", "ln1_post", "ln_mid", "ln2", "ln2_post", "ln_out"):
+            present = name in cfg.norm_layout.norm_names
+            self.add_module(name, TiedNorm(getattr(weights, name)) if present else nn.Identity())
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch pos d_model"],
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream after this layer."""
+        attn_out, _ = self.attn(
+            self.ln1(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+        )
+        x = self.resid_mid(self.ln_mid(hidden_states + self.ln1_post(attn_out)))
+        out: Tensor = self.ln_out(x + self.ln2_post(self.mlp(self.ln2(x))))
+        return out
+
+
+class UnrolledModel(nn.Module):
+    """A looped model's weights, run as ``p + k R + c`` layers.
+
+    Args:
+        model: The looped model, whose parameters become this module's.
+        loop: Its geometry, with the number of recurrences to unroll.
+        state_seed: Seed of a random initial state.
+
+    Attributes:
+        looped_cfg: The looped model's configuration.
+        weights: Its modules that hold parameters, by name.
+    """
+
+    weights: Any
+    layers: Any  # UnrolledLayers, until a bridge puts its blocks around them
+
+    def __init__(self, model: Any, loop: LoopGeometry, state_seed: int) -> None:
+        super().__init__()
+        self.looped_cfg: LoopedConfig = model.cfg
+        self.loop, self.state_seed = loop, state_seed
+        self._not_additive: str | None = model.why_not_additive()
+        children = dict(model.named_children())
+        self.weights = nn.ModuleDict({name: children[name] for name in _SHARED if name in children})
+        self.tok_embed = TiedEmbedding(self.weights["embed"])
+        self.layers = nn.ModuleList(self._layer(i) for i in range(loop.n_layers))
+        self.norm = TiedNorm(model.final_norm)
+        self.lm_head = TiedUnembedding(self.weights["unembed"])
+        self.train(model.training)
+
+    @property
+    def has_boundaries(self) -> bool:
+        """Whether anything happens between two layers."""
+        cfg = self.looped_cfg
+        return cfg.injection is not Injection.NONE or cfg.loop_norm or cfg.pre_coda_norm
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether the output depends on ``state_seed``."""
+        return self.looped_cfg.initial_state is InitialState.RANDOM
+
+    def why_not_additive(self) -> str | None:
+        """Why the residual stream is not the plain sum of all writes, or None if it is."""
+        return self._not_additive
+
+    def _layer(self, i: int) -> UnrolledLayer:
+        cfg, place = self.looped_cfg, self.loop.locate(i)
+        boundary = None
+        if self.has_boundaries:
+            boundary = Boundary(i, cfg, self.loop, self.weights, self.state_seed)
+        return UnrolledLayer(i, cfg, self.weights[place.stage][place.layer], boundary)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch pos d_model"] | None = None,
+        prelude_output: Float[Tensor, "batch pos d_model"] | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits.
+
+        Args:
+            input_ids: Tokens.
+            attention_mask: ``[batch, pos]``, zero at padding, on either side.
+            inputs_embeds: The stream that layer 0 receives, in place of tokens.
+            prelude_output: What is injected, if the bridge's ``start_at_layer`` skips the prelude.
+
+        Raises:
+            InputError: a mask of another shape, too long a sequence, or an injection without
+                anything to inject.
+        """
+        x = self.tok_embed(input_ids) if inputs_embeds is None else inputs_embeds
+        self._check_injected(prelude_output)
+        mask = self._check_mask(attention_mask, x)
+        context = RunContext.build(self.looped_cfg, x.shape[1], mask, x.device, x.dtype)
+        angles = context.rotation.cos[:, :, 0], context.rotation.sin[:, :, 0]
+        run = UnrolledRun(context, prelude_output)
+        for layer in self.layers:
+            if self.has_boundaries:
+                x = layer.boundary(x, run)
+            x = layer(x, position_embeddings=angles, attention_mask=context.allowed)
+        logits: Tensor = self.lm_head(self.norm(x))
+        return logits
+
+    def _check_mask(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise InputError(
+                f"attention_mask must have shape [batch, pos] = {tuple(x.shape[:2])}, "
+                f"got {tuple(mask.shape)}"
+            )
+        mask = None if mask is None else mask.to(x.device) != 0
+        length = x.shape[1] if mask is None else int(mask.sum(-1).max())
+        if length > self.looped_cfg.n_ctx:
+            raise InputError(
+                f"a sequence of {length} tokens is longer than the context of "
+                f"{self.looped_cfg.n_ctx}"
+            )
+        return mask
+
+    def _check_injected(self, prelude_output: Tensor | None) -> None:
+        """Refuse a start inside the loop that would inject the output of a run never made.
+
+        For ``start_at_layer=i`` TransformerLens runs the layers before i on a stand-in and then
+        puts the caller's stream in its place. It leaves the number on the blocks.
+        """
+        loop, start = self.loop, getattr(self.layers[0], "_start_at_layer_idx", None)
+        behind = -1 if start is None or start < loop.p else start
+        if prelude_output is not None and behind < 0:
+            raise InputError(
+                "prelude_output is for a start_at_layer behind the prelude; this run computes its "
+                "own. To change what is injected, hook the prelude's last hook_resid_post."
+            )
+        injects = self.looped_cfg.injection is not Injection.NONE
+        last_start = loop.p + loop.k * (loop.R - 1)
+        if injects and prelude_output is None and 0 <= behind < last_start:
+            raise InputError(
+                f"start_at_layer={behind} lies in the loop, and later recurrences inject the "
+                "prelude's output: pass it as prelude_output= (hook_resid_post of the last "
+                "prelude layer)"
+            )
