@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types layers install clean
+.PHONY: demo test bench bench-slow check lint types layers install clean
 
 install: $(READY)
 
@@ -21,6 +21,14 @@ demo: install
 # One thread a worker: the models are small, and two workers fill two cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# Ratios of times, as a table on the screen and in BENCHMARKS.md. On an idle machine only.
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m 'not slow' --table BENCHMARKS.md --section Quick
+
+# Loads a checkpoint of 2.9 GB, which it writes into the temporary folder first.
+bench-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m slow --table BENCHMARKS.md --section Slow
 
 check: lint types layers
 

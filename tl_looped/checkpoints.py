@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,18 +98,32 @@ class Checkpoint:
         parameters = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._check(sources, shapes, self.adapter.ignored(cfg) | set(duplicates))
-        with self._reader() as read:
-            for extra, original in duplicates.items():
-                if extra in self.shapes and not torch.equal(read(extra), read(original)):
-                    raise CheckpointError(
-                        f"{self.name}: {extra} is stored and differs from {original}, "
-                        "but the config says that the two are tied"
-                    )
-            for name, parameter in parameters.items():
-                value = _assemble(sources[name], read)
-                value = value.reshape(parameter.shape).to(device, dtype).contiguous()
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+        for extra, original in duplicates.items():
+            if extra in self.shapes and not torch.equal(self._read(extra), self._read(original)):
+                raise CheckpointError(
+                    f"{self.name}: {extra} is stored and differs from {original}, "
+                    "but the config says that the two are tied"
+                )
+        for name, parameter in parameters.items():
+            value = torch.empty(parameter.shape, device=device, dtype=dtype)
+            self._fill(value, sources[name])
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+    def _fill(self, value: Tensor, source: Source) -> None:
+        """Copy a parameter's parts from their files, converted, with no copy between."""
+        rows = source.rows or (value.shape[0],)
+        for name, part in zip(source.names, value.split(rows), strict=True):
+            stored = self._read(name)
+            part.copy_((stored[source.index] if source.index else stored).reshape(part.shape))
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor, mapped to its file."""
+        # The file is opened for each: as long as it is open, all that was read of it counts as
+        # memory of the process, which would then hold most of the checkpoint twice.
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
     def _check(
         self,
@@ -146,30 +158,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.name} does not hold the tensors of a {self.adapter.name} model:\n  {listed}"
             )
-
-    @contextmanager
-    def _reader(self) -> Iterator[Any]:
-        handles: dict[Path, Any] = {}
-
-        def read(name: str) -> Tensor:
-            path = self.files[name]
-            if path not in handles:
-                handles[path] = safe_open(path, framework="pt").__enter__()
-            tensor: Tensor = handles[path].get_tensor(name)
-            return tensor
-
-        try:
-            yield read
-        finally:
-            for handle in handles.values():
-                handle.__exit__(None, None, None)
-
-
-def _assemble(source: Source, read: Any) -> Tensor:
-    parts = [read(name) for name in source.names]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    # A copy: two parameters of one tensor must not share their memory.
-    return joined[source.index].clone() if source.index else joined
 
 
 def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Checkpoint:

@@ -137,7 +137,8 @@ class CacheWriter:
             kept = kept[0]
         assert hook.name is not None
         assert hook.pos_dim is not None
-        kept = self.positions.apply(kept, dim=hook.pos_dim)
+        if self.positions.mode != "identity":
+            kept = self.positions.apply(kept, dim=hook.pos_dim)
         if kept.untyped_storage().nbytes() > kept.nbytes:
             kept = kept.clone()  # a part of a tensor would keep the whole of it in memory
         self.store[hook.name + self.suffix] = kept

@@ -23,6 +23,7 @@ from tl_looped.transformer.cache_size import (
     twin_name,
 )
 from tl_looped.transformer.hooking import LoopedHookManager
+from tl_looped.transformer.pool import collector_paused
 
 
 class CachingMixin(LoopedHookManager):
@@ -64,9 +65,10 @@ class CachingMixin(LoopedHookManager):
             record = RunRecord()
             self._records.append(record)
             try:
-                out, cache_dict = super().run_with_cache(
-                    *model_args, remove_batch_dim=remove_batch_dim, **kwargs
-                )
+                with collector_paused():
+                    out, cache_dict = super().run_with_cache(
+                        *model_args, remove_batch_dim=remove_batch_dim, **kwargs
+                    )
             finally:
                 self._records.pop()
             if not return_cache_object:

@@ -63,8 +63,11 @@ class RecurrenceHooks(nn.Module):
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without garbage collection: it would look through all new hook points again and again."""
+def collector_paused() -> Iterator[None]:
+    """Without garbage collection, which would look through all hook points again and again.
+
+    For work that makes objects by the ten thousand and no garbage among them.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -207,7 +210,7 @@ class BlockPool(HookedRootModule):
         loop, cfg = self.loop, self.cfg
         final_norm = self._modules["final_norm"]
         assert isinstance(final_norm, NormWeights)
-        with _collector_paused():
+        with collector_paused():
             for r in range(len(self._recurrence_pool), loop.R):
                 hooks = RecurrenceHooks(cfg, r, final_norm)
                 settle(hooks, self.training)

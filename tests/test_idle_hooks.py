@@ -1,0 +1,149 @@
+"""What is skipped while nobody listens is back as soon as anybody does: one test a short cut."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_config
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+from tl_looped import LoopedTransformer
+
+Register = Callable[[nn.Module, Callable[..., None]], Any]
+
+# Every kind of hook that PyTorch attaches to one module.
+OWN: dict[str, Register] = {
+    "forward": lambda m, f: m.register_forward_hook(f),
+    "forward with keywords": lambda m, f: m.register_forward_hook(f, with_kwargs=True),
+    "forward always": lambda m, f: m.register_forward_hook(f, always_call=True),
+    "before forward": lambda m, f: m.register_forward_pre_hook(f),
+    "before forward with keywords": lambda m, f: m.register_forward_pre_hook(f, with_kwargs=True),
+    "backward": lambda m, f: m.register_full_backward_hook(f),
+    "before backward": lambda m, f: m.register_full_backward_pre_hook(f),
+}
+# And to all modules.
+GLOBAL: dict[str, Callable[[Callable[..., None]], Any]] = {
+    "forward": torch_modules.register_module_forward_hook,
+    "before forward": torch_modules.register_module_forward_pre_hook,
+    "backward": torch_modules.register_module_full_backward_hook,
+    "before backward": torch_modules.register_module_full_backward_pre_hook,
+}
+MODULES = (
+    "blocks.3.hook_resid_mid",
+    "blocks.3.attn.hook_z",
+    "blocks.3.attn.hook_pattern",
+    "blocks.3.ln1.hook_scale",
+    "recurrence.1.hook_state_in",
+    "blocks.3",
+    "blocks.3.attn",
+    "blocks.3.mlp",
+    "blocks.3.ln2",
+)
+
+
+@pytest.fixture
+def model() -> LoopedTransformer:
+    return LoopedTransformer.from_config(random_config())
+
+
+@pytest.mark.parametrize("kind", list(OWN))
+@pytest.mark.parametrize("name", MODULES)
+def test_raw_hooks_fire_until_they_are_removed(
+    model: LoopedTransformer, tokens: Tensor, name: str, kind: str
+) -> None:
+    fired: list[str] = []
+    handle = OWN[kind](model.get_submodule(name), lambda *args: fired.append(name))
+    model(tokens, return_type="loss").backward()
+    assert fired == [name]
+    handle.remove()
+    model(tokens, return_type="loss").backward()
+    assert fired == [name]
+
+
+# PyTorch's remark on modules whose input needs no gradient, such as the embedding.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("kind", list(GLOBAL))
+def test_hooks_on_all_modules_fire(model: LoopedTransformer, tokens: Tensor, kind: str) -> None:
+    seen: list[nn.Module] = []
+
+    def hook(module: nn.Module, *args: Any) -> None:
+        seen.append(module)
+
+    handle = GLOBAL[kind](hook)
+    try:
+        model(tokens, return_type="loss").backward()
+    finally:
+        handle.remove()
+    for name in MODULES:
+        assert any(module is model.get_submodule(name) for module in seen), name
+
+
+def test_a_pattern_that_is_listened_to_changes_nothing_else(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    fused = model(tokens)
+    shapes: list[torch.Size] = []
+    model.blocks[3].attn.hook_pattern.register_forward_hook(
+        lambda module, args, out: shapes.append(out.shape)
+    )
+    torch.testing.assert_close(model(tokens), fused)
+    assert shapes == [(2, 4, 9, 9)]
+
+
+def test_a_module_that_is_put_in_place_of_another_is_used(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    class Zero(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros_like(x)
+
+    replaced = Zero()
+    model.blocks[3].mlp = replaced
+    _, cache = model.run_with_cache(tokens)
+    assert model.blocks[3].mlp is replaced
+    assert not cache["blocks.3.hook_mlp_out"].any()
+    assert cache["blocks.4.hook_mlp_out"].any()
+
+
+def test_a_parameter_that_is_put_in_place_of_another_is_used(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    model(tokens)
+    model.core[1].mlp.down = nn.Parameter(torch.zeros(32, 48))
+    _, cache = model.run_with_cache(tokens)
+    for layer in range(3):
+        assert bool(cache["mlp_out", (2, layer)].any()) == (layer != 1)
+
+
+def test_a_copy_has_modules_of_its_own(model: LoopedTransformer, tokens: Tensor) -> None:
+    twin = deepcopy(model)
+    before = model(tokens)
+    twin.add_hook("blocks.3.hook_mlp_out", lambda tensor, hook: 0 * tensor)
+    torch.testing.assert_close(model(tokens), before, atol=0, rtol=0)
+    assert not torch.allclose(twin(tokens), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_new_blocks_have_the_mode_of_the_model(model: LoopedTransformer, training: bool) -> None:
+    model.train(training).set_recurrences(9)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_garbage_collection_goes_on_after_growing_and_caching(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    assert gc.isenabled()
+    model.set_recurrences(6)
+    assert gc.isenabled()
+    during: list[bool] = []
+    model.add_hook("hook_embed", lambda tensor, hook: during.append(gc.isenabled()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.run_with_cache(tokens)
+    assert during == [False]
+    assert gc.isenabled()
