@@ -209,7 +209,7 @@ class UnrolledModel(nn.Module):
         super().__init__()
         self.looped_cfg: LoopedConfig = model.cfg
         self.loop, self.state_seed = loop, state_seed
-        self._not_additive: str | None = model.why_not_additive()
+        self._not_additive: str | None = model.cfg.why_not_additive()
         children = dict(model.named_children())
         self.weights = nn.ModuleDict({name: children[name] for name in _SHARED if name in children})
         self.tok_embed = TiedEmbedding(self.weights["embed"])

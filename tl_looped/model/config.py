@@ -197,6 +197,18 @@ class LoopedConfig(TransformerLensConfig):
         """
         return 0 if self.injection is not Injection.NONE and self.n_coda > 0 else 1
 
+    def why_not_additive(self) -> str | None:
+        """Why the residual stream is not the plain sum of all writes, or None if it is."""
+        if self.norm_layout is NormLayout.RESIDUAL:
+            return "each block normalises its residual sum (ln_mid, ln_out)"
+        if self.injection is not Injection.NONE:
+            return "the injection maps the stream through an adapter before every recurrence"
+        if self.loop_norm:
+            return "the loop norm rescales the stream after every recurrence"
+        if self.pre_coda_norm:
+            return "the norm before the coda rescales the stream"
+        return None
+
     def _validate(self) -> None:
         positive = ("d_model", "d_head", "n_heads", "n_ctx", "d_vocab", "d_mlp", "n_core")
         counts = ("n_prelude", "n_coda", "n_recurrences")
