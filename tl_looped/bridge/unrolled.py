@@ -263,7 +263,7 @@ class UnrolledModel(nn.Module):
         self._check_injected(prelude_output)
         mask = self._check_mask(attention_mask, x)
         context = RunContext.build(self.looped_cfg, x.shape[1], mask, x.device, x.dtype)
-        angles = context.rotation.cos[:, :, 0], context.rotation.sin[:, :, 0]
+        angles = context.rotation.cos[:, :, 0], context.rotation.unsigned_sin[:, :, 0]
         run = UnrolledRun(context, prelude_output)
         for layer in self.layers:
             if self.has_boundaries:

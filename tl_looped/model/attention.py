@@ -9,6 +9,7 @@ While nothing listens to scores or pattern, PyTorch's fused attention computes z
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from tl_looped._compat import FactoredMatrix
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import RunContext
 from tl_looped.model.geometry import LayerLocation
-from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
 from tl_looped.model.rotary import rotate
 
@@ -56,7 +57,7 @@ class AttentionWeights(nn.Module):
         return rows.unflatten(0, (n, self.d_head))
 
 
-class Attention(nn.Module):
+class Attention(QuickModule):
     """Hooked attention on borrowed weights.
 
     Args:
@@ -104,10 +105,9 @@ class Attention(nn.Module):
         """Attention output of a (normalised) input, before any post-norm."""
         weights = self._weights
         n_q, n_kv, d = weights.n_heads, weights.n_kv_heads, weights.d_head
-        qkv = F.linear(x, weights.qkv)
-        q = qkv[..., : n_q * d].unflatten(-1, (n_q, d))
-        k = qkv[..., n_q * d : (n_q + n_kv) * d].unflatten(-1, (n_kv, d))
-        v = qkv[..., (n_q + n_kv) * d :].unflatten(-1, (n_kv, d))
+        parameters: dict[str, Any] = weights._parameters  # see QuickModule
+        heads = F.linear(x, parameters["qkv"]).unflatten(-1, (-1, d))
+        q, k, v = heads.split_with_sizes((n_q, n_kv, n_kv), 2)
         return self.attend(q, k, v, run)
 
     def forward_split(
@@ -149,14 +149,16 @@ class Attention(nn.Module):
         z = self.hook_z(self._mix(q, k, v, run))
         if self.cfg.use_attn_result:
             return self.hook_result(torch.einsum("bthk,hkd->bthd", z, self.W_O)).sum(-2)
-        return F.linear(z.flatten(-2), weights.out)
+        parameters: dict[str, Any] = weights._parameters  # see QuickModule
+        return F.linear(z.flatten(-2), parameters["out"])
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, run: RunContext) -> Tensor:
         """Values averaged by the attention pattern, ``[batch, pos, n_heads, d_head]``."""
         repeats = q.shape[2] // k.shape[2]
         # [batch, pos, head, d_head] -> [batch, head, pos, d_head], one key-value head a query head
-        q = q.transpose(1, 2)
-        k, v = (t.repeat_interleave(repeats, 2).transpose(1, 2) for t in (k, v))
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if not (self.hook_attn_scores.is_active or self.hook_pattern.is_active):
             return _fused(q, k, v, run).transpose(1, 2)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])

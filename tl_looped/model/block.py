@@ -20,7 +20,7 @@ from tl_looped.model.attention import Attention, AttentionWeights
 from tl_looped.model.config import LoopedConfig, NormLayout
 from tl_looped.model.context import RunContext
 from tl_looped.model.geometry import LayerLocation
-from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, place
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule, place
 from tl_looped.model.mlp import MLP, MLPWeights
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
 
@@ -49,7 +49,7 @@ class BlockWeights(nn.Module):
             self.add_module(name, NormWeights(cfg.d_model, cfg.eps, cfg.dtype))
 
 
-class Block(nn.Module):
+class Block(QuickModule):
     """A transformer block as TransformerLens's tools expect it, on borrowed weights.
 
     Args:

@@ -105,19 +105,23 @@ class LoopGeometry:
             return self.index(layer[0], layer[1])
         return self._check("effective layer", layer, self.n_layers)
 
+    def has_boundary(self, i: int) -> bool:
+        """Whether anything happens before effective layer ``i``."""
+        return self.p <= i <= self.p + self.k * self.R and (i - self.p) % self.k == 0
+
     def boundary(self, i: int) -> list[Boundary]:
         """What happens before effective layer ``i``, in order; mostly nothing.
 
         With a coda, the end of the loop stands before its first layer. Without one the loop ends
         behind the last layer, and no boundary of a layer holds it.
         """
-        loop_end = self.p + self.k * self.R
+        if not self.has_boundary(i):
+            return []
         events = [Boundary("enter_loop")] if i == self.p else []
-        if self.p <= i <= loop_end and (i - self.p) % self.k == 0:
-            r = (i - self.p) // self.k
-            if r > 0:
-                events.append(Boundary("leave", r - 1))
-            events.append(Boundary("enter", r) if r < self.R else Boundary("leave_loop"))
+        r = (i - self.p) // self.k
+        if r > 0:
+            events.append(Boundary("leave", r - 1))
+        events.append(Boundary("enter", r) if r < self.R else Boundary("leave_loop"))
         return events
 
     def labels(self) -> list[str]:

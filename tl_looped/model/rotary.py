@@ -27,6 +27,14 @@ class Rotation(NamedTuple):
     sin: Float[Tensor, "batch pos 1 d_head"]
     interleaved: bool
 
+    @property
+    def unsigned_sin(self) -> Float[Tensor, "batch pos 1 d_head"]:
+        """The sines without that sign, as transformers' modules take them."""
+        if self.interleaved:
+            return self.sin[..., 1::2].repeat_interleave(2, -1)
+        second = self.sin.chunk(2, -1)[1]
+        return torch.cat((second, second), -1)
+
 
 def inverse_frequencies(cfg: LoopedConfig) -> Float[Tensor, " half"]:
     """``rotary_base ** (-2i / d_head)``, rescaled after Llama 3 where the config asks for it."""

@@ -9,6 +9,7 @@ the two compose to the whole run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import cast
 
 import torch
@@ -56,11 +57,12 @@ class LoopMixin(InputsMixin):
         self, x: Stream, run: LoopRun, start: int, stop: int, enter_first: bool
     ) -> Stream:
         """Blocks ``start`` to ``stop - 1`` with their boundaries; the first one's if asked."""
-        blocks = self.blocks
-        for i in range(start, stop):
-            if i > start or enter_first:
+        loop, context = self.loop, run.context
+        # One walk over the list: indexing it costs as much as a norm.
+        for i, block in enumerate(islice(self.blocks, start, stop), start):
+            if loop.has_boundary(i) and (i > start or enter_first):
                 x = self._enter_layer(i, x, run)
-            x = blocks[i](x, run.context)
+            x = block(x, context)
         return x
 
     def _enter_layer(self, i: int, x: Stream, run: LoopRun) -> Stream:
