@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from tl_looped._compat import Slice, SliceInput
@@ -11,6 +12,12 @@ from tl_looped.cache import LoopedActivationCache, RunRecord
 from tl_looped.errors import InputError
 from tl_looped.model.hook_points import CacheWriter
 from tl_looped.transformer.hooking import LoopedHookManager
+
+
+def n_rows(batch: Any) -> int:
+    """Number of prompts in an input; a text or an unbatched sequence of tokens is one."""
+    texts = isinstance(batch, list) and all(isinstance(item, str) for item in batch)
+    return len(batch) if texts or np.ndim(batch) > 1 else 1
 
 
 class CachingMixin(LoopedHookManager):
@@ -37,8 +44,8 @@ class CachingMixin(LoopedHookManager):
         """
         with self.recurrences(n_recurrences):
             batch = model_args[0] if model_args else kwargs.get("input")
-            if remove_batch_dim and isinstance(batch, list) and len(batch) > 1:
-                raise InputError(f"cannot remove the batch dimension of {len(batch)} prompts")
+            if remove_batch_dim and n_rows(batch) > 1:
+                raise InputError(f"cannot remove the batch dimension of {n_rows(batch)} prompts")
             record = RunRecord()
             self._records.append(record)
             try:
