@@ -47,9 +47,8 @@ def caches(pair: Pair, tokens: Tensor, **run: Any) -> tuple[Any, Any]:
         return tuple(m.run_with_cache(tokens, **run)[1] for m in (pair.looped, pair.hooked))
 
 
-SWEEPS = ["resid_pre", "resid_mid", "attn_out", "mlp_out", "block_every"]
-SWEEPS += [f"attn_head_{which}_all_pos" for which in ("out", "q", "k", "v", "pattern")]
-SWEEPS += [f"attn_head_{which}_by_pos" for which in ("out", "k", "pattern")]
+# The "every" ones are stacks: resid_pre, attn_out, mlp_out; and all_pos of out, q, k, v, pattern.
+SWEEPS = ["resid_mid", "block_every", "attn_head_all_pos_every", "attn_head_k_by_pos"]
 
 
 @pytest.mark.parametrize("pair", CASES[1:3], ids="-".join, indirect=True)
