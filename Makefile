@@ -3,13 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A second environment, with the oldest TransformerLens that is supported.
+VENV_TL3 ?= .venv-tl3
+READY_TL3 := $(VENV_TL3)/.ready
 
-.PHONY: demo test bench bench-slow check lint types layers install clean
+# What runs there: the comparison with HookedTransformer, which 4.0 removed, and the central promises.
+TESTS_TL3 := tests/compat tests/test_golden_parity.py tests/test_transformerlens_cache.py \
+	tests/test_transformerlens_patching.py tests/test_transformerlens_tools.py tests/test_tokens.py
+
+.PHONY: demo test compat bench bench-slow check lint types layers install clean
+
+define CHECK_PYTHON
+$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
+endef
 
 install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
@@ -30,6 +41,18 @@ bench: install
 bench-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m slow --table BENCHMARKS.md --section Slow
 
+# constraints-tl3.txt replaces one line of constraints.txt; everything else stays as tested.
+$(READY_TL3): pyproject.toml constraints.txt constraints-tl3.txt
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(VENV_TL3)
+	grep -v '^transformer-lens==' constraints.txt > $(VENV_TL3)/constraints.txt
+	$(VENV_TL3)/bin/pip install --quiet --constraint $(VENV_TL3)/constraints.txt \
+		--constraint constraints-tl3.txt --editable '.[dev]'
+	touch $(READY_TL3)
+
+compat: $(READY_TL3)
+	OMP_NUM_THREADS=1 $(VENV_TL3)/bin/python -m pytest -n 2 --dist worksteal -q $(TESTS_TL3)
+
 check: lint types layers
 
 lint: install
@@ -43,4 +66,4 @@ layers: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) demo-report
+	rm -rf $(VENV) $(VENV_TL3) demo-report

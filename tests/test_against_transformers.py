@@ -35,14 +35,16 @@ LLAMA3_ROPE = {
 }
 
 
-def feedforward(kind: str) -> Any:
+def feedforward(kind: str, n_kv_heads: int = 2) -> Any:
     torch.manual_seed(1)
     if kind == "olmo":
         model: Any = Olmo2ForCausalLM(Olmo2Config(num_key_value_heads=4, **SIZES))
     else:
         rope = {"rope_type": "default", "rope_theta": 10000.0} if kind == "llama" else LLAMA3_ROPE
         model = LlamaForCausalLM(
-            LlamaConfig(num_key_value_heads=2, rope_parameters=rope, rms_norm_eps=1e-5, **SIZES)
+            LlamaConfig(
+                num_key_value_heads=n_kv_heads, rope_parameters=rope, rms_norm_eps=1e-5, **SIZES
+            )
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,8 +87,8 @@ def retrofit_tensors(model: Any) -> dict[str, Tensor]:
     return {name: tensor.clone().contiguous() for name, tensor in out.items()}
 
 
-def write_retrofit(kind: str, folder: Path) -> Any:
-    model = feedforward(kind)
+def write_retrofit(kind: str, folder: Path, n_kv_heads: int = 2) -> Any:
+    model = feedforward(kind, n_kv_heads)
     template = "retrofit_olmo" if kind == "olmo" else "retrofit_llama"
     config = json.loads((GOLDEN / template / "config.json").read_text())
     config |= {

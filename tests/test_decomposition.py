@@ -10,7 +10,6 @@ import torch
 from conftest import VARIANTS, Golden, random_config
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.tools.analysis.direct_logit_attribution import direct_logit_attribution
 
 from tl_looped import (
     InitialState,
@@ -115,20 +114,6 @@ def test_the_reference_residuals_and_logits_are_reached(golden: Golden) -> None:
     row = cache.apply_slice_to_batch_dim(0)
     one = row.logit_attrs(row.decompose_resid(pos_slice=4), 7, pos_slice=4, has_batch_dim=False)
     assert relative(one.sum(0), golden.tensors["logits"][0, 4, 7]) < 1e-4
-
-
-@pytest.mark.parametrize("unit", ["component", "head", "layer"])
-def test_direct_logit_attribution_explains_the_logit(golden: Golden, unit: str) -> None:
-    model = golden.load()
-    cache = cached(model, golden.tokens, **golden.run)
-    found = direct_logit_attribution(
-        model, cache=cache, answer_tokens=7, incorrect_tokens=9, unit=unit, pos=None
-    )
-    logits = golden.tensors["logits"]
-    # The unit "layer" is the cumulative stream, whose last entry is the whole of it.
-    total = found.attribution[-1] if unit == "layer" else found.attribution.sum(0)
-    assert relative(total, logits[..., 7] - logits[..., 9]) < 1e-4
-    assert len(found.labels) == found.attribution.shape[0] == len(set(found.labels))
 
 
 # -- against the model's own forward pass -------------------------------------------------------

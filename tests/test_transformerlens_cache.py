@@ -1,4 +1,4 @@
-"""TransformerLens's ActivationCache methods and logit lens on looped models."""
+"""TransformerLens's ActivationCache methods on looped models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 from conftest import VARIANTS, random_config
 from torch import Tensor
-from transformer_lens.tools.analysis.logit_lens import logit_lens
 
-from tl_looped import LoopedActivationCache, LoopedTransformer
+from tl_looped import InputError, LoopedActivationCache, LoopedTransformer
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -28,54 +27,6 @@ def cached(model: LoopedTransformer, tokens: Tensor, **run: Any) -> LoopedActiva
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> LoopedTransformer:
     return model_of(request.param)
-
-
-# -- logit lens -----------------------------------------------------------------------------------
-
-
-def test_the_last_entry_of_the_logit_lens_is_the_models_logits(golden, golden_model) -> None:
-    logits, cache = golden_model.run_with_cache(golden.tokens, **golden.run)
-    from_cache = logit_lens(cache, positions=None)
-    torch.testing.assert_close(from_cache.values[-1], logits, **CLOSE)
-    torch.testing.assert_close(cache.logit_lens(positions=None).values, from_cache.values)
-    own_run = logit_lens(golden_model, golden.tokens, positions=None, incl_mid=True)
-    torch.testing.assert_close(own_run.values[-1], golden_model(golden.tokens), **CLOSE)
-    first, last = golden_model.loop.locate(0).label, golden_model.loop.locate(-1).label
-    assert own_run.labels[:2] == [f"{first}.pre", f"{first}.mid"]
-    assert own_run.labels[-2:] == [f"{last}.mid", "final_post"]
-    assert len(own_run.labels) == 2 * golden_model.loop.n_layers + 1
-
-
-def test_the_logit_lens_reads_each_stream_through_final_norm_and_unembedding(
-    variant: LoopedTransformer, tokens: Tensor
-) -> None:
-    torch.nn.init.uniform_(variant.final_norm.w, 0.5, 2.0)
-    cache = cached(variant, tokens)
-    targets = tokens.roll(-1, 1)
-    lens = cache.logit_lens(positions=None, targets=targets, return_type="log_probs")
-    for layer in range(variant.loop.n_layers):
-        x = cache.cache_dict[f"blocks.{layer}.hook_resid_pre"]
-        scale = (x.pow(2).mean(-1, keepdim=True) + variant.cfg.eps).sqrt()
-        logits = x / scale * variant.final_norm.w @ variant.W_U
-        expected = logits.log_softmax(-1).gather(-1, targets[..., None])
-        torch.testing.assert_close(lens.values[layer], expected, **CLOSE)
-        rank = (logits > logits.gather(-1, targets[..., None])).sum(-1)
-        assert torch.equal(lens.rank_trajectory()[layer], rank)
-
-
-def test_the_logit_lens_of_an_old_cache_keeps_the_runs_number_of_layers(tokens: Tensor) -> None:
-    model = model_of("pre-injection")
-    logits, cache = model.run_with_cache(tokens)
-    model.set_recurrences(1)
-    lens = cache.logit_lens()
-    assert len(lens.labels) == 1 + 2 * 2 + 1 + 1
-    torch.testing.assert_close(lens.values[-1], logits[:, -1], **CLOSE)
-
-
-def test_the_logit_lens_refuses_training_mode(tokens: Tensor) -> None:
-    model = model_of().train()
-    with pytest.raises(ValueError, match="evaluation"):
-        logit_lens(model, tokens)
 
 
 # -- reading and stacking -------------------------------------------------------------------------
@@ -120,7 +71,7 @@ def test_accumulated_resid_takes_the_scale_of_the_layer_that_reads_it(tokens: Te
 
 def test_a_layer_without_a_norm_at_its_input_has_no_scale_to_apply(tokens: Tensor) -> None:
     cache = cached(model_of("post-qk-norm"), tokens)
-    with pytest.raises(KeyError, match="ln1_post"):
+    with pytest.raises(KeyError, match=r"Layer 3 has no ln1|blocks\.3\.ln1\.hook_scale"):
         cache.accumulated_resid(3, apply_ln=True)
 
 
@@ -171,9 +122,16 @@ def test_removing_the_batch_dimension_keeps_class_and_geometry(tokens: Tensor) -
 
 
 def test_removing_the_batch_dimension_of_two_rows_is_refused(tokens: Tensor) -> None:
-    cache = cached(model_of(), tokens)
-    with pytest.raises(AssertionError, match="batch size 2"):
-        cache.remove_batch_dim()
+    model = model_of()
+    with pytest.raises(AssertionError, match="Cannot remove batch dimension"):
+        cached(model, tokens).remove_batch_dim()
+    for two in (tokens, tokens.numpy(), tokens.tolist()):
+        with pytest.raises(InputError, match="batch dimension of 2 prompts"):
+            model.run_with_cache(two, remove_batch_dim=True)
+    with pytest.raises(InputError, match="batch dimension of 2 prompts"):
+        model.run_with_cache(input=tokens, remove_batch_dim=True)
+    one = cached(model, tokens[0].tolist(), remove_batch_dim=True)
+    torch.testing.assert_close(one["z", 1], cached(model, tokens[:1])["z", 1][0], **CLOSE)
 
 
 def test_compute_head_results_equals_hook_result(

@@ -1,8 +1,7 @@
-"""TransformerLens's detectors, interpreters, training and hooks, unmodified, on looped models."""
+"""TransformerLens's detectors, interpreters and hooks, unmodified, on looped models."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -10,12 +9,9 @@ import torch
 from conftest import VARIANTS, random_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformer_lens import HookedRootModule, SVDInterpreter, model_protocol, patching, utilities
+from transformer_lens import HookedRootModule, SVDInterpreter, utilities
 from transformer_lens.head_detector import detect_head
-from transformer_lens.tools import training
 from transformers import PreTrainedTokenizerFast
-from typing_extensions import get_protocol_members
 
 from tl_looped import HookNameError, LoopedTransformer
 
@@ -102,48 +98,6 @@ def test_svd_interpreter_reads_the_shared_weights_of_an_effective_layer(variant:
             expected = (directions @ model.W_U).T
             # A singular vector is determined up to its sign.
             torch.testing.assert_close(found[:, 0].abs(), expected.abs(), atol=1e-4, rtol=1e-4)
-
-
-class Cycles(Dataset):
-    """Sequences that count upwards modulo ten."""
-
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"tokens": (torch.arange(8) + i) % 10}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_training_lowers_the_loss_and_moves_the_shared_core(variant: str) -> None:
-    model = small(variant)
-    tokens = torch.stack([Cycles()[i]["tokens"] for i in range(10)])
-    before, core = model(tokens, return_type="loss"), model.core[0].mlp.down.clone()
-    config = training.TrainConfig(5, 8, lr=3e-3, device="cpu", print_every=None)
-    assert training.train(model, config, Cycles()) is model
-    with pytest.raises(ValueError, match="evaluation mode"):
-        patching.get_act_patch_resid_pre(model, TOKENS, None, lambda logits: logits.mean())
-    model.eval()
-    assert not any(module.training for module in model.modules())
-    assert model(tokens, return_type="loss") < 0.5 * before
-    assert not torch.equal(model.core[0].mlp.down, core)
-    assert {id(p) for p in model.parameters()} >= {id(p) for p in model.core.parameters()}
-
-
-PROTOCOLS = [
-    model_protocol.TransformerLensModel,
-    model_protocol.TransformerLensModelWithWeights,
-    model_protocol.TrainableTransformerLensModel,
-]
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_model_satisfies_the_protocols_statically(protocol: Any) -> None:
-    model = small()
-    assert isinstance(model, protocol)
-    for member in get_protocol_members(protocol):
-        # What isinstance looks at from Python 3.12 on; it does not see submodules of an nn.Module.
-        inspect.getattr_static(model, member)
 
 
 def test_hooks_of_a_hooked_root_module() -> None:

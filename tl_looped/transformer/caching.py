@@ -26,6 +26,12 @@ from tl_looped.transformer.hooking import LoopedHookManager
 from tl_looped.transformer.pool import collector_paused
 
 
+def n_rows(batch: Any) -> int:
+    """Number of prompts in an input; a text or an unbatched sequence of tokens is one."""
+    texts = isinstance(batch, list) and all(isinstance(item, str) for item in batch)
+    return len(batch) if texts or np.ndim(batch) > 1 else 1
+
+
 class CachingMixin(LoopedHookManager):
     """TransformerLens's caching methods, which return a LoopedActivationCache."""
 
@@ -58,8 +64,8 @@ class CachingMixin(LoopedHookManager):
         """
         with self.recurrences(n_recurrences):
             batch = model_args[0] if model_args else kwargs.get("input")
-            if remove_batch_dim and isinstance(batch, list) and len(batch) > 1:
-                raise InputError(f"cannot remove the batch dimension of {len(batch)} prompts")
+            if remove_batch_dim and n_rows(batch) > 1:
+                raise InputError(f"cannot remove the batch dimension of {n_rows(batch)} prompts")
             if not force:
                 self._refuse_too_large_cache(batch, kwargs)
             record = RunRecord()
