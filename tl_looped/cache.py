@@ -169,9 +169,10 @@ class LoopedActivationCache(DecompositionMixin):
         ``layer`` may be (recurrence, layer). Labels name it: ``r3.l1.pre``, ``prelude.0.mid``,
         ``final_post``.
         """
-        target = Target.of(layer, mlp_input, self.loop)
+        # Behind the last layer there is no MLP; TransformerLens ignores mlp_input there.
+        end = Target.of(layer, False, self.loop).layer
         stack, labels = super().accumulated_resid(
-            target.layer, incl_mid, apply_ln, pos_slice, target.mid, return_labels=True
+            end, incl_mid, apply_ln, pos_slice, mlp_input, return_labels=True
         )
         if not return_labels:
             return stack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformer_lens.head_detector import detect_head
 from transformer_lens.tools.analysis import direct_logit_attribution
 from transformer_lens.tools.analysis.direct_path_patching import get_act_patch_direct_path
 from transformer_lens.utilities import Slice
+
+from tl_looped import InvalidDecompositionError
 
 CLEAN, CORRUPTED = some_tokens(2, 3, seed=1), some_tokens(2, 3, seed=2)
 
@@ -47,6 +50,20 @@ def caches(pair: Pair, tokens: Tensor, **run: Any) -> tuple[Any, Any]:
         return tuple(m.run_with_cache(tokens, **run)[1] for m in (pair.looped, pair.hooked))
 
 
+def in_the_loop(pair: Pair, labels: list[str]) -> list[str]:
+    """TransformerLens's labels with the place in the loop in place of the layer's number."""
+    places = pair.looped.loop.labels()
+
+    def named(label: str) -> str:
+        if found := re.fullmatch(r"L(\d+)([HN])(\d+)", label):
+            return f"{places[int(found[1])]}{found[2].lower()}{found[3]}"
+        if found := re.fullmatch(r"(\d+)_(\w+)", label):
+            return f"{places[int(found[1])]}.{found[2]}"
+        return label
+
+    return [named(label) for label in labels]
+
+
 # The "every" ones are stacks: resid_pre, attn_out, mlp_out; and all_pos of out, q, k, v, pattern.
 SWEEPS = ["resid_mid", "block_every", "attn_head_all_pos_every", "attn_head_k_by_pos"]
 
@@ -78,6 +95,17 @@ def test_direct_paths_are_the_same(pair: Pair, component: str) -> None:
     torch.testing.assert_close(*grids, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:get_act_patch_direct_path is most accurate")
+def test_direct_paths_are_refused_where_heads_do_not_arrive_as_written(pair: Pair) -> None:
+    model = pair.looped
+    clean, corrupted = caches(pair, CLEAN)[0], caches(pair, CORRUPTED)[0]
+    if model.cfg.why_no_direct_paths() is None:
+        get_act_patch_direct_path(model, CORRUPTED, clean, corrupted, metric, 5, 2, verbose=False)
+    else:
+        with pytest.raises(InvalidDecompositionError, match="injection"):
+            get_act_patch_direct_path(model, CORRUPTED, clean, corrupted, metric, 3, 2)
+
+
 def test_the_accumulated_stream_is_the_same(pair: Pair) -> None:
     ours, theirs = caches(pair, CLEAN)
     for layer in (None, 0, 3, -1):
@@ -86,7 +114,7 @@ def test_the_accumulated_stream_is_the_same(pair: Pair) -> None:
                 continue  # there is no MLP behind the last layer
             mine, labels = ours.accumulated_resid(layer, return_labels=True, **options)
             expected, wanted = theirs.accumulated_resid(layer, return_labels=True, **options)
-            assert labels == wanted
+            assert labels == in_the_loop(pair, wanted)
             torch.testing.assert_close(mine, expected, **CLOSE)
 
 
@@ -127,7 +155,7 @@ def test_a_decomposition_has_the_same_parts(plain: Pair, method: str, apply_ln: 
     for options in DECOMPOSITIONS[method]:
         options = {"layer": -1, "return_labels": True, "apply_ln": apply_ln} | options
         (mine, labels), (expected, wanted) = (getattr(c, method)(**options) for c in (ours, theirs))
-        assert list(labels) == list(wanted)
+        assert labels == in_the_loop(plain, wanted)
         torch.testing.assert_close(mine, expected, **CLOSE)
 
 
@@ -152,7 +180,7 @@ def test_logit_attributions_are_the_same(plain: Pair) -> None:
         )
         for model, cache in zip((plain.looped, plain.hooked), (ours, theirs), strict=True)
     ]
-    assert by_tool[0].labels == by_tool[1].labels
+    assert by_tool[0].labels == in_the_loop(plain, by_tool[1].labels)
     torch.testing.assert_close(by_tool[0].attribution, by_tool[1].attribution, **CLOSE)
 
 

@@ -209,6 +209,12 @@ class LoopedConfig(TransformerLensConfig):
             return "the norm before the coda rescales the stream"
         return None
 
+    def why_no_direct_paths(self) -> str | None:
+        """Why a head's output is not what later layers receive of it, or None if it is."""
+        if self.norm_layout in (NormLayout.POST, NormLayout.SANDWICH):
+            return "each sublayer's output is normalised before it is added (ln1_post, ln2_post)"
+        return self.why_not_additive()
+
     def _validate(self) -> None:
         positive = ("d_model", "d_head", "n_heads", "n_ctx", "d_vocab", "d_mlp", "n_core")
         counts = ("n_prelude", "n_coda", "n_recurrences")

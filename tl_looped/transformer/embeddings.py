@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_looped.model.config import LoopedConfig
+from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.model.norms import NormWeights
 
 
@@ -43,6 +44,8 @@ class Unembed(nn.Module):
         self.folded = False
         object.__setattr__(self, "_embed", embed)
         object.__setattr__(self, "_norm", norm)
+        self.hook_in = LoopedHookPoint()
+        self.hook_out = LoopedHookPoint()
         if not cfg.tie_embeddings:
             self.weight = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model, dtype=cfg.dtype))
 
@@ -68,10 +71,18 @@ class Unembed(nn.Module):
         rows = self.matrix[tokens]
         return rows * self._norm.w if self.folded else rows
 
-    def unfolded(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        """Logits of a stream that the final norm's gain has multiplied, as in the model itself."""
+    def silent(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits of a stream that the final norm's gain has multiplied; no hook fires."""
         return nn.functional.linear(x, self.matrix)
 
-    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        """Logits of what ``ln_final`` gives, ``x @ W_U``."""
-        return self.unfolded(x * self._norm.w if self.folded else x)
+    def forward(
+        self, x: Float[Tensor, "... d_model"], in_model: bool = False
+    ) -> Float[Tensor, "... d_vocab"]:
+        """Logits.
+
+        Called from outside, of what ``ln_final`` gives there: ``x @ W_U``. The model's own forward
+        pass says ``in_model``; its ``x`` has the gain in it.
+        """
+        if self.folded and not in_model:
+            x = x * self._norm.w
+        return self.hook_out(self.silent(self.hook_in(x)))

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from tl_looped._compat import HookedRootModule, HookPoint, get_act_name
-from tl_looped.errors import HookNameError
+from tl_looped.errors import HookNameError, InvalidDecompositionError
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.names import resolve_name
 from tl_looped.transformer.pool import BlockPool
+
+_DIRECT_PATHS = "transformer_lens.tools.analysis.direct_path_patching"
 
 HookName = str | tuple[str, LayerLike] | Callable[[str], bool]
 
@@ -43,8 +45,8 @@ class LoopedHookManager(BlockPool):
         yield self.hook_initial_state
         for block in self._block_pool.values():
             yield from block.hook_suffixes.values()
-        norms = [self._modules["ln_final"], self._modules.get("ln_pre_coda")]
-        for owner in [*self._recurrence_pool, *norms]:
+        rest = [self._modules.get(name) for name in ("ln_pre_coda", "ln_final", "unembed")]
+        for owner in [*self._recurrence_pool, *rest]:
             if owner is not None:
                 yield from (m for m in owner.modules() if isinstance(m, HookPoint))
 
@@ -114,8 +116,25 @@ class LoopedHookManager(BlockPool):
             [(name, hook) for wanted, hook in given for name in self._selected(wanted)]
             for given in (fwd_hooks, bwd_hooks)
         )
+        self._check_direct_paths(hook for _, hook in fwd)
         with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts) as model:
             yield model
+
+    def _check_direct_paths(self, hooks: Iterable[Any]) -> None:
+        """Refuse TransformerLens's direct-path hooks where they would be silently wrong.
+
+        They add a head's output to a later head's input as if nothing happened to it in between.
+        TransformerLens 4 asks the blocks whether that holds (``Block.hook_aliases``), 3 does not.
+        """
+        reason = self.cfg.why_no_direct_paths()
+        if reason is not None and any(
+            getattr(hook, "__module__", None) == _DIRECT_PATHS for hook in hooks
+        ):
+            raise InvalidDecompositionError(
+                f"direct-path patching takes a head's output for what later heads receive, but "
+                f"{reason}. Valid here: patching of activations at any (recurrence, layer), and "
+                "cache.stack_head_results, which carries each head's output to where it is read."
+            )
 
     def run_with_hooks(
         self, *model_args: Any, n_recurrences: int | None = None, **kwargs: Any

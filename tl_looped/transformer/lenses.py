@@ -39,7 +39,7 @@ class LensesMixin(LoopMixin):
             resid: Block outputs or any other residual streams, with any leading dimensions.
         """
         self._check_width(resid)
-        return self.unembed.unfolded(rms_norm(resid.to(self.W_E), self.final_norm))
+        return self.unembed.silent(rms_norm(resid.to(self.W_E), self.final_norm))
 
     def coda_lens(
         self,
@@ -62,13 +62,13 @@ class LensesMixin(LoopMixin):
         stack, (batch, length) = stream.shape[:-3], stream.shape[-3:-1]
         final = self.final_norm
         if self.cfg.loop_norm and self.loop.c == 0:
-            return self.unembed.unfolded(stream if after_loop_norm else rms_norm(stream, final))
+            return self.unembed.silent(stream if after_loop_norm else rms_norm(stream, final))
         if (self.cfg.loop_norm and not after_loop_norm) or self.cfg.pre_coda_norm:
             stream = rms_norm(stream, final)
         mask = self._check_mask(attention_mask, batch, length)
         run = RunContext.build(self.cfg, length, mask, stream.device, stream.dtype)
         flat = stream.reshape(-1, batch, length, self.cfg.d_model)
-        outputs = [self.unembed.unfolded(rms_norm(self._silent_coda(x, run), final)) for x in flat]
+        outputs = [self.unembed.silent(rms_norm(self._silent_coda(x, run), final)) for x in flat]
         return torch.stack(outputs).reshape(*stack, batch, length, -1)
 
     def _exit_logits(
@@ -80,7 +80,7 @@ class LensesMixin(LoopMixin):
             if self.cfg.pre_coda_norm:
                 state = rms_norm(state, final)
             state = rms_norm(self._silent_coda(state, replace(run.context, peeking=True)), final)
-        return self.unembed.unfolded(state[:, -1:] if last_only else state)
+        return self.unembed.silent(state[:, -1:] if last_only else state)
 
     def _silent_coda(
         self, x: Float[Tensor, "batch pos d_model"], context: RunContext

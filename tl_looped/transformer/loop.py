@@ -146,7 +146,7 @@ class LoopMixin(InputsMixin):
 
     def _unembed_final(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the final stream, behind the loop norm where that is the final norm."""
-        return self.unembed.unfolded(x if self._ends_in_loop_norm else self.ln_final(x, True))
+        return self.unembed(x if self._ends_in_loop_norm else self.ln_final(x, True), True)
 
     def _recurrence_hooks(self, r: int) -> RecurrenceHooks:
         return self._recurrence_pool[r]

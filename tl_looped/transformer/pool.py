@@ -257,6 +257,7 @@ class BlockPool(HookedRootModule):
         for l in range(loop.c):  # noqa: E741
             add_block(loop.coda_index(l))
         add(self._modules["ln_final"], "ln_final")
+        add(self._modules["unembed"], "unembed")
         self.hook_dict = hooks
 
     def _name_block(self, i: int, block: Block) -> dict[str, LoopedHookPoint]:
