@@ -1,21 +1,31 @@
-"""The README's quickstart runs as printed."""
+"""The README's code runs as printed, in order."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_quickstart_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(code.splitlines()) <= 25
-    exec(compile(code, "README.md", "exec"), {})
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "(2, 4 x 4, 2) 20"
-    assert printed[1].startswith("torch.Size([1, ")
-    assert printed[2].startswith("torch.Size([8, 4, 1, 4, ")
-    assert "Tom has 3 boxes" in printed[-1]
+def test_the_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    printed = []
+    for code in blocks:
+        assert len(code.splitlines()) <= 25
+        exec(compile(code, "README.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    quickstart = printed[0].splitlines()
+    assert quickstart[0] == "(2, 4 x 4, 2) 20"
+    assert quickstart[1].startswith("torch.Size([1, ")
+    assert quickstart[2].startswith("torch.Size([8, 4, 1, 4, ")
+    assert "Tom has 3 boxes" in quickstart[-1]
+    assert "r2.l1h2" in names["labels"]
+    assert len(names["by_loop"]) == 1 + 1 + 1 + 4 + 1
+    assert "Tom has" in printed[2]
+    assert names["found"].steps.shape == names["found"].output.shape[:2]
+    assert len(names["bridge"].blocks) == 2 + 4 * 8 + 2

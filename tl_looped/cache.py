@@ -185,7 +185,7 @@ class LoopedActivationCache(DecompositionMixin):
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> LoopedActivationCache:
         """As in TransformerLens; the result keeps the run's geometry and seed."""
         plain = super().apply_slice_to_batch_dim(batch_slice)
-        return LoopedActivationCache(
+        return type(self)(
             plain.cache_dict,
             self._model,
             plain.has_batch_dim,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import VARIANTS, random_config
 from refusals import refused
-from test_transformerlens_patching import NOT_A_SUM, edge_methods
+from test_attribution import NOT_A_SUM, edge_methods
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge

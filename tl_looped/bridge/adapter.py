@@ -26,8 +26,8 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from tl_looped.bridge.cache import LoopedBridgeCache
 from tl_looped.bridge.unrolled import UnrolledModel
-from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InvalidDecompositionError
 from tl_looped.model.config import LoopedConfig, NormLayout, RotaryStyle
 
@@ -44,7 +44,7 @@ class LoopedBridge(TransformerBridge):
         if isinstance(cache, ActivationCache):
             unrolled = self.original_model
             assert isinstance(unrolled, UnrolledModel)
-            cache = LoopedActivationCache(
+            cache = LoopedBridgeCache(
                 cache.cache_dict,
                 self,
                 cache.has_batch_dim,
