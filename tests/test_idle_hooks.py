@@ -13,7 +13,7 @@ from conftest import random_config
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from tl_looped import LoopedTransformer
+from tl_looped import LoopedHookPoint, LoopedTransformer
 
 Register = Callable[[nn.Module, Callable[..., None]], Any]
 
@@ -147,3 +147,51 @@ def test_garbage_collection_goes_on_after_growing_and_caching(
         model.run_with_cache(tokens)
     assert during == [False]
     assert gc.isenabled()
+
+
+def test_every_way_to_attach_a_torch_hook_is_noticed() -> None:
+    ways = {
+        name
+        for name in dir(torch.nn.Module)
+        if name.startswith("register_") and "hook" in name and "state_dict" not in name
+    }
+    assert {"register_forward_hook", "register_full_backward_pre_hook"} <= ways
+    # A way that PyTorch adds one day must be added there: an idle hook point looks nowhere else.
+    assert ways <= set(vars(LoopedHookPoint))
+
+
+def test_a_cache_sees_what_the_hooks_of_its_run_left(
+    plain: LoopedTransformer, tokens: Tensor
+) -> None:
+    name = "blocks.3.hook_mlp_out"
+    seen = []
+
+    def look_then_add(value: Tensor, hook: LoopedHookPoint) -> Tensor:
+        seen.append(value.clone())
+        # A run with a cache of its own, within a run with a cache.
+        plain.run_with_cache(tokens[:1, :3], names_filter=name) if len(seen) == 1 else None
+        return value + 1
+
+    with plain.hooks(fwd_hooks=[(name, look_then_add)]):
+        _, cache = plain.run_with_cache(tokens)
+    _, clean = plain.run_with_cache(tokens)
+    torch.testing.assert_close(cache[name], clean[name] + 1)
+    assert len(seen) == 2
+    assert all(hook.reader is None for hook in plain.hook_dict.values())
+
+
+def test_a_run_that_fails_leaves_no_reader(plain: LoopedTransformer, tokens: Tensor) -> None:
+    def fail(value: Tensor, hook: LoopedHookPoint) -> None:
+        raise ArithmeticError
+
+    with plain.hooks(fwd_hooks=[("blocks.3.hook_mlp_out", fail)]), pytest.raises(ArithmeticError):
+        plain.run_with_cache(tokens)
+    assert all(hook.reader is None for hook in plain.hook_dict.values())
+    # Caching hooks that are to stay are ordinary hooks.
+    store = {}
+    _, fwd, _ = plain.get_caching_hooks("hook_embed", cache=store)
+    with plain.hooks(fwd_hooks=fwd, reset_hooks_end=False):
+        pass
+    plain(tokens)
+    assert store["hook_embed"].shape == (2, 9, 32)
+    plain.reset_hooks()

@@ -12,6 +12,7 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from torch.utils.hooks import RemovableHandle
 
 from tl_looped._compat import HookPoint, Slice
 from tl_looped.model.geometry import LayerLocation
@@ -46,12 +47,20 @@ class LoopedHookPoint(HookPoint):
         location: Stage, recurrence and layer in the stage; None outside blocks.
         pos_dim: Axis of the position (of the query, in patterns), counted from the right so that
             it also holds without a batch dimension.
+        reader: Stores the activation for the cache of the present run, as the hooks left it. It is
+            called directly: torch's way to call a hook takes longer than most of the model's own
+            operations on small activations.
+        armed: Whether a torch hook was ever registered since the last call found none. An idle call
+            looks at this alone: the dicts of 27,000 hook points do not fit into the processor's
+            cache, and to look into each would be most of what an idle hook costs.
     """
 
     def __init__(self, pos_dim: int = -2) -> None:
         super().__init__()
         self.pos_dim = pos_dim
         self.location: LayerLocation | None = None
+        self.reader: CacheWriter | None = None
+        self.armed = False
 
     @property
     def stage(self) -> str | None:
@@ -74,13 +83,52 @@ class LoopedHookPoint(HookPoint):
 
     @property
     def is_active(self) -> bool:
-        """Whether anything at all is attached: TransformerLens hooks or raw torch hooks."""
-        return _has_torch_hooks(self.__dict__)
+        """Whether anything at all listens: TransformerLens hooks, raw torch hooks or a cache."""
+        return self.reader is not None or _has_torch_hooks(self.__dict__)
 
     def __call__(self, x: Tensor) -> Any:
         """The activation, as the hooks left it; at once if there are none."""
         # The idle call is the common one: 27,000 of them at 128 recurrences of Huginn.
-        return super().__call__(x) if _has_torch_hooks(self.__dict__) else x
+        own = self.__dict__
+        if (
+            own["armed"]
+            or _global_forward_hooks
+            or _global_backward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_pre_hooks
+        ):
+            own["armed"] = _has_torch_hooks(own)
+            x = super().__call__(x)
+        if own["reader"] is not None:
+            own["reader"](x, self)
+        return x
+
+    # Every way to attach a torch hook leads through one of these.
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.armed = True
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.armed = True
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.armed = True
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.armed = True
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+    def register_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.armed = True
+        return super().register_backward_hook(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation itself, or a copy if a hook may edit it in place.
@@ -132,7 +180,9 @@ class CacheWriter:
 
     def __call__(self, tensor: Tensor, hook: LoopedHookPoint) -> None:
         """Store the activation; return nothing, so that it goes on unchanged."""
-        kept = tensor.detach().to(self.device)
+        kept = tensor.detach()
+        if self.device is not None:
+            kept = kept.to(self.device)
         if self.remove_batch_dim and kept.shape[0] == 1:
             kept = kept[0]
         assert hook.name is not None

@@ -220,8 +220,9 @@ class CachingMixin(LoopedHookManager):
         common = (store, Slice.unwrap(pos_slice), device, remove_batch_dim)
         names = self.names_filter_set(names_filter)
         ordered = [name for name in self.hook_dict if name in names]
-        fwd = [(name, CacheWriter(*common)) for name in ordered]
-        bwd = [(name, CacheWriter(*common, "_grad")) for name in ordered] if incl_bwd else []
+        writer, grad_writer = CacheWriter(*common), CacheWriter(*common, "_grad")
+        fwd = [(name, writer) for name in ordered]
+        bwd = [(name, grad_writer) for name in ordered] if incl_bwd else []
         return store, fwd, bwd
 
     def add_caching_hooks(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tl_looped._compat import HookedRootModule, HookPoint, get_act_name
 from tl_looped.errors import HookNameError, InvalidDecompositionError
 from tl_looped.model.geometry import LayerLike
+from tl_looped.model.hook_points import CacheWriter
 from tl_looped.model.names import resolve_name
 from tl_looped.transformer.pool import BlockPool
 
@@ -117,8 +118,21 @@ class LoopedHookManager(BlockPool):
             for given in (fwd_hooks, bwd_hooks)
         )
         self._check_direct_paths(hook for _, hook in fwd)
-        with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts) as model:
-            yield model
+        readers: list[tuple[str, CacheWriter]] = []
+        if reset_hooks_end:
+            # What only reads needs none of torch's way to call a hook, see LoopedHookPoint.reader.
+            readers = [(name, hook) for name, hook in fwd if isinstance(hook, CacheWriter)]
+            fwd = [(name, hook) for name, hook in fwd if not isinstance(hook, CacheWriter)]
+        points = [(self.hook_dict[name], reader) for name, reader in readers]
+        before: list[CacheWriter | None] = [point.reader for point, _ in points]
+        try:
+            for point, reader in points:
+                point.reader = reader
+            with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts) as model:
+                yield model
+        finally:
+            for (point, _), earlier in zip(points, before, strict=True):
+                point.reader = earlier
 
     def _check_direct_paths(self, hooks: Iterable[Any]) -> None:
         """Refuse TransformerLens's direct-path hooks where they would be silently wrong.
