@@ -233,6 +233,10 @@ def test_no_recurrence_leaves_no_past_for_the_loop(tokens: Tensor) -> None:
         model(tokens, past_kv_cache=past)
 
 
+def tensors(past: LoopedKeyValueCache) -> list[Tensor]:
+    return [tensor for entry in past.entries.values() for tensor in entry]
+
+
 def test_memory_is_counted(tokens: Tensor) -> None:
     model = LoopedTransformer.from_config(random_config(n_key_value_heads=2))
     for slots, layers in ((None, 2 + 3 * 4 + 1), (1, 2 + 3 + 1), (2, 2 + 3 * 2 + 1)):
@@ -241,6 +245,8 @@ def test_memory_is_counted(tokens: Tensor) -> None:
         # keys and values of 2 rows, 9 positions, 2 heads of 8 in fp32
         assert past.nbytes == layers * 2 * (2 * 9 * 2 * 8 * 4)
         assert f"{layers} slots" in repr(past)
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(past)}
+        assert sum(held.values()) == past.nbytes
 
 
 # -- generate -----------------------------------------------------------------------------------

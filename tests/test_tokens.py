@@ -231,3 +231,15 @@ def test_generation_without_an_eos_token_says_so(model) -> None:
             model.generate("on", max_new_tokens=1, verbose=False)
     finally:
         model.tokenizer.eos_token = "</s>"
+
+
+def test_a_tokenizer_can_be_set(model: LoopedTransformer) -> None:
+    tokenizer = model.tokenizer
+    small = LoopedTransformer.from_config(random_config(d_vocab=len(tokenizer) - 1))
+    with pytest.raises(TokenizerError, match="vocabulary"):
+        small.set_tokenizer(tokenizer)
+    fits = LoopedTransformer.from_config(random_config(d_vocab=len(tokenizer)))
+    with pytest.raises(InputError, match="default_padding_side"):
+        fits.set_tokenizer(tokenizer, "middle")
+    fits.set_tokenizer(tokenizer, tokenizer.padding_side)
+    assert torch.equal(fits.to_tokens("on the"), model.to_tokens("on the", prepend_bos=False))

@@ -114,7 +114,7 @@ class KVRun:
     mask: Bool[Tensor, "batch pos"]
     n_new: int
     left: Bool[Tensor, " batch"] | None = None
-    _new: dict[LayerLocation, tuple[Keys, Keys]] = field(default_factory=dict)
+    _extended: dict[LayerLocation, tuple[PastKeys, PastKeys]] = field(default_factory=dict)
     _latest: dict[int, tuple[Keys, Keys]] = field(default_factory=dict)
 
     @property
@@ -131,8 +131,9 @@ class KVRun:
                 left = self.left[:, None, None, None]
                 new = torch.where(left, before[0], keys), torch.where(left, before[1], values)
             self._latest[place.layer] = new
-        self._new[self.cache.slot(place)] = new
-        return self._with_past(place, new)
+        together = self._with_past(place, new)
+        self._extended[self.cache.slot(place)] = together
+        return together
 
     def peek(self, place: LayerLocation, keys: Keys, values: Keys) -> tuple[PastKeys, PastKeys]:
         """As :meth:`extend`, and nothing is noted: for lenses."""
@@ -166,8 +167,15 @@ class KVRun:
             return
         for r in range(max(n_recurrences, cache.n_recurrences)):
             for layer, latest in self._latest.items():
-                self._new.setdefault(cache.slot(LayerLocation("core", r, layer)), latest)
-        extended = {place: self._with_past(place, new) for place, new in self._new.items()}
-        cache.entries = extended
+                slot = cache.slot(LayerLocation("core", r, layer))
+                if slot not in self._extended:
+                    self._extended[slot] = self._with_past(slot, latest)
+        if self.n_past == 0:
+            # Not joined to anything yet, they may be parts of larger tensors.
+            self._extended = {
+                slot: (keys.clone(), values.clone())
+                for slot, (keys, values) in self._extended.items()
+            }
+        cache.entries = self._extended
         cache.mask = self.mask
         cache.n_recurrences = max(n_recurrences, cache.n_recurrences)

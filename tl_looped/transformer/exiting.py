@@ -33,6 +33,10 @@ class ExitingMixin(LensesMixin):
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], Int[Tensor, "batch pos"]]:
         """Logits, and the recurrence after which each token left (-1 at padding)."""
         loop, kv = self.loop, run.context.kv
+        if not isinstance(rule, ExitRule):
+            raise InputError(
+                f"exit_rule must be an ExitRule, such as KLDivergence(1e-3), got {rule!r}"
+            )
         if rule.needs_gate and not self.cfg.exit_gate:
             raise InputError(f"{rule} needs an exit gate, {self.cfg.model_name} has none")
         if loop.R == 0:

@@ -108,6 +108,11 @@ class InputsMixin(TokensMixin):
         """The pass of new tokens over a cache."""
         if cache is None:
             return None
+        if not isinstance(cache, LoopedKeyValueCache):
+            raise InputError(
+                f"past_kv_cache must be a LoopedKeyValueCache, which has a slot for each "
+                f"recurrence and layer, got {type(cache).__name__}"
+            )
         batch, length = x.shape[:2]
         new = torch.ones(batch, length, dtype=torch.bool, device=x.device) if mask is None else mask
         if cache.mask is not None:

@@ -45,6 +45,29 @@ class TokensMixin(WeightsMixin):
 
     tokenizer: Any
 
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
+        """Use this tokenizer from now on.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            default_padding_side: ``"left"`` or ``"right"``; the tokenizer's own if None.
+
+        Raises:
+            TokenizerError: if it has more tokens than the model's vocabulary.
+        """
+        if len(tokenizer) > self.cfg.d_vocab:
+            raise TokenizerError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
+                f"{self.cfg.d_vocab}: some texts would have no embedding"
+            )
+        if default_padding_side not in (None, "left", "right"):
+            raise InputError(
+                f"default_padding_side must be 'left' or 'right', got {default_padding_side!r}"
+            )
+        self.tokenizer = tokenizer
+        if default_padding_side is not None:
+            tokenizer.padding_side = default_padding_side
+
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise TokenizerError(
