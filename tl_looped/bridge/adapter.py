@@ -140,7 +140,7 @@ def _copy_config(model: UnrolledModel, target: TransformerBridgeConfig) -> None:
     cfg = model.looped_cfg
     same = (
         "d_model", "d_head", "n_heads", "n_key_value_heads", "d_mlp", "d_vocab", "n_ctx", "eps",
-        "act_fn", "rotary_base", "initializer_range", "normalization_type", "uses_rms_norm",
+        "act_fn", "rotary_base", "initializer_range", "uses_rms_norm",
         "final_rms", "positional_embedding_type", "gated_mlp", "model_name", "norm_layout",
         "default_prepend_bos",
     )  # fmt: skip

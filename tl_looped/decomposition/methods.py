@@ -12,8 +12,9 @@ see ``tl_looped.decomposition.components.grouping``. As in TransformerLens, ``la
 and ``n_layers`` mean the input of the final norm; a layer may also be (recurrence, layer), and what
 is decomposed is what that layer receives, injection included.
 
-If a hook edited the stream itself during the run, its writes do not add up to it; where the stream
-is cached in fp32 or better, this is noticed and is an error.
+If a hook edited the stream itself during the run, its writes do not add up to it, and nothing can
+be carried past the edit; see ``tl_looped.decomposition.checks`` for what is noticed. ``raw=True``
+checks nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +28,12 @@ from torch import Tensor
 
 from tl_looped._compat import ActivationCache, Slice, SliceInput
 from tl_looped.decomposition.carry import carry, project
+from tl_looped.decomposition.checks import check_stream, with_one_scale
 from tl_looped.decomposition.components import Component, Rows, grouping
 from tl_looped.decomposition.steps import Step, Target, Write, stream_steps
 from tl_looped.decomposition.writes import Selection, Writes
 from tl_looped.errors import InputError, InvalidDecompositionError
 from tl_looped.model.geometry import LayerLike, LoopGeometry
-
-SUM_TOLERANCE = 1e-2
-"""Largest error of a sum, over the stream's largest value, that rounding is held to explain."""
 
 _ORDER = {"head": 0, "neuron": 1, "mlp_out": 1, "embed": 2, "initial_state": 3}
 """Place of a kind of component in TransformerLens's full decomposition."""
@@ -51,7 +50,6 @@ class _Options:
     raw: bool
     apply_ln: bool
     incl_remainder: bool = False
-    is_whole: bool = False  # nothing was left out, so the sum must be the stream
 
 
 class DecompositionMixin(ActivationCache):
@@ -74,10 +72,11 @@ class DecompositionMixin(ActivationCache):
         positions = _as_slice(pos_slice)
         if self.early_exit and target.layer >= self.loop.n_layers - self.loop.c:
             raise InvalidDecompositionError(
-                "tokens of this run left the loop at different recurrences, so the stream behind "
-                "it is no one sum: decompose a layer in the loop, or run without exit_rule"
+                "tokens of this run could leave the loop at different recurrences, so the stream "
+                "behind it is no one sum: decompose a layer in the loop, or run without exit_rule"
             )
-        writes, rows = Writes(self, selection, positions), Rows(grouping(options.by))
+        writes = Writes(self, selection, positions, checked=not options.raw)
+        rows = Rows(grouping(options.by))
         steps: list[Step] = list(stream_steps(self.model, self.loop, self.state_given, target))
         if options.raw:
             steps = [step for step in steps if isinstance(step, Write)]
@@ -103,8 +102,8 @@ class DecompositionMixin(ActivationCache):
         components = rows.groups
         if stack is None:
             stack = self._no_rows(writes, directions)
-        if options.is_whole and not options.raw and onto is None:
-            self._check_sum(stack, target, writes)
+        if not options.raw:
+            check_stream(self, steps, target, positions)
         if options.incl_remainder:
             stream = writes.read(target.hook(self.loop))
             if directions is not None:
@@ -120,21 +119,40 @@ class DecompositionMixin(ActivationCache):
         width = stream.shape[-1] if directions is None else directions.shape[-1]
         return stream.new_zeros((0, *stream.shape[:-1], width))
 
-    def _check_sum(self, stack: Stack, target: Target, writes: Writes) -> None:
-        """Refuse a decomposition that does not add up to the stream in the cache."""
-        name = target.hook(self.loop)
-        stream = self.cache_dict.get(name)
-        if stream is None or stream.dtype not in (torch.float32, torch.float64):
-            return
-        truth = writes.read(name)
-        error, largest = (stack.sum(0) - truth).abs().max(), truth.abs().max()
-        if not bool(error <= SUM_TOLERANCE * largest):
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Float[Tensor, "component ..."],
+        layer: LayerLike | None = None,
+        mlp_input: bool = False,
+        pos_slice: Positions = None,
+        batch_slice: Positions = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Float[Tensor, "component ..."]:
+        """As in TransformerLens; ``layer`` may also be (recurrence, layer).
+
+        Raises:
+            InvalidDecompositionError: the final norm of a run without a coda that left the loop
+                early read another stream than the cached one; or, with ``use_attn_in`` or
+                ``use_split_qkv_input``, the heads of a layer read streams of different scales.
+        """
+        target = Target.of(layer, mlp_input, self.loop)
+        if target.layer == self.loop.n_layers and self.early_exit and self.loop.c == 0:
             raise InvalidDecompositionError(
-                f"the components sum to something else than {name}: the error is {error:.2g}, the "
-                f"stream's largest value {largest:.2g}. Either a hook of this run "
-                f"edited the stream or a norm in it, "
-                "or the model's weights changed since. raw=True gives the writes as they are."
+                "tokens of this run could leave the loop early, and each was read at its own "
+                "recurrence, not at the last, whose stream and final norm the cache holds: run "
+                "without exit_rule"
             )
+        return ActivationCache.apply_ln_to_stack(
+            with_one_scale(self, target),
+            residual_stack,
+            target.layer,
+            target.mid,
+            pos_slice,
+            batch_slice,
+            has_batch_dim,
+            recompute_ln,
+        )
 
     # -- TransformerLens's methods ---------------------------------------------------------------
 
@@ -175,7 +193,7 @@ class DecompositionMixin(ActivationCache):
             "none" if mode == "attn" else "whole",
         )
         target = Target.of(layer, mlp_input, self.loop)
-        options = _Options(by, raw, apply_ln, is_whole=incl_embeds and mode == "all")
+        options = _Options(by, raw, apply_ln)
         return _labelled(self._decompose(selection, target, pos_slice, options), return_labels)
 
     def stack_head_results(
@@ -251,7 +269,7 @@ class DecompositionMixin(ActivationCache):
         """
         selection = Selection(attn="parts", mlp="parts" if expand_neurons else "whole")
         target = Target.of(layer, mlp_input, self.loop)
-        options = _Options(by, raw, apply_ln, is_whole=True)
+        options = _Options(by, raw, apply_ln)
         stack, components = self._decompose(
             selection, target, pos_slice, options, project_output_onto
         )

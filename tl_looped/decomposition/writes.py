@@ -7,6 +7,7 @@ gain / scale, so that the heads of a layer sum to ``hook_attn_out`` and its neur
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped._compat import Slice
+from tl_looped.decomposition.closeness import EXACT, check_close
 from tl_looped.decomposition.components import Component
 from tl_looped.decomposition.steps import Rescale, Write, weights_path
 from tl_looped.model.config import NormLayout
@@ -46,9 +48,13 @@ class Writes:
         cache: A LoopedActivationCache.
         selection: Which writes.
         positions: Positions to read.
+        checked: Raise if heads or neurons do not sum to what their layer wrote.
     """
 
-    def __init__(self, cache: Any, selection: Selection, positions: Slice) -> None:
+    def __init__(
+        self, cache: Any, selection: Selection, positions: Slice, checked: bool = False
+    ) -> None:
+        self.checked = checked
         self.cache, self.selection, self.positions = cache, selection, positions
         self.model, self.loop = cache.model, cache.loop
         self.posts = self.model.cfg.norm_layout in (NormLayout.POST, NormLayout.SANDWICH)
@@ -82,7 +88,9 @@ class Writes:
         else:
             values = self.neuron_activations(write.layer)[..., None] * self.neuron_rows(write)
         post = self.post_factor(write)
-        return (values if post is None else values * post.unsqueeze(-2)).movedim(-2, 0)
+        values = values if post is None else values * post.unsqueeze(-2)
+        self._check_parts(write, lambda: values.sum(-2))
+        return values.movedim(-2, 0)
 
     def projected(
         self, write: Write, onto: Float[Tensor, "... d_model out"]
@@ -95,10 +103,19 @@ class Writes:
         if write.kind != "mlp_out" or part != "parts":
             values = self.values(write)
             return (values.unsqueeze(-2) @ onto).squeeze(-2)
-        post = self.post_factor(write)
+        post, neurons = self.post_factor(write), self.neuron_activations(write.layer)
+        W_out = self.neuron_rows(write)
+        self._check_parts(write, lambda: neurons @ W_out * (1 if post is None else post))
         onto = onto if post is None else post[..., None] * onto
-        rows = self.neuron_rows(write) @ onto  # [*batch_pos, neuron, out]
-        return (self.neuron_activations(write.layer)[..., None] * rows).movedim(-2, 0)
+        return (neurons[..., None] * (W_out @ onto)).movedim(-2, 0)
+
+    def _check_parts(self, write: Write, total: Callable[[], Tensor]) -> None:
+        """Raise if a layer's heads or neurons do not sum to its cached output."""
+        name = f"blocks.{write.layer}.hook_{write.kind}"
+        whole = self.cache.cache_dict.get(name)
+        some = write.kind == "mlp_out" and self.selection.neurons.mode != "identity"
+        if self.checked and not some and whole is not None and whole.dtype in EXACT:
+            check_close(total(), self.read(name), name)
 
     def neuron_activations(self, layer: int | None) -> Float[Tensor, "*batch_pos neuron"]:
         """``mlp.hook_post`` of the selected neurons."""

@@ -9,7 +9,6 @@ While nothing listens to scores or pattern, PyTorch's fused attention computes z
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from tl_looped._compat import FactoredMatrix
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import RunContext
 from tl_looped.model.geometry import LayerLocation
-from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule, parameter
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
 from tl_looped.model.rotary import rotate
 
@@ -104,9 +103,10 @@ class Attention(QuickModule):
     ) -> Float[Tensor, "batch pos d_model"]:
         """Attention output of a (normalised) input, before any post-norm."""
         weights = self._weights
+        if self._norm is not None:
+            x = self._norm.with_folded_gain(x)
         n_q, n_kv, d = weights.n_heads, weights.n_kv_heads, weights.d_head
-        parameters: dict[str, Any] = weights._parameters  # see QuickModule
-        heads = F.linear(x, parameters["qkv"]).unflatten(-1, (-1, d))
+        heads = F.linear(x, parameter(weights, "qkv")).unflatten(-1, (-1, d))
         q, k, v = heads.split_with_sizes((n_q, n_kv, n_kv), 2)
         return self.attend(q, k, v, run)
 
@@ -118,6 +118,9 @@ class Attention(QuickModule):
         run: RunContext,
     ) -> Float[Tensor, "batch pos d_model"]:
         """As :meth:`forward`, each head with an input of its own."""
+        if self._norm is not None:
+            gain = self._norm.with_folded_gain
+            q_input, k_input, v_input = gain(q_input), gain(k_input), gain(v_input)
         q, k, v = (
             torch.einsum("bthd,hkd->bthk", inputs, self._weights.head_weights(which))
             for inputs, which in ((q_input, "q"), (k_input, "k"), (v_input, "v"))
@@ -149,8 +152,7 @@ class Attention(QuickModule):
         z = self.hook_z(self._mix(q, k, v, run))
         if self.cfg.use_attn_result:
             return self.hook_result(torch.einsum("bthk,hkd->bthd", z, self.W_O)).sum(-2)
-        parameters: dict[str, Any] = weights._parameters  # see QuickModule
-        return F.linear(z.flatten(-2), parameters["out"])
+        return F.linear(z.flatten(-2), parameter(weights, "out"))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, run: RunContext) -> Tensor:
         """Values averaged by the attention pattern, ``[batch, pos, n_heads, d_head]``."""
@@ -166,8 +168,8 @@ class Attention(QuickModule):
         scores = self.hook_attn_scores(scores)
         work = scores if scores.dtype == torch.float64 else scores.float()
         pattern = work.softmax(-1).to(v.dtype)
-        pattern = torch.where(pattern.isnan(), torch.zeros_like(pattern), pattern)
-        pattern = self.hook_pattern(pattern)
+        # A query that may attend to nothing gives NaN.
+        pattern = self.hook_pattern(pattern.nan_to_num(nan=0.0))
         return (pattern @ v).transpose(1, 2)
 
     # TransformerLens's weights. Views of the stored matrices, but for W_K and W_V under

@@ -160,7 +160,7 @@ class Block(QuickModule):
         mlp_in = resid_mid
         if self.cfg.use_hook_mlp_in:
             mlp_in = self.hook_mlp_in(resid_mid.clone())
-        mlp_out = self.mlp(self.ln2(mlp_in, True) if self._pre else mlp_in)
+        mlp_out = self.mlp(self.ln2(mlp_in) if self._pre else mlp_in)
         if self._post:
             mlp_out = self.ln2_post(mlp_out)
         resid_post = resid_mid + self.hook_mlp_out(mlp_out)
@@ -174,7 +174,7 @@ class Block(QuickModule):
         """Attention output, from one input or, with TransformerLens's flags, one a head."""
         cfg = self.cfg
         if not (cfg.use_attn_in or cfg.use_split_qkv_input):
-            return self.attn(self.ln1(resid_pre, True) if self._pre else resid_pre, run)
+            return self.attn(self.ln1(resid_pre) if self._pre else resid_pre, run)
         if cfg.use_attn_in:
             heads = self.hook_attn_in(_per_head(resid_pre, cfg.n_heads))
             q_in, k_in, v_in = heads, heads, heads
@@ -186,7 +186,7 @@ class Block(QuickModule):
             k_in = self.attn.hook_k_input(_per_head(resid_pre, cfg.n_kv_heads))
             v_in = self.attn.hook_v_input(_per_head(resid_pre, cfg.n_kv_heads))
         if self._pre:
-            q_in, k_in, v_in = (self.ln1(x, True) for x in (q_in, k_in, v_in))
+            q_in, k_in, v_in = (self.ln1(x) for x in (q_in, k_in, v_in))
         return self.attn.forward_split(q_in, k_in, v_in, run)
 
 

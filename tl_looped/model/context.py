@@ -34,6 +34,7 @@ class RunContext:
     no_key: Bool[Tensor, "batch 1 query 1"] | None
     kv: KVRun | None = None
     peeking: bool = False
+    _blocked: Bool[Tensor, "batch 1 query key"] | None = None
 
     @classmethod
     def build(
@@ -70,9 +71,12 @@ class RunContext:
 
     def blocked(self, queries: int, keys: int) -> Bool[Tensor, "batch 1 query key"]:
         """Where attention is forbidden, as a mask to fill with -inf."""
-        if self.allowed is not None:
-            return ~self.allowed
-        return ~_causal(queries, keys, self.positions.device)[None, None]
+        if self._blocked is None or self._blocked.shape[-2:] != (queries, keys):
+            allowed = self.allowed
+            if allowed is None:
+                allowed = _causal(queries, keys, self.positions.device)[None, None]
+            self._blocked = ~allowed
+        return self._blocked
 
     def with_past(
         self,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,8 +70,7 @@ class _Threshold(ExitRule):
     patience: int = 1
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise InputError(f"threshold must be at least 0, got {self.threshold!r}")
+        _check_threshold(self.threshold)
         if type(self.patience) is not int or self.patience < 1:
             raise InputError(f"patience must be an integer of at least 1, got {self.patience!r}")
 
@@ -105,6 +104,9 @@ class GateExit(ExitRule):
     threshold: float
     in_fp32: bool = False
     needs_gate: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_threshold(self.threshold)
 
     def wants(self, history: LoopHistory) -> Decision:
         """Whether the cumulative probability has reached the threshold."""
@@ -303,6 +305,12 @@ class ExitTracker:
         # Whoever is still inside goes on with the newest state.
         assert self.state is not None
         self.state = torch.where((now | ~self.has_left)[..., None], state, self.state)
+
+
+def _check_threshold(threshold: Any) -> None:
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not number or not threshold >= 0:
+        raise InputError(f"threshold must be a number of at least 0, got {threshold!r}")
 
 
 def _never(history: LoopHistory) -> Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -40,7 +40,51 @@ def _has_torch_hooks(own: dict[str, Any]) -> bool:
     )
 
 
-class LoopedHookPoint(HookPoint):
+class Arming:
+    """What remembers whether a torch hook was ever registered on a module.
+
+    An idle call looks at this alone, and at the hooks on all modules: a module keeps its hooks in
+    four dicts, those of 27,000 hook points do not fit into the processor's cache, and to look into
+    each would be most of what an idle call costs. ``armed`` says that a hook was registered since
+    the last call found none.
+    """
+
+    armed = False
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As in PyTorch."""
+        self.__dict__["armed"] = True
+        super().compile(*args, **kwargs)  # type: ignore[misc]
+
+    # Every way to attach a torch hook leads through one of these.
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.__dict__["armed"] = True
+        return super().register_forward_hook(*args, **kwargs)  # type: ignore[misc]
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.__dict__["armed"] = True
+        return super().register_forward_pre_hook(*args, **kwargs)  # type: ignore[misc]
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.__dict__["armed"] = True
+        return super().register_full_backward_hook(*args, **kwargs)  # type: ignore[misc]
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.__dict__["armed"] = True
+        return super().register_full_backward_pre_hook(*args, **kwargs)  # type: ignore[misc]
+
+    def register_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch."""
+        self.__dict__["armed"] = True
+        return super().register_backward_hook(*args, **kwargs)  # type: ignore[misc]
+
+
+class LoopedHookPoint(Arming, HookPoint):
     """A TransformerLens HookPoint that also carries its place in the loop.
 
     Attributes:
@@ -50,9 +94,6 @@ class LoopedHookPoint(HookPoint):
         reader: Stores the activation for the cache of the present run, as the hooks left it. It is
             called directly: torch's way to call a hook takes longer than most of the model's own
             operations on small activations.
-        armed: Whether a torch hook was ever registered since the last call found none. An idle call
-            looks at this alone: the dicts of 27,000 hook points do not fit into the processor's
-            cache, and to look into each would be most of what an idle hook costs.
     """
 
     def __init__(self, pos_dim: int = -2) -> None:
@@ -103,33 +144,6 @@ class LoopedHookPoint(HookPoint):
             own["reader"](x, self)
         return x
 
-    # Every way to attach a torch hook leads through one of these.
-
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As in PyTorch."""
-        self.armed = True
-        return super().register_forward_hook(*args, **kwargs)
-
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As in PyTorch."""
-        self.armed = True
-        return super().register_forward_pre_hook(*args, **kwargs)
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As in PyTorch."""
-        self.armed = True
-        return super().register_full_backward_hook(*args, **kwargs)
-
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As in PyTorch."""
-        self.armed = True
-        return super().register_full_backward_pre_hook(*args, **kwargs)
-
-    def register_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As in PyTorch."""
-        self.armed = True
-        return super().register_backward_hook(*args, **kwargs)
-
     def forward(self, x: Tensor) -> Tensor:
         """The activation itself, or a copy if a hook may edit it in place.
 
@@ -141,19 +155,39 @@ class LoopedHookPoint(HookPoint):
         return x.clone() if len(self._forward_hooks) > readers else x
 
 
-class QuickModule(nn.Module):
+class QuickModule(Arming, nn.Module):
     """A module whose call goes straight to ``forward`` while no torch hook is attached to it.
 
-    PyTorch's own call takes four times as long to find that out. For the same reason ``forward``
-    reads borrowed weights from ``_parameters``, where ``nn.Module`` finds them only after Python
-    has looked for an attribute in vain.
+    PyTorch's own call takes several times as long to find that out.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["armed"] = False
+
+    def __call__(self, *args: Any) -> Any:
         """As in PyTorch."""
-        if self._compiled_call_impl is not None or _has_torch_hooks(self.__dict__):
-            return super().__call__(*args, **kwargs)
-        return self.forward(*args, **kwargs)
+        own = self.__dict__
+        if (
+            own["armed"]
+            or _global_forward_hooks
+            or _global_backward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_pre_hooks
+        ):
+            own["armed"] = _has_torch_hooks(own) or self._compiled_call_impl is not None
+            return super().__call__(*args)
+        return self.forward(*args)
+
+
+def parameter(owner: nn.Module, name: str) -> Tensor:
+    """A parameter of borrowed weights.
+
+    Looked up where ``nn.Module`` finds it only after Python has looked for an attribute in vain;
+    there is none there if the parameter is pruned or parametrised.
+    """
+    found = owner._parameters.get(name)
+    return cast(Tensor, getattr(owner, name)) if found is None else found
 
 
 class CacheWriter:
@@ -180,7 +214,7 @@ class CacheWriter:
 
     def __call__(self, tensor: Tensor, hook: LoopedHookPoint) -> None:
         """Store the activation; return nothing, so that it goes on unchanged."""
-        kept = tensor.detach()
+        kept = tensor.detach() if tensor.requires_grad else tensor
         if self.device is not None:
             kept = kept.to(self.device)
         if self.remove_batch_dim and kept.shape[0] == 1:

@@ -65,6 +65,17 @@ class LoopedKeyValueCache:
         """An empty cache; TransformerLens's spelling. Shapes follow the first run."""
         return cls()
 
+    def __deepcopy__(self, memo: Any) -> LoopedKeyValueCache:
+        """A cache of its own, without the gradients' history, which cannot be copied."""
+        new = LoopedKeyValueCache(self.recurrence_slots)
+        new.frozen, new.n_recurrences = self.frozen, self.n_recurrences
+        new.mask = None if self.mask is None else self.mask.clone()
+        new.entries = {
+            slot: (keys.detach().clone(), values.detach().clone())
+            for slot, (keys, values) in self.entries.items()
+        }
+        return new
+
     @property
     def length(self) -> int:
         """Positions held, padding included."""
@@ -116,6 +127,7 @@ class KVRun:
     left: Bool[Tensor, " batch"] | None = None
     _extended: dict[LayerLocation, tuple[PastKeys, PastKeys]] = field(default_factory=dict)
     _latest: dict[int, tuple[Keys, Keys]] = field(default_factory=dict)
+    _ran: int = 0  # recurrences that this pass has run
 
     @property
     def n_past(self) -> int:
@@ -131,6 +143,7 @@ class KVRun:
                 left = self.left[:, None, None, None]
                 new = torch.where(left, before[0], keys), torch.where(left, before[1], values)
             self._latest[place.layer] = new
+            self._ran = place.recurrence + 1
         together = self._with_past(place, new)
         self._extended[self.cache.slot(place)] = together
         return together
@@ -149,7 +162,7 @@ class KVRun:
         """What the cache holds for a layer, at the last recurrence that its tokens ran."""
         entries, held = self.cache.entries, self.cache.n_recurrences
         slot = self.cache.slot(place)
-        if place.recurrence is not None and place.recurrence >= held and slot not in entries:
+        if place.recurrence is not None and place.recurrence >= held:
             if held == 0:
                 raise InputError("the cached tokens ran no recurrence, so the loop has no past")
             slot = self.cache.slot(place._replace(recurrence=held - 1))
@@ -165,11 +178,11 @@ class KVRun:
         cache = self.cache
         if cache.frozen:
             return
-        for r in range(max(n_recurrences, cache.n_recurrences)):
+        # A slot holds what the last recurrence of its kind reads, run or not.
+        for r in range(self._ran, max(n_recurrences, cache.n_recurrences)):
             for layer, latest in self._latest.items():
-                slot = cache.slot(LayerLocation("core", r, layer))
-                if slot not in self._extended:
-                    self._extended[slot] = self._with_past(slot, latest)
+                place = LayerLocation("core", r, layer)
+                self._extended[cache.slot(place)] = self._with_past(place, latest)
         if self.n_past == 0:
             # Not joined to anything yet, they may be parts of larger tensors.
             self._extended = {

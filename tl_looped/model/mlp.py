@@ -6,15 +6,13 @@ linear branch, ``hook_post`` their product, the neurons' activations.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped.model.config import LoopedConfig
-from tl_looped.model.hook_points import LoopedHookPoint, QuickModule
+from tl_looped.model.hook_points import LoopedHookPoint, QuickModule, parameter
 from tl_looped.model.norms import HookedRMSNorm
 
 
@@ -55,10 +53,12 @@ class MLP(QuickModule):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """MLP output of a (normalised) input, before any post-norm."""
-        weights: dict[str, Any] = self._weights._parameters  # see QuickModule
-        gate, up = F.linear(x, weights["gate_up"]).chunk(2, -1)
+        weights = self._weights
+        if self._norm is not None:
+            x = self._norm.with_folded_gain(x)
+        gate, up = F.linear(x, parameter(weights, "gate_up")).chunk(2, -1)
         gate, up = self.hook_pre(gate), self.hook_pre_linear(up)
-        return F.linear(self.hook_post(F.silu(gate) * up), weights["down"])
+        return F.linear(self.hook_post(F.silu(gate) * up), parameter(weights, "down"))
 
     def _folded(self, W: Float[Tensor, "d_model d_mlp"]) -> Float[Tensor, "d_model d_mlp"]:
         return W if self._norm is None else self._norm.fold_into(W)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped.model.hook_points import LoopedHookPoint, QuickModule
+from tl_looped.model.hook_points import LoopedHookPoint, QuickModule, parameter
 
 
 class NormWeights(nn.Module):
@@ -64,18 +64,19 @@ class HookedRMSNorm(QuickModule):
         """Weights behind the norm, times its gain where that is folded."""
         return self.weights.w[:, None] * W if self.folded else W
 
+    def with_folded_gain(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """What the norm gave, with its gain where that is folded."""
+        return x * self.weights.w if self.folded else x
+
     @property
     def eps(self) -> float:
         """Epsilon inside the square root."""
         return self.weights.eps
 
     def forward(
-        self, x: Float[Tensor, "... d"], in_model: bool = False, also: HookedRMSNorm | None = None
+        self, x: Float[Tensor, "... d"], also: HookedRMSNorm | None = None
     ) -> Float[Tensor, "... d"]:
-        """Normalise.
-
-        The model's own forward pass says ``in_model``, and multiplies by the gain always. Called
-        from outside, the norm leaves a folded gain to the weights that are read from outside.
+        """Normalise; a folded gain is left to what stands behind the norm.
 
         ``also`` names a second set of hook points for the same computation. In a model whose last
         loop norm is its final norm (Ouro) the one computation is both ``recurrence.{R-1}.ln_loop``
@@ -90,6 +91,6 @@ class HookedRMSNorm(QuickModule):
             normalized = also.hook_normalized(normalized)
         if normalized.dtype != x.dtype:
             normalized = normalized.to(x.dtype)
-        if self.folded and not in_model:
+        if self.folded:
             return normalized
-        return normalized * weights._parameters["w"]  # see QuickModule
+        return normalized * parameter(weights, "w")

@@ -72,10 +72,12 @@ class CachingMixin(LoopedHookManager):
             self._records.append(record)
             try:
                 with collector_paused():
+                    self._caches_this_run = True
                     out, cache_dict = super().run_with_cache(
                         *model_args, remove_batch_dim=remove_batch_dim, **kwargs
                     )
             finally:
+                self._caches_this_run = False
                 self._records.pop()
             if not return_cache_object:
                 return out, cache_dict

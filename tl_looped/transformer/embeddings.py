@@ -76,13 +76,13 @@ class Unembed(nn.Module):
         return nn.functional.linear(x, self.matrix)
 
     def forward(
-        self, x: Float[Tensor, "... d_model"], in_model: bool = False
+        self, x: Float[Tensor, "... d_model"], has_gain: bool = False
     ) -> Float[Tensor, "... d_vocab"]:
-        """Logits.
+        """Logits of what ``ln_final`` gives: ``x @ W_U``.
 
-        Called from outside, of what ``ln_final`` gives there: ``x @ W_U``. The model's own forward
-        pass says ``in_model``; its ``x`` has the gain in it.
+        ``has_gain`` says that ``x`` has the final norm's gain in it already, also if that is folded:
+        the state of a loop that ends in the final norm.
         """
-        if self.folded and not in_model:
+        if self.folded and not has_gain:
             x = x * self._norm.w
         return self.hook_out(self.silent(self.hook_in(x)))

@@ -39,6 +39,11 @@ class ExitingMixin(LensesMixin):
             )
         if rule.needs_gate and not self.cfg.exit_gate:
             raise InputError(f"{rule} needs an exit gate, {self.cfg.model_name} has none")
+        if kv is not None and mask is not None and not bool(mask[:, -1].all()):
+            raise InputError(
+                "with past_kv_cache a row leaves the loop by its last position, and some rows end "
+                "in padding: pad on the left"
+            )
         if loop.R == 0:
             raise InputError("exit_rule needs at least one recurrence")
         if self._records and self._records[-1].filled:

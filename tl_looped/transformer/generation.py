@@ -12,8 +12,9 @@ is a plain forward pass with the rule, in which each position leaves by itself.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -246,8 +247,12 @@ class GenerationMixin(ExitingMixin):
 
     def _job(self, input: Any, n_new: int, options: GenerationOptions) -> _Job:
         """Check a call, and turn its prompt into tokens."""
-        if type(n_new) is not int or n_new < 0:
-            raise InputError(f"max_new_tokens must be an integer of at least 0, got {n_new!r}")
+        n_new = _integer("max_new_tokens", n_new)
+        if n_new < 0:
+            raise InputError(f"max_new_tokens must be at least 0, got {n_new}")
+        if options.n_recurrences is None:
+            # A stream goes on as it began, whatever the caller sets in between.
+            options = replace(options, n_recurrences=self.loop.R)
         kind = options.return_type
         if kind not in ("input", "str", "tokens"):
             raise InputError(f"return_type must be input, str or tokens, got {kind!r}")
@@ -262,8 +267,14 @@ class GenerationMixin(ExitingMixin):
             # The template writes its own BOS.
             input, prepend_bos = texts, False if prepend_bos is None else prepend_bos
         in_text = is_text(input)
-        tokens, mask = self._left_padded(input, prepend_bos, options.attention_mask)
         cache = self._generation_cache(options)
+        attention_mask = options.attention_mask
+        if cache is not None and cache.length:
+            # Neither a pad token nor a beginning of text stands in the middle of one.
+            prepend_bos = False if prepend_bos is None else prepend_bos
+            if attention_mask is None and not in_text:
+                attention_mask = torch.ones_like(self._check_tokens(input))
+        tokens, mask = self._left_padded(input, prepend_bos, attention_mask)
         total = tokens.shape[1] + n_new - 1
         self._check_state_covers(options.initial_state, total + (cache.length if cache else 0))
         self._check_context(mask, cache, n_new)
@@ -304,7 +315,8 @@ class GenerationMixin(ExitingMixin):
             if self.tokenizer is not None:
                 raise InputError("stop_at_eos=True, but there is no EOS token: pass eos_token_id=")
             return []
-        return [given] if isinstance(given, int) else list(given)
+        many = given if isinstance(given, (list, tuple)) else [given]
+        return [_integer("eos_token_id", token) for token in many]
 
     def _check_context(self, mask: Tensor, cache: LoopedKeyValueCache | None, n_new: int) -> None:
         longest = int(mask.sum(-1).max()) + n_new - 1
@@ -338,3 +350,13 @@ class GenerationMixin(ExitingMixin):
             for row, keep in zip(out, real, strict=True)
         ]
         return texts if job.many or len(texts) > 1 else texts[0]
+
+
+def _integer(name: str, value: Any) -> int:
+    """An integer, numpy's too; True and False are none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be an integer, got {value!r}") from None

@@ -24,6 +24,10 @@ HookName = str | tuple[str, LayerLike] | Callable[[str], bool]
 class LoopedHookManager(BlockPool):
     """TransformerLens's hook methods, with aliases and names checked before the run."""
 
+    # Set by run_with_cache for its own hooks alone: they come last, behind those that edit. Caching
+    # hooks that a user attaches keep their place among the others.
+    _caches_this_run = False
+
     def hook_name(self, name: Any) -> str:
         """The canonical name of a hook that exists at the current number of recurrences.
 
@@ -119,7 +123,8 @@ class LoopedHookManager(BlockPool):
         )
         self._check_direct_paths(hook for _, hook in fwd)
         readers: list[tuple[str, CacheWriter]] = []
-        if reset_hooks_end:
+        quick, self._caches_this_run = self._caches_this_run, False
+        if quick and reset_hooks_end:
             # What only reads needs none of torch's way to call a hook, see LoopedHookPoint.reader.
             readers = [(name, hook) for name, hook in fwd if isinstance(hook, CacheWriter)]
             fwd = [(name, hook) for name, hook in fwd if not isinstance(hook, CacheWriter)]

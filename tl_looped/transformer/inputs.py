@@ -76,20 +76,27 @@ class InputsMixin(TokensMixin):
                 )
         return tokens.to(self.W_E.device, torch.long)
 
-    def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-        """A boolean mask ``[batch, pos]`` with a real token in every row."""
+    def _check_mask(
+        self, mask: Any, batch: int, length: int, rows_continue: bool = False
+    ) -> Tensor | None:
+        """A boolean mask ``[batch, pos]``, with a real token in every row unless rows continue."""
         if mask is None:
             return None
+        mask = torch.as_tensor(mask)
         if tuple(mask.shape) != (batch, length):
             raise InputError(
                 f"attention_mask must have shape {(batch, length)} like the tokens, "
                 f"got {tuple(mask.shape)}"
             )
         mask = mask.to(self.W_E.device) != 0
+        if not rows_continue:
+            self._check_rows(mask)
+        return mask
+
+    def _check_rows(self, mask: Bool[Tensor, "batch key"]) -> None:
         if not bool(mask.any(-1).all()):
             empty = (~mask.any(-1)).nonzero().flatten().tolist()
             raise InputError(f"attention_mask leaves rows {empty} without any token")
-        return mask
 
     def _check_whole(self, cache: LoopedKeyValueCache | None, rule: ExitRule | None) -> None:
         """A part of the layers can neither extend a cache nor leave the loop early."""
@@ -113,6 +120,11 @@ class InputsMixin(TokensMixin):
                 f"past_kv_cache must be a LoopedKeyValueCache, which has a slot for each "
                 f"recurrence and layer, got {type(cache).__name__}"
             )
+        if self.loop.R == 0 and cache.n_recurrences > 0:
+            raise InputError(
+                "a run of no recurrence would leave its tokens without keys in the loop, where the "
+                "cached ones have some: use a cache of its own"
+            )
         batch, length = x.shape[:2]
         new = torch.ones(batch, length, dtype=torch.bool, device=x.device) if mask is None else mask
         if cache.mask is not None:
@@ -121,4 +133,5 @@ class InputsMixin(TokensMixin):
                     f"past_kv_cache holds {cache.mask.shape[0]} rows, the input has {batch}"
                 )
             new = torch.cat((cache.mask, new), 1)
+        self._check_rows(new)
         return KVRun(cache, new, length)

@@ -125,7 +125,8 @@ class LoopMixin(InputsMixin):
         """The end of recurrence ``r``."""
         hooks = self._recurrence_hooks(r)
         if self._ends_in_loop_norm and r == self.loop.R - 1:
-            x = self.ln_final(x, True, hooks.ln_loop)
+            # The state has the gain, also where the unembedding shows it as its own.
+            x = self.ln_final.with_folded_gain(self.ln_final(x, hooks.ln_loop))
         elif self.cfg.loop_norm:
             x = hooks.ln_loop(x)
         x = hooks.hook_state_out(x)
@@ -146,7 +147,9 @@ class LoopMixin(InputsMixin):
 
     def _unembed_final(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the final stream, behind the loop norm where that is the final norm."""
-        return self.unembed(x if self._ends_in_loop_norm else self.ln_final(x, True), True)
+        if self._ends_in_loop_norm:
+            return self.unembed(x, has_gain=True)
+        return self.unembed(self.ln_final(x))
 
     def _recurrence_hooks(self, r: int) -> RecurrenceHooks:
         return self._recurrence_pool[r]

@@ -52,6 +52,7 @@ class LoopedTransformer(GenerationMixin):
         super().__init__()
         # A copy of its own: recurrences, flags and dtype of one model must not reach another.
         self.cfg = cfg = copy(cfg)
+        cfg.normalization_type = "RMS"  # a new model is not folded, even if the other one was
         self.tokenizer = tokenizer
         self.state_seed = 0
         device = torch.device("cpu" if cfg.device is None else cfg.device)
@@ -204,7 +205,8 @@ class LoopedTransformer(GenerationMixin):
             state_seed: Seed of the random initial state; ``self.state_seed`` if None.
             prelude_output: What is injected, if ``start_at_layer`` skips the prelude.
             past_kv_cache: Keys and values of the tokens that come before; extended unless it is
-                frozen. Outputs are those of the new tokens.
+                frozen. Outputs are those of the new tokens. Behind others, no token is taken for
+                padding without an ``attention_mask``, and text gets no BOS unless asked for.
             exit_rule: Each token leaves the loop when the rule says so, and goes on to the coda
                 with its state at that recurrence. The loop ends when every token has left. Keys and
                 values within the loop are not touched by it; with ``past_kv_cache`` the last
@@ -217,6 +219,7 @@ class LoopedTransformer(GenerationMixin):
         Raises:
             InputError: tokens outside the vocabulary, too long a sequence, wrong shapes.
         """
+        self._check_borrowed()
         with self.recurrences(n_recurrences):
             if return_type not in _RETURN_TYPES:
                 raise InputError(f"return_type must be one of {_RETURN_TYPES}, got {return_type!r}")
@@ -226,8 +229,10 @@ class LoopedTransformer(GenerationMixin):
                 raise InputError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
             mask = attention_mask
             if start is None:
-                if past_kv_cache is not None and past_kv_cache.length and mask is None:
-                    mask = _no_padding_after(input)
+                if past_kv_cache is not None and past_kv_cache.length:
+                    # Neither a pad token nor a beginning of text stands in the middle of one.
+                    mask = _no_padding_after(input) if mask is None else mask
+                    prepend_bos = False if prepend_bos is None else prepend_bos
                 tokens, mask = self._tokens_and_mask(input, mask, prepend_bos, padding_side)
             elif tokens is not None:
                 tokens = self._check_tokens(tokens)
@@ -237,7 +242,8 @@ class LoopedTransformer(GenerationMixin):
             )
             if start_at_layer is not None or stop_at_layer is not None:
                 self._check_whole(past_kv_cache, exit_rule)
-            x, mask = self._stream(input, tokens, mask, start)
+            rows_continue = past_kv_cache is not None and past_kv_cache.length > 0
+            x, mask = self._stream(input, tokens, mask, start, rows_continue)
             kv = self._kv_run(past_kv_cache, x, mask)
             run = self._new_run(x, mask, kv, initial_state, state_seed, prelude_output, enters)
             if start is None:
@@ -288,7 +294,12 @@ class LoopedTransformer(GenerationMixin):
         return loss if return_type == "loss" else (logits, loss)
 
     def _stream(
-        self, input: Any, tokens: Tensor | None, mask: Tensor | None, start: int | None
+        self,
+        input: Any,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        start: int | None,
+        rows_continue: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream to start with and the checked mask."""
         if start is None:
@@ -303,7 +314,7 @@ class LoopedTransformer(GenerationMixin):
                     f"got {shape}"
                 )
             x = x.to(self.W_E)
-        return x, self._check_mask(mask, x.shape[0], x.shape[1])
+        return x, self._check_mask(mask, x.shape[0], x.shape[1], rows_continue)
 
     def _checked_seed(self, state_seed: int | None) -> int:
         seed = self.state_seed if state_seed is None else state_seed
@@ -322,6 +333,8 @@ class LoopedTransformer(GenerationMixin):
         enters_loop: bool,
     ) -> LoopRun:
         seed = self._checked_seed(state_seed)
+        if isinstance(initial_state, (list, np.ndarray)):
+            initial_state = torch.as_tensor(initial_state)
         if isinstance(initial_state, str):
             if initial_state != "zeros":
                 raise InputError(

@@ -142,8 +142,21 @@ class BlockPool(HookedRootModule):
         self._recurrence_pool: list[RecurrenceHooks] = []
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
         self._records: list[RunRecord] = []
+        self._borrowed = list(_weight_modules(self))
         self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
         self._select()
+
+    def _check_borrowed(self) -> None:
+        """Raise if a module of weights was replaced: blocks borrow the one they were made with."""
+        for owner, name, module in self._borrowed:
+            if owner._modules.get(name) is not module:
+                where = next((n for n, m in self.named_modules() if m is owner), "")
+                path = ".".join(part for part in (where, name) if part)
+                raise InputError(
+                    f"{path} was replaced by another module, but the effective layers go on with "
+                    f"the weights of the first one: copy values into it "
+                    f"(model.{path}.load_state_dict(...)), or assign a new nn.Parameter"
+                )
 
     # -- recurrences --------------------------------------------------------------------------
 
@@ -315,3 +328,12 @@ class BlockPool(HookedRootModule):
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """Hook the residual stream that enters each MLP, before its norm, ``hook_mlp_in``."""
         self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+
+def _weight_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every module of weights that hooked modules borrow, with its owner and its name there."""
+    for name in ("final_norm", "prelude", "core", "coda"):
+        top = model.get_submodule(name)
+        yield model, name, top
+        for owner in top.modules():
+            yield from ((owner, name, child) for name, child in owner.named_children())
