@@ -411,6 +411,80 @@ def test_a_stream_that_a_hook_edited_is_no_sum_of_writes(tokens: Tensor) -> None
         assert torch.isfinite(cache.decompose_resid(raw=True)).all()
 
 
+def test_an_edit_is_noticed_whatever_part_is_asked_for(tokens: Tensor) -> None:
+    model = model_of("pre")
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2))
+    hooks = [("recurrence.1.hook_state_in", lambda value, hook: value + noise)]
+    with model.hooks(fwd_hooks=hooks):
+        edited = cached(model, tokens)
+    loud_position = [
+        ("hook_embed", lambda value, hook: torch.cat((value[:, :1] + 2000, value[:, 1:]), 1)),
+        ("blocks.5.hook_resid_pre", lambda value, hook: torch.cat((value[:, :1], noise[:, 1:]), 1)),
+    ]
+    with model.hooks(fwd_hooks=loud_position):
+        loud = cached(model, tokens)
+    for cache in (edited, loud):
+        for call in (
+            lambda c: c.decompose_resid(),
+            lambda c: c.decompose_resid(incl_embeds=False),
+            lambda c: c.stack_head_results(),
+            lambda c: c.stack_neuron_results(-1, neuron_slice=3),
+            lambda c: c.get_full_resid_decomposition(project_output_onto=direction),
+            lambda c: c.decompose_resid(pos_slice=5),
+        ):
+            with pytest.raises(InvalidDecompositionError, match="edited"):
+                call(cache)
+        before = cache.decompose_resid((0, 1))  # what stands before the edit is as it was
+        torch.testing.assert_close(before.sum(0), cache["resid_pre", (0, 1)], **CLOSE)
+
+
+def test_heads_and_neurons_that_are_not_what_was_written(tokens: Tensor) -> None:
+    model = model_of("post-qk-norm")
+    ablated = ["blocks.3.hook_attn_out", "blocks.3.hook_mlp_out"]
+    with model.hooks(fwd_hooks=[(name, lambda value, hook: value * 0) for name in ablated]):
+        cache = cached(model, tokens)
+    torch.testing.assert_close(cache.decompose_resid().sum(0), cache["resid_post", -1], **CLOSE)
+    direction = torch.ones(32)
+    for call in (
+        lambda: cache.stack_head_results(),
+        lambda: cache.stack_neuron_results(-1),
+        lambda: cache.stack_neuron_results(-1, project_output_onto=direction),
+    ):
+        with pytest.raises(InvalidDecompositionError, match=r"blocks\.3\.hook_"):
+            call()
+    assert cache.stack_head_results(3).shape[0] == 3 * 4
+    clean = cached(model, tokens)
+    model.core[0].attn.out.mul_(2)
+    with pytest.raises(InvalidDecompositionError, match="changed since"):
+        clean.stack_head_results()
+
+
+@pytest.mark.parametrize("flag", ["attn_in", "split_qkv_input"])
+def test_a_norm_for_each_head_is_one_norm_unless_a_hook_parts_them(
+    flag: str, tokens: Tensor
+) -> None:
+    model = model_of("pre")
+    tokens = tokens[:1, :4]
+    wanted = {"apply_ln": True, "pos_slice": -1}
+    expected = cached(model, tokens).decompose_resid(5, **wanted)
+    streams = cached(model, tokens).accumulated_resid(5, apply_ln=True)
+    getattr(model, f"set_use_{flag}")(True)
+    cache = cached(model, tokens)
+    torch.testing.assert_close(cache.decompose_resid(5, **wanted), expected, **CLOSE)
+    torch.testing.assert_close(cache.accumulated_resid(5, apply_ln=True), streams, **CLOSE)
+    if flag == "attn_in":
+
+        def part(value: Tensor, hook: Any) -> Tensor:
+            value[:, :, 1] *= 3
+            return value
+
+        with model.hooks(fwd_hooks=[("blocks.5.hook_attn_in", part)]):
+            parted = cached(model, tokens)
+        with pytest.raises(InvalidDecompositionError, match="different scales"):
+            parted.decompose_resid(5, **wanted)
+
+
 def test_layers_and_modes_out_of_range(tokens: Tensor) -> None:
     cache = cached(model_of("pre"), tokens)
     with pytest.raises(LayerIndexError, match=r"0\.\.8"):

@@ -22,6 +22,7 @@ from tl_looped import (
     InvalidDecompositionError,
     KLDivergence,
     LatentDifference,
+    LoopedKeyValueCache,
     LoopedTransformer,
     MissingActivationError,
 )
@@ -246,6 +247,36 @@ def test_the_cache_of_a_run_that_left_early_says_so(tokens: Tensor) -> None:
     torch.testing.assert_close(inside, cache["resid_pre", (1, 2)], **CLOSE)
 
 
+def test_without_a_coda_the_final_norm_of_an_early_exit_is_not_in_the_cache(
+    tokens: Tensor,
+) -> None:
+    model = model_of("pre", n_coda=0)
+    steps = quantities(model, tokens)["latent"]
+    rule = LatentDifference(float(steps[~steps.isnan()].quantile(0.2)))  # some never leave
+    found, cache = model.run_with_cache(tokens, exit_rule=rule)
+    assert set(found.steps.flatten().tolist()) > {3}
+    for call in (
+        lambda: cache.logit_attrs(cache["resid_post", -1][None], 5),
+        lambda: cache.accumulated_resid(apply_ln=True),
+        lambda: cache.decompose_resid(),
+    ):
+        with pytest.raises(InvalidDecompositionError, match="exit_rule"):
+            call()
+
+
+def test_a_row_leaves_by_its_last_real_position(tokens: Tensor) -> None:
+    model = model_of("pre-injection")
+    mask = torch.ones_like(tokens)
+    mask[0, -2:] = 0
+    with pytest.raises(InputError, match="pad on the left"):
+        model(
+            tokens,
+            attention_mask=mask,
+            past_kv_cache=LoopedKeyValueCache(),
+            exit_rule=LatentDifference(0.1),
+        )
+
+
 def test_a_hook_on_the_gate_decides_who_leaves(tokens: Tensor) -> None:
     model = model_of("sandwich-loop-norm")
 
@@ -288,5 +319,7 @@ def test_rules_that_make_no_sense(tokens: Tensor) -> None:
         LatentDifference(-0.1)
     with pytest.raises(InputError, match="patience"):
         KLDivergence(0.1, patience=0)
+    with pytest.raises(InputError, match="threshold"):
+        GateExit(-3.0)
     with pytest.raises(InputError, match="recurrence"):
         ExitAt(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -225,12 +226,68 @@ def test_past_tokens_are_read_at_their_last_recurrence(
     assert past.length == 10
 
 
+def test_shared_slots_hold_what_their_last_recurrence_reads(tokens: Tensor) -> None:
+    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    past = LoopedKeyValueCache(recurrence_slots=2)
+    _, prefix = model.run_with_cache(tokens[:, :6], n_recurrences=3)
+    model(tokens[:, :6], past_kv_cache=past, n_recurrences=3)
+    model.set_recurrences(6)
+    # Recurrences 0 and 2 share a slot, which holds 2; from 3 on the past is read at its last, 2.
+    expected = with_past_of(model, tokens, 6, lambda r: [2, 1, 2, 2, 2, 2][r], prefix)
+    torch.testing.assert_close(model(tokens[:, 6:], past_kv_cache=past), expected, **CLOSE)
+
+
 def test_no_recurrence_leaves_no_past_for_the_loop(tokens: Tensor) -> None:
     model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
     past = LoopedKeyValueCache()
     model(tokens, past_kv_cache=past, n_recurrences=0)
     with pytest.raises(InputError, match="no recurrence"):
         model(tokens, past_kv_cache=past)
+    held = LoopedKeyValueCache()
+    model(tokens, past_kv_cache=held)
+    with pytest.raises(InputError, match="no recurrence"):
+        model(tokens, past_kv_cache=held, n_recurrences=0)
+    assert held.length == 9
+    model(tokens, past_kv_cache=held)
+    assert held.length == 18
+
+
+def test_a_copy_of_a_cache_goes_its_own_way(tokens: Tensor) -> None:
+    model = LoopedTransformer.from_config(random_config())
+    past = LoopedKeyValueCache()
+    with torch.enable_grad():
+        model(tokens[:, :5], past_kv_cache=past)
+    other = deepcopy(past)
+    model(tokens[:, 5:7], past_kv_cache=past)
+    assert (past.length, other.length) == (7, 5)
+    expected = model(tokens)[:, 5:]
+    torch.testing.assert_close(model(tokens[:, 5:], past_kv_cache=other), expected, **CLOSE)
+
+
+def test_rows_may_pause_while_others_go_on(tokens: Tensor) -> None:
+    model = LoopedTransformer.from_config(random_config(**VARIANTS["residual-injection"]))
+    past = LoopedKeyValueCache()
+    model(tokens[:, :4], past_kv_cache=past)
+    pause = torch.tensor([[1, 1], [0, 0]])
+    model(tokens[:, 4:6], attention_mask=pause, past_kv_cache=past)
+    last = model(tokens[:, 6:], past_kv_cache=past)
+    torch.testing.assert_close(last[:1], model(tokens[:1])[:, 6:], **CLOSE)
+    without = torch.cat((tokens[1:, :4], tokens[1:, 6:]), 1)
+    torch.testing.assert_close(last[1:], model(without)[:, 4:], **CLOSE)
+
+
+def test_text_behind_a_prefix_is_no_beginning() -> None:
+    model = LoopedTransformer.from_pretrained("demo", device="cpu")
+    past = LoopedKeyValueCache()
+    model("Tom has 3", past_kv_cache=past)
+    before = past.length
+    found = model(" boxes", past_kv_cache=past)
+    together = torch.cat((model.to_tokens("Tom has 3"), model.to_tokens(" boxes", False)), 1)
+    torch.testing.assert_close(found, model(together)[:, before:], **CLOSE)
+    prefix = LoopedKeyValueCache()
+    model("Tom has 3", past_kv_cache=prefix)
+    told = model.generate(" boxes", 3, past_kv_cache=prefix, **GREEDY)
+    assert model.generate(together, 3, return_type="str", **GREEDY).endswith(told)
 
 
 def tensors(past: LoopedKeyValueCache) -> list[Tensor]:
@@ -273,6 +330,7 @@ def test_a_stream_gives_the_tokens_of_generate(tokens: Tensor) -> None:
     pieces = []
     for piece in model.generate_stream(tokens, 7, max_tokens_per_yield=3, **options):
         pieces.append(piece)
+        model.set_recurrences(4)
         # The caller may use the model and the generator in between.
         assert model.loop.R == 4
         torch.rand(3)
@@ -365,15 +423,21 @@ def test_later_tokens_read_a_token_at_the_recurrence_where_it_left(
     torch.testing.assert_close(model(tokens[:, 6:], past_kv_cache=past), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("slots", [None, 1, 3])
 @pytest.mark.parametrize("kind", ["residual-injection", "sandwich-loop-norm", "post-qk-norm"])
 def test_rows_that_leave_at_different_recurrences_go_on_as_they_would_alone(
-    kind: str, tokens: Tensor
+    kind: str, slots: int | None, tokens: Tensor
 ) -> None:
     model = LoopedTransformer.from_config(random_config(**VARIANTS[kind], n_recurrences=8))
+
+    def generate(prompts: Tensor, rule: KLDivergence) -> ExitResult:
+        past = LoopedKeyValueCache(recurrence_slots=slots)
+        return model.generate(prompts, 6, exit_rule=rule, past_kv_cache=past, **GREEDY)
+
     both = None
     for threshold in (3.0 ** (1 - n) for n in range(10)):
         rule = KLDivergence(threshold)
-        both = model.generate(tokens, 6, exit_rule=rule, **GREEDY)
+        both = generate(tokens, rule)
         if not torch.equal(both.steps[0], both.steps[1]):
             break
     assert isinstance(both, ExitResult)
@@ -381,6 +445,6 @@ def test_rows_that_leave_at_different_recurrences_go_on_as_they_would_alone(
     assert not torch.equal(both.steps[0], both.steps[1])
     assert int(both.steps.min()) < 7
     for row in range(2):
-        alone = model.generate(tokens[row : row + 1], 6, exit_rule=rule, **GREEDY)
+        alone = generate(tokens[row : row + 1], rule)
         assert torch.equal(alone.output[0], both.output[row])
         assert torch.equal(alone.steps[0], both.steps[row])

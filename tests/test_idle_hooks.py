@@ -198,3 +198,20 @@ def test_a_run_that_fails_leaves_no_reader(plain: LoopedTransformer, tokens: Ten
     plain(tokens)
     assert store["hook_embed"].shape == (2, 9, 32)
     plain.reset_hooks()
+
+
+def test_caching_hooks_of_a_user_keep_their_place_among_the_others(
+    plain: LoopedTransformer, tokens: Tensor
+) -> None:
+    def silence(value: Tensor, hook: LoopedHookPoint) -> Tensor:
+        return value * 0
+
+    first, before, _ = plain.get_caching_hooks("hook_embed")
+    second, after, _ = plain.get_caching_hooks("hook_embed")
+    plain.run_with_hooks(tokens, fwd_hooks=[*before, ("hook_embed", silence), *after])
+    assert torch.equal(first["hook_embed"], plain.embed(tokens))
+    assert bool((second["hook_embed"] == 0).all())
+    outer, hooks, _ = plain.get_caching_hooks("hook_embed")
+    with plain.hooks(fwd_hooks=hooks):
+        _, inner = plain.run_with_cache(tokens)
+    assert torch.equal(outer["hook_embed"], inner["hook_embed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from conftest import VARIANTS, random_config
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils import parametrize
 from transformer_lens import SVDInterpreter
 
 from tl_looped import InputError, LoopedTransformer
+from tl_looped.model.context import RunContext
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 STACKS = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "b_Q", "b_K", "b_V", "b_O")
@@ -178,3 +181,66 @@ def test_svd_interpreter_gives_the_same_with_folded_norms(model: LoopedTransform
     right = torch.linalg.svd(W_in.T).Vh[:4]
     for found, W_U in ((before, unfolded_W_U), (after, model.W_U)):
         torch.testing.assert_close(found[:, 0].abs(), (right @ W_U).T.abs(), atol=1e-4, rtol=1e-4)
+
+
+def test_modules_called_from_outside_have_the_folded_gain_once(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    block = model.blocks[0]
+    if "ln1" not in model.cfg.norm_layout.norm_names:
+        return
+    x = model.embed(tokens)
+    context = RunContext.build(model.cfg, 9, None, x.device, x.dtype)
+
+    def through() -> tuple[Tensor, Tensor]:
+        return block.mlp(block.ln2(x)), block.attn(block.ln1(x), context)
+
+    before = through()
+    model.enable_compatibility_mode()
+    for mine, expected in zip(through(), before, strict=True):
+        torch.testing.assert_close(mine, expected, **CLOSE)
+
+
+def test_a_model_made_like_a_folded_one_is_not_folded(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    model.enable_compatibility_mode()
+    new = LoopedTransformer(model.cfg)
+    new.load_state_dict(model.state_dict())
+    assert new.cfg.normalization_type == "RMS"
+    assert "ln_final.w" in new.tl_parameters()
+    logits, cache = new.run_with_cache(tokens)
+    torch.testing.assert_close(
+        cache["ln_final.hook_normalized"] * new.ln_final.w @ new.W_U, logits, **CLOSE
+    )
+
+
+def test_pruned_and_parametrised_weights_are_used(model: LoopedTransformer, tokens: Tensor) -> None:
+    plain = model(tokens)
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    for path, name in (("core.0.mlp", "gate_up"), ("core.0.attn", "qkv"), ("core.0.attn", "out")):
+        owner = model.get_submodule(path)
+        parametrize.register_parametrization(owner, name, Twice())
+        changed = model(tokens)
+        assert not torch.allclose(changed, plain)
+        parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+        assert torch.equal(model(tokens), plain)
+        # The same by hand.
+        getattr(owner, name).mul_(2)
+        torch.testing.assert_close(model(tokens), changed, **CLOSE)
+        getattr(owner, name).div_(2)
+
+
+def test_weights_that_are_replaced_as_a_module_are_an_error(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    for path in ("core.1", "core.0.mlp", "final_norm", "core"):
+        changed = deepcopy(model)
+        owner, _, name = path.rpartition(".")
+        setattr(changed.get_submodule(owner), name, deepcopy(changed.get_submodule(path)))
+        with pytest.raises(InputError, match=path.replace(".", r"\.") + " was replaced"):
+            changed(tokens)

@@ -2,8 +2,8 @@
 
 A hook that edits the stream (patching, for instance) makes the writes of the run add up to
 something else, and so do weights that changed since. Carrying writes past the edit would then give
-wrong numbers. So, where the cache holds what is needed and in fp32 or better, two things are checked at
-every position that is read:
+wrong numbers. So, where the cache holds what is needed and in fp32 or better, two things are
+checked at every position that is read:
 
 - all writes, carried, sum to the stream where it is read, also if only some of them were asked for;
 - the heads of a layer sum to its ``hook_attn_out``, its neurons to its ``hook_mlp_out``.

@@ -80,8 +80,8 @@ class Unembed(nn.Module):
     ) -> Float[Tensor, "... d_vocab"]:
         """Logits of what ``ln_final`` gives: ``x @ W_U``.
 
-        ``has_gain`` says that ``x`` has the final norm's gain in it already, also if that is folded:
-        the state of a loop that ends in the final norm.
+        ``has_gain`` says that ``x`` has the final norm's gain in it already, also if that is
+        folded: the state of a loop that ends in the final norm.
         """
         if self.folded and not has_gain:
             x = x * self._norm.w
