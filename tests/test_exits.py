@@ -252,9 +252,9 @@ def test_without_a_coda_the_final_norm_of_an_early_exit_is_not_in_the_cache(
 ) -> None:
     model = model_of("pre", n_coda=0)
     steps = quantities(model, tokens)["latent"]
-    rule = LatentDifference(float(steps[~steps.isnan()].quantile(0.2)))  # some never leave
+    rule = LatentDifference(float(steps[~steps.isnan()].quantile(0.7)))  # some stay to the end
     found, cache = model.run_with_cache(tokens, exit_rule=rule)
-    assert set(found.steps.flatten().tolist()) > {3}
+    assert {3} < set(found.steps.flatten().tolist())
     for call in (
         lambda: cache.logit_attrs(cache["resid_post", -1][None], 5),
         lambda: cache.accumulated_resid(apply_ln=True),
