@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -140,6 +141,12 @@ def plain() -> LoopedTransformer:
 @pytest.fixture(params=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> LoopedTransformer:
     return LoopedTransformer.from_config(random_config(**VARIANTS[request.param]))
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

@@ -56,12 +56,6 @@ def cached(model: LoopedTransformer, tokens: Tensor, **run: Any) -> LoopedActiva
         return model.run_with_cache(tokens, **run)[1]
 
 
-@pytest.fixture
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest) -> LoopedTransformer:
     return model_of(request.param)

@@ -31,12 +31,6 @@ pytestmark = pytest.mark.usefixtures("without_gradients")
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-@pytest.fixture
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
 def model_of(kind: str, **changes: Any) -> LoopedTransformer:
     return LoopedTransformer.from_config(random_config(**(VARIANTS[kind] | changes)))
 

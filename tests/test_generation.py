@@ -25,12 +25,6 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 GREEDY: dict[str, Any] = {"do_sample": False, "verbose": False, "stop_at_eos": False}
 
 
-@pytest.fixture
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
 def run_in_pieces(model: LoopedTransformer, tokens: Tensor, cuts: list[int], **run: Any) -> Tensor:
     """Logits of tokens that are fed piece by piece."""
     cache = LoopedKeyValueCache()

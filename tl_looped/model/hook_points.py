@@ -165,7 +165,7 @@ class QuickModule(Arming, nn.Module):
         super().__init__()
         self.__dict__["armed"] = False
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in PyTorch."""
         own = self.__dict__
         if (
@@ -176,8 +176,8 @@ class QuickModule(Arming, nn.Module):
             or _global_backward_pre_hooks
         ):
             own["armed"] = _has_torch_hooks(own) or self._compiled_call_impl is not None
-            return super().__call__(*args)
-        return self.forward(*args)
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
 
 
 def parameter(owner: nn.Module, name: str) -> Tensor:
