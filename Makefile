@@ -35,11 +35,11 @@ test: install
 
 # Ratios of times, as a table on the screen and in BENCHMARKS.md. On an idle machine only.
 bench: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m 'not slow' --table BENCHMARKS.md --section Quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks -m 'not slow' --table BENCHMARKS.md --section Quick
 
 # Loads a checkpoint of 2.9 GB, which it writes into the temporary folder first.
 bench-slow: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/benchmarks -m slow --table BENCHMARKS.md --section Slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks -m slow --table BENCHMARKS.md --section Slow
 
 # constraints-tl3.txt replaces one line of constraints.txt; everything else stays as tested.
 $(READY_TL3): pyproject.toml constraints.txt constraints-tl3.txt
