@@ -31,6 +31,10 @@ BUNDLED = {"demo": Path(__file__).parent / "data" / "demo"}
 _ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
+REOPEN_AFTER = 2**27
+"""Bytes after which a file is opened anew while a checkpoint is read."""
+
+
 @dataclass
 class Checkpoint:
     """A folder that has been looked through and matched with an adapter.
@@ -98,32 +102,18 @@ class Checkpoint:
         parameters = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._check(sources, shapes, self.adapter.ignored(cfg) | set(duplicates))
-        for extra, original in duplicates.items():
-            if extra in self.shapes and not torch.equal(self._read(extra), self._read(original)):
-                raise CheckpointError(
-                    f"{self.name}: {extra} is stored and differs from {original}, "
-                    "but the config says that the two are tied"
-                )
-        for name, parameter in parameters.items():
-            value = torch.empty(parameter.shape, device=device, dtype=dtype)
-            self._fill(value, sources[name])
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-
-    def _fill(self, value: Tensor, source: Source) -> None:
-        """Copy a parameter's parts from their files, converted, with no copy between."""
-        rows = source.rows or (value.shape[0],)
-        for name, part in zip(source.names, value.split(rows), strict=True):
-            stored = self._read(name)
-            part.copy_((stored[source.index] if source.index else stored).reshape(part.shape))
-
-    def _read(self, name: str) -> Tensor:
-        """A tensor, mapped to its file."""
-        # The file is opened for each: as long as it is open, all that was read of it counts as
-        # memory of the process, which would then hold most of the checkpoint twice.
-        with safe_open(self.files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        with _Reader(self.files) as read:
+            for extra, original in duplicates.items():
+                if extra in self.shapes and not torch.equal(read(extra), read(original)):
+                    raise CheckpointError(
+                        f"{self.name}: {extra} is stored and differs from {original}, "
+                        "but the config says that the two are tied"
+                    )
+            for name, parameter in parameters.items():
+                value = torch.empty(parameter.shape, device=device, dtype=dtype)
+                _fill(value, sources[name], read)
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
 
     def _check(
         self,
@@ -158,6 +148,47 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.name} does not hold the tensors of a {self.adapter.name} model:\n  {listed}"
             )
+
+
+class _Reader:
+    """Tensors of a checkpoint's files, mapped and not copied.
+
+    As long as a file is open, all that was read of it counts as memory of the process, which would
+    in the end hold the checkpoint twice. So a file is opened anew from time to time; for each
+    tensor it would take as long as a tenth of the reading.
+    """
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self.files = files
+        self._path: Path | None = None
+        self._file: Any = None
+        self._n_bytes = 0
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.__exit__(*error)
+        self._path = self._file = None
+
+    def __call__(self, name: str) -> Tensor:
+        path = self.files[name]
+        if path != self._path or self._n_bytes > REOPEN_AFTER:
+            self.__exit__(None, None, None)
+            self._path, self._n_bytes = path, 0
+            self._file = safe_open(path, framework="pt").__enter__()
+        tensor: Tensor = self._file.get_tensor(name)
+        self._n_bytes += tensor.nbytes
+        return tensor
+
+
+def _fill(value: Tensor, source: Source, read: _Reader) -> None:
+    """Copy a parameter's parts from their files, converted, with no copy between."""
+    rows = source.rows or (value.shape[0],)
+    for name, part in zip(source.names, value.split(rows), strict=True):
+        stored = read(name)
+        part.copy_((stored[source.index] if source.index else stored).reshape(part.shape))
 
 
 def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Checkpoint:
