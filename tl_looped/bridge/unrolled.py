@@ -111,13 +111,12 @@ class Boundary(nn.Module):
         super().__init__()
         self.cfg, self.state_seed = cfg, state_seed
         object.__setattr__(self, "_weights", weights)
-        end = loop.p + loop.k * loop.R
-        at_start = loop.p <= i <= end and (i - loop.p) % loop.k == 0
-        skips = i == loop.p and cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
-        self.enters_loop = i == loop.p
-        self.loop_norm = cfg.loop_norm and at_start and i > loop.p
-        self.injects = cfg.injection is not Injection.NONE and at_start and i < end and not skips
-        self.pre_coda_norm = cfg.pre_coda_norm and i == end
+        events = {boundary.event for boundary in loop.boundary(i)}
+        self.enters_loop = "enter_loop" in events
+        skips = self.enters_loop and cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
+        self.loop_norm = cfg.loop_norm and "leave" in events
+        self.injects = cfg.injection is not Injection.NONE and "enter" in events and not skips
+        self.pre_coda_norm = cfg.pre_coda_norm and "leave_loop" in events
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], run: UnrolledRun

@@ -217,7 +217,7 @@ class GenerationMixin(ExitingMixin):
                 done |= torch.isin(new, torch.tensor(job.stop, device=new.device))
             tokens = torch.cat((tokens, new[:, None]), 1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
-            if cache is not None:
+            if cache is not None and options.verbose:
                 progress.set_postfix_str(f"KV cache {cache.nbytes / 2**20:.1f} MiB", refresh=False)
             yield new, left
             if bool(done.all()):
