@@ -137,9 +137,8 @@ class Boundary(nn.Module):
         cfg = self.cfg
         if cfg.initial_state is not InitialState.RANDOM:
             return x
-        scale = cfg.initial_state_std * cfg.embed_scale
         state = draw_initial_state(
-            self.state_seed, run.context.positions, cfg.d_model, scale, x.dtype
+            self.state_seed, run.context.positions, cfg.d_model, cfg.initial_state_scale, x.dtype
         )
         return state.expand(x.shape)
 

@@ -197,6 +197,11 @@ class LoopedConfig(TransformerLensConfig):
         """
         return 0 if self.injection is not Injection.NONE and self.n_coda > 0 else 1
 
+    @property
+    def initial_state_scale(self) -> float:
+        """What a standard draw of the random initial state is multiplied by."""
+        return self.initial_state_std * self.embed_scale
+
     def why_not_additive(self) -> str | None:
         """Why the residual stream is not the plain sum of all writes, or None if it is."""
         if self.norm_layout is NormLayout.RESIDUAL:

@@ -96,8 +96,9 @@ class LoopMixin(InputsMixin):
             shape = (*positions.shape, cfg.d_model)
             state = self.W_E.new_zeros(shape)
         else:
-            scale = cfg.initial_state_std * cfg.embed_scale
-            state = draw_initial_state(run.state_seed, positions, cfg.d_model, scale, cfg.dtype)
+            state = draw_initial_state(
+                run.state_seed, positions, cfg.d_model, cfg.initial_state_scale, cfg.dtype
+            )
         assert run.prelude_output is not None
         return state.to(run.prelude_output).expand(run.prelude_output.shape)
 
