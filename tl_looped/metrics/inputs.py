@@ -1,0 +1,143 @@
+"""What every metric asks of its input, and how it averages over real tokens.
+
+Conventions of all metrics. Heads stand third from the right of a pattern, ``[..., head, query,
+key]``, and ``d_model`` last in a state, ``[..., pos, d_model]``. A mask has one row a prompt,
+``[..., pos]``, and is aligned with the batch dimensions before the heads: ``attention_mask`` as the
+model takes it. A masked input gives what each unpadded prompt gives alone. A non-finite input gives
+NaN for the prompts (and heads) that hold it; a wrong one raises an error that names the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_looped.errors import InputError
+
+# Largest |row sum - 1| of an attention pattern. An entry near one is off by 2^-9 in bf16 and by
+# 2^-12 in fp16, and a row adds up several of them.
+_ROW_SUM_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise if ``value`` is none of ``choices``; the message names the argument and all choices."""
+    if value not in choices:
+        raise InputError(f"{argument} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half precision as fp32; fp32 and fp64 as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def check_pattern(pattern: Float[Tensor, "*batch query key"], query_mask: Tensor | None) -> None:
+    """Raise unless the pattern is square and its real rows sum to one.
+
+    Args:
+        pattern: Attention patterns.
+        query_mask: See :func:`query_mask`.
+    """
+    queries, keys = pattern.shape[-2:]
+    if queries != keys or queries == 0:
+        raise InputError(
+            f"pattern must be [..., query, key] of one whole sequence, got shape "
+            f"{tuple(pattern.shape)}: no position slice, no key-value cache"
+        )
+    tolerance = _ROW_SUM_TOLERANCE.get(pattern.dtype, 1e-5)
+    wide = at_least_fp32(pattern)
+    if query_mask is not None:
+        wide = wide * query_mask[..., None, :]  # what a real query gives to padding is missing
+    off = (wide.sum(-1) - 1).abs()
+    if query_mask is not None:
+        off = off.masked_fill(~query_mask, 0.0)
+    if bool((off > tolerance).any()):
+        raise InputError(
+            f"pattern: the rows of real queries must sum to 1 over real keys within {tolerance}, "
+            f"one is off by {float(off.nan_to_num().max()):.3g}. Scores instead of a pattern, an "
+            "edited pattern, or a padded batch without its attention_mask?"
+        )
+
+
+def query_mask(
+    pattern: Float[Tensor, "*batch query key"], mask: Tensor | None
+) -> Bool[Tensor, "*mask query"] | None:
+    """The mask of a pattern's queries, with a dimension of one for the heads; None if all are real.
+
+    Raises:
+        InputError: if the mask does not fit ``[..., pos]`` of the pattern's batch.
+    """
+    if mask is None:
+        return None
+    batch = pattern.shape[:-3] if pattern.ndim > 2 else ()
+    real = _checked_mask(mask, (*batch, pattern.shape[-1]), "pattern", tuple(pattern.shape))
+    return real.unsqueeze(-2) if pattern.ndim > 2 else real
+
+
+def token_mask(
+    states: Float[Tensor, "*batch pos d_model"], mask: Tensor | None
+) -> Bool[Tensor, "*mask pos"] | None:
+    """The mask of a state's tokens; None if all are real.
+
+    Raises:
+        InputError: if the mask does not fit ``[..., pos]`` of the states.
+    """
+    if states.ndim < 2:
+        raise InputError(f"states must be [..., pos, d_model], got shape {tuple(states.shape)}")
+    if states.shape[-2] == 0:
+        raise InputError(f"states hold no token: shape {tuple(states.shape)}")
+    if mask is None:
+        return None
+    return _checked_mask(mask, tuple(states.shape[:-1]), "states", tuple(states.shape))
+
+
+def _checked_mask(
+    mask: Tensor, batch_and_pos: tuple[int, ...], what: str, shape: tuple[int, ...]
+) -> Bool[Tensor, "*mask pos"]:
+    fits = 0 < mask.ndim <= len(batch_and_pos)
+    if not fits or tuple(mask.shape) != batch_and_pos[len(batch_and_pos) - mask.ndim :]:
+        raise InputError(
+            f"mask must be [..., pos] with the last dimensions of {batch_and_pos} for {what} of "
+            f"shape {shape}, got {tuple(mask.shape)}"
+        )
+    real = mask != 0
+    if not bool(real.any(-1).all()):
+        raise InputError("mask leaves a prompt without any real token")
+    return real
+
+
+def lengths(
+    x: Tensor, length: int, real: Bool[Tensor, "*mask pos"] | None
+) -> Int[Tensor, "*lengths"]:
+    """Real tokens of each prompt, broadcastable to the batch; ``length`` without a mask."""
+    if real is None:
+        return torch.tensor(length, device=x.device)
+    return real.sum(-1)
+
+
+def token_mean(
+    values: Float[Tensor, "*batch pos"],
+    real: Bool[Tensor, "*mask pos"] | None,
+    left_out: Bool[Tensor, "*batch pos"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Mean over the real tokens, in fp64.
+
+    Args:
+        values: One value a token.
+        real: Which tokens are real; None means all.
+        left_out: Tokens for which the value is undefined; NaN if no token is left.
+    """
+    values = values.double()
+    if real is None and left_out is None:
+        return values.mean(-1)
+    keep = torch.ones_like(values, dtype=torch.bool)
+    if real is not None:
+        keep = keep & real
+    if left_out is not None:
+        keep = keep & ~left_out
+    count = keep.sum(-1)
+    # 0 / 0 is the NaN of a mean over nothing.
+    return values.masked_fill(~keep, 0.0).sum(-1) / count
