@@ -34,6 +34,7 @@ class RunRecord:
     state_seed: int | None = None
     state_given: bool = False
     early_exit: bool = False
+    attention_mask: Tensor | None = None
 
 
 class LoopedActivationCache(DecompositionMixin):
@@ -47,6 +48,7 @@ class LoopedActivationCache(DecompositionMixin):
         state_seed: Seed of the initial state, or None if the state was given or not random.
         state_given: Whether the run's initial state was given by the caller.
         early_exit: Whether tokens could leave the loop early (``exit_rule``).
+        attention_mask: ``[batch, pos]`` of the run, False at padding; None if nothing was padded.
 
     Examples:
         ``cache["resid_post", (3, 1)]``, ``cache["resid_post", 7]``,
@@ -65,8 +67,10 @@ class LoopedActivationCache(DecompositionMixin):
         state_seed: int | None = None,
         state_given: bool = False,
         early_exit: bool = False,
+        attention_mask: Tensor | None = None,
     ) -> None:
         self.loop: LoopGeometry = model.loop if loop is None else loop
+        self.attention_mask = attention_mask
         self.state_seed = state_seed
         self.state_given = state_given
         self.early_exit = early_exit
@@ -183,8 +187,11 @@ class LoopedActivationCache(DecompositionMixin):
         return label if layer == "final" else f"{self.loop.locate(int(layer)).label}.{where}"
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> LoopedActivationCache:
-        """As in TransformerLens; the result keeps the run's geometry and seed."""
+        """As in TransformerLens; the result keeps the run's geometry, seed and mask."""
         plain = super().apply_slice_to_batch_dim(batch_slice)
+        mask = self.attention_mask
+        if mask is not None:
+            mask = Slice.unwrap(batch_slice).apply(mask, dim=0)
         return type(self)(
             plain.cache_dict,
             self._model,
@@ -193,6 +200,7 @@ class LoopedActivationCache(DecompositionMixin):
             self.state_seed,
             self.state_given,
             self.early_exit,
+            mask,
         )
 
     def __repr__(self) -> str:

@@ -1,48 +1,249 @@
 """Metrics of the residual stream along the recurrences.
 
 States are ``[recurrence, layer, ..., pos, d_model]``, as ``cache.stack_recurrences("resid_post")``
-gives them, unpadded. Norms are Euclidean over ``d_model``, in fp64, then averaged over positions.
+gives them; see ``tl_looped.metrics.inputs`` for masks. Norms and cosines are over ``d_model``, in
+fp64, one a token, then averaged over the prompt's tokens. A token whose state is zero has neither a
+relative distance nor a cosine: it is left out, and a prompt of such tokens alone gives NaN.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-Form = Literal["abs", "rel"]
+from tl_looped.errors import InputError
+from tl_looped.metrics.attention import attention_distance
+from tl_looped.metrics.inputs import at_least_fp32, check_choice, token_mask, token_mean
+
+StateForm = Literal["abs", "rel", "cosine"]
+Form = Literal["abs", "rel", "cosine", "attention"]
+Magnitude = Literal["mean", "max", "first", "rms"]
+
+States = Float[Tensor, "recurrence layer *batch pos d_model"]
+PerRecurrence = Float[Tensor, "recurrence layer *batch"]
+
+
+def norms(x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos"]:
+    """Euclidean norms over ``d_model``, in fp64."""
+    return torch.linalg.vector_norm(at_least_fp32(x), dim=-1, dtype=torch.float64)
+
+
+def cosines(
+    x: Float[Tensor, "*batch pos d_model"], y: Float[Tensor, "*other pos d_model"]
+) -> Float[Tensor, "*both pos"]:
+    """Cosine of every token's two states, in fp64; NaN where one of them is zero."""
+    x, y = x.double(), y.double()
+    # Divided before they are multiplied, so that large norms do not overflow.
+    x, y = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
+    return (x * y).sum(-1).clamp(-1.0, 1.0)
+
+
+def state_distance(
+    x: Float[Tensor, "*batch pos d_model"],
+    reference: Float[Tensor, "*other pos d_model"],
+    form: StateForm = "abs",
+    mask: Tensor | None = None,
+) -> Float[Tensor, "*both"]:
+    """How far states are from reference states, averaged over tokens.
+
+    Args:
+        x: States.
+        reference: What they are compared with, of the same or a broadcastable shape.
+        form: ``abs``, ``||x - ref||``; ``rel``, each token's distance over its ``||ref||``;
+            ``cosine``, the similarity (1 means no angle).
+        mask: ``[..., pos]``, zero at padding.
+    """
+    check_choice("form", form, get_args(StateForm))
+    real = token_mask(x, mask)
+    if form == "cosine":
+        cosine = cosines(x, reference)
+        zero = (norms(x) == 0) | (norms(reference) == 0)
+        return token_mean(cosine, real, zero)
+    distance = norms(at_least_fp32(x) - at_least_fp32(reference))
+    if form == "abs":
+        return token_mean(distance, real)
+    size = norms(reference)
+    zero = (size == 0).expand(distance.shape)
+    return token_mean(distance / size, real, zero)
 
 
 def successive_difference(
-    states: Float[Tensor, "recurrence layer *batch pos d_model"], form: Form = "abs"
-) -> Float[Tensor, "recurrence layer *batch"]:
-    """Step from the previous recurrence, same layer: mean over tokens of ``||x_r - x_(r-1)||``.
+    states: States, form: Form = "abs", mask: Tensor | None = None
+) -> PerRecurrence:
+    """Step from the previous recurrence, same layer (Figs 3, 24, 25).
 
-    ``form="rel"`` divides each token's step by ``||x_r||``. NaN at the first recurrence, which has
-    no previous one.
+    Args:
+        states: States, or patterns ``[recurrence, layer, ..., head, query, key]`` for
+            ``form="attention"``.
+        form: ``abs``, mean over tokens of ``||x_r - x_(r-1)||``; ``rel``, each token's step over
+            its ``||x_r||``; ``cosine`` of ``x_r`` and ``x_(r-1)``; ``attention``, Frobenius
+            distance of the patterns, for each head.
+        mask: ``[..., pos]``, zero at padding.
+
+    Returns:
+        ``[recurrence, layer, ...]``, NaN at the first recurrence, which has no previous one.
     """
-    states = states.double()
-    steps = (states[1:] - states[:-1]).norm(dim=-1)
-    if form == "rel":
-        steps = steps / states[1:].norm(dim=-1)
-    mean = steps.mean(-1)
-    return torch.cat((torch.full_like(states[:1, ..., 0, 0], math.nan), mean))
+    check_choice("form", form, get_args(Form))
+    if form == "attention":
+        step = attention_distance(states[:-1], states[1:], mask)
+    else:
+        step = state_distance(states[:-1], states[1:], form, mask)
+    return torch.cat((step.new_full((1, *step.shape[1:]), math.nan), step))
 
 
 def fixed_point_distance(
-    states: Float[Tensor, "recurrence layer *batch pos d_model"], form: Form = "abs"
-) -> Float[Tensor, "recurrence layer *batch"]:
-    """Distance to the state of the last recurrence at the same layer, mean over tokens.
+    states: States,
+    form: Form = "abs",
+    mask: Tensor | None = None,
+    reference: Float[Tensor, "layer *batch pos d_model"] | None = None,
+) -> PerRecurrence:
+    """Distance to the approximate fixed point of the same layer (Figs 4, 22, 23).
 
-    ``form="rel"`` divides each token's distance by the norm of the last state. It tends to zero for
-    any map, a drift included, so read it together with :func:`successive_difference`.
+    The paper's fixed point is the state of the last recurrence. The distance to it tends to zero
+    for any map, a drift included, so read it together with :func:`successive_difference`, or give
+    the state after twice as many recurrences as ``reference``.
+
+    Args:
+        states: States, or patterns for ``form="attention"``.
+        form: As in :func:`successive_difference`, relative to the norm of the reference.
+        mask: ``[..., pos]``, zero at padding.
+        reference: The fixed points, one a layer; the last recurrence's states if None.
     """
-    states = states.double()
-    last = states[-1:]
-    distance = (states - last).norm(dim=-1)
-    if form == "rel":
-        distance = distance / last.norm(dim=-1)
-    return distance.mean(-1)
+    check_choice("form", form, get_args(Form))
+    last = (states[-1] if reference is None else reference).unsqueeze(0).expand_as(states)
+    if form == "attention":
+        return attention_distance(states, last, mask)
+    return state_distance(states, last, form, mask)
+
+
+def lowest_cosine_to_fixed_points(
+    states: States,
+    mask: Tensor | None = None,
+    reference: Float[Tensor, "layer *batch pos d_model"] | None = None,
+) -> Float[Tensor, "recurrence *batch"]:
+    """Lowest cosine between the first layer's state and any layer's fixed point (Fig. 6, right).
+
+    A limit of 1 means a degenerate fixed point that all layers share. Cosines are averaged over
+    tokens before the lowest is taken.
+
+    Args:
+        states: States.
+        mask: ``[..., pos]``, zero at padding.
+        reference: The fixed points, one a layer; the last recurrence's states if None.
+    """
+    last = states[-1] if reference is None else reference
+    first = states[:, 0]
+    cosine = [state_distance(first, point.expand_as(first), "cosine", mask) for point in last]
+    return lowest(torch.stack(cosine))
+
+
+def lowest(cosines_to_layers: Float[Tensor, "layer *batch"]) -> Float[Tensor, "*batch"]:
+    """The lowest over layers; NaN if a layer has none."""
+    return cosines_to_layers.amin(0)
+
+
+def pairwise_residual_cosine(
+    states: Float[Tensor, "layer *batch pos d_model"], mask: Tensor | None = None
+) -> Float[Tensor, "layer layer"]:
+    """Cosine of the states of every two layers: mean over tokens, then prompts (Figs 19, 20).
+
+    Args:
+        states: All layers to compare, stacked: ``cache.stack_activation("resid_post")``.
+        mask: ``[..., pos]``, zero at padding.
+
+    Returns:
+        A symmetric matrix. NaN where a layer's states are zero at every token of every prompt;
+        prompts for which that holds are left out.
+    """
+    real = token_mask(states, mask)
+    n_layers, length, width = len(states), states.shape[-2], states.shape[-1]
+    prompts = states.reshape(n_layers, -1, length, width)
+    keep = torch.ones(prompts.shape[:-1], dtype=torch.bool, device=states.device)
+    if real is not None:
+        keep = real.expand(states.shape[:-1]).reshape(keep.shape)
+    total = torch.zeros(n_layers, n_layers, dtype=torch.float64, device=states.device)
+    count = torch.zeros_like(total)
+    for one, tokens in zip(prompts.unbind(1), keep.unbind(1), strict=True):
+        one = one.double().masked_fill(~tokens[..., None], 0.0)
+        cosine = _pairwise_cosine(one, tokens)
+        # A prompt is left out where no token has a cosine; a state that is not finite shows.
+        broken = ~one.flatten(1).isfinite().all(-1)
+        defined = ~cosine.isnan() | broken[:, None] | broken[None]
+        total += torch.where(defined, cosine, 0.0)
+        count += defined
+    return total / count
+
+
+def _pairwise_cosine(
+    states: Float[Tensor, "layer pos d_model"], keep: Bool[Tensor, "layer pos"]
+) -> Float[Tensor, "layer layer"]:
+    """Mean cosine over the tokens at which both layers have one; fp64 in."""
+    size = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    # The product of rows of unit vectors is a sum of cosines.
+    unit = (states / size).masked_fill(size == 0, 0.0).flatten(1)
+    has = ((size[..., 0] != 0) & keep).double()
+    return (unit @ unit.T / (has @ has.T)).clamp(-1.0, 1.0)
+
+
+def cyclicity_index(
+    similarity: Float[Tensor, "*batch layer layer"], n_core: int
+) -> Float[Tensor, "*batch"]:
+    """Mean similarity of the same layer across recurrences minus that of different layers.
+
+    The paper shows the matrices; this number is ours. Near 0 if layers cannot be told apart (or if
+    all states agree); positive if a layer resembles itself at other recurrences more than it
+    resembles other layers, of any recurrence.
+
+    Args:
+        similarity: ``[layer, layer]`` over the core alone, recurrence by recurrence.
+        n_core: Core layers, k.
+
+    Returns:
+        NaN with one recurrence, or with one core layer.
+    """
+    n = similarity.shape[-1]
+    if n_core < 1 or n % n_core:
+        raise InputError(
+            f"similarity must be over recurrences of n_core={n_core} layers, got {n} layers: "
+            "leave prelude and coda out"
+        )
+    layer = torch.arange(n, device=similarity.device) % n_core
+    same = layer[:, None] == layer[None]
+    itself = torch.eye(n, dtype=torch.bool, device=similarity.device)
+    wide = similarity.double()
+    return _mean_where(wide, same & ~itself) - _mean_where(wide, ~same)
+
+
+def _mean_where(x: Tensor, where: Tensor) -> Tensor:
+    return x.masked_fill(~where, 0.0).sum((-2, -1)) / where.sum()
+
+
+def residual_magnitude(
+    states: Float[Tensor, "*batch pos d_model"],
+    statistic: Magnitude = "mean",
+    mask: Tensor | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Size of the residual stream (Fig. 9).
+
+    Args:
+        states: States.
+        statistic: ``mean`` or ``max`` over tokens of ``||x||``; ``first``, that of the first real
+            token, where massive activations stand; ``rms``, the mean over ``sqrt(d_model)``.
+        mask: ``[..., pos]``, zero at padding.
+    """
+    check_choice("statistic", statistic, get_args(Magnitude))
+    real = token_mask(states, mask)
+    size = norms(states)
+    if statistic == "max":
+        return (size if real is None else size.masked_fill(~real, -math.inf)).amax(-1)
+    if statistic == "first":
+        if real is None:
+            return size[..., 0]
+        is_first = real & (real.cumsum(-1) == 1)
+        return size.masked_fill(~is_first, 0.0).sum(-1)
+    mean = token_mean(size, real)
+    return mean / math.sqrt(states.shape[-1]) if statistic == "rms" else mean

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -84,6 +84,9 @@ class Arming:
         return super().register_backward_hook(*args, **kwargs)  # type: ignore[misc]
 
 
+Reader: TypeAlias = Callable[[Tensor, "LoopedHookPoint"], None]
+
+
 class LoopedHookPoint(Arming, HookPoint):
     """A TransformerLens HookPoint that also carries its place in the loop.
 
@@ -91,16 +94,16 @@ class LoopedHookPoint(Arming, HookPoint):
         location: Stage, recurrence and layer in the stage; None outside blocks.
         pos_dim: Axis of the position (of the query, in patterns), counted from the right so that
             it also holds without a batch dimension.
-        reader: Stores the activation for the cache of the present run, as the hooks left it. It is
-            called directly: torch's way to call a hook takes longer than most of the model's own
-            operations on small activations.
+        reader: Looks at the activation, as the hooks left it, for instance to store it for the
+            cache of the present run. It is called directly: torch's way to call a hook takes longer
+            than most of the model's own operations on small activations.
     """
 
     def __init__(self, pos_dim: int = -2) -> None:
         super().__init__()
         self.pos_dim = pos_dim
         self.location: LayerLocation | None = None
-        self.reader: CacheWriter | None = None
+        self.reader: Reader | None = None
         self.armed = False
 
     @property

@@ -89,6 +89,7 @@ class CachingMixin(LoopedHookManager):
                 record.state_seed,
                 record.state_given,
                 record.early_exit,
+                record.attention_mask,
             )
             return out, cache
 

@@ -9,16 +9,31 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from torch import Tensor
+
 from tl_looped._compat import HookedRootModule, HookPoint, get_act_name
 from tl_looped.errors import HookNameError, InvalidDecompositionError
 from tl_looped.model.geometry import LayerLike
-from tl_looped.model.hook_points import CacheWriter
+from tl_looped.model.hook_points import CacheWriter, LoopedHookPoint, Reader
 from tl_looped.model.names import resolve_name
 from tl_looped.transformer.pool import BlockPool
 
 _DIRECT_PATHS = "transformer_lens.tools.analysis.direct_path_patching"
 
 HookName = str | tuple[str, LayerLike] | Callable[[str], bool]
+
+
+def _joined(first: Reader | None, second: Reader) -> Reader:
+    """Both readers; but a run that is cached within another cached one is that one's own."""
+    if first is None or (isinstance(first, CacheWriter) and isinstance(second, CacheWriter)):
+        return second
+    earlier = first
+
+    def read(x: Tensor, hook: LoopedHookPoint) -> None:
+        earlier(x, hook)
+        second(x, hook)
+
+    return read
 
 
 class LoopedHookManager(BlockPool):
@@ -122,21 +137,42 @@ class LoopedHookManager(BlockPool):
             for given in (fwd_hooks, bwd_hooks)
         )
         self._check_direct_paths(hook for _, hook in fwd)
-        readers: list[tuple[str, CacheWriter]] = []
+        readers: list[tuple[HookName, Reader]] = []
         quick, self._caches_this_run = self._caches_this_run, False
         if quick and reset_hooks_end:
             # What only reads needs none of torch's way to call a hook, see LoopedHookPoint.reader.
             readers = [(name, hook) for name, hook in fwd if isinstance(hook, CacheWriter)]
             fwd = [(name, hook) for name, hook in fwd if not isinstance(hook, CacheWriter)]
-        points = [(self.hook_dict[name], reader) for name, reader in readers]
-        before: list[CacheWriter | None] = [point.reader for point, _ in points]
+        with (
+            self.readers(readers),
+            super().hooks(fwd, bwd, reset_hooks_end, clear_contexts) as model,
+        ):
+            yield model
+
+    @contextmanager
+    def readers(self, readers: Iterable[tuple[HookName, Reader]]) -> Iterator[None]:
+        """Let functions look at activations, as the hooks left them, while the context lasts.
+
+        A reader costs less than a hook, and can change nothing: it gets the tensor that the model
+        goes on with, and must neither return nor edit it.
+
+        Args:
+            readers: ``(name, function)``; names as in :meth:`hook_name`, or filter functions. A
+                function is called with the activation and the hook point.
+        """
+        points = [
+            (self.hook_dict[name], reader)
+            for wanted, reader in readers
+            for name in self._selected(wanted)
+        ]
+        before: list[tuple[LoopedHookPoint, Reader | None]] = []
         try:
             for point, reader in points:
-                point.reader = reader
-            with super().hooks(fwd, bwd, reset_hooks_end, clear_contexts) as model:
-                yield model
+                before.append((point, point.reader))
+                point.reader = _joined(point.reader, reader)
+            yield
         finally:
-            for (point, _), earlier in zip(points, before, strict=True):
+            for point, earlier in reversed(before):
                 point.reader = earlier
 
     def _check_direct_paths(self, hooks: Iterable[Any]) -> None:

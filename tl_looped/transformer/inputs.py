@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -33,6 +34,44 @@ class InputsMixin(TokensMixin):
             return tokens, own_mask if mask is None else mask
         tokens = self._check_tokens(input)
         return tokens, self._padding(tokens, prepend_bos) if mask is None else mask
+
+    def token_rows(
+        self, prompts: Any, attention_mask: Tensor | None = None, prepend_bos: bool | None = None
+    ) -> list[Int[Tensor, " pos"]]:
+        """The real tokens of every prompt, without padding.
+
+        Args:
+            prompts: A text or a list of texts; tokens ``[batch, pos]`` or ``[pos]``; or a list of
+                token sequences of any lengths.
+            attention_mask: ``[batch, pos]`` of tokens, zero at padding; read off the pad tokens, as
+                in a run, if None.
+            prepend_bos: See :meth:`to_tokens`.
+
+        Raises:
+            InputError: without any prompt or token, or beyond the context; the prompt's number is
+                given.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if isinstance(prompts, (list, tuple)) and not prompts:
+            raise InputError("there is no prompt")
+        if is_text(prompts):
+            rows = [self.tokenize(text, prepend_bos)[0][0] for text in prompts]
+        elif isinstance(prompts, (list, tuple)) and np.ndim(prompts[0]) > 0:
+            rows = [self._check_tokens(row)[0] for row in prompts]
+        else:
+            tokens, mask = self._tokens_and_mask(prompts, attention_mask, prepend_bos, None)
+            mask = self._check_mask(mask, *tokens.shape)
+            rows = (
+                list(tokens) if mask is None else [t[m] for t, m in zip(tokens, mask, strict=True)]
+            )
+        for number, row in enumerate(rows):
+            if len(row) > self.cfg.n_ctx:
+                raise InputError(
+                    f"prompt {number} has {len(row)} tokens, more than the context of "
+                    f"{self.cfg.n_ctx}: leave it out or cut it"
+                )
+        return rows
 
     def _check_loop_arguments(
         self,

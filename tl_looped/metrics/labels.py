@@ -1,0 +1,133 @@
+"""Labelled results: xarray datasets over recurrences, layers, heads and prompts.
+
+Two arrangements of the same numbers:
+
+- *by recurrence*: ``recurrence, layer, head, prompt`` of the core. A feedforward model is a core of
+  all its layers that runs once.
+- *by depth*: ``effective_layer, head, prompt`` with prelude and coda, and the coordinates ``label``
+  (``r3.l1``), ``stage``, ``in_recurrence`` (-1 outside the loop) and ``layer_in_stage``.
+
+Everything is 0-based. What a model with a loop norm (Ouro) has behind it, at the end of a
+recurrence, stands in variables of its own, ``…_state_out``, over ``recurrence``. Attributes hold
+the run's shape, seed and versions; each variable has ``long_name`` and ``units``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_looped._version import __version__
+from tl_looped.errors import InputError
+from tl_looped.metrics.catalogue import DERIVED, LOWEST_COSINE, METRICS, Derived, Metric
+from tl_looped.metrics.collector import Collector
+from tl_looped.model.geometry import LoopGeometry
+
+Over = Literal["recurrence", "depth"]
+
+
+def labelled(
+    collector: Collector, n_tokens: Int[Tensor, " prompt"], d_model: int, attributes: dict[str, Any]
+) -> xr.Dataset:
+    """What a collector has gathered, by depth.
+
+    Args:
+        collector: After the run.
+        n_tokens: Real tokens of each prompt.
+        d_model: Width of the states.
+        attributes: Attributes of the run.
+    """
+    found: dict[str, xr.DataArray] = {}
+    for name in collector.names:
+        base = DERIVED[name].base if name in DERIVED else name
+        for out in (False, True):
+            values = collector.values.get((base, out))
+            if values is None:
+                continue
+            if name in DERIVED:
+                n = n_tokens.to(values.device)
+                n = n[:, None] if values.ndim == 3 else n  # [site, prompt, head]
+                values = DERIVED[name].convert(values, n, d_model)
+            suffix = "_state_out" if out and name != LOWEST_COSINE else ""
+            found[name + suffix] = _variable(name, values, out)
+    loop = collector.loop
+    places = [loop.locate(i) for i in range(loop.n_layers)]
+    data = xr.Dataset(found, attrs=attributes)
+    if "effective_layer" in data.dims:
+        recurrence = [-1 if place.recurrence is None else place.recurrence for place in places]
+        data = data.assign_coords(
+            effective_layer=np.arange(loop.n_layers),
+            label=("effective_layer", loop.labels()),
+            stage=("effective_layer", [place.stage for place in places]),
+            in_recurrence=("effective_layer", recurrence),
+            layer_in_stage=("effective_layer", [place.layer for place in places]),
+        )
+    for dim in ("recurrence", "head"):
+        if dim in data.dims:
+            data = data.assign_coords({dim: np.arange(data.sizes[dim])})
+    return data.assign_coords(
+        prompt=np.arange(len(n_tokens)), n_tokens=("prompt", n_tokens.cpu().numpy())
+    )
+
+
+def _variable(name: str, values: Tensor, out: bool) -> xr.DataArray:
+    first = "recurrence" if out else "effective_layer"
+    numbers = values.detach().cpu().numpy()
+    dims: tuple[str, ...] = (first, "prompt")
+    if numbers.ndim == 3:
+        numbers, dims = numbers.swapaxes(1, 2), (first, "head", "prompt")
+    entry: Metric | Derived = DERIVED.get(name) or METRICS.get(name) or _LOWEST
+    attributes = {"long_name": entry.label, "units": entry.unit}
+    return xr.DataArray(numbers, dims=dims, attrs=attributes)
+
+
+_LOWEST = Metric(
+    LOWEST_COSINE, "fixed_point", "resid_post", lambda *_: torch.empty(0),
+    "lowest cosine of the first layer's state to any layer's fixed point",
+)  # fmt: skip
+
+
+def by_recurrence(data: xr.Dataset) -> xr.Dataset:
+    """A result by depth as ``recurrence, layer, head, prompt`` of the core.
+
+    Raises:
+        InputError: if the result is not by depth, or its run had no recurrence.
+    """
+    if "effective_layer" not in data.dims:
+        if "recurrence" in data.dims:
+            return data
+        raise InputError(f"the result has no dimension effective_layer, only {list(data.dims)}")
+    loop = geometry_of(data)
+    if loop.R == 0:
+        raise InputError("the run had no recurrence: there is nothing to arrange by recurrence")
+    core = data.isel(effective_layer=slice(loop.p, loop.p + loop.k * loop.R))
+    core = core.drop_vars([name for name in core.coords if "effective_layer" in core[name].dims])
+    folded = core.coarsen(effective_layer=loop.k).construct(effective_layer=("recurrence", "layer"))
+    folded = folded.assign_coords(recurrence=np.arange(loop.R), layer=np.arange(loop.k))
+    return folded.transpose("recurrence", "layer", "head", "prompt", missing_dims="ignore")
+
+
+def geometry_of(data: xr.Dataset) -> LoopGeometry:
+    """Geometry of the run behind a result, from its attributes."""
+    return LoopGeometry(*(int(data.attrs[name]) for name in _GEOMETRY))
+
+
+_GEOMETRY = ("n_prelude", "n_core", "n_coda", "n_recurrences")
+
+
+def run_attributes(model: Any, loop: LoopGeometry) -> dict[str, Any]:
+    """Attributes that describe a model and the shape of its run."""
+    cfg = model.cfg
+    shape = zip(_GEOMETRY, (loop.p, loop.k, loop.c, loop.R), strict=True)
+    return {
+        "model": str(getattr(cfg, "model_name", "")),
+        **dict(shape),
+        "dtype": str(getattr(cfg, "dtype", "")),
+        "tl_looped": __version__,
+        "torch": torch.__version__,
+    }

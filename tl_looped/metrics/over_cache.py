@@ -1,0 +1,190 @@
+"""All metrics of a run from its ActivationCache.
+
+The cache may be any of TransformerLens's: that of a LoopedTransformer or of its bridge, or of a
+plain feedforward model for comparison, which counts as a core that runs once. Metrics need
+``resid_post`` or ``pattern`` of every layer: ``names_filter=["residual", "attention"]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import xarray as xr
+from jaxtyping import Bool
+from torch import Tensor
+
+from tl_looped._compat import ActivationCache
+from tl_looped.cache import LoopedActivationCache
+from tl_looped.errors import InputError, MissingActivationError
+from tl_looped.metrics.catalogue import STAGE, Reads, select
+from tl_looped.metrics.collector import STATE_OUT, Collector, Site
+from tl_looped.metrics.labels import Over, by_recurrence, labelled, run_attributes
+from tl_looped.model.geometry import LoopGeometry
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+class RunView:
+    """A cache as the metrics read it: by effective layer, always with a prompt dimension.
+
+    Args:
+        cache: Of one run.
+        attention_mask: ``[prompt, pos]``; a LoopedActivationCache knows its own.
+
+    Raises:
+        InputError: if a plain cache does not fit its model's present number of recurrences, or if
+            a mask is given that differs from the one of the run.
+    """
+
+    def __init__(self, cache: ActivationCache, attention_mask: Tensor | None = None) -> None:
+        self.cache = cache
+        self.model: Any = cache.model
+        self.loop = _geometry(cache)
+        known = getattr(cache, "attention_mask", None)
+        self.mask = _mask(known, attention_mask)
+
+    def __call__(self, reads: str, i: int) -> Tensor:
+        """``[prompt, ...]``: activation ``reads`` of effective layer ``i``."""
+        try:
+            return self._with_prompts(self.cache[reads, i])
+        except KeyError as error:
+            raise MissingActivationError(
+                f"the cache holds no {reads!r} of layer {i} of {self.loop.n_layers}: "
+                "run_with_cache(..., names_filter=['residual', 'attention']) keeps what is read"
+            ) from error
+
+    def state_out(self, r: int) -> Tensor | None:
+        """``[prompt, pos, d_model]``: the end of recurrence ``r`` behind a loop norm, if cached."""
+        name = f"recurrence.{r}.hook_state_out"
+        if not getattr(self.model.cfg, "loop_norm", False) or name not in self.cache.cache_dict:
+            return None
+        return self._with_prompts(self.cache.cache_dict[name])
+
+    def states(self, reads: str = "resid_post") -> Tensor:
+        """``[recurrence, layer, prompt, ...]`` of the core."""
+        p, k, R = self.loop.p, self.loop.k, self.loop.R
+        every = torch.stack([self(reads, i) for i in range(p, p + k * R)])
+        return every.unflatten(0, (R, k))
+
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the run."""
+        seed = getattr(self.cache, "state_seed", None)
+        return run_attributes(self.model, self.loop) | (
+            {} if seed is None else {"state_seed": seed}
+        )
+
+    def _with_prompts(self, activation: Tensor) -> Tensor:
+        return activation if self.cache.has_batch_dim else activation[None]
+
+
+def _geometry(cache: ActivationCache) -> LoopGeometry:
+    """The run's geometry; a feedforward model is a core that runs once."""
+    model = cache.model
+    loop = getattr(cache, "loop", None) or getattr(model, "loop", None)
+    if not isinstance(loop, LoopGeometry):
+        return LoopGeometry(0, model.cfg.n_layers, 0, 1)
+    if not isinstance(cache, LoopedActivationCache):
+        found = [int(match[1]) for name in cache.cache_dict if (match := _BLOCK.match(name))]
+        if found and max(found) >= loop.n_layers:
+            raise InputError(
+                f"the cache has activations of layer {max(found)}, but its model has "
+                f"{loop.n_layers} layers at its present {loop.R} recurrences: set the number of "
+                "the run again, or use the LoopedActivationCache of run_with_cache, which knows it"
+            )
+    return loop
+
+
+def _mask(known: Tensor | None, given: Tensor | None) -> Bool[Tensor, "prompt pos"] | None:
+    if known is not None:
+        known = torch.atleast_2d(known) != 0
+    if given is None:
+        return known
+    given = torch.atleast_2d(given) != 0
+    if known is not None and not torch.equal(known.to(given.device), given):
+        raise InputError("attention_mask differs from the one that the cache's run had")
+    return given
+
+
+def over_cache(
+    cache: ActivationCache,
+    metrics: str | Iterable[str] = STAGE,
+    over: Over = "recurrence",
+    attention_mask: Tensor | None = None,
+    reference: ActivationCache | None = None,
+) -> xr.Dataset:
+    """Metrics of a run, labelled.
+
+    Args:
+        cache: Of one run, with what the metrics read.
+        metrics: Names and groups, see ``tl_looped.metrics.catalogue``: ``"stage"``,
+            ``"successive"``, ``"fixed_point"``, ``"magnitude"``, ``"all"``.
+        over: ``"recurrence"``: dimensions ``recurrence, layer, head, prompt`` of the core;
+            ``"depth"``: ``effective_layer, head, prompt``, prelude and coda included.
+        attention_mask: ``[prompt, pos]`` of a padded run; a LoopedActivationCache knows its own.
+        reference: A cache of more recurrences on the same prompts, whose last states are taken for
+            the fixed points; the run's own last states if None.
+
+    Returns:
+        One variable a metric, see ``tl_looped.metrics.labels``. NaN where a metric is undefined:
+        steps at the first recurrence, comparisons outside the loop.
+
+    Raises:
+        MissingActivationError: if the cache lacks what a metric reads.
+        InputError: see the metrics.
+    """
+    _check_over(over)
+    view = RunView(cache, attention_mask)
+    collector = Collector(view.loop, select(metrics), None)
+    reads = sorted(collector.reads)
+    some = view(reads[0], 0)
+    mask = None if view.mask is None else view.mask.to(some.device)
+    collector.mask = mask
+    collector.references = references(
+        view if reference is None else RunView(reference, attention_mask),
+        collector.needs_reference,
+    )
+    for i in range(view.loop.n_layers):
+        site = Site.of_layer(view.loop, i)
+        for name in reads:
+            _feed(collector, site, name, view(name, i))
+        ends = site.recurrence is not None and site.slot == view.loop.k - 1
+        if ends and "resid_post" in reads:
+            assert site.recurrence is not None
+            after_norm = view.state_out(site.recurrence)
+            if after_norm is not None:
+                out = Site(site.recurrence, STATE_OUT, site.recurrence)
+                _feed(collector, out, "resid_post", after_norm)
+    length = some.shape[-2]
+    n_tokens = torch.full((len(some),), length) if mask is None else mask.sum(-1)
+    data = labelled(collector, n_tokens, view.model.cfg.d_model, view.attributes())
+    return by_recurrence(data) if over == "recurrence" else data
+
+
+def _check_over(over: str) -> None:
+    if over not in ("recurrence", "depth"):
+        raise InputError(f"over must be 'recurrence' or 'depth', got {over!r}")
+
+
+def _feed(collector: Collector, site: Site, reads: Reads, x: Tensor) -> None:
+    collector.see(site, reads, x)
+    if reads in collector.needs_reference:
+        collector.compare(site, reads, x)
+
+
+def references(view: RunView, needed: set[Reads]) -> dict[tuple[Reads, int | str], Tensor]:
+    """The last recurrence's activations of a run."""
+    loop = view.loop
+    if not needed or loop.R == 0:
+        return {}
+    found: dict[tuple[Reads, int | str], Tensor] = {
+        (reads, layer): view(reads, loop.index(loop.R - 1, layer))
+        for reads in needed
+        for layer in range(loop.k)
+    }
+    after_norm = view.state_out(loop.R - 1)
+    if after_norm is not None and "resid_post" in needed:
+        found["resid_post", STATE_OUT] = after_norm
+    return found

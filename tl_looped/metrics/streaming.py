@@ -1,0 +1,288 @@
+"""All metrics of a run while it runs, for hundreds of recurrences and prompts.
+
+Nothing is cached: readers look at each activation as it comes by, and hold one recurrence of states
+and patterns, and the reference one. Where a metric compares with the last recurrence, there are two
+ways to come by it:
+
+- ``states="recompute"``: a first run keeps only the last recurrence, a second one compares. Twice
+  the compute, no disk. Both runs take the same kernels, so that the last recurrence of the second
+  is the reference bit for bit where the device is deterministic.
+- ``states="disk"``: one run puts the core's states into a temporary file, to be read again.
+
+Numbers are those of ``over_cache``: prompts of one length form a batch, or are padded to one under
+a mask, and a random initial state depends on the seed and the position alone. A run begins at the
+prompt and ends before the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import xarray as xr
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_looped.errors import InputError
+from tl_looped.metrics.catalogue import Reads, select
+from tl_looped.metrics.collector import STATE_OUT, Collector, Site
+from tl_looped.metrics.inputs import check_choice
+from tl_looped.metrics.labels import Over, by_recurrence, labelled, run_attributes
+from tl_looped.metrics.spill import Spill
+from tl_looped.transformer import LoopedTransformer
+
+States = Literal["recompute", "disk"]
+Batching = Literal["length", "padded"]
+Look = Callable[[Site, Reads, Tensor], None]
+
+_HOOKS: dict[Reads, str] = {"resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How prompts are run.
+
+    Args:
+        n_recurrences: Recurrences; the model's present number if None.
+        reference_recurrences: Take the fixed points from a run of so many recurrences instead, for
+            instance twice as many; needs ``states="recompute"``.
+        batch_size: Prompts a batch.
+        batching: ``"length"``: only prompts of one length share a batch. ``"padded"``: neighbours
+            in length do, padded under a mask.
+        states: See the module.
+        folder: Where the temporary file of ``states="disk"`` is made.
+        state_seed: Seed of random initial states; the model's if None.
+        initial_state: ``"zeros"`` in place of the model's own; needs no seed then.
+    """
+
+    n_recurrences: int | None = None
+    reference_recurrences: int | None = None
+    batch_size: int = 8
+    batching: Batching = "length"
+    states: States = "recompute"
+    folder: Path | None = None
+    state_seed: int | None = None
+    initial_state: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("states", self.states, get_args(States))
+        check_choice("batching", self.batching, get_args(Batching))
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.reference_recurrences is not None and self.states == "disk":
+            raise InputError("reference_recurrences is a run of its own: it needs states=recompute")
+
+
+DEFAULT_METRICS = ("stage", "successive", "fixed_point")
+
+
+def stream_metrics(
+    model: LoopedTransformer,
+    prompts: Any,
+    metrics: str | Iterable[str] = DEFAULT_METRICS,
+    over: Over = "recurrence",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> xr.Dataset:
+    """Metrics of many prompts, labelled as by ``over_cache``.
+
+    Args:
+        model: The model; its hooks, if any, act as in every run.
+        prompts: As :meth:`LoopedTransformer.token_rows` takes them: texts, tokens, sequences of any
+            lengths.
+        metrics: Names and groups, see ``tl_looped.metrics.catalogue``.
+        over: ``"recurrence"`` or ``"depth"``, see ``tl_looped.metrics.labels``.
+        attention_mask, prepend_bos: See :meth:`LoopedTransformer.token_rows`.
+        progress: Show a bar over prompts.
+        **options: Fields of :class:`StreamOptions`: ``n_recurrences``, ``batch_size``, …
+
+    Returns:
+        One variable a metric; ``prompt`` counts the prompts in the order given.
+    """
+    rows = model.token_rows(prompts, attention_mask, prepend_bos)
+    if over not in get_args(Over):
+        raise InputError(f"over must be one of {', '.join(get_args(Over))}, got {over!r}")
+    batches = []
+    with tqdm(total=len(rows), disable=not progress, unit="prompt") as bar:
+        for batch in stream_batches(model, rows, metrics, StreamOptions(**options)):
+            batches.append(batch)
+            bar.update(batch.sizes["prompt"])
+    data = xr.concat(batches, "prompt", data_vars="minimal", coords="minimal", join="exact")
+    data = data.sortby("prompt")
+    return by_recurrence(data) if over == "recurrence" else data
+
+
+def stream_batches(
+    model: LoopedTransformer,
+    rows: list[Int[Tensor, " pos"]],
+    metrics: str | Iterable[str] = DEFAULT_METRICS,
+    options: StreamOptions | None = None,
+) -> Iterator[xr.Dataset]:
+    """The results by depth, batch by batch, for callers that save each one.
+
+    Args:
+        model: The model.
+        rows: Tokens of every prompt, from :meth:`LoopedTransformer.token_rows`.
+        metrics: As in :func:`stream_metrics`.
+        options: How to run.
+
+    Yields:
+        Results whose ``prompt`` counts within ``rows``.
+    """
+    options = options or StreamOptions()
+    names = select(metrics)
+    for numbers in batches_of([len(row) for row in rows], options):
+        yield _run_batch(model, rows, numbers, names, options)
+
+
+def batches_of(lengths: list[int], options: StreamOptions) -> list[list[int]]:
+    """Numbers of the prompts of every batch, shortest prompts first."""
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda n: lengths[n]):
+        last = batches[-1] if batches else []
+        fits = 0 < len(last) < options.batch_size
+        if fits and options.batching == "length":
+            fits = lengths[last[0]] == lengths[number]
+        if fits:
+            last.append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+@torch.inference_mode()
+def _run_batch(
+    model: LoopedTransformer,
+    rows: list[Int[Tensor, " pos"]],
+    numbers: list[int],
+    names: list[str],
+    options: StreamOptions,
+) -> xr.Dataset:
+    """Metrics of one batch, by depth."""
+    tokens, mask = _padded([rows[n] for n in numbers])
+    with model.recurrences(options.n_recurrences):
+        collector = Collector(model.loop, names, mask)
+        if options.states == "disk" and collector.needs_reference:
+            _through_the_disk(model, tokens, collector, options)
+        else:
+            if collector.needs_reference:
+                _keep_references(model, tokens, collector, options)
+            with _watching(model, collector.reads, _both_of(collector)):
+                _forward(model, tokens, mask, options)
+        seed = model.state_seed if options.state_seed is None else options.state_seed
+        attributes = run_attributes(model, model.loop) | {"state_seed": seed}
+        if options.initial_state is not None:
+            attributes["initial_state"] = options.initial_state
+        if options.reference_recurrences is not None:
+            attributes["reference_recurrences"] = options.reference_recurrences
+        n_tokens = torch.tensor([len(rows[n]) for n in numbers])
+        data = labelled(collector, n_tokens, model.cfg.d_model, attributes)
+    return data.assign_coords(prompt=numbers)
+
+
+def _padded(
+    rows: list[Int[Tensor, " pos"]],
+) -> tuple[Int[Tensor, "prompt pos"], Bool[Tensor, "prompt pos"] | None]:
+    """Rows padded on the right, and their mask if any is shorter."""
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if all(len(row) == tokens.shape[1] for row in rows):
+        return tokens, None
+    n = torch.tensor([len(row) for row in rows], device=tokens.device)
+    return tokens, torch.arange(tokens.shape[1], device=tokens.device)[None] < n[:, None]
+
+
+def _forward(
+    model: LoopedTransformer, tokens: Tensor, mask: Tensor | None, options: StreamOptions
+) -> None:
+    """Run all layers, without logits where a coda ends the run."""
+    # An unpadded batch gets a full mask, so that no pad token in a text is taken for padding.
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    random = options.initial_state is None
+    model(
+        tokens,
+        attention_mask=mask,
+        return_type=None,
+        stop_at_layer=model.loop.n_layers if model.loop.c else None,
+        state_seed=options.state_seed if random else None,
+        initial_state=options.initial_state,
+    )
+
+
+def _watching(
+    model: LoopedTransformer, reads: set[Reads], look: Look
+) -> AbstractContextManager[None]:
+    """Call ``look`` with every activation that is read, in the order of the forward pass."""
+    loop = model.loop
+
+    def reader(site: Site, name: Reads) -> Callable[[Tensor, Any], None]:
+        return lambda x, hook: look(site, name, x)
+
+    readers: list[tuple[str, Callable[[Tensor, Any], None]]] = [
+        (f"blocks.{i}.{_HOOKS[name]}", reader(Site.of_layer(loop, i), name))
+        for i in range(loop.n_layers)
+        for name in sorted(reads)
+    ]
+    if model.cfg.loop_norm and "resid_post" in reads:
+        readers += [
+            (f"recurrence.{r}.hook_state_out", reader(Site(r, STATE_OUT, r), "resid_post"))
+            for r in range(loop.R)
+        ]
+    return model.readers(readers) if readers else nullcontext()
+
+
+def _both_of(collector: Collector) -> Look:
+    needed = collector.needs_reference
+
+    def look(site: Site, reads: Reads, x: Tensor) -> None:
+        collector.see(site, reads, x)
+        if reads in needed:
+            collector.compare(site, reads, x)
+
+    return look
+
+
+def _keep_references(
+    model: LoopedTransformer, tokens: Tensor, collector: Collector, options: StreamOptions
+) -> None:
+    """A first run, of which only the last recurrence stays."""
+    needed, found = collector.needs_reference, collector.references
+    with model.recurrences(options.reference_recurrences):
+        last = model.loop.R - 1
+
+        def look(site: Site, reads: Reads, x: Tensor) -> None:
+            if site.recurrence == last and site.slot is not None and reads in needed:
+                found[reads, site.slot] = x
+
+        # All that the second run reads is watched, so that both take the same kernels.
+        with _watching(model, collector.reads, look):
+            _forward(model, tokens, collector.mask, options)
+
+
+def _through_the_disk(
+    model: LoopedTransformer, tokens: Tensor, collector: Collector, options: StreamOptions
+) -> None:
+    """One run; what is to be compared goes to the disk and comes back."""
+    needed, last = collector.needs_reference, model.loop.R - 1
+    kept: list[tuple[Site, Reads]] = []
+    with Spill(options.folder) as spill:
+
+        def look(site: Site, reads: Reads, x: Tensor) -> None:
+            collector.see(site, reads, x)
+            if site.slot is None or reads not in needed:
+                return
+            spill.put((site, reads), x)
+            kept.append((site, reads))
+            if site.recurrence == last:
+                collector.references[reads, site.slot] = x
+
+        with _watching(model, collector.reads, look):
+            _forward(model, tokens, collector.mask, options)
+        for site, reads in kept:
+            collector.compare(site, reads, spill.get((site, reads)))
