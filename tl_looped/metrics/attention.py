@@ -9,10 +9,11 @@ fp64, entries in fp32, or fp64 if they came so.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.errors import InputError
@@ -31,17 +32,44 @@ Denominator = Literal["all", "visible"]
 Pattern = Float[Tensor, "*batch query key"]
 
 
-def _checked(
-    pattern: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Bool[Tensor, "*mask query"] | None]:
-    """The pattern in fp32 or fp64 with the rows of padding at zero, and the mask of its queries."""
-    real = query_mask(pattern, mask)
-    check_pattern(pattern, real)
-    wide = at_least_fp32(pattern)
-    if real is not None:
-        # Not a product: what padding attends to may be anything, NaN included.
-        wide = wide.masked_fill(~(real[..., :, None] & real[..., None, :]), 0.0)
-    return wide, real
+@dataclass(frozen=True)
+class Rows:
+    """A pattern that was checked: in fp32 or fp64, with padding at zero.
+
+    Args:
+        wide: ``[..., head, query, key]``.
+        real: Mask of the queries with a dimension of one for the heads; None if all are real.
+    """
+
+    wide: Float[Tensor, "*batch query key"]
+    real: Bool[Tensor, "*mask query"] | None
+
+    @classmethod
+    def of(cls, pattern: Tensor, mask: Tensor | None) -> Rows:
+        """Check and prepare a pattern."""
+        real = query_mask(pattern, mask)
+        check_pattern(pattern, real)
+        wide = at_least_fp32(pattern)
+        if real is not None:
+            # Not a product: what padding attends to may be anything, NaN included.
+            wide = wide.masked_fill(~(real[..., :, None] & real[..., None, :]), 0.0)
+        return cls(wide, real)
+
+    @property
+    def n_tokens(self) -> Int[Tensor, "*lengths"]:
+        """Real tokens, broadcastable to one value a head."""
+        return lengths(self.wide, self.wide.shape[-1], self.real)
+
+    def received(self) -> Float[Tensor, "*batch key"]:
+        """Attention that each key receives from all queries, in fp64."""
+        return self.wide.sum(-2, dtype=torch.float64)
+
+    def entropies(self) -> Float[Tensor, "*batch query"]:
+        """Entropy of each query's row in nats, in fp64; 0 ln 0 is 0."""
+        tiny = torch.finfo(self.wide.dtype).tiny
+        # Several times as fast as torch.special.entr; no entry is negative.
+        terms = self.wide * self.wide.clamp(min=tiny).log()
+        return -terms.sum(-1, dtype=torch.float64)
 
 
 def colsum_concentration(pattern: Pattern, mask: Tensor | None = None) -> Float[Tensor, "*batch"]:
@@ -57,9 +85,13 @@ def colsum_concentration(pattern: Pattern, mask: Tensor | None = None) -> Float[
     Returns:
         One value a head; NaN for a single token.
     """
-    wide, real = _checked(pattern, mask)
-    n = lengths(wide, wide.shape[-1], real).double()
-    share = wide.sum(-2, dtype=torch.float64) / n[..., None]
+    rows = Rows.of(pattern, mask)
+    return _colsum(rows.received(), rows.n_tokens)
+
+
+def _colsum(received: Tensor, n_tokens: Tensor) -> Float[Tensor, "*batch"]:
+    n = n_tokens.double()
+    share = received / n[..., None]
     value = 1.0 - torch.special.entr(share).sum(-1) / n.log()
     return value.masked_fill(n == 1, math.nan)
 
@@ -92,25 +124,28 @@ def sink_score(
         InputError: if no prompt is longer than ``key``.
     """
     check_choice("denominator", denominator, get_args(Denominator))
-    wide, real = _checked(pattern, mask)
-    length = wide.shape[-1]
-    n = lengths(wide, length, real)
-    if not 0 <= key < int(n.max()):
-        raise InputError(f"key must be 0..{int(n.max()) - 1} (the longest prompt), got {key}")
-    received = wide.sum(-2, dtype=torch.float64)
+    rows = Rows.of(pattern, mask)
+    longest = int(rows.n_tokens.max())
+    if not 0 <= key < longest:
+        raise InputError(f"key must be 0..{longest - 1} (the longest prompt), got {key}")
+    return _sink(rows.received(), rows, key, denominator, above_uniform)
+
+
+def _sink(
+    received: Tensor, rows: Rows, key: int, denominator: str, above_uniform: bool
+) -> Float[Tensor, "*batch"]:
+    n, real = rows.n_tokens, rows.real
     if real is None:
         score = received[..., key]
     else:
-        # The key-th real token of each prompt; any column where there is none.
         is_key = real & (real.cumsum(-1) == key + 1)
         score = received.masked_fill(~is_key, 0.0).sum(-1)
     count = (n if denominator == "all" else n - key).double()
     score = score / count
     if above_uniform:
-        after_key = torch.arange(
-            1, length + 1, device=wide.device, dtype=torch.float64
-        ).reciprocal()
-        harmonic = torch.cat((after_key.new_zeros(1), after_key.cumsum(0)))
+        length = received.shape[-1]
+        terms = torch.arange(1, length + 1, device=received.device, dtype=torch.float64)
+        harmonic = torch.cat((terms.new_zeros(1), terms.reciprocal().cumsum(0)))
         score = score - (harmonic[n] - harmonic[key]) / count
     return score.masked_fill(n <= key, math.nan)
 
@@ -136,7 +171,12 @@ def sink_rate(
     """
     if not 0.0 <= threshold <= 1.0:
         raise InputError(f"threshold must be in [0, 1], got {threshold}")
-    score = sink_score(pattern, key, mask, denominator)
+    return _rate(sink_score(pattern, key, mask, denominator), threshold, strict)
+
+
+def _rate(
+    score: Float[Tensor, "*batch head"], threshold: float, strict: bool
+) -> Float[Tensor, "*batch"]:
     reached = (score > threshold) if strict else (score >= threshold)
     return reached.double().masked_fill(score.isnan(), math.nan).mean(-1)
 
@@ -160,18 +200,21 @@ def mixing_score(
         One value a head; for a single token 0, but NaN in the forms ``per_row`` and ``log_t``.
     """
     check_choice("form", form, get_args(MixingForm))
-    wide, real = _checked(pattern, mask)
-    entropy = torch.special.entr(wide).sum(-1, dtype=torch.float64)
-    n = lengths(wide, wide.shape[-1], real)
-    if form != "per_row":
-        return mixing_in_form(token_mean(entropy, real), form, n)
-    if real is None:
-        position = torch.arange(1, wide.shape[-1] + 1, device=wide.device)
+    rows = Rows.of(pattern, mask)
+    entropies = rows.entropies()
+    if form == "per_row":
+        return _mixing_per_row(entropies, rows)
+    return mixing_in_form(token_mean(entropies, rows.real), form, rows.n_tokens)
+
+
+def _mixing_per_row(entropies: Tensor, rows: Rows) -> Float[Tensor, "*batch"]:
+    if rows.real is None:
+        position = torch.arange(1, entropies.shape[-1] + 1, device=entropies.device)
     else:
-        position = real.cumsum(-1)
-    first = (position <= 1).expand(entropy.shape)
-    share = entropy / position.clamp(min=2).double().log()
-    return token_mean(share, real, left_out=first)
+        position = rows.real.cumsum(-1)
+    first = (position <= 1).expand(entropies.shape)
+    share = entropies / position.clamp(min=2).double().log()
+    return token_mean(share, rows.real, left_out=first)
 
 
 def mixing_in_form(
@@ -190,6 +233,23 @@ def mixing_in_form(
     return raw / n if form == "per_token" else raw / n.log()
 
 
+def all_of_pattern(rows: Rows) -> dict[str, Float[Tensor, "*values"]]:
+    """Every metric of one pattern at its default arguments, by name.
+
+    Sums and entropies are computed once for all of them.
+    """
+    received, entropies = rows.received(), rows.entropies()
+    score = _sink(received, rows, 0, "all", above_uniform=False)
+    return {
+        "colsum_concentration": _colsum(received, rows.n_tokens),
+        "sink_score": score,
+        "sink_score_above_uniform": _sink(received, rows, 0, "all", above_uniform=True),
+        "sink_rate": _rate(score, 0.3, strict=False),
+        "mixing_raw": token_mean(entropies, rows.real),
+        "mixing_per_row": _mixing_per_row(entropies, rows),
+    }
+
+
 def attention_distance(
     a: Pattern, b: Pattern, mask: Tensor | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -202,12 +262,13 @@ def attention_distance(
         a, b: Attention patterns of the same sequences.
         mask: ``[..., pos]``, zero at padding.
     """
-    return pattern_distance(_checked(a, mask)[0], _checked(b, mask)[0])
+    return rows_distance(Rows.of(a, mask), Rows.of(b, mask))
 
 
-def pattern_distance(a: Pattern, b: Pattern) -> Float[Tensor, "*batch"]:
-    """As :func:`attention_distance`, for patterns that were checked and masked already."""
-    return torch.linalg.vector_norm(a - b, dim=(-2, -1), dtype=torch.float64)
+def rows_distance(a: Rows, b: Rows) -> Float[Tensor, "*batch"]:
+    """As :func:`attention_distance`."""
+    difference = (a.wide - b.wide).flatten(-2)
+    return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64)
 
 
 def pairwise_attention_distance(
@@ -221,7 +282,7 @@ def pairwise_attention_distance(
         patterns: All layers to compare, stacked: ``cache.stack_activation("pattern")``.
         mask: ``[..., pos]``, zero at padding.
     """
-    wide, _ = _checked(patterns, mask)
+    wide = Rows.of(patterns, mask).wide
     layers = wide.flatten(-2).reshape(len(wide), -1, wide.shape[-1] ** 2)
     total = torch.zeros(len(wide), len(wide), dtype=torch.float64, device=wide.device)
     for one in layers.unbind(1):  # one head of one prompt at a time, or all of them in fp64

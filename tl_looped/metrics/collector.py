@@ -14,8 +14,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.metrics.catalogue import DERIVED, LOWEST_COSINE, METRICS, Metric, Reads
-from tl_looped.metrics.states import lowest, state_distance
+from tl_looped.errors import MissingActivationError
+from tl_looped.metrics.catalogue import (
+    DERIVED,
+    FAMILIES,
+    LOWEST_COSINE,
+    Kind,
+    Prepared,
+    Reads,
+    prepare,
+)
+from tl_looped.metrics.states import Sized, distances, lowest
 from tl_looped.model.geometry import LoopGeometry
 
 # A layer of the core, or what the loop norm makes of the last one.
@@ -51,64 +60,91 @@ class Collector:
         loop: Geometry of the run.
         names: Metrics, as ``catalogue.select`` gives them.
         mask: ``[prompt, pos]``, zero at padding.
-        references: Fixed points by what is read and the slot.
     """
 
     loop: LoopGeometry
     names: list[str]
     mask: Bool[Tensor, "prompt pos"] | None
-    references: dict[tuple[Reads, Slot], Tensor] = field(default_factory=dict)
     values: dict[tuple[str, bool], Float[Tensor, "site prompt *head"]] = field(default_factory=dict)
-    _previous: dict[tuple[Reads, Slot], Tensor] = field(default_factory=dict)
+    _references: dict[tuple[Reads, Slot], Prepared] = field(default_factory=dict)
+    _previous: dict[tuple[Reads, Slot], Prepared] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        bases = [DERIVED[name].base if name in DERIVED else name for name in self.names]
-        self._metrics = [METRICS[name] for name in dict.fromkeys(bases) if name in METRICS]
+        self._computed = {DERIVED[name].base if name in DERIVED else name for name in self.names}
+        self._families = [f for f in FAMILIES if self._computed & f.outputs.keys()]
 
     @property
     def needs_reference(self) -> set[Reads]:
         """What the fixed-point metrics among the wanted ones read."""
-        reads: set[Reads] = {m.reads for m in self._metrics if m.kind == "fixed_point"}
+        reads: set[Reads] = {f.reads for f in self._families if f.kind == "fixed_point"}
         return reads | ({"resid_post"} if LOWEST_COSINE in self.names else set())
 
     @property
     def needs_previous(self) -> set[Reads]:
         """What the successive metrics read."""
-        return {m.reads for m in self._metrics if m.kind == "successive"}
+        return {f.reads for f in self._families if f.kind == "successive"}
 
     @property
     def reads(self) -> set[Reads]:
         """What any metric reads."""
-        return {m.reads for m in self._metrics} | self.needs_reference
+        return {f.reads for f in self._families} | self.needs_reference
 
-    def see(self, site: Site, reads: Reads, x: Tensor) -> None:
-        """Metrics of a layer, and of its step from the previous recurrence."""
-        for metric in self._of("layer", reads):
-            self._keep(metric.name, site, metric.compute(x, self.mask))
-        if site.slot is None or reads not in self.needs_previous:
-            return
-        previous = self._previous.get((reads, site.slot))
-        self._previous[reads, site.slot] = x
-        if previous is not None:
-            for metric in self._of("successive", reads):
-                self._keep(metric.name, site, metric.compute(previous, x, self.mask))
+    def refer(self, slot: Slot, reads: Reads, x: Tensor) -> None:
+        """Take an activation for the fixed point of a slot."""
+        self._references[reads, slot] = prepare(reads, x, self.mask)
 
-    def compare(self, site: Site, reads: Reads, x: Tensor) -> None:
-        """Metrics of a layer and its fixed point; the references must be there."""
+    def see(self, site: Site, reads: Reads, x: Tensor, compare: bool) -> None:
+        """Metrics of a layer, and of its step from the previous recurrence.
+
+        Args:
+            site: Where it stands.
+            reads: What it is.
+            x: The activation.
+            compare: Compare with the fixed point too; the references must be there.
+        """
+        prepared = prepare(reads, x, self.mask)
+        self._compute("layer", site, reads, prepared)
         if site.slot is None:
             return
-        for metric in self._of("fixed_point", reads):
-            reference = self.references[reads, site.slot]
-            self._keep(metric.name, site, metric.compute(reference, x, self.mask))
-        if reads == "resid_post" and site.slot == 0 and LOWEST_COSINE in self.names:
-            points = [self.references[reads, layer] for layer in range(self.loop.k)]
-            each = [state_distance(x, point, "cosine", self.mask) for point in points]
-            value = lowest(torch.stack(each))
-            assert site.recurrence is not None
-            self._keep(LOWEST_COSINE, Site(site.recurrence, STATE_OUT, site.recurrence), value)
+        if reads in self.needs_previous:
+            previous = self._previous.get((reads, site.slot))
+            self._previous[reads, site.slot] = prepared
+            if previous is not None:
+                self._compute("successive", site, reads, previous, prepared)
+        if compare:
+            self._compare(site, site.slot, reads, prepared)
 
-    def _of(self, kind: str, reads: Reads) -> list[Metric]:
-        return [m for m in self._metrics if m.kind == kind and m.reads == reads]
+    def compare(self, site: Site, reads: Reads, x: Tensor) -> None:
+        """Compare an activation of the core with its fixed point."""
+        assert site.slot is not None
+        self._compare(site, site.slot, reads, prepare(reads, x, self.mask))
+
+    def _compare(self, site: Site, slot: Slot, reads: Reads, x: Prepared) -> None:
+        if reads not in self.needs_reference:
+            return
+        if (reads, slot) not in self._references:
+            raise MissingActivationError(
+                f"reference: the run whose last recurrence is taken for the fixed point has no "
+                f"{reads!r} of core layer {slot!r}"
+            )
+        self._compute("fixed_point", site, reads, self._references[reads, slot], x)
+        if reads == "resid_post" and slot == 0 and LOWEST_COSINE in self.names:
+            each = []
+            for layer in range(self.loop.k):
+                point = self._references[reads, layer]
+                assert isinstance(x, Sized)
+                assert isinstance(point, Sized)
+                each.append(distances(x, point, ("cosine",))["cosine"])
+            assert site.recurrence is not None
+            of_recurrence = Site(site.recurrence, STATE_OUT, site.recurrence)
+            self._keep(LOWEST_COSINE, of_recurrence, lowest(torch.stack(each)))
+
+    def _compute(self, kind: Kind, site: Site, reads: Reads, *activations: Prepared) -> None:
+        for family in self._families:
+            if family.kind == kind and family.reads == reads:
+                for name, value in family.compute(*activations).items():
+                    if name in self._computed:
+                        self._keep(name, site, value)
 
     def _keep(self, name: str, site: Site, value: Float[Tensor, "prompt *head"]) -> None:
         out = site.slot == STATE_OUT

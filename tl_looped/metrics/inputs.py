@@ -50,10 +50,13 @@ def check_pattern(pattern: Float[Tensor, "*batch query key"], query_mask: Tensor
     tolerance = _ROW_SUM_TOLERANCE.get(pattern.dtype, 1e-5)
     wide = at_least_fp32(pattern)
     if query_mask is not None:
-        wide = wide * query_mask[..., None, :]  # what a real query gives to padding is missing
+        # What a real query gives to padding is missing from its row.
+        wide = wide.masked_fill(~(query_mask[..., :, None] & query_mask[..., None, :]), 0.0)
     off = (wide.sum(-1) - 1).abs()
     if query_mask is not None:
         off = off.masked_fill(~query_mask, 0.0)
+    if bool((wide < 0).any()):
+        raise InputError(f"pattern has a negative entry, {float(wide.min()):.3g}: scores?")
     if bool((off > tolerance).any()):
         raise InputError(
             f"pattern: the rows of real queries must sum to 1 over real keys within {tolerance}, "

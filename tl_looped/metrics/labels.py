@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tl_looped._version import __version__
 from tl_looped.errors import InputError
-from tl_looped.metrics.catalogue import DERIVED, LOWEST_COSINE, METRICS, Derived, Metric
+from tl_looped.metrics.catalogue import DERIVED, LOWEST_COSINE, OUTPUTS
 from tl_looped.metrics.collector import Collector
 from tl_looped.model.geometry import LoopGeometry
 
@@ -81,15 +81,9 @@ def _variable(name: str, values: Tensor, out: bool) -> xr.DataArray:
     dims: tuple[str, ...] = (first, "prompt")
     if numbers.ndim == 3:
         numbers, dims = numbers.swapaxes(1, 2), (first, "head", "prompt")
-    entry: Metric | Derived = DERIVED.get(name) or METRICS.get(name) or _LOWEST
-    attributes = {"long_name": entry.label, "units": entry.unit}
+    output = OUTPUTS[name]
+    attributes = {"long_name": output.label, "units": output.unit}
     return xr.DataArray(numbers, dims=dims, attrs=attributes)
-
-
-_LOWEST = Metric(
-    LOWEST_COSINE, "fixed_point", "resid_post", lambda *_: torch.empty(0),
-    "lowest cosine of the first layer's state to any layer's fixed point",
-)  # fmt: skip
 
 
 def by_recurrence(data: xr.Dataset) -> xr.Dataset:

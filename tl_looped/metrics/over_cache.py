@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_looped._compat import ActivationCache
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError, MissingActivationError
-from tl_looped.metrics.catalogue import STAGE, Reads, select
+from tl_looped.metrics.catalogue import STAGE, select
 from tl_looped.metrics.collector import STATE_OUT, Collector, Site
 from tl_looped.metrics.labels import Over, by_recurrence, labelled, run_attributes
 from tl_looped.model.geometry import LoopGeometry
@@ -142,21 +142,18 @@ def over_cache(
     some = view(reads[0], 0)
     mask = None if view.mask is None else view.mask.to(some.device)
     collector.mask = mask
-    collector.references = references(
-        view if reference is None else RunView(reference, attention_mask),
-        collector.needs_reference,
-    )
+    _refer(collector, view if reference is None else RunView(reference, attention_mask))
     for i in range(view.loop.n_layers):
         site = Site.of_layer(view.loop, i)
         for name in reads:
-            _feed(collector, site, name, view(name, i))
+            collector.see(site, name, view(name, i), compare=True)
         ends = site.recurrence is not None and site.slot == view.loop.k - 1
         if ends and "resid_post" in reads:
             assert site.recurrence is not None
             after_norm = view.state_out(site.recurrence)
             if after_norm is not None:
                 out = Site(site.recurrence, STATE_OUT, site.recurrence)
-                _feed(collector, out, "resid_post", after_norm)
+                collector.see(out, "resid_post", after_norm, compare=True)
     length = some.shape[-2]
     n_tokens = torch.full((len(some),), length) if mask is None else mask.sum(-1)
     data = labelled(collector, n_tokens, view.model.cfg.d_model, view.attributes())
@@ -168,23 +165,14 @@ def _check_over(over: str) -> None:
         raise InputError(f"over must be 'recurrence' or 'depth', got {over!r}")
 
 
-def _feed(collector: Collector, site: Site, reads: Reads, x: Tensor) -> None:
-    collector.see(site, reads, x)
-    if reads in collector.needs_reference:
-        collector.compare(site, reads, x)
-
-
-def references(view: RunView, needed: set[Reads]) -> dict[tuple[Reads, int | str], Tensor]:
-    """The last recurrence's activations of a run."""
+def _refer(collector: Collector, view: RunView) -> None:
+    """Take the last recurrence of a run for the fixed points."""
     loop = view.loop
-    if not needed or loop.R == 0:
-        return {}
-    found: dict[tuple[Reads, int | str], Tensor] = {
-        (reads, layer): view(reads, loop.index(loop.R - 1, layer))
-        for reads in needed
-        for layer in range(loop.k)
-    }
+    if loop.R == 0:
+        return
+    for reads in collector.needs_reference:
+        for layer in range(loop.k):
+            collector.refer(layer, reads, view(reads, loop.index(loop.R - 1, layer)))
     after_norm = view.state_out(loop.R - 1)
-    if after_norm is not None and "resid_post" in needed:
-        found["resid_post", STATE_OUT] = after_norm
-    return found
+    if after_norm is not None and "resid_post" in collector.needs_reference:
+        collector.refer(STATE_OUT, "resid_post", after_norm)

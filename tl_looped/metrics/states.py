@@ -1,14 +1,17 @@
 """Metrics of the residual stream along the recurrences.
 
 States are ``[recurrence, layer, ..., pos, d_model]``, as ``cache.stack_recurrences("resid_post")``
-gives them; see ``tl_looped.metrics.inputs`` for masks. Norms and cosines are over ``d_model``, in
-fp64, one a token, then averaged over the prompt's tokens. A token whose state is zero has neither a
-relative distance nor a cosine: it is left out, and a prompt of such tokens alone gives NaN.
+gives them; see ``tl_looped.metrics.inputs`` for masks. Norms and cosines are over ``d_model``, one
+a token, summed in fp64, then averaged over the prompt's tokens. A token whose state is zero has
+neither a relative distance nor a cosine: it is left out, and a prompt of such tokens gives NaN.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -32,43 +35,70 @@ def norms(x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos"]
     return torch.linalg.vector_norm(at_least_fp32(x), dim=-1, dtype=torch.float64)
 
 
-def cosines(
-    x: Float[Tensor, "*batch pos d_model"], y: Float[Tensor, "*other pos d_model"]
-) -> Float[Tensor, "*both pos"]:
-    """Cosine of every token's two states, in fp64; NaN where one of them is zero."""
-    x, y = x.double(), y.double()
-    # Divided before they are multiplied, so that large norms do not overflow.
-    x, y = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
-    return (x * y).sum(-1).clamp(-1.0, 1.0)
+@dataclass(frozen=True)
+class Sized:
+    """States with what every comparison of them needs.
+
+    Args:
+        x: ``[..., pos, d_model]`` in fp32 or fp64.
+        size: Norms ``[..., pos]``.
+        real: Which tokens are real; None means all.
+    """
+
+    x: Float[Tensor, "*batch pos d_model"]
+    size: Float[Tensor, "*batch pos"]
+    real: Bool[Tensor, "*mask pos"] | None
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor | None) -> Sized:
+        """Check and prepare states."""
+        real = token_mask(x, mask)
+        wide = at_least_fp32(x)
+        return cls(wide, norms(wide), real)
+
+    @cached_property
+    def unit(self) -> Float[Tensor, "*batch pos d_model"]:
+        """States of norm one; NaN where a state is zero."""
+        # Divided before they are multiplied, so that products neither overflow nor vanish.
+        return self.x / self.size[..., None].to(self.x.dtype)
 
 
 def state_distance(
     x: Float[Tensor, "*batch pos d_model"],
-    reference: Float[Tensor, "*other pos d_model"],
+    reference: Float[Tensor, "*batch pos d_model"],
     form: StateForm = "abs",
     mask: Tensor | None = None,
-) -> Float[Tensor, "*both"]:
+) -> Float[Tensor, "*batch"]:
     """How far states are from reference states, averaged over tokens.
 
     Args:
         x: States.
-        reference: What they are compared with, of the same or a broadcastable shape.
+        reference: What they are compared with.
         form: ``abs``, ``||x - ref||``; ``rel``, each token's distance over its ``||ref||``;
             ``cosine``, the similarity (1 means no angle).
         mask: ``[..., pos]``, zero at padding.
     """
     check_choice("form", form, get_args(StateForm))
-    real = token_mask(x, mask)
-    if form == "cosine":
-        cosine = cosines(x, reference)
-        zero = (norms(x) == 0) | (norms(reference) == 0)
-        return token_mean(cosine, real, zero)
-    distance = norms(at_least_fp32(x) - at_least_fp32(reference))
-    if form == "abs":
-        return token_mean(distance, real)
-    size = norms(reference)
-    zero = (size == 0).expand(distance.shape)
-    return token_mean(distance / size, real, zero)
+    return distances(Sized.of(x, mask), Sized.of(reference, mask), (form,))[form]
+
+
+def distances(
+    x: Sized, reference: Sized, forms: Iterable[str] = get_args(StateForm)
+) -> dict[str, Float[Tensor, "*batch"]]:
+    """:func:`state_distance` in several forms at once, by form."""
+    found: dict[str, Tensor] = {}
+    forms = set(forms)
+    zero = reference.size == 0
+    if forms & {"abs", "rel"}:
+        step = norms(x.x - reference.x)
+        if "abs" in forms:
+            found["abs"] = token_mean(step, x.real)
+        if "rel" in forms:
+            found["rel"] = token_mean(step / reference.size, x.real, zero)
+    if "cosine" in forms:
+        cosine = (x.unit * reference.unit).sum(-1, dtype=torch.float64).clamp(-1.0, 1.0)
+        found["cosine"] = token_mean(cosine, x.real, zero | (x.size == 0))
+    return found
 
 
 def successive_difference(
@@ -236,14 +266,18 @@ def residual_magnitude(
         mask: ``[..., pos]``, zero at padding.
     """
     check_choice("statistic", statistic, get_args(Magnitude))
-    real = token_mask(states, mask)
-    size = norms(states)
-    if statistic == "max":
-        return (size if real is None else size.masked_fill(~real, -math.inf)).amax(-1)
-    if statistic == "first":
-        if real is None:
-            return size[..., 0]
-        is_first = real & (real.cumsum(-1) == 1)
-        return size.masked_fill(~is_first, 0.0).sum(-1)
+    return magnitudes(Sized.of(states, mask))[statistic]
+
+
+def magnitudes(states: Sized) -> dict[str, Float[Tensor, "*batch"]]:
+    """:func:`residual_magnitude` in all its forms, by form."""
+    size, real = states.size, states.real
     mean = token_mean(size, real)
-    return mean / math.sqrt(states.shape[-1]) if statistic == "rms" else mean
+    if real is None:
+        first, largest = size[..., 0], size.amax(-1)
+    else:
+        is_first = real & (real.cumsum(-1) == 1)
+        first = size.masked_fill(~is_first, 0.0).sum(-1)
+        largest = size.masked_fill(~real, -math.inf).amax(-1)
+    rms = mean / math.sqrt(states.x.shape[-1])
+    return {"mean": mean, "max": largest, "first": first, "rms": rms}

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,7 @@ from tl_looped.metrics.collector import STATE_OUT, Collector, Site
 from tl_looped.metrics.inputs import check_choice
 from tl_looped.metrics.labels import Over, by_recurrence, labelled, run_attributes
 from tl_looped.metrics.spill import Spill
+from tl_looped.model.config import InitialState
 from tl_looped.transformer import LoopedTransformer
 
 States = Literal["recompute", "disk"]
@@ -174,12 +176,15 @@ def _run_batch(
         else:
             if collector.needs_reference:
                 _keep_references(model, tokens, collector, options)
-            with _watching(model, collector.reads, _both_of(collector)):
+            see = partial(collector.see, compare=True)
+            with _watching(model, collector.reads, see):
                 _forward(model, tokens, mask, options)
-        seed = model.state_seed if options.state_seed is None else options.state_seed
-        attributes = run_attributes(model, model.loop) | {"state_seed": seed}
+        attributes = run_attributes(model, model.loop)
         if options.initial_state is not None:
             attributes["initial_state"] = options.initial_state
+        elif model.cfg.initial_state is InitialState.RANDOM:
+            seed = model.state_seed if options.state_seed is None else options.state_seed
+            attributes["state_seed"] = seed
         if options.reference_recurrences is not None:
             attributes["reference_recurrences"] = options.reference_recurrences
         n_tokens = torch.tensor([len(rows[n]) for n in numbers])
@@ -237,28 +242,17 @@ def _watching(
     return model.readers(readers) if readers else nullcontext()
 
 
-def _both_of(collector: Collector) -> Look:
-    needed = collector.needs_reference
-
-    def look(site: Site, reads: Reads, x: Tensor) -> None:
-        collector.see(site, reads, x)
-        if reads in needed:
-            collector.compare(site, reads, x)
-
-    return look
-
-
 def _keep_references(
     model: LoopedTransformer, tokens: Tensor, collector: Collector, options: StreamOptions
 ) -> None:
     """A first run, of which only the last recurrence stays."""
-    needed, found = collector.needs_reference, collector.references
+    needed = collector.needs_reference
     with model.recurrences(options.reference_recurrences):
         last = model.loop.R - 1
 
         def look(site: Site, reads: Reads, x: Tensor) -> None:
             if site.recurrence == last and site.slot is not None and reads in needed:
-                found[reads, site.slot] = x
+                collector.refer(site.slot, reads, x)
 
         # All that the second run reads is watched, so that both take the same kernels.
         with _watching(model, collector.reads, look):
@@ -274,13 +268,13 @@ def _through_the_disk(
     with Spill(options.folder) as spill:
 
         def look(site: Site, reads: Reads, x: Tensor) -> None:
-            collector.see(site, reads, x)
+            collector.see(site, reads, x, compare=False)
             if site.slot is None or reads not in needed:
                 return
             spill.put((site, reads), x)
             kept.append((site, reads))
             if site.recurrence == last:
-                collector.references[reads, site.slot] = x
+                collector.refer(site.slot, reads, x)
 
         with _watching(model, collector.reads, look):
             _forward(model, tokens, collector.mask, options)
