@@ -18,9 +18,8 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import (
-    at_least_fp32,
     check_choice,
-    check_pattern,
+    checked_pattern,
     lengths,
     query_mask,
     token_mean,
@@ -48,12 +47,7 @@ class Rows:
     def of(cls, pattern: Tensor, mask: Tensor | None) -> Rows:
         """Check and prepare a pattern."""
         real = query_mask(pattern, mask)
-        check_pattern(pattern, real)
-        wide = at_least_fp32(pattern)
-        if real is not None:
-            # Not a product: what padding attends to may be anything, NaN included.
-            wide = wide.masked_fill(~(real[..., :, None] & real[..., None, :]), 0.0)
-        return cls(wide, real)
+        return cls(checked_pattern(pattern, real), real)
 
     @property
     def n_tokens(self) -> Int[Tensor, "*lengths"]:
@@ -100,7 +94,7 @@ def sink_score(
     pattern: Pattern,
     key: int = 0,
     mask: Tensor | None = None,
-    denominator: Denominator = "all",
+    denominator: Denominator | str = "all",
     above_uniform: bool = False,
 ) -> Float[Tensor, "*batch"]:
     """Attention that a key receives, averaged over queries: ``(1 / T) sum_t A_tk``.
@@ -156,7 +150,7 @@ def sink_rate(
     key: int = 0,
     mask: Tensor | None = None,
     strict: bool = False,
-    denominator: Denominator = "all",
+    denominator: Denominator | str = "all",
 ) -> Float[Tensor, "*batch"]:
     """Fraction of heads whose :func:`sink_score` at ``key`` reaches the threshold.
 
@@ -169,6 +163,8 @@ def sink_rate(
     Returns:
         One value a prompt; NaN if any of its heads has no score.
     """
+    if pattern.ndim < 3:
+        raise InputError(f"pattern must have heads, [..., head, query, key], got {pattern.shape}")
     if not 0.0 <= threshold <= 1.0:
         raise InputError(f"threshold must be in [0, 1], got {threshold}")
     return _rate(sink_score(pattern, key, mask, denominator), threshold, strict)
@@ -182,7 +178,7 @@ def _rate(
 
 
 def mixing_score(
-    pattern: Pattern, form: MixingForm = "raw", mask: Tensor | None = None
+    pattern: Pattern, form: MixingForm | str = "raw", mask: Tensor | None = None
 ) -> Float[Tensor, "*batch"]:
     """How widely the queries spread their attention: row entropies ``h_i = -sum_j A_ij ln A_ij``.
 
@@ -218,7 +214,7 @@ def _mixing_per_row(entropies: Tensor, rows: Rows) -> Float[Tensor, "*batch"]:
 
 
 def mixing_in_form(
-    raw: Float[Tensor, "*batch"], form: MixingForm, n_tokens: Tensor
+    raw: Float[Tensor, "*batch"], form: MixingForm | str, n_tokens: Tensor
 ) -> Float[Tensor, "*batch"]:
     """A raw :func:`mixing_score` in another form, all but ``per_row``.
 

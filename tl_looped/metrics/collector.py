@@ -111,6 +111,9 @@ class Collector:
             self._previous[reads, site.slot] = prepared
             if previous is not None:
                 self._compute("successive", site, reads, previous, prepared)
+            elif site.recurrence == 0 and site.slot in (0, STATE_OUT):
+                # Only to know its shape: with one recurrence there is nothing but NaN.
+                self._compute("successive", site, reads, prepared, prepared, undefined=True)
         if compare:
             self._compare(site, site.slot, reads, prepared)
 
@@ -139,11 +142,19 @@ class Collector:
             of_recurrence = Site(site.recurrence, STATE_OUT, site.recurrence)
             self._keep(LOWEST_COSINE, of_recurrence, lowest(torch.stack(each)))
 
-    def _compute(self, kind: Kind, site: Site, reads: Reads, *activations: Prepared) -> None:
+    def _compute(
+        self,
+        kind: Kind,
+        site: Site,
+        reads: Reads,
+        *activations: Prepared,
+        undefined: bool = False,
+    ) -> None:
         for family in self._families:
             if family.kind == kind and family.reads == reads:
                 for name, value in family.compute(*activations).items():
                     if name in self._computed:
+                        value = torch.full_like(value, math.nan) if undefined else value
                         self._keep(name, site, value)
 
     def _keep(self, name: str, site: Site, value: Float[Tensor, "prompt *head"]) -> None:

@@ -3,8 +3,9 @@
 Conventions of all metrics. Heads stand third from the right of a pattern, ``[..., head, query,
 key]``, and ``d_model`` last in a state, ``[..., pos, d_model]``. A mask has one row a prompt,
 ``[..., pos]``, and is aligned with the batch dimensions before the heads: ``attention_mask`` as the
-model takes it. A masked input gives what each unpadded prompt gives alone. A non-finite input gives
-NaN for the prompts (and heads) that hold it; a wrong one raises an error that names the argument.
+model takes it. A masked input gives what each unpadded prompt gives alone. A value that is not
+finite makes NaN of every number that it enters, and of no other prompt's or head's; a wrong input
+raises an error that names the argument.
 """
 
 from __future__ import annotations
@@ -34,12 +35,21 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def check_pattern(pattern: Float[Tensor, "*batch query key"], query_mask: Tensor | None) -> None:
-    """Raise unless the pattern is square and its real rows sum to one.
+def checked_pattern(
+    pattern: Float[Tensor, "*batch query key"], real: Bool[Tensor, "*mask query"] | None
+) -> Float[Tensor, "*batch query key"]:
+    """The pattern in fp32 or fp64, with padding at zero and undefined rows at NaN.
+
+    TransformerLens makes zeros of NaN scores, so that a row of zeros is what a diverged state
+    leaves: it is undefined, not an error.
 
     Args:
         pattern: Attention patterns.
-        query_mask: See :func:`query_mask`.
+        real: See :func:`query_mask`.
+
+    Raises:
+        InputError: unless the pattern is square, without negative entries, and its real rows sum
+            to one.
     """
     queries, keys = pattern.shape[-2:]
     if queries != keys or queries == 0:
@@ -47,22 +57,28 @@ def check_pattern(pattern: Float[Tensor, "*batch query key"], query_mask: Tensor
             f"pattern must be [..., query, key] of one whole sequence, got shape "
             f"{tuple(pattern.shape)}: no position slice, no key-value cache"
         )
-    tolerance = _ROW_SUM_TOLERANCE.get(pattern.dtype, 1e-5)
     wide = at_least_fp32(pattern)
-    if query_mask is not None:
-        # What a real query gives to padding is missing from its row.
-        wide = wide.masked_fill(~(query_mask[..., :, None] & query_mask[..., None, :]), 0.0)
-    off = (wide.sum(-1) - 1).abs()
-    if query_mask is not None:
-        off = off.masked_fill(~query_mask, 0.0)
-    if bool((wide < 0).any()):
-        raise InputError(f"pattern has a negative entry, {float(wide.min()):.3g}: scores?")
-    if bool((off > tolerance).any()):
+    if real is not None:
+        # Not a product: what padding attends to may be anything, NaN included. What a real query
+        # gives to padding is missing from its row then.
+        wide = wide.masked_fill(~(real[..., :, None] & real[..., None, :]), 0.0)
+    sums = wide.sum(-1)
+    tolerance = _ROW_SUM_TOLERANCE.get(pattern.dtype, 1e-5)
+    is_off = ((sums - 1).abs() > tolerance) | (wide.amin(-1) < 0)
+    if real is not None:
+        is_off = is_off & real
+    if not bool(is_off.any()):
+        return wide
+    zero = is_off & (sums == 0)
+    # Padding on the left, unlike NaN, leaves rows of zeros before others.
+    if bool((is_off & ~zero).any()) or bool((zero[..., 0] & ~zero[..., -1]).any()):
         raise InputError(
-            f"pattern: the rows of real queries must sum to 1 over real keys within {tolerance}, "
-            f"one is off by {float(off.nan_to_num().max()):.3g}. Scores instead of a pattern, an "
-            "edited pattern, or a padded batch without its attention_mask?"
+            f"pattern: entries must be at least 0 and the rows of real queries must sum to 1 over "
+            f"real keys, within {tolerance}; the smallest entry is {float(wide.amin()):.3g}, the "
+            f"sums are {float(sums.amin()):.3g} to {float(sums.amax()):.3g}. Scores instead of a "
+            "pattern, an edited pattern, or a padded batch without its attention_mask?"
         )
+    return wide.masked_fill(zero[..., None], torch.nan)
 
 
 def query_mask(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import xarray as xr
@@ -21,6 +21,7 @@ from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError, MissingActivationError
 from tl_looped.metrics.catalogue import STAGE, select
 from tl_looped.metrics.collector import STATE_OUT, Collector, Site
+from tl_looped.metrics.inputs import check_choice
 from tl_looped.metrics.labels import Over, by_recurrence, labelled, run_attributes
 from tl_looped.model.geometry import LoopGeometry
 
@@ -111,7 +112,7 @@ def _mask(known: Tensor | None, given: Tensor | None) -> Bool[Tensor, "prompt po
 def over_cache(
     cache: ActivationCache,
     metrics: str | Iterable[str] = STAGE,
-    over: Over = "recurrence",
+    over: Over | str = "recurrence",
     attention_mask: Tensor | None = None,
     reference: ActivationCache | None = None,
 ) -> xr.Dataset:
@@ -135,7 +136,7 @@ def over_cache(
         MissingActivationError: if the cache lacks what a metric reads.
         InputError: see the metrics.
     """
-    _check_over(over)
+    check_choice("over", over, get_args(Over))
     view = RunView(cache, attention_mask)
     collector = Collector(view.loop, select(metrics), None)
     reads = sorted(collector.reads)
@@ -158,11 +159,6 @@ def over_cache(
     n_tokens = torch.full((len(some),), length) if mask is None else mask.sum(-1)
     data = labelled(collector, n_tokens, view.model.cfg.d_model, view.attributes())
     return by_recurrence(data) if over == "recurrence" else data
-
-
-def _check_over(over: str) -> None:
-    if over not in ("recurrence", "depth"):
-        raise InputError(f"over must be 'recurrence' or 'depth', got {over!r}")
 
 
 def _refer(collector: Collector, view: RunView) -> None:

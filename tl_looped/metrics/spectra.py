@@ -21,7 +21,7 @@ EntropyForm = Literal["nats", "bits", "norm_max", "skean"]
 
 def matrix_entropy(
     x: Float[Tensor, "*batch pos d_model"],
-    form: EntropyForm = "bits",
+    form: EntropyForm | str = "bits",
     mask: Tensor | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Entropy of the squared singular values: 0 for rank one, ``ln T`` for orthogonal equal rows.
@@ -56,7 +56,7 @@ def matrix_entropy(
 
 
 def entropy_in_form(
-    nats: Float[Tensor, "*batch"], form: EntropyForm, n_tokens: Tensor, d_model: int
+    nats: Float[Tensor, "*batch"], form: EntropyForm | str, n_tokens: Tensor, d_model: int
 ) -> Float[Tensor, "*batch"]:
     """A :func:`matrix_entropy` in nats in another form, all but ``skean``.
 

@@ -66,7 +66,7 @@ class Sized:
 def state_distance(
     x: Float[Tensor, "*batch pos d_model"],
     reference: Float[Tensor, "*batch pos d_model"],
-    form: StateForm = "abs",
+    form: StateForm | str = "abs",
     mask: Tensor | None = None,
 ) -> Float[Tensor, "*batch"]:
     """How far states are from reference states, averaged over tokens.
@@ -102,7 +102,7 @@ def distances(
 
 
 def successive_difference(
-    states: States, form: Form = "abs", mask: Tensor | None = None
+    states: States, form: Form | str = "abs", mask: Tensor | None = None
 ) -> PerRecurrence:
     """Step from the previous recurrence, same layer (Figs 3, 24, 25).
 
@@ -127,7 +127,7 @@ def successive_difference(
 
 def fixed_point_distance(
     states: States,
-    form: Form = "abs",
+    form: Form | str = "abs",
     mask: Tensor | None = None,
     reference: Float[Tensor, "layer *batch pos d_model"] | None = None,
 ) -> PerRecurrence:
@@ -254,7 +254,7 @@ def _mean_where(x: Tensor, where: Tensor) -> Tensor:
 
 def residual_magnitude(
     states: Float[Tensor, "*batch pos d_model"],
-    statistic: Magnitude = "mean",
+    statistic: Magnitude | str = "mean",
     mask: Tensor | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Size of the residual stream (Fig. 9).

@@ -65,8 +65,8 @@ class StreamOptions:
     n_recurrences: int | None = None
     reference_recurrences: int | None = None
     batch_size: int = 8
-    batching: Batching = "length"
-    states: States = "recompute"
+    batching: Batching | str = "length"
+    states: States | str = "recompute"
     folder: Path | None = None
     state_seed: int | None = None
     initial_state: str | None = None
@@ -87,7 +87,7 @@ def stream_metrics(
     model: LoopedTransformer,
     prompts: Any,
     metrics: str | Iterable[str] = DEFAULT_METRICS,
-    over: Over = "recurrence",
+    over: Over | str = "recurrence",
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
     progress: bool = False,
@@ -109,8 +109,7 @@ def stream_metrics(
         One variable a metric; ``prompt`` counts the prompts in the order given.
     """
     rows = model.token_rows(prompts, attention_mask, prepend_bos)
-    if over not in get_args(Over):
-        raise InputError(f"over must be one of {', '.join(get_args(Over))}, got {over!r}")
+    check_choice("over", over, get_args(Over))
     batches = []
     with tqdm(total=len(rows), disable=not progress, unit="prompt") as bar:
         for batch in stream_batches(model, rows, metrics, StreamOptions(**options)):
@@ -123,7 +122,7 @@ def stream_metrics(
 
 def stream_batches(
     model: LoopedTransformer,
-    rows: list[Int[Tensor, " pos"]],
+    rows: list[Tensor],
     metrics: str | Iterable[str] = DEFAULT_METRICS,
     options: StreamOptions | None = None,
 ) -> Iterator[xr.Dataset]:
@@ -162,7 +161,7 @@ def batches_of(lengths: list[int], options: StreamOptions) -> list[list[int]]:
 @torch.inference_mode()
 def _run_batch(
     model: LoopedTransformer,
-    rows: list[Int[Tensor, " pos"]],
+    rows: list[Tensor],
     numbers: list[int],
     names: list[str],
     options: StreamOptions,
@@ -193,7 +192,7 @@ def _run_batch(
 
 
 def _padded(
-    rows: list[Int[Tensor, " pos"]],
+    rows: list[Tensor],
 ) -> tuple[Int[Tensor, "prompt pos"], Bool[Tensor, "prompt pos"] | None]:
     """Rows padded on the right, and their mask if any is shorter."""
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

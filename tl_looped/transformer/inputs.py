@@ -37,8 +37,8 @@ class InputsMixin(TokensMixin):
 
     def token_rows(
         self, prompts: Any, attention_mask: Tensor | None = None, prepend_bos: bool | None = None
-    ) -> list[Int[Tensor, " pos"]]:
-        """The real tokens of every prompt, without padding.
+    ) -> list[Tensor]:
+        """The real tokens of every prompt, without padding, each ``[pos]``.
 
         Args:
             prompts: A text or a list of texts; tokens ``[batch, pos]`` or ``[pos]``; or a list of
