@@ -86,6 +86,7 @@ def test_sign_flips_equal_their_enumeration(values: list[int]) -> None:
 def test_sign_flips_of_five_runs() -> None:
     assert sign_flip_p(ONE_TO_FIVE) == 0.0625
     assert sign_flip_p(-1e-300 * ONE_TO_FIVE) == 0.0625
+    assert sign_flip_p(np.full(5, 1e308)) == 0.0625
     assert sign_flip_p(np.zeros(5)) == 1.0
     assert sign_flip_p(np.array([0.1, 0.2, -0.3])) == 1.0  # a sum that is zero but for rounding
     x = np.array([0.3, -0.2, 0.9, 0.4, 0.1, 0.8])
@@ -171,8 +172,22 @@ def test_runs_and_prompts() -> None:
     assert (found.n, found.n_prompts, found.n_resamples) == (4, (6, 6, 6, 6), n_resamples)
     # Without a spread of prompts it is the bootstrap over runs.
     runs = np.repeat(ONE_TO_FIVE[:, None], 3, axis=1)
-    same = hierarchical_bootstrap_ci(runs, n_resamples=n_resamples).bootstrap_sd
-    assert same == pytest.approx(0.632456, rel=4 / math.sqrt(2 * n_resamples))
+    same = hierarchical_bootstrap_ci(runs, n_resamples=20_000)
+    assert same.bootstrap_sd == pytest.approx(0.632456, rel=4 / math.sqrt(2 * 20_000))
+    # The quantiles of all 3125 resamples of 1 to 5.
+    means = [np.mean(r) for r in itertools.product(ONE_TO_FIVE, repeat=5)]
+    assert ends(same.percentile) == pytest.approx(np.quantile(means, [0.025, 0.975]))
+
+
+def test_the_seed_of_runs_and_prompts() -> None:
+    x = np.random.default_rng(0).normal(size=(4, 6))
+    for shared in (False, True):
+        one, again, other = (
+            hierarchical_bootstrap_ci(x, shared_prompts=shared, seed=seed) for seed in (1, 1, 2)
+        )
+        assert one == again
+        assert one.bootstrap_sd != other.bootstrap_sd
+        assert (one.seed, other.seed) == (1, 2)
 
 
 def test_shared_prompts_do_not_average_away() -> None:

@@ -240,8 +240,10 @@ def test_cka_of_every_pair_of_layers() -> None:
 
 def test_cka_without_spread() -> None:
     x = cloud(5, 3)
-    assert linear_cka(torch.full((5, 4), 0.1), x).isnan()
-    assert linear_cka(x, torch.full((5, 4), 0.1)).isnan()
+    # The mean of three times 0.1 is not 0.1; rounding must not pass for a spread.
+    flat = torch.full((3, 4), 0.1, dtype=torch.float64)
+    assert linear_cka(flat, x[:3]).isnan()
+    assert linear_cka(x[:3], flat).isnan()
     assert linear_cka(x[:1], x[:1]).isnan()
     assert linear_cka(x * torch.tensor([1, math.inf, 1]), x).isnan()
     with pytest.raises(InputError, match="x and y must be"):
