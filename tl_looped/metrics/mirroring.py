@@ -1,0 +1,338 @@
+"""Does a looped block mirror a feedforward model? Curves over depth, compared and tested.
+
+A metric of the layers of a feedforward model is a curve over depth. Each recurrence r of a looped
+model has one too, that of the *virtual feedforward model* ``[prelude, block_r, coda]``. The
+mirroring score says how alike the two are, and two null distributions how much of that any order of
+the block's layers would give. Beyond arXiv 2604.11791, which compares such curves by eye (Figures
+8, 35-40). For activations there are the cosine with a base model's layers (retrofits) and linear
+centred kernel alignment (models of unrelated widths).
+
+Decisions, all ours. Layer i of n stands at ``x = 100 i / (n - 1)`` percent; curves are read off at
+x = 0, 1, ..., 100 by linear interpolation (above 101 layers some are not looked at). The score to
+test is Pearson's r unless asked otherwise.
+Limits: two monotone curves correlate whatever they mean; the shift null has only k - 1 members, so
+that its p is at least 1 / k; and it asks about the order of the core alone, since prelude and coda
+stay in place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.metrics.arrays import as_float64
+from tl_looped.metrics.inputs import check_choice, token_mask, token_mean
+
+Statistic = Literal["pearson", "spearman", "rmse"]
+
+GRID_POINTS = 101
+"""Points that curves are resampled to: 0, 1, ..., 100 % of the depth."""
+
+# A spread below this share of the largest value is rounding, and so is a difference of scores.
+_CONSTANT = 1e-12
+_TIE = 1e-12
+
+
+@dataclass(frozen=True)
+class MirroringScore:
+    """How each recurrence's virtual feedforward curve resembles a feedforward curve.
+
+    Attributes:
+        pearson: Pearson's r of the resampled curves.
+        spearman: Spearman's rank correlation of them, ties averaged.
+        rmse: Root mean square difference, in the unit of the metric.
+        lag: Shift of the looped curve in % of depth at which Pearson's r is largest; positive if
+            its features come later (deeper) than in the feedforward model.
+        lag_pearson: Pearson's r at that shift.
+        p_shift: p against all circular shifts of the core block.
+        p_permutation: p against random orders of the core block.
+        statistic: What the two p are of.
+        max_lag: Largest shift that was tried, in % of depth.
+        n_shifts: Shifts in the first null: k - 1.
+        n_permutations: Orders in the second null.
+        seed: Of these orders.
+    """
+
+    pearson: Float[np.ndarray, " recurrence"]
+    spearman: Float[np.ndarray, " recurrence"]
+    rmse: Float[np.ndarray, " recurrence"]
+    lag: Float[np.ndarray, " recurrence"]
+    lag_pearson: Float[np.ndarray, " recurrence"]
+    p_shift: Float[np.ndarray, " recurrence"]
+    p_permutation: Float[np.ndarray, " recurrence"]
+    statistic: str
+    max_lag: int
+    n_shifts: int
+    n_permutations: int
+    seed: int
+
+
+def mirroring_score(
+    core: Float[np.ndarray, "recurrence core"] | Float[Tensor, "recurrence core"],
+    feedforward: Float[np.ndarray, " layer"] | Float[Tensor, " layer"],
+    *,
+    prelude: Float[np.ndarray, " prelude"] | Float[Tensor, " prelude"] | None = None,
+    coda: Float[np.ndarray, " coda"] | Float[Tensor, " coda"] | None = None,
+    statistic: Statistic = "pearson",
+    max_lag: int = 20,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> MirroringScore:
+    """Compare ``[prelude, block_r, coda]`` of each recurrence with a feedforward curve.
+
+    Without ``prelude`` and ``coda`` the block alone is compared, stretched over the whole depth.
+
+    Lag. At a shift of L grid points, 1 % of depth each, ``g(x + L)`` is compared with ``f(x)``
+    where both exist: 101 - |L| points, Pearson's r of just those. The largest r over
+    ``|L| <= max_lag`` wins; of equal ones (to 1e-12) the smallest |L|, then the positive. Shifts
+    where one piece is constant are passed over.
+
+    Nulls. p = (1 + #{null >= observed}) / (1 + N), for the RMSE <=, ties (to 1e-12) counted. Null 1
+    are the k - 1 circular shifts of the block's layers, null 2 ``n_permutations`` random orders,
+    the same for all recurrences and not excluding the given one. Prelude and coda stay in place. A
+    block of one layer has no other order: both p are NaN.
+
+    A curve without spread (to 1e-12 of its largest value) has no correlation: Pearson, Spearman,
+    lag and their p are NaN, the RMSE stands. A recurrence with a value that is not finite is NaN in
+    every field, and so are all recurrences if such a value stands in one of the shared curves.
+
+    Args:
+        core: The metric at every layer of the block, one row a recurrence.
+        feedforward: The metric at every layer of the feedforward model.
+        prelude: The metric at the layers before the loop.
+        coda: The metric at the layers behind it.
+        statistic: What the p values are of.
+        max_lag: Largest shift in % of depth, 0 to 98.
+        n_permutations: Random orders, at least 1.
+        seed: Of the orders, a non-negative integer.
+
+    Raises:
+        InputError: if a curve has fewer than two layers or an argument is out of range.
+    """
+    check_choice("statistic", statistic, ("pearson", "spearman", "rmse"))
+    _check_draw(max_lag, n_permutations, seed)
+    blocks, target = as_float64(core), as_float64(feedforward)
+    before, after = (np.zeros(0) if x is None else as_float64(x) for x in (prelude, coda))
+    k = blocks.shape[1]
+    layers = len(before) + k + len(after)
+    for name, n in (("core with prelude and coda", layers), ("feedforward", len(target))):
+        if n < 2 or k == 0:
+            raise InputError(f"{name} must have at least two layers to be a curve, got {n}")
+
+    def virtual(order: Int[np.ndarray, "n core"], block: Float[np.ndarray, " core"]) -> Any:
+        ends = (np.broadcast_to(x, (len(order), len(x))) for x in (before, after))
+        first, last = ends
+        return _resample(np.concatenate((first, block[order], last), axis=1))
+
+    f = _resample(target[None])
+    shifts = np.stack([np.roll(np.arange(k), s) for s in range(1, k)]) if k > 1 else None
+    rng = np.random.default_rng(seed)
+    orders = np.stack([rng.permutation(k) for _ in range(n_permutations)]) if k > 1 else None
+    same = np.arange(k)[None]
+    rows = []
+    for block in blocks:
+        g = virtual(same, block)
+        scores = {name: _SCORES[name](g, f)[0] for name in _SCORES}
+        observed = scores[statistic]
+        p = [
+            _p_value(_SCORES[statistic](virtual(null, block), f), observed, statistic)
+            if null is not None
+            else math.nan
+            for null in (shifts, orders)
+        ]
+        rows.append([*scores.values(), *_best_lag(g[0], f[0], max_lag), *p])
+    columns = np.array(rows, dtype=np.float64).reshape(len(blocks), 7).T
+    pearson, spearman, rmse, lag, lag_pearson, p_shift, p_permutation = columns
+    return MirroringScore(
+        pearson=pearson,
+        spearman=spearman,
+        rmse=rmse,
+        lag=lag,
+        lag_pearson=lag_pearson,
+        p_shift=p_shift,
+        p_permutation=p_permutation,
+        statistic=statistic,
+        max_lag=max_lag,
+        n_shifts=k - 1,
+        n_permutations=n_permutations,
+        seed=seed,
+    )
+
+
+def base_layer_cosine(
+    states: Float[Tensor, "*layers pos d_model"],
+    base: Float[Tensor, "*base_layers base_pos base_d_model"],
+    mask: Tensor | None = None,
+) -> Float[Tensor, "*broadcast_layers"]:
+    """Cosine of a retrofitted model's states with those of the base model's layers.
+
+    ``mean over tokens of x_t . y_t / (|x_t| |y_t|)`` in fp64. Only a model that was made from the
+    other shares its basis; for others see :func:`linear_cka`. Broadcasts: ``[recurrence, core, pos,
+    d]`` against ``[core, pos, d]`` of the layers that the block was made from. Pass the limits
+    ``x*_l``, the states of the last recurrence, for the score at the fixed point.
+
+    Tokens where either state is zero are left out, NaN if none is left. A state that is not finite
+    gives NaN.
+
+    Args:
+        states: States of the looped model.
+        base: States of the base model, of the same prompts and layers.
+        mask: ``[..., pos]``, real tokens, as in the other metrics.
+
+    Raises:
+        InputError: if the shapes do not fit.
+    """
+    try:
+        shape = torch.broadcast_shapes(states.shape, base.shape)
+    except RuntimeError:
+        shape = torch.Size()
+    if states.shape[-2:] != base.shape[-2:] or not shape:
+        raise InputError(
+            f"base must be [..., pos, d_model] with the prompts of states, {tuple(states.shape)}, "
+            f"got {tuple(base.shape)}"
+        )
+    x, y = (_unit(z.double()).expand(shape) for z in (states, base))
+    real = token_mask(x, mask)
+    zero = (x == 0).all(-1) | (y == 0).all(-1)
+    return token_mean((x * y).sum(-1), real, left_out=zero)
+
+
+def linear_cka(
+    x: Float[Tensor, "*x_batch token d_x"], y: Float[Tensor, "*y_batch y_token d_y"]
+) -> Float[Tensor, "*batch"]:
+    """Linear centred kernel alignment of two representations of the same tokens, 0 to 1.
+
+    ``|Xc^T Yc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F)`` with columns centred over the tokens, in fp64
+    (Kornblith et al. 2019; the biased HSIC estimate, which is near 1 for any two representations
+    with far more dimensions than tokens). Invariant to rotations, shifts and one scale each; the
+    widths may differ. Batch dimensions broadcast: ``x[:, None]`` against ``y[None]`` gives every
+    pair of layers. Concatenate the real tokens of all prompts.
+
+    NaN for a representation that is the same for all tokens, a single token included, and for one
+    that is not finite.
+
+    Raises:
+        InputError: if the numbers of tokens differ or there is none.
+    """
+    if x.shape[-2] != y.shape[-2] or x.shape[-2] == 0:
+        raise InputError(
+            "x and y must be [..., token, d] of the same tokens, at least one, got shapes "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    x, y = _centred(x), _centred(y)
+    # Gram matrices over the tokens or over the features, whichever are smaller: equal norms.
+    if x.shape[-2] <= min(x.shape[-1], y.shape[-1]):
+        kx, ky = x @ x.mT, y @ y.mT
+        return (kx * ky).sum((-2, -1)) / (_frobenius(kx) * _frobenius(ky))
+    cross = _frobenius(x.mT @ y)
+    return cross.square() / (_frobenius(x.mT @ x) * _frobenius(y.mT @ y))
+
+
+# -- curves -------------------------------------------------------------------------------------
+
+
+def _resample(curves: Float[np.ndarray, "n layer"]) -> Float[np.ndarray, "n grid"]:
+    """Curves at 0, 1, ..., 100 % of their depth; a value that is not finite spoils its curve."""
+    depth = np.linspace(0, 100, curves.shape[1])
+    grid = np.linspace(0, 100, GRID_POINTS)
+    sane = np.isfinite(curves).all(-1, keepdims=True)
+    clean = np.where(sane, curves, 0.0)
+    return np.where(sane, np.stack([np.interp(grid, depth, curve) for curve in clean]), math.nan)
+
+
+def _constant(curves: Float[np.ndarray, "n point"]) -> Bool[np.ndarray, " n"]:
+    return np.ptp(curves, axis=-1) <= _CONSTANT * np.abs(curves).max(-1)
+
+
+def _pearson(
+    g: Float[np.ndarray, "n point"], f: Float[np.ndarray, "m point"]
+) -> Float[np.ndarray, " n"]:
+    """Of each row of g with the one row of f, or with its own; NaN where one has no spread."""
+    a, b = g - g.mean(-1, keepdims=True), f - f.mean(-1, keepdims=True)
+    flat = _constant(g) | _constant(f)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        a, b = (x / np.abs(x).max(-1, keepdims=True) for x in (a, b))
+        r = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.where(flat, math.nan, r.clip(-1, 1))
+
+
+def _spearman(
+    g: Float[np.ndarray, "n point"], f: Float[np.ndarray, "1 point"]
+) -> Float[np.ndarray, " n"]:
+    flat = _constant(g) | _constant(f)
+    ranks = _pearson(stats.rankdata(g, axis=-1), stats.rankdata(f, axis=-1))
+    sane = np.isfinite(g).all(-1) & np.isfinite(f).all(-1)
+    return np.where(flat | ~sane, math.nan, ranks)
+
+
+def _rmse(
+    g: Float[np.ndarray, "n point"], f: Float[np.ndarray, "1 point"]
+) -> Float[np.ndarray, " n"]:
+    return np.sqrt(np.square(g - f).mean(-1))
+
+
+_SCORES = {"pearson": _pearson, "spearman": _spearman, "rmse": _rmse}
+
+
+def _p_value(null: Float[np.ndarray, " n"], observed: float, statistic: Statistic) -> float:
+    if math.isnan(observed):
+        return math.nan
+    if statistic == "rmse":
+        null, observed = -null, -observed
+    # An order without spread (a spike between two grid points) has no score, and does not count.
+    scores = null[np.isfinite(null)]
+    tie = _TIE * max(abs(observed), np.abs(scores).max(initial=0.0))
+    return float(1 + (scores >= observed - tie).sum()) / (1 + len(null))
+
+
+def _best_lag(
+    g: Float[np.ndarray, " grid"], f: Float[np.ndarray, " grid"], max_lag: int
+) -> tuple[float, float]:
+    best = (math.nan, math.nan)
+    for lag in sorted(range(-max_lag, max_lag + 1), key=lambda lag: (abs(lag), -lag)):
+        end = GRID_POINTS - abs(lag)
+        later, earlier = (g, f) if lag >= 0 else (f, g)
+        r = float(_pearson(later[None, abs(lag) :], earlier[None, :end])[0])
+        if not math.isnan(r) and not r <= best[1] + _TIE:
+            best = (float(lag), r)
+    return best
+
+
+def _check_draw(max_lag: int, n_permutations: int, seed: int) -> None:
+    if not 0 <= max_lag <= GRID_POINTS - 3:
+        raise InputError(f"max_lag must be 0 to {GRID_POINTS - 3} % of depth, got {max_lag}")
+    if n_permutations < 1:
+        raise InputError(f"n_permutations must be at least 1, got {n_permutations}")
+    if seed < 0:
+        raise InputError(f"seed must be a non-negative integer, got {seed}")
+
+
+# -- activations --------------------------------------------------------------------------------
+
+
+def _unit(x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+    """Unit vectors; zero vectors stay zero. By the largest entry first, against underflow."""
+    largest = x.abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest == 0, 1.0, largest)
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(norm == 0, 1.0, norm)
+
+
+def _centred(x: Float[Tensor, "*batch token d"]) -> Float[Tensor, "*batch token d"]:
+    """Columns of mean zero on the scale of one; NaN where all tokens are the same."""
+    x = x.double()
+    x = x - x[..., :1, :]  # exact for equal tokens, whose mean is not
+    x = x / x.abs().amax((-2, -1), keepdim=True)
+    return x - x.mean(-2, keepdim=True)
+
+
+def _frobenius(x: Float[Tensor, "*batch a b"]) -> Float[Tensor, "*batch"]:
+    return torch.linalg.matrix_norm(x)
