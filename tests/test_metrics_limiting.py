@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import drift, grower, rotation
 from torch import Tensor
+from toys import drift, grower, rotation
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.limiting import (
@@ -42,8 +42,13 @@ def label(states: Tensor, on: str = "cosine"):
 
 @pytest.mark.parametrize(
     ("rate", "expected", "late"),
-    [(0.5, FIXED, False), (0.8, FIXED, False), (0.9, FIXED, True), (0.95, FIXED, True)]
-    + [(0.98, SLIDER, False)],
+    [
+        (0.5, FIXED, False),
+        (0.8, FIXED, False),
+        (0.9, FIXED, True),
+        (0.95, FIXED, True),
+        (0.98, SLIDER, False),
+    ],
 )
 @pytest.mark.parametrize("start", [2.0, 3.0, 5.0])
 def test_contractions(rate: float, expected: LimitingBehavior, late: bool, start: float) -> None:

@@ -18,16 +18,20 @@ of the run:
    ``rate / (1 - rate) ||x_R - x_(R-1)||`` stands in for the last two, and ``confirmed`` is False.
 3. It is *projective* if it did not converge, its direction settled (steps of the unit vectors at
    most ``eps``, the last three at least) and its norm grew at every late recurrence, by more than
-   ``eps`` in all.
+   ``eps`` in all, in steps that last (see 6) or grow: a norm that is still approaching its limit
+   does not count.
 4. DEGENERATE: converged or projective, and the lowest cosine between the first and any other
    layer's last state is above 0.999: all layers share one limit. Needs two layers and two
    dimensions.
 5. CONVERGED, then PROJECTIVE.
 6. ORBIT or DRIFT: the steps *last*, that is, their late rate is between 0.98 and 1 / 0.98 and they
-   change by less than a factor of two over the late half. ORBIT: the state comes back, to within
-   0.75 steps of the last one, at some lag of at least 2, and a second time near twice that lag (at
-   any phase a turning vector comes back to within 0.71 steps). DRIFT: it does not, and the late
-   path is straight: its ends are at least half its length apart. A random walk is neither.
+   change by less than a factor of two over the late half. ORBIT: going back from the last state,
+   the distance to it falls to at most 0.75 steps at some lag p >= 2 and again near 2 p (a turning
+   vector comes back to within 0.71 steps at any phase), and one frequency has at least half of the
+   power of the squared late distances, as in :mod:`tl_looped.metrics.limiting`. The late half must
+   hold two turns. DRIFT: it is no orbit, and the late path is straight: its ends are at least 0.9
+   of its length apart. A random walk and white noise are neither; an arc of less than a third of a
+   turn looks straight.
 7. NOT_CONVERGED: anything else, a run that is still contracting included.
 
 A loop that contracts to zero has no relative step. Where the last norm is at most ``eps`` times
@@ -44,16 +48,18 @@ from enum import IntEnum
 
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.signal import detrend
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.metrics.limiting import PEAK_SHARE, spectral_peak
 
 _LEAST_STEPS = 3
 _DISTANCE_FACTOR = 5.0
 _SHARED_COSINE = 0.999
 _LASTING_RATE = 0.98
 _RETURN_WITHIN_STEPS = 0.75
-_STRAIGHT = 0.5
+_STRAIGHT = 0.9
 _ABOVE_FLOOR = 10.0
 
 
@@ -190,7 +196,8 @@ def convergence_verdict(series: ConvergenceSeries, eps: float | None = None) -> 
     last_rate = _late_rate(step)
     bound = a_posteriori_bound(rate, relative[-1])
     converged = (settled >= 0) & _arrived(series, factor, bound, eps) & ~undefined
-    projective = ~converged & ~undefined & _is_projective(series.direction_step, norm, eps)
+    projective = ~converged & ~undefined & (last_rate >= _least_lasting_rate(n))
+    projective &= _is_projective(series.direction_step, norm, eps)
     lowest = series.min_layer_cosine
     shared = torch.zeros_like(converged) if lowest is None else lowest > _SHARED_COSINE
     lasting = _lasts(last_rate, n)
@@ -222,7 +229,7 @@ def convergence_verdict(series: ConvergenceSeries, eps: float | None = None) -> 
 
 
 def half_life(rate: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """Recurrences in which a step halves, ``ln 2 / -ln rate``; infinite for a rate of at least 1."""
+    """Recurrences in which a step halves, ``ln 2 / -ln rate``; infinite for a rate of 1 or more."""
     return torch.where(rate >= 1, math.inf, -math.log(2) / rate.log())
 
 
@@ -288,8 +295,12 @@ def _slope(step: Tensor, use: Tensor) -> Tensor:
     return (x * y).sum(0) / x.square().sum(0)  # 0 / 0 for a single one
 
 
+def _least_lasting_rate(n: int) -> float:
+    return float(max(_LASTING_RATE, 0.5 ** (2.0 / n)))
+
+
 def _lasts(rate: Tensor, n: int) -> Tensor:
-    least = max(_LASTING_RATE, 0.5 ** (2.0 / n))
+    least = _least_lasting_rate(n)
     return (rate >= least) & (rate <= 1 / least)
 
 
@@ -301,14 +312,26 @@ def _is_projective(direction_step: Tensor, norm: Tensor, eps: float) -> Tensor:
 
 
 def _return_lag(from_last: Tensor, last_step: Tensor) -> Tensor:
-    """Smallest lag, in recurrences, at which the state comes back twice; NaN if it does not."""
-    n = from_last.shape[0]
-    near = from_last.flip(0) <= _RETURN_WITHIN_STEPS * last_step  # index is the lag
+    """The lag, in recurrences, at which the state comes back turn after turn; NaN if it does not.
+
+    If p is the first lag within 0.75 steps, the period lies between p - 1/4 and p + 3/4.
+    """
+    distance = from_last.flip(0)[: (len(from_last) + 1) // 2 + 1]  # the index is the lag
+    near = distance <= _RETURN_WITHIN_STEPS * last_step
     lag = torch.full_like(last_step, math.nan)
-    for p in range(n // 2, 1, -1):  # the smallest one is written last
-        again = near[2 * p - 1 : 2 * p + 2].any(0)
-        lag = torch.where(near[p] & again, float(p), lag)
-    return lag
+    for p in range(2, (len(distance) - 1) // 2 + 1):
+        comes_back = near[p] & ~near[2:p].any(0) & near[2 * p - 1 : 2 * p + 3].any(0)
+        nearest = p + (distance[p + 1] < distance[p]).double()
+        lag = torch.where(comes_back, nearest, lag)
+    return torch.where(_has_one_frequency(distance[1:]), lag, math.nan)
+
+
+def _has_one_frequency(distance: Float[Tensor, "lag *batch"]) -> Bool[Tensor, "*batch"]:
+    """Whether one frequency and its neighbours have half of the power of the squares."""
+    n, batch = distance.shape[0], distance.shape[1:]
+    squares = distance.detach().nan_to_num(0.0, 0.0, 0.0).square().cpu().reshape(n, -1).T.numpy()
+    _, _, share = spectral_peak(detrend(squares, axis=-1), n)
+    return torch.from_numpy(share >= PEAK_SHARE).reshape(batch).to(distance.device)
 
 
 def _is_straight(series: ConvergenceSeries) -> Tensor:

@@ -10,9 +10,10 @@ ours:
 3. a line is fitted to ``w`` and taken off, the rest goes through a periodic Hann window and a real
    Fourier transform; the peak ``k`` of its amplitudes, without the constant, and the share of power
    in the bins k - 1 to k + 1;
-4. ``amplitude`` of the peak, ``trend = |slope| (window - 1)``, ``up`` = share of rising steps;
-5. ``k >= 2``, share >= 1/2, ``2 amplitude >= tau`` and ``>= trend / 2``: ORBIT of period window / k;
-6. ``trend >= tau`` and ``max(up, 1 - up) >= rho``: SLIDER;
+4. ``amplitude`` of the peak, ``trend = |slope| (window - 1)``, shares ``up`` and ``down`` of the
+   rising and the falling steps;
+5. ``k >= 2``, share >= 1/2, ``2 amplitude >= tau`` and ``>= trend / 2``: ORBIT, period window / k;
+6. ``trend >= tau`` and ``max(up, down) >= rho``: SLIDER;
 7. all of ``w`` within ``tau``: FIXED, but late; else UNKNOWN.
 
 Limits. Slow convergence looks like a slider. Periods are those of the Fourier bins, and between two
@@ -38,7 +39,7 @@ from tl_looped.metrics.inputs import check_choice, token_mask
 _CHUNK = 1 << 15  # tokens at a time, so that the spectra stay within tens of megabytes
 _SMALLEST_WINDOW = 8
 _TREND_PER_AMPLITUDE = 2.0
-_PEAK_SHARE = 0.5
+PEAK_SHARE = 0.5
 
 
 class LimitingBehavior(IntEnum):
@@ -104,11 +105,13 @@ def classify_limiting_behavior(
     parts = [_classify(part.numpy(), window, tau, rho) for part in series.split(_CHUNK)]
     if not parts:
         parts = [_classify(np.zeros((0, similarity.shape[-1])), window, tau, rho)]
-    columns = [
+    labels, late, period, amplitude, slope, share = (
         torch.from_numpy(np.concatenate(column)).reshape(batch).to(device)
         for column in zip(*parts, strict=True)
-    ]
-    return LimitingBehaviors(*columns, window=window, tau=tau, rho=rho)
+    )
+    return LimitingBehaviors(
+        labels, late, period, amplitude, slope, share, window=window, tau=tau, rho=rho
+    )
 
 
 def _check_arguments(similarity: Tensor, window: int, tau: float, rho: float) -> None:
@@ -133,12 +136,12 @@ def _classify(s: np.ndarray, window: int, tau: float, rho: float) -> tuple[np.nd
     w = s[:, -window - 1 : -1]
     rest = detrend(w, axis=-1)
     slope = ((w - rest)[:, -1] - (w - rest)[:, 0]) / (window - 1)
-    k, amplitude, share = _peak(rest, window)
+    k, amplitude, share = spectral_peak(rest, window)
     trend = np.abs(slope) * (window - 1)
     up = (np.diff(w, axis=-1) > 0).mean(-1)
     down = (np.diff(w, axis=-1) < 0).mean(-1)
     early = (1 - s <= tau).mean(-1) >= rho
-    orbit = (k >= 2) & (share >= _PEAK_SHARE) & (2 * amplitude >= tau)
+    orbit = (k >= 2) & (share >= PEAK_SHARE) & (2 * amplitude >= tau)
     orbit &= 2 * amplitude * _TREND_PER_AMPLITUDE >= trend
     slider = (trend >= tau) & (np.maximum(up, down) >= rho)
     settled = (1 - w <= tau).all(-1)
@@ -154,10 +157,15 @@ def _classify(s: np.ndarray, window: int, tau: float, rho: float) -> tuple[np.nd
     return labels, late, period, amplitude, slope, share
 
 
-def _peak(rest: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Strongest bin, its amplitude, and the share of power in it and its two neighbours."""
+def spectral_peak(
+    rest: Float[np.ndarray, "series window"], window: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Strongest bin, its amplitude, and the share of power in it and its two neighbours.
+
+    Of series without their trend, under a periodic Hann window. The share is NaN without power.
+    """
     # A residue of rounding is no oscillation: it has no power, and its share is undefined.
-    rest = np.where(np.abs(rest).max(-1, keepdims=True) > 1e-12, rest, 0.0)
+    rest = np.where(np.abs(rest).max(-1, keepdims=True, initial=0.0) > 1e-12, rest, 0.0)
     shape = hann(window, sym=False)
     spectrum = np.abs(np.fft.rfft(rest * shape))
     spectrum[:, 0] = 0.0
