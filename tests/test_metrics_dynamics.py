@@ -128,10 +128,17 @@ KNOWN = {
 }
 
 
+def test_a_map_that_forgets_its_state_has_no_spectrum_but_zero() -> None:
+    found = loop_jacobian_spectrum(lambda x: torch.ones_like(x), torch.ones(3, 2, 2))
+    assert found.spectral_radius.tolist() == [0, 0, 0]
+    assert found.largest_singular_value.tolist() == [0, 0, 0]
+    assert found.converged.all()
+
+
 @pytest.mark.parametrize("name", list(KNOWN))
 def test_known_spectra(name: str) -> None:
     matrix, radius, sigma = KNOWN[name]
-    found = loop_jacobian_spectrum(linear(matrix), torch.zeros(2, 2).double())
+    found = loop_jacobian_spectrum(linear(matrix), torch.zeros(2, 2).double(), n_iterations=1000)
     assert found.spectral_radius.item() == pytest.approx(radius, rel=1e-4, abs=1e-12)
     largest = torch.linalg.svdvals(matrix)[0].item()
     assert sigma is None or sigma == pytest.approx(largest)
@@ -150,7 +157,7 @@ def test_too_few_iterations_are_told_from_enough() -> None:
     assert many.spectral_radius.item() == pytest.approx(truth, rel=1e-4)
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(deadline=None, max_examples=8, derandomize=True)
 @given(st.integers(0, 10**6), st.floats(0.2, 3.0))
 def test_the_radius_is_invariant_to_the_basis_and_below_the_singular_value(
     seed: int, scale: float
@@ -164,6 +171,7 @@ def test_the_radius_is_invariant_to_the_basis_and_below_the_singular_value(
     assert found.largest_singular_value.item() >= found.spectral_radius.item() * (1 - 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in PyTorch's forward mode
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_against_the_brute_force_jacobian_of_a_model(name: str) -> None:
     changes = VARIANTS[name] | {"d_model": 8, "d_head": 4, "n_heads": 2, "d_mlp": 8, "n_core": 1}
@@ -175,9 +183,14 @@ def test_against_the_brute_force_jacobian_of_a_model(name: str) -> None:
         whole = torch.func.jacrev(loop_map)(state)
     blocks = torch.stack([whole[i, :, :, i].reshape(24, 24) for i in range(2)])
     assert not whole[0, :, :, 1].any()
-    found = loop_jacobian_spectrum(loop_map, state, n_iterations=600, tolerance=5e-3)
+    with sdpa_kernel(SDPBackend.MATH):  # forward mode too
+        _, pushed = torch.func.jvp(loop_map, (state,), (state,))
     torch.testing.assert_close(
-        found.spectral_radius, torch.linalg.eigvals(blocks).abs().amax(-1), rtol=5e-3, atol=0
+        pushed.flatten(1), (blocks @ state.flatten(1)[..., None])[..., 0], rtol=1e-9, atol=1e-12
+    )
+    found = loop_jacobian_spectrum(loop_map, state, n_iterations=800, tolerance=3e-3)
+    torch.testing.assert_close(
+        found.spectral_radius, torch.linalg.eigvals(blocks).abs().amax(-1), rtol=3e-3, atol=0
     )
     torch.testing.assert_close(
         found.largest_singular_value, torch.linalg.svdvals(blocks)[:, 0], rtol=1e-4, atol=0
@@ -191,8 +204,8 @@ def test_padding_is_held_fixed(tokens: Tensor) -> None:
     mask[0, :4] = 0
     padded = model.loop_map(tokens, mask)
     alone = model.loop_map(tokens[:1, 4:])
-    both = loop_jacobian_spectrum(padded, padded.run(3)[-1], mask, n_iterations=200)
-    one = loop_jacobian_spectrum(alone, alone.run(3)[-1], n_iterations=200)
+    both = loop_jacobian_spectrum(padded, padded.run(3)[-1], mask, n_iterations=100)
+    one = loop_jacobian_spectrum(alone, alone.run(3)[-1], n_iterations=100)
     torch.testing.assert_close(
         both.largest_singular_value[:1], one.largest_singular_value, rtol=1e-6, atol=0
     )
@@ -258,7 +271,7 @@ def test_ends_are_compared_at_real_tokens_and_zero_ends_are_undefined() -> None:
 
 
 def test_starts_of_a_model_and_another_prompts_fixed_point(tokens: Tensor) -> None:
-    changes = VARIANTS["residual-injection"] | {"init_mode": "normal"}
+    changes = VARIANTS["pre-injection"] | {"init_mode": "normal"}
     model = LoopedTransformer.from_config(random_config(**changes))
     here, there = model.loop_map(tokens), model.loop_map(tokens.flip(0))
     starts = loop_starts(here, seeds=(0, 1), given={"other prompt": there.run(40)[-1]})
