@@ -71,8 +71,8 @@ def attention_lipschitz_bounds(
         x, x_before: Attention inputs, behind their norm and its gain, at recurrences t and t - 1.
         W_Q, W_K: One matrix a query head; repeat those of grouped keys.
         q, k, q_before, k_before: Queries and keys as attention multiplies them, behind bias, norm
-            and rotation, ``[*batch, pos, head, d_head]`` with a key for every query head. All four, or none for ``X W``: then all
-            three bounds are valid.
+            and rotation, ``[*batch, pos, head, d_head]`` with a key for every query head. All
+            four, or none for ``X W``: then all three bounds are valid.
         mask: ``[*batch, pos]``, zero at padding, whose rows and columns are left out.
         assume_plain: Compute the first two bounds with given queries and keys too. They are then
             no bounds, and their ratios may exceed 1.
