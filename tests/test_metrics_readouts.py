@@ -128,8 +128,6 @@ def test_padding_changes_nothing_and_prompts_go_in_parts(
     model = LoopedTransformer.from_config(random_config())
     tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
-    mask[0, :3] = mask[0, -3:] = 0
-    mask[0, left : left + 6] = 1
     mask[0, :left] = 0
     mask[0, left + 6 :] = 0
     _, cache = model.run_with_cache(tokens, attention_mask=mask)
