@@ -31,12 +31,13 @@ from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.generation import GenerationMixin
 from tl_looped.transformer.loop import LoopRun
+from tl_looped.transformer.loop_map import LoopMapMixin
 from tl_looped.transformer.tokens import is_text
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
 
-class LoopedTransformer(GenerationMixin):
+class LoopedTransformer(GenerationMixin, LoopMapMixin):
     """A looped transformer with hook points by effective layer and by (recurrence, layer).
 
     Args:

@@ -1,0 +1,187 @@
+"""The loop as a map from state to state, with everything else of a prompt held fixed.
+
+``S(x)`` is one recurrence: the injection of the prelude's output, the core's layers, the loop norm
+where the family has one (Ouro). It maps a ``hook_state_out`` to the next one. No hook of the model
+fires inside, so it can be iterated, differentiated and started anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.model.block import Block, BlockWeights
+from tl_looped.model.config import InitialState, Injection
+from tl_looped.model.context import RunContext
+from tl_looped.model.geometry import LayerLocation
+from tl_looped.model.initial_state import draw_initial_state
+from tl_looped.model.norms import rms_norm
+from tl_looped.transformer.loop import LoopMixin, LoopRun
+
+Stream = Float[Tensor, "batch pos d_model"]
+
+
+@dataclass(frozen=True)
+class LoopMap:
+    """One recurrence of a prompt as a function, ``loop_map(state) -> next state``.
+
+    The weights are the model's own: training moves the map too.
+
+    Args:
+        initial_state: Where a run of the model starts.
+        prelude_output: ``e``, what is injected; without injection only the initial state has it.
+        mask: False at padding, ``[batch, pos]``; None if there is none.
+        context: Positions, rotation and mask.
+        skips_first_adapter: The model's own first recurrence does not pass through the adapter
+            (``InitialState.PRELUDE_SKIP_ADAPTER``, no state given). Calling the map always does;
+            :meth:`run` without a state starts as the model does.
+        model: The model.
+    """
+
+    initial_state: Stream
+    prelude_output: Stream
+    mask: Bool[Tensor, "batch pos"] | None
+    context: RunContext
+    skips_first_adapter: bool
+    model: LoopMapMixin
+
+    def __call__(self, state: Stream) -> Stream:
+        """The state after one more recurrence."""
+        return self._layers(self._injected(self._checked(state)))
+
+    def run(self, n_recurrences: int, state: Tensor | None = None) -> Tensor:
+        """States after each of ``n_recurrences``, ``[recurrence, batch, pos, d_model]``.
+
+        Args:
+            n_recurrences: At least 1.
+            state: Where to start; ``initial_state``, as the model does, if None.
+        """
+        if type(n_recurrences) is not int or n_recurrences < 1:
+            raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences}")
+        if state is None and self.skips_first_adapter:
+            states = [self._layers(self.initial_state)]
+        else:
+            states = [self(self.initial_state if state is None else state)]
+        for _ in range(n_recurrences - 1):
+            states.append(self(states[-1]))
+        return torch.stack(states)
+
+    def random_state(self, seed: int, scale: float | None = None) -> Stream:
+        """A random state, drawn as the model draws its own for this ``state_seed``.
+
+        Args:
+            seed: From 0 to 2**128 - 1.
+            scale: Factor on a standard normal that is cut at three; None is the model's own, or,
+                where it starts from no random state, the root mean square of its initial state.
+        """
+        cfg, start = self.model.cfg, self.initial_state
+        if scale is None:
+            scale = cfg.initial_state_scale
+        if scale == 0.0:
+            wide = start.detach().float()
+            real = wide if self.mask is None else wide[self.mask]
+            scale = float(real.square().mean().sqrt())
+        drawn = draw_initial_state(seed, self.context.positions, cfg.d_model, scale, start.dtype)
+        return drawn.to(start).expand(start.shape)
+
+    def _checked(self, state: Tensor) -> Stream:
+        if state.shape != self.initial_state.shape:
+            raise InputError(
+                f"state must have shape [batch, pos, d_model] = {tuple(self.initial_state.shape)}, "
+                f"got {tuple(state.shape)}"
+            )
+        return state.to(self.initial_state)
+
+    def _injected(self, state: Stream) -> Stream:
+        if self.model.cfg.injection is Injection.NONE:
+            return state
+        return self.model.injection(torch.cat((state, self.prelude_output), -1))
+
+    def _layers(self, x: Stream) -> Stream:
+        for block in self.model._silent_blocks("core"):
+            x = block(x, self.context)
+        return rms_norm(x, self.model.final_norm) if self.model.cfg.loop_norm else x
+
+
+class LoopMapMixin(LoopMixin):
+    """``model.loop_map``."""
+
+    def loop_map(
+        self,
+        input: Any,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        initial_state: Tensor | str | None = None,
+        state_seed: int | None = None,
+    ) -> LoopMap:
+        """The loop of a prompt as a map from state to state.
+
+        The number of recurrences plays no role, and no hook fires: interventions are left out.
+        ``loop_map.run(R)`` gives every ``hook_state_out`` of a run with R recurrences.
+
+        Args:
+            input: Text or tokens, as for the model; and so are the arguments below.
+            attention_mask: ``[batch, pos]``, zero at padding.
+            prepend_bos, padding_side: For text.
+            initial_state: Where ``initial_state`` of the map starts, or ``"zeros"``.
+            state_seed: Seed of a random one.
+
+        Raises:
+            InputError: as in ``forward``.
+        """
+        self._check_borrowed()
+        inference = torch.is_inference_mode_enabled()
+        # Tensors made in inference mode could not be differentiated through later.
+        gradients = torch.is_grad_enabled() and not inference
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            tokens, mask = self._tokens_and_mask(input, attention_mask, prepend_bos, padding_side)
+            x = self.embed(tokens)
+            mask = self._check_mask(mask, x.shape[0], x.shape[1])
+            run: LoopRun = self._new_run(
+                x, mask, None, initial_state, state_seed, None, enters_loop=True
+            )
+            for block in self._silent_blocks("prelude"):
+                x = block(x, run.context)
+            run.prelude_output = x
+            start = self._start(x, run)
+        skips = self.cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
+        return LoopMap(
+            initial_state=start,
+            prelude_output=x,
+            mask=None if mask is None or bool(mask.all()) else mask,
+            context=run.context,
+            skips_first_adapter=skips and run.initial_state is None,
+            model=self,
+        )
+
+    def _start(self, e: Stream, run: LoopRun) -> Stream:
+        """The initial state of a run, as no hook has seen it yet."""
+        if run.initial_state is not None:
+            return run.initial_state.to(e)
+        if self.cfg.initial_state is InitialState.RANDOM:
+            return self.random_initial_state(run)
+        return e
+
+    def _silent_blocks(self, stage: str) -> list[Block]:
+        """A stage's layers without hooks: blocks of their own on the same weights."""
+        # Past nn.Module.__setattr__: they hold no parameters and are no part of the model.
+        if getattr(self, "_stages_without_hooks", None) is None:
+            object.__setattr__(self, "_stages_without_hooks", {})
+        stages: dict[str, list[Block]] = self._stages_without_hooks
+        if stage not in stages:
+            recurrence = 0 if stage == "core" else None
+            stages[stage] = [
+                Block(self.cfg, weights, LayerLocation(stage, recurrence, i))
+                for i, weights in enumerate(self._layers_of(stage))
+            ]
+        return stages[stage]
+
+    def _layers_of(self, stage: str) -> Iterable[BlockWeights]:
+        return cast(Iterable[BlockWeights], self._modules[stage])
