@@ -27,5 +27,8 @@ def test_the_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str
     assert "r2.l1h2" in names["labels"]
     assert len(names["by_loop"]) == 1 + 1 + 1 + 4 + 1
     assert "Tom has" in printed[2]
+    assert printed[3].strip() in names["metrics"].Verdict.__members__
+    assert "CONVERGED" in printed[4] or "ORBIT" in printed[4] or "DRIFT" in printed[4]
+    assert names["depth"].sizes["effective_layer"] == 2 + 4 * 32 + 2
     assert names["found"].steps.shape == names["found"].output.shape[:2]
     assert len(names["bridge"].blocks) == 2 + 4 * 8 + 2
