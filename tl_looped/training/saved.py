@@ -77,12 +77,17 @@ def claim(out: Path, spec: TrainSpec, cfg: LoopedConfig, rows: Tensor, held_out:
     }
     path = out / RUN
     if not path.is_file():
+        if (out / "log.csv").exists():
+            raise ConfigError(
+                f"{out} holds a log.csv and no {RUN}, so it is no run that can be gone on with: "
+                "use another folder"
+            )
         write_json(run, path)
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = _differences(before, json.loads(json.dumps(run)))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): restore it, or use another folder"
         ) from error
@@ -120,7 +125,7 @@ def _problems(checkpoint: Path) -> list[str]:
                 problems.append(f"{name} is missing")
             elif _sha256(file) != digest:
                 problems.append(f"{name} has changed since it was written")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
     return problems
 

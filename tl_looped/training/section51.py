@@ -22,9 +22,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tl_looped.errors import CheckpointError, ConfigError
+from tl_looped.errors import ConfigError
 from tl_looped.model.config import Injection, LoopedConfig
-from tl_looped.training.corpus import pack, read_problems, split, train_tokenizer
+from tl_looped.training.corpus import pack, read_problems, shared_tokenizer, split
 from tl_looped.training.evaluation import loss_by_recurrences, write_table
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import Tick, train
@@ -95,13 +95,7 @@ Rows = Int[Tensor, "row length"]
 def prepare(data: Path, out: Path) -> tuple[PreTrainedTokenizerFast, Rows, Rows]:
     """Tokenizer (trained once, then read from ``out``), training rows and held-out rows."""
     training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, DATA_SEED)
-    folder = out / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
-        train_tokenizer(training, VOCABULARY).save_pretrained(folder)
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}. Remove it") from error
+    tokenizer = shared_tokenizer(training, VOCABULARY, out / "tokenizer")
     rows, held_out_rows = (pack(texts, tokenizer, CONTEXT) for texts in (training, held_out))
     return tokenizer, rows, held_out_rows
 

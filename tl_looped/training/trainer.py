@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate import PartialState  # type: ignore[import-untyped,unused-ignore]
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -151,7 +151,8 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the log where the checkpoint stands."""
         self.first = state.global_step
-        self.log = [e for e in read_log(self.out / "log.csv") if e["step"] <= self.first]
+        before = read_log(self.out / "log.csv") if self.first else []
+        self.log = [e for e in before if e["step"] <= self.first]
         self.seconds_before = self.log[-1]["seconds"] if self.log else 0.0
         self.started = time.perf_counter()
 
