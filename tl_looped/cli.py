@@ -233,7 +233,7 @@ def _write_loss_plot(log: list[dict[str, Any]], out: Path, caption: str) -> None
     from tl_looped.plots import loss_curve
 
     tokens, train, held_out = (
-        [e[name] for e in log] for name in ("tokens", "train_loss", "held_out_loss")
+        [float(e[name]) for e in log] for name in ("tokens", "train_loss", "held_out_loss")
     )
     figure = loss_curve(tokens, train, held_out, caption, f"{out.name}: loss")
     write_figure(figure, out / "loss.png")

@@ -89,10 +89,9 @@ def section51_config(name: str, d_vocab: int, seed: int) -> LoopedConfig:
     return LoopedConfig(**(values | CONFIGURATIONS[name]))
 
 
-Rows = Int[Tensor, "row length"]
-
-
-def prepare(data: Path, out: Path) -> tuple[PreTrainedTokenizerFast, Rows, Rows]:
+def prepare(
+    data: Path, out: Path
+) -> tuple[PreTrainedTokenizerFast, Int[Tensor, "row length"], Int[Tensor, "aside length"]]:
     """Tokenizer (trained once, then read from ``out``), training rows and held-out rows."""
     training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, DATA_SEED)
     tokenizer = shared_tokenizer(training, VOCABULARY, out / "tokenizer")

@@ -9,8 +9,8 @@ optimiser's and the generators' state are PyTorch files that the Trainer reads w
 ``weights_only=True``, so no pickle of them is run. See ``tl_looped.training.saved`` for what makes
 a checkpoint count.
 
-Limits: no gradient accumulation; a run resumes on the same number of devices; numbers are the same
-on the same machine, threads and PyTorch, as everywhere.
+Limits: no gradient accumulation. The same bits need the same machine, number of threads and
+devices, and PyTorch: two devices differ from one in the last digit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tl_looped.errors import DataError, TLLoopedError
-from tl_looped.training.losses import training_loss
+from tl_looped.training.losses import ExitWeighted, training_loss
 from tl_looped.training.optimizers import make_optimizer
 from tl_looped.training.recurrences import state_seed
 from tl_looped.training.saved import claim, newest_checkpoint, seal
@@ -244,7 +244,9 @@ class _Trainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
-        self.watch.on_loss(float(loss), self.state.global_step)
+        # The mean over devices, so that all of them decide alike whether the run diverges.
+        mean = self.accelerator.reduce(loss.clone(), reduction="mean")
+        self.watch.on_loss(float(mean), self.state.global_step)
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -340,6 +342,9 @@ def _make_trainer(objective: Objective, data: RowsInOrder, watch: _Watch, out: P
         use_cpu=objective.model.W_E.device.type == "cpu",
         seed=spec.seed,
         train_sampling_strategy="sequential",
+        # A gate that the loss does not read is the only parameter a step can leave out.
+        ddp_find_unused_parameters=objective.model.cfg.exit_gate
+        and not isinstance(spec.loss, ExitWeighted),
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         save_strategy="no",
