@@ -13,13 +13,15 @@ from torch import Tensor
 from tl_looped.training.trainer import held_out_loss
 from tl_looped.transformer import LoopedTransformer
 
+EVALUATED = range(1, 33)
+
 
 @torch.no_grad()
 def loss_by_recurrences(
     model: LoopedTransformer,
     rows: Int[Tensor, "row length"],
-    recurrences: Iterable[int] = range(1, 33),
-    batch_size: int = 4,
+    recurrences: Iterable[int] = EVALUATED,
+    batch_size: int = 16,
 ) -> pd.DataFrame:
     """Mean next-token loss in nats for each number of recurrences, in the model's own dtype.
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import Injection, LoopedConfig
 from tl_looped.training.corpus import pack, read_problems, shared_tokenizer, split
-from tl_looped.training.evaluation import loss_by_recurrences, write_table
+from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_table
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import Tick, train
 from tl_looped.transformer import LoopedTransformer
@@ -145,7 +145,7 @@ def run_section51(
             lambda entry, run=run: report(run, entry),  # type: ignore[misc]
             lambda value, run=run: tick(run, value),  # type: ignore[misc]
         )
-        numbers = range(1, 2 if name == "feedforward" else 33)
+        numbers = (1,) if name == "feedforward" else EVALUATED
         table = loss_by_recurrences(model, held_out[:EVALUATED_ROWS], numbers)
         write_table(table, out / run / "evaluation.csv")
     return folders

@@ -14,7 +14,7 @@ from accelerate import PartialState  # type: ignore[import-untyped,unused-ignore
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import InitialState, Injection, LoopedConfig
 from tl_looped.training.corpus import pack, read_texts, shared_tokenizer, split
-from tl_looped.training.evaluation import loss_by_recurrences, write_table
+from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_table
 from tl_looped.training.losses import ExitWeighted
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import Tick, train
@@ -121,7 +121,7 @@ def train_on_texts(
     cfg = shape.config(len(found), spec.seed, gate, device)
     model = LoopedTransformer.from_config(cfg, found)
     log = train(model, rows, held_out_rows, spec, out, report, tick)
-    table = loss_by_recurrences(model, held_out_rows[:EVALUATED_ROWS])
+    table = loss_by_recurrences(model, held_out_rows[:EVALUATED_ROWS], EVALUATED)
     if PartialState().is_main_process:
         write_table(table, out / "evaluation.csv")
     return log, table
