@@ -25,6 +25,7 @@ FAMILY = {
     "InvalidDecompositionError": NotImplementedError,
     "MissingActivationError": KeyError,
     "DataError": ValueError,
+    "DivergedError": ArithmeticError,
 }
 
 

@@ -10,7 +10,8 @@ from conftest import random_config
 
 from tl_looped import DataError, InitialState, Injection, LoopedTransformer
 from tl_looped.training.corpus import pack, read_problems, split, train_tokenizer
-from tl_looped.training.small import LOG_FIELDS, TrainSpec, held_out_loss, train_small
+from tl_looped.training.spec import TrainSpec
+from tl_looped.training.trainer import LOG_FIELDS, held_out_loss, train
 
 TEXTS = [f"{a} plus {b}\nis {a + b}" for a in range(10) for b in range(10)]
 
@@ -27,7 +28,7 @@ def trained(out: Path, seed: int = 0):
     )
     model = LoopedTransformer.from_config(config, tokenizer)
     spec = TrainSpec(steps=30, batch_size=4, warmup=5, evaluate_every=10, bf16=False, seed=seed)
-    return train_small(model, rows, rows[:4], spec, out), model, rows
+    return train(model, rows, rows[:4], spec, out), model, rows
 
 
 def test_loss_falls_and_the_log_and_best_model_are_written(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Command line: ``tl-looped demo`` and ``tl-looped train-demo``."""
+"""Command line: ``tl-looped demo``, ``train``, ``train-demo`` and ``train-section51``."""
 
 from __future__ import annotations
 
+import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +68,113 @@ def demo(
     console.print(f"The report is in [bold]{out.resolve()}[/bold]", soft_wrap=True)
 
 
+class LossName(str, Enum):
+    """Losses of ``tl-looped train``."""
+
+    LAST = "last"
+    EVERY = "every"
+    EXIT = "exit"
+
+
+@app.command("train")
+def train_command(
+    data: Annotated[str, typer.Argument(help=".txt or .jsonl, a folder of them, or hub:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted one goes on.")],
+    prelude: Annotated[int, typer.Option(help="Layers before the loop.")] = 2,
+    core: Annotated[int, typer.Option(help="Layers of the loop.")] = 4,
+    coda: Annotated[int, typer.Option(help="Layers after the loop.")] = 2,
+    recurrences: Annotated[int, typer.Option(help="Recurrences.")] = 4,
+    sampled: Annotated[
+        float | None, typer.Option(help="Sample recurrences: 1 + Poisson of this mean rate.")
+    ] = None,
+    sigma: Annotated[float, typer.Option(help="Sigma of the log-normal rate.")] = 0.5,
+    backprop_last: Annotated[
+        int | None, typer.Option(help="Backpropagate through the last n recurrences.")
+    ] = None,
+    injection: Annotated[bool, typer.Option(help="Inject the prelude's output.")] = False,
+    loss: Annotated[LossName, typer.Option(help="What is minimised.")] = LossName.LAST,
+    beta: Annotated[float, typer.Option(help="Entropy weight of --loss exit.")] = 0.1,
+    d_model: Annotated[int, typer.Option(help="Dimensions.")] = 128,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    context: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
+    vocabulary: Annotated[int, typer.Option(help="Tokens of the new tokenizer.")] = 2048,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
+    held_out: Annotated[int, typer.Option(help="Documents that are set aside.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    warmup: Annotated[int, typer.Option(help="Steps of warm-up.")] = 100,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
+    bf16: Annotated[bool, typer.Option(help="bfloat16 matrix products.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of weights, states, recurrences.")] = 0,
+    data_seed: Annotated[int | None, typer.Option(help="Seed of the order of rows.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train a looped model; run the same command again to go on after an interruption."""
+    from tl_looped.training.losses import EveryRecurrence, ExitWeighted, LastState
+    from tl_looped.training.recurrences import PoissonLogNormal
+    from tl_looped.training.spec import TrainSpec
+    from tl_looped.training.texts import Shape, train_on_texts
+
+    losses: dict[str, Any] = {
+        "last": LastState(),
+        "every": EveryRecurrence(),
+        "exit": ExitWeighted(beta),
+    }
+    spec = TrainSpec(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        evaluate_every=evaluate_every,
+        bf16=bf16,
+        seed=seed,
+        data_seed=data_seed,
+        recurrences=None if sampled is None else PoissonLogNormal(sampled, sigma),
+        loss=losses[loss],
+        backprop_last=backprop_last,
+        optimizer=optimizer,
+    )
+    shape = Shape(prelude, core, coda, recurrences, injection, d_model, heads, context, vocabulary)
+    with _training_progress() as progress:
+        report, tick = _reports(progress, steps, "training")
+        log, _ = train_on_texts(data, out, shape, spec, held_out, tokenizer, device, report, tick)
+    if _is_main_process():
+        _write_loss_plot(log, out, f"{data}, seed {seed}")
+        console.print(f"The run is in [bold]{out.resolve()}[/bold]", soft_wrap=True)
+
+
+@app.command("train-section51")
+def train_section51_command(
+    data: Annotated[
+        Path, typer.Argument(help="jsonl with question and answer, GSM8K's train split.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/section51"),
+) -> None:
+    """Train the small models of Section 5.1, three seeds each (about six hours on one core)."""
+    from tl_looped.training.section51 import SPEC, run_section51
+    from tl_looped.training.trainer import read_log
+
+    with _training_progress() as progress:
+        reports: dict[str, Any] = {}
+
+        def of(run: str) -> Any:
+            if run not in reports:
+                reports[run] = _reports(progress, SPEC.steps, run)
+            return reports[run]
+
+        folders = run_section51(
+            data,
+            out,
+            report=lambda run, entry: of(run)[0](entry),
+            tick=lambda run, value: of(run)[1](value),
+        )
+    for folder in folders:
+        _write_loss_plot(read_log(folder / "log.csv"), folder, folder.name)
+    console.print(f"The runs are in [bold]{out.resolve()}[/bold]", soft_wrap=True)
+
+
 @app.command("train-demo")
 def train_demo_command(
     data: Annotated[
@@ -81,15 +190,8 @@ def train_demo_command(
     from tl_looped.training.demo import SPEC, train_demo
 
     make_folder(out)
-    with _progress() as progress:
-        task = progress.add_task("training", total=SPEC.steps)
-
-        def report(entry: dict[str, Any]) -> None:
-            progress.update(task, completed=entry["step"])
-            losses = f"train {entry['train_loss']:.3f}, held out {entry['held_out_loss']:.3f}"
-            progress.console.print(f"step {entry['step']}: {losses}", highlight=False)
-
-        train_demo(data, out, SPEC, report)
+    with _training_progress() as progress:
+        train_demo(data, out, SPEC, *_reports(progress, SPEC.steps, "training"))
     bundle = bundle_demo(out, data, SPEC, out / "bundle")
     console.print(f"The model and its card are in [bold]{bundle.resolve()}[/bold]", soft_wrap=True)
 
@@ -97,6 +199,44 @@ def train_demo_command(
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def _training_progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    numbers = TextColumn("loss {task.fields[loss]:.3f}, {task.fields[speed]:.0f} tokens/s")
+    disable = not _is_main_process()
+    return Progress(*columns, numbers, TimeRemainingColumn(), console=console, disable=disable)
+
+
+def _is_main_process() -> bool:
+    """Whether this process prints and draws; ``accelerate launch`` starts one a device."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _reports(progress: Progress, steps: int, name: str) -> Any:
+    """Callbacks of a run: a line at every evaluation, and the bar at every step."""
+    task = progress.add_task(name, total=steps, loss=float("nan"), speed=0.0)
+
+    def report(entry: dict[str, Any]) -> None:
+        losses = f"train {entry['train_loss']:.3f}, held out {entry['held_out_loss']:.3f}"
+        progress.console.print(f"{name}, step {entry['step']}: {losses}", highlight=False)
+
+    def tick(value: Any) -> None:
+        speed = value.tokens_per_second
+        progress.update(task, completed=value.step, loss=value.loss, speed=speed)
+
+    return report, tick
+
+
+def _write_loss_plot(log: list[dict[str, Any]], out: Path, caption: str) -> None:
+    from tl_looped.experiments.files import write_figure
+    from tl_looped.plots import loss_curve
+
+    tokens, train, held_out = (
+        [float(e[name]) for e in log] for name in ("tokens", "train_loss", "held_out_loss")
+    )
+    figure = loss_curve(tokens, train, held_out, caption, f"{out.name}: loss")
+    write_figure(figure, out / "loss.png")
 
 
 def _demo_table(result: Any) -> Table:
@@ -121,3 +261,7 @@ def main() -> None:
     except TLLoopedError as error:
         Console(stderr=True).print(f"[bold red]Error:[/bold red] {error}", soft_wrap=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":  # accelerate launch -m tl_looped.cli train ...
+    main()

@@ -66,3 +66,7 @@ class MissingActivationError(TLLoopedError, KeyError):
 
 class DataError(TLLoopedError, ValueError):
     """A data file that cannot be read as what it should be."""
+
+
+class DivergedError(TLLoopedError, ArithmeticError):
+    """A training loss that is no number any more, or has risen far above its best."""

@@ -16,7 +16,8 @@ from tl_looped.experiments.files import make_folder, write_figure, write_text
 from tl_looped.plots import loss_curve
 from tl_looped.training.corpus import pack, read_problems, split
 from tl_looped.training.demo import CONTEXT, HELD_OUT_PROBLEMS
-from tl_looped.training.small import TrainSpec, held_out_loss
+from tl_looped.training.spec import TrainSpec
+from tl_looped.training.trainer import held_out_loss
 from tl_looped.transformer import LoopedTransformer
 
 EVALUATED = (1, 2, 4, 8, 16, 32)
@@ -63,7 +64,7 @@ def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
     """Write the shipped folder of a run.
 
     Args:
-        run: Folder that :func:`tl_looped.training.small.train_small` wrote.
+        run: Folder that :func:`tl_looped.training.trainer.train` wrote.
         data: The problems it was trained on.
         spec: The hyperparameters it was trained with.
         out: Where to write.

@@ -109,7 +109,11 @@ def layer_heat_map(
 
 
 def loss_curve(
-    tokens: Sequence[float], train: Sequence[float], held_out: Sequence[float], caption: str
+    tokens: Sequence[float],
+    train: Sequence[float],
+    held_out: Sequence[float],
+    caption: str,
+    title: str = "Demo model: loss",
 ) -> Figure:
     """Training and held-out loss over training tokens."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -119,7 +123,7 @@ def loss_curve(
     axes.plot(millions, held_out, color="tab:blue", marker="o", markersize=3, label="held out")
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Demo model: loss")
+    axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.supxlabel(caption, fontsize=8, color="0.35")

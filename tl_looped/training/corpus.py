@@ -1,14 +1,17 @@
-"""From a jsonl file of problems to packed token rows.
+"""From text files, jsonl files or a hub data set to packed token rows.
 
-Each problem is one document, ``question`` newline ``answer``, between BOS and EOS; GSM8K's
-calculator notes (``<<48/2=24>>``) are taken out. Documents are joined in a seeded order and cut
-into rows of one context length each, so a row may hold the end of one and the start of another.
+Each text is one document between BOS and EOS. Documents are joined in a seeded order and cut into
+rows of one context length each, so a row may hold the end of one and the start of another. A jsonl
+line holds ``text``, or ``question`` and ``answer``, which are joined by a newline; GSM8K's
+calculator notes (``<<48/2=24>>``) are then taken out. A text file's documents are its paragraphs,
+which blank lines part.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tl_looped.errors import DataError
+from tl_looped.errors import CheckpointError, DataError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 _CALCULATOR_NOTE = re.compile(r"<<[^>]*>>")
@@ -35,21 +38,106 @@ def read_problems(path: Path) -> list[str]:
             f"{path} does not exist. The demo model was trained on GSM8K's training split "
             '(openai/gsm8k on the hub) as jsonl, one {"question": ..., "answer": ...} a line.'
         )
-    texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            problem = json.loads(line)
-            text = f"{problem['question']}\n{problem['answer']}"
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: expected an object with question and answer ({error!r})"
-            ) from error
-        texts.append(_CALCULATOR_NOTE.sub("", text))
+    texts = _json_lines(path, "question and answer", _problem)
     if not texts:
         raise DataError(f"{path} holds no problem")
     return texts
+
+
+def read_texts(source: str) -> list[str]:
+    """Documents of a file, a folder or a hub data set.
+
+    Args:
+        source: A ``.txt`` or ``.jsonl`` file, a folder of them (in the order of their names), or
+            ``hub:NAME``, ``hub:NAME:SPLIT``, ``hub:NAME:CONFIG:SPLIT`` for a data set of the hub
+            (``train`` if no split is given), which needs the package ``datasets``. Hub rows hold
+            the same fields as jsonl lines.
+
+    Raises:
+        DataError: nothing there, another kind of file, a line that is no document (its number is
+            given), no document at all, or a data set that cannot be had.
+    """
+    if source.startswith("hub:"):
+        texts = _hub_texts(source)
+    else:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl"))
+        elif path.is_file():
+            files = [path]
+        else:
+            raise DataError(f"{path} does not exist: give a file, a folder or hub:NAME")
+        texts = [text for file in files for text in _file_texts(file)]
+    if not texts:
+        raise DataError(f"{source} holds no text: an empty corpus cannot be trained on")
+    return texts
+
+
+def _file_texts(path: Path) -> list[str]:
+    if path.suffix == ".jsonl":
+        return _json_lines(path, "text, or question and answer", _document)
+    if path.suffix != ".txt":
+        raise DataError(f"{path} must be a .txt or a .jsonl file")
+    paragraphs = re.split(r"\n[ \t]*\n", _utf8(path))
+    return [text.strip() for text in paragraphs if text.strip()]
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _json_lines(path: Path, wanted: str, document: Callable[[Any], str]) -> list[str]:
+    texts = []
+    # Not splitlines(): JSON strings may hold other line separators.
+    for number, line in enumerate(_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(document(json.loads(line)))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: expected an object with {wanted} ({error!r})"
+            ) from error
+    return texts
+
+
+def _problem(row: Any) -> str:
+    return _CALCULATOR_NOTE.sub("", f"{row['question']}\n{row['answer']}")
+
+
+def _document(row: Any) -> str:
+    if not isinstance(row, dict) or "text" not in row:
+        return _problem(row)
+    if not isinstance(row["text"], str):
+        raise TypeError(f"text is {type(row['text']).__name__}")
+    return row["text"]
+
+
+def _hub_texts(source: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source} needs the package datasets: pip install datasets, or give a file"
+        ) from error
+    name, *rest = source.removeprefix("hub:").split(":")
+    if not name or len(rest) > 2:
+        raise DataError(f"expected hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT, got {source}")
+    split = rest[-1] if rest else "train"
+    try:
+        rows = datasets.load_dataset(name, *rest[:-1], split=split)
+    except Exception as error:
+        raise DataError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
+    try:
+        return [_document(row) for row in rows]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{source}: expected rows with text, or question and answer; the columns are "
+            f"{rows.column_names}"
+        ) from error
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -72,6 +160,25 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
     )
+
+
+def shared_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder; :func:`train_tokenizer`'s, saved there, if there is none.
+
+    Raises:
+        CheckpointError: if the folder's cannot be read, or has no BOS and EOS.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        partial = folder.with_name(folder.name + ".partial")
+        train_tokenizer(texts, vocab_size).save_pretrained(partial)
+        partial.replace(folder)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{folder} holds no tokenizer that can be read: {error}") from error
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise CheckpointError(f"the tokenizer in {folder} has no BOS or no EOS token")
+    return tokenizer
 
 
 def split(texts: list[str], held_out: int, seed: int) -> tuple[list[str], list[str]]:

@@ -14,7 +14,8 @@ from typing import Any
 
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout
 from tl_looped.training.corpus import pack, read_problems, split, train_tokenizer
-from tl_looped.training.small import TrainSpec, train_small
+from tl_looped.training.spec import TrainSpec
+from tl_looped.training.trainer import Tick, train
 from tl_looped.transformer import LoopedTransformer
 
 VOCABULARY = 2048
@@ -56,8 +57,11 @@ def train_demo(
     out: Path,
     spec: TrainSpec = SPEC,
     report: Callable[[dict[str, Any]], None] = lambda entry: None,
+    tick: Callable[[Tick], None] = lambda tick: None,
 ) -> list[dict[str, Any]]:
-    """Train the demo model on a jsonl file of problems; see :func:`train_small` for the output.
+    """Train the demo model on a jsonl file of problems.
+
+    See :func:`tl_looped.training.trainer.train` for what it writes and returns.
 
     Raises:
         DataError: see :func:`read_problems`.
@@ -66,4 +70,4 @@ def train_demo(
     tokenizer = train_tokenizer(training, VOCABULARY)
     model = LoopedTransformer.from_config(demo_config(len(tokenizer), spec.seed), tokenizer)
     rows, held_out_rows = (pack(texts, tokenizer, CONTEXT) for texts in (training, held_out))
-    return train_small(model, rows, held_out_rows, spec, out, report)
+    return train(model, rows, held_out_rows, spec, out, report, tick)

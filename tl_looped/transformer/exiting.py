@@ -64,16 +64,6 @@ class ExitingMixin(LensesMixin):
                 break
         assert tracker.state is not None
         assert tracker.steps is not None
-        logits_out = self._after_loop(tracker.state, run)
+        logits_out = self.read_out(tracker.state, run)
         steps = tracker.steps if mask is None else tracker.steps.masked_fill(~mask, -1)
         return logits_out, steps
-
-    def _after_loop(
-        self, state: Float[Tensor, "batch pos d_model"], run: LoopRun
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Coda and head of the states with which the tokens left."""
-        if self.cfg.pre_coda_norm:
-            state = self.ln_pre_coda(state)
-        n = self.loop.n_layers
-        state = self._run_layers(state, run, n - self.loop.c, n, enter_first=False)
-        return self._unembed_final(state)

@@ -8,13 +8,13 @@ the two compose to the whole run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_looped.errors import InputError
@@ -55,6 +55,54 @@ class LoopMixin(InputsMixin):
     injection: nn.Linear
     final_norm: NormWeights
     exit_gate: nn.Linear
+
+    def start_run(
+        self, tokens: Int[Tensor, "batch pos"], state_seed: int
+    ) -> tuple[Stream, LoopRun]:
+        """The embedding of tokens without padding and a run for it, for :meth:`unroll`."""
+        tokens = self._check_tokens(tokens)
+        if tokens.shape[1] > self.cfg.n_ctx:
+            raise InputError(
+                f"a sequence of {tokens.shape[1]} tokens is longer than the context of "
+                f"{self.cfg.n_ctx}"
+            )
+        x = self.hook_embed(self.embed(tokens))
+        context = RunContext.build(self.cfg, x.shape[1], None, x.device, x.dtype)
+        return x, LoopRun(context, None, state_seed)
+
+    def unroll(self, x: Stream, run: LoopRun, backprop_last: int | None = None) -> Iterator[Stream]:
+        """The state after each recurrence, from the embedding; the same numbers as a whole run.
+
+        ``run.gate`` holds the gate logits of the state that was just given, in models with a gate.
+
+        Args:
+            x: The embedding, from :meth:`start_run`.
+            run: Its run.
+            backprop_last: Recurrences at the end that keep a graph. The earlier ones run without
+                one, so their states are constants to autograd and their memory is free at once.
+                The prelude always keeps its graph: each injection reads its output. All
+                recurrences if None.
+        """
+        loop, wanted = self.loop, torch.is_grad_enabled()
+        n = loop.R if backprop_last is None else backprop_last
+        x = self._enter_loop(self._run_layers(x, run, 0, loop.p, enter_first=True), run)
+        for r in range(loop.R):
+            first = loop.index(r, 0)
+            # Left before each yield: a generator must not hold the caller's gradient mode.
+            with torch.set_grad_enabled(wanted and r >= loop.R - n):
+                x = self._enter_recurrence(r, x, run)
+                x = self._run_layers(x, run, first, first + loop.k, enter_first=False)
+                x = self._leave_recurrence(r, x, run)
+            yield x
+
+    def read_out(self, state: Stream, run: LoopRun) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a state that has left its recurrence, as :meth:`unroll` gives it."""
+        if self.cfg.pre_coda_norm:
+            state = self.ln_pre_coda(state)
+        n = self.loop.n_layers
+        return self._unembed_final(
+            self._run_layers(state, run, n - self.loop.c, n, enter_first=False)
+        )
 
     def _run_layers(
         self, x: Stream, run: LoopRun, start: int, stop: int, enter_first: bool

@@ -1,0 +1,275 @@
+"""A run that is killed, damaged or mistaken for another."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_config
+
+from tl_looped import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InitialState,
+    Injection,
+    LoopedTransformer,
+)
+from tl_looped.errors import DivergedError
+from tl_looped.training.recurrences import PoissonLogNormal
+from tl_looped.training.spec import TrainSpec
+from tl_looped.training.trainer import train
+
+ROWS = torch.randint(0, 50, (21, 12), generator=torch.Generator().manual_seed(1))
+HELD_OUT = ROWS[:3].flip(1)
+SPEC = TrainSpec(
+    steps=12,
+    batch_size=2,
+    warmup=3,
+    evaluate_every=4,
+    bf16=False,
+    seed=5,
+    recurrences=PoissonLogNormal(2.0, 0.5),
+    backprop_last=2,
+)
+
+
+def model() -> LoopedTransformer:
+    """With everything that is drawn: a random initial state and sampled recurrences."""
+    values = {
+        "injection": Injection.LINEAR,
+        "initial_state": InitialState.RANDOM,
+        "initial_state_std": 0.5,
+        "n_recurrences": 2,
+        "n_core": 1,
+        "n_prelude": 1,
+    }
+    return LoopedTransformer.from_config(random_config(**values))
+
+
+def weights(out: Path) -> bytes:
+    return (out / "final" / "model.safetensors").read_bytes()
+
+
+def without_times(out: Path) -> list[str]:
+    return [line.rsplit(",", 2)[0] for line in (out / "log.csv").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    train(model(), ROWS, HELD_OUT, SPEC, out)
+    return out
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped_at(step: int, out: Path, victim: LoopedTransformer) -> None:
+    def stop(tick) -> None:
+        if tick.step == step:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(victim, ROWS, HELD_OUT, SPEC, out, tick=stop)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_training_resume import HELD_OUT, ROWS, SPEC, model
+from tl_looped.errors import DivergedError
+from tl_looped.training.trainer import train
+
+def tick(t):
+    if t.step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(model(), ROWS, HELD_OUT, SPEC, Path({out!r}), tick=tick)
+"""
+
+
+def test_a_killed_process_resumes_to_the_same_weights_and_log(whole: Path, tmp_path: Path) -> None:
+    code = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path))
+    process = subprocess.run([sys.executable, "-c", code], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-4"]
+    steps = []
+    train(model(), ROWS, HELD_OUT, SPEC, tmp_path, tick=lambda t: steps.append(t.step))
+    assert steps == list(range(5, 13))
+    assert weights(tmp_path) == weights(whole)
+    assert without_times(tmp_path) == without_times(whole)
+
+
+def test_an_exception_keeps_the_checkpoint_and_the_callers_generators(tmp_path: Path) -> None:
+    victim = model()  # PyTorch's layers draw when they are made
+    torch.manual_seed(3)
+    random.seed(3)
+    expected = (torch.rand(()), random.random())
+    torch.manual_seed(3)
+    random.seed(3)
+    stopped_at(5, tmp_path, victim)
+    assert (torch.rand(()), random.random()) == expected
+    assert (tmp_path / "checkpoints" / "checkpoint-4" / "manifest.json").is_file()
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
+    before, log = weights(whole), (whole / "log.csv").read_text()
+    again = model()
+    entries = train(again, ROWS, HELD_OUT, SPEC, whole, tick=lambda t: pytest.fail("trained"))
+    assert weights(whole) == before
+    assert (whole / "log.csv").read_text() == log
+    assert [e["step"] for e in entries] == [4, 8, 12]
+    final = LoopedTransformer.from_pretrained(whole / "final", device="cpu")
+    assert all(
+        torch.equal(p, q) for p, q in zip(again.parameters(), final.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["changed", "missing", "truncated"])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(
+    whole: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    file = out / "checkpoints" / "checkpoint-12" / name
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data if damage == "changed" else data[: len(data) // 2])
+    files = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match=rf"checkpoint-12 is damaged: {name}.*checkpoint-8"):
+        train(model(), ROWS, HELD_OUT, SPEC, out)
+    assert files == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_the_older_checkpoint_gives_the_same_weights(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-12")
+    # One that was interrupted while it was written, as the Trainer leaves it.
+    shutil.copytree(out / "checkpoints" / "checkpoint-8", out / "checkpoints" / "checkpoint-10")
+    (out / "checkpoints" / "checkpoint-10" / "manifest.json").unlink()
+    (out / "checkpoints" / "checkpoint-10" / "optimizer.pt").unlink()
+    shutil.rmtree(out / "final")
+    train(model(), ROWS, HELD_OUT, SPEC, out)
+    assert weights(out) == weights(whole)
+    assert not (out / "checkpoints" / "checkpoint-10").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a.pt": 3}', '["a"]'])
+def test_an_unreadable_manifest_is_an_error(whole: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "checkpoints" / "checkpoint-12" / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match="checkpoint-12 is damaged"):
+        train(model(), ROWS, HELD_OUT, SPEC, out)
+
+
+def test_a_folder_takes_no_other_run(whole: Path, tmp_path: Path) -> None:
+    for spec, rows, what in (
+        (replace(SPEC, learning_rate=1e-3), ROWS, r"spec\.learning_rate \(0.002 there, 0.001"),
+        (replace(SPEC, recurrences=PoissonLogNormal(3.0)), ROWS, r"spec\.recurrences"),
+        (SPEC, ROWS.flip(0), "rows"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            train(model(), rows, HELD_OUT, spec, whole)
+    other = LoopedTransformer.from_config(random_config())
+    with pytest.raises(ConfigError, match=r"model\.n_core \(1 there, 3 here\)"):
+        train(other, ROWS, HELD_OUT, replace(SPEC, backprop_last=None), whole)
+    (tmp_path / "log.csv").write_text("step\n")
+    with pytest.raises(ConfigError, match=r"no run\.json"):
+        train(model(), ROWS, HELD_OUT, SPEC, tmp_path)
+    assert os.listdir(tmp_path) == ["log.csv"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"spec": 3}', '{"spec": {}}'])
+def test_an_unreadable_record_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises((CheckpointError, ConfigError), match=re.escape(str(tmp_path))):
+        train(model(), ROWS, HELD_OUT, SPEC, tmp_path)
+    assert (tmp_path / "run.json").read_text() == text
+
+
+def poison(out: Path, at: int, change) -> str:
+    """Train, and after a step do something to the model; the message of the error."""
+    victim = model()
+
+    def tick(value) -> None:
+        if value.step == at:
+            change(victim)
+
+    with pytest.raises(DivergedError) as caught:
+        train(victim, ROWS, HELD_OUT, SPEC, out, tick=tick)
+    return str(caught.value)
+
+
+def test_a_loss_that_is_no_number_stops_at_once(tmp_path: Path) -> None:
+    def nan(victim: LoopedTransformer) -> None:
+        victim.final_norm.w.data[0] = float("nan")
+
+    message = poison(tmp_path, 6, nan)
+    assert "at step 6: the training loss is nan" in message
+    assert "checkpoint-4" in message
+    assert "learning_rate" in message
+    kept = LoopedTransformer.from_pretrained(tmp_path / "best", device="cpu")
+    assert all(bool(p.isfinite().all()) for p in kept.parameters())
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path: Path) -> None:
+    victims = []
+
+    def hook(victim: LoopedTransformer) -> None:
+        victims.append((victim, [p.detach().clone() for p in victim.parameters()]))
+        victim.final_norm.w.register_hook(lambda grad: grad * float("inf"))
+
+    message = poison(tmp_path, 5, hook)
+    assert "the gradient of model." in message
+    victim, before = victims[0]
+    assert all(torch.equal(p, q) for p, q in zip(victim.parameters(), before, strict=True))
+
+
+def test_a_loss_far_above_its_best_stops_before_the_checkpoint(tmp_path: Path) -> None:
+    def worsen(victim: LoopedTransformer) -> None:
+        victim.final_norm.w.data.mul_(30.0)
+
+    message = poison(tmp_path, 4, worsen)
+    assert "at step 8: the mean training loss rose from" in message
+    assert os.listdir(tmp_path / "checkpoints") == ["checkpoint-4"]
+
+
+def test_a_very_high_learning_rate_is_caught(tmp_path: Path) -> None:
+    spec = replace(SPEC, learning_rate=300.0, warmup=0, clip=1e9)
+    with pytest.raises(DivergedError, match="diverged"):
+        train(model(), ROWS, HELD_OUT, spec, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out", "message"),
+    [
+        (ROWS[:0], HELD_OUT, "rows must be"),
+        (ROWS, HELD_OUT[:0], "held_out must be"),
+        (ROWS[:, :1], HELD_OUT[:, :1], "rows must be"),
+        (ROWS.repeat(1, 6), HELD_OUT.repeat(1, 6), "exceed the context of 64"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on(rows, held_out, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        train(model(), rows, held_out, SPEC, tmp_path)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,49 @@
+"""Held-out loss of a model at other numbers of recurrences than it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_looped.training.trainer import held_out_loss
+from tl_looped.transformer import LoopedTransformer
+
+EVALUATED = range(1, 33)
+
+
+@torch.no_grad()
+def loss_by_recurrences(
+    model: LoopedTransformer,
+    rows: Int[Tensor, "row length"],
+    recurrences: Iterable[int] = EVALUATED,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Mean next-token loss in nats for each number of recurrences, in the model's own dtype.
+
+    Args:
+        model: The model; its ``state_seed`` is the seed of a random initial state.
+        rows: Held-out rows without padding.
+        recurrences: Numbers of recurrences.
+        batch_size: Rows a pass.
+
+    Returns:
+        Columns ``recurrences``, ``held_out_loss``, ``rows``, ``state_seed``.
+    """
+    records = []
+    for n in recurrences:
+        with model.recurrences(n):
+            loss = held_out_loss(model, rows, batch_size)
+        records.append((n, loss, len(rows), model.state_seed))
+    return pd.DataFrame(records, columns=["recurrences", "held_out_loss", "rows", "state_seed"])
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a CSV file beside its place and rename it."""
+    partial = path.with_suffix(".partial")
+    table.to_csv(partial, index=False)
+    partial.replace(path)

@@ -1,0 +1,101 @@
+"""How many recurrences each training step runs, as a value.
+
+A draw is a function of the run's seed and the step alone: no generator has a state that a resumed
+run would have to restore. Uniform bits come from Philox, whose stream numpy guarantees across
+versions, and go through the distributions' own quantile functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri
+from scipy.stats import poisson
+
+from tl_looped.errors import ConfigError
+
+_STREAM = 2**63  # keys from here on: apart from those of the random initial states
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same number of recurrences at every step.
+
+    Args:
+        n: Recurrences, at least 1.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or self.n < 1:
+            raise ConfigError(f"n must be an integer of at least 1, got {self.n!r}")
+
+    @property
+    def mean(self) -> float:
+        """Mean number of recurrences."""
+        return float(self.n)
+
+    @property
+    def most(self) -> int | None:
+        """The largest number that can come up; None if there is none."""
+        return self.n
+
+    def at(self, seed: int, step: int) -> int:
+        """Recurrences of a step."""
+        return self.n
+
+
+@dataclass(frozen=True)
+class PoissonLogNormal:
+    """Huginn's distribution (Geiping et al. 2025, arXiv 2502.05171, Section 3.3).
+
+    ``tau ~ N(ln rate - sigma²/2, sigma²)``, ``R ~ Poisson(e^tau) + 1``. So ``E[e^tau] = rate``,
+    ``E[R] = rate + 1`` and ``Var[R] = rate + rate² (e^(sigma²) - 1)``. The paper writes r-bar for
+    ``rate`` and trains with 32.
+
+    Args:
+        rate: Mean of the Poisson rate, above 0. The mean number of recurrences is one more.
+        sigma: Standard deviation of the logarithm of the rate, at least 0.
+    """
+
+    rate: float = 32.0
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < float("inf"):
+            raise ConfigError(f"rate must be a finite number above 0, got {self.rate!r}")
+        if not 0 <= self.sigma < float("inf"):
+            raise ConfigError(f"sigma must be a finite number of at least 0, got {self.sigma!r}")
+
+    @property
+    def mean(self) -> float:
+        """Mean number of recurrences."""
+        return self.rate + 1.0
+
+    @property
+    def most(self) -> int | None:
+        """The largest number that can come up; None if there is none."""
+        return None
+
+    def at(self, seed: int, step: int) -> int:
+        """Recurrences of a step."""
+        normal, count = _uniform(seed, step)
+        tau = np.log(self.rate) - self.sigma**2 / 2 + self.sigma * ndtri(normal)
+        return int(poisson.ppf(count, np.exp(tau))) + 1
+
+
+Recurrences = Constant | PoissonLogNormal
+
+
+def state_seed(seed: int, step: int) -> int:
+    """Seed of the random initial state of a step; never 0, which evaluation uses."""
+    return (seed << 40) + step + 1
+
+
+def _uniform(seed: int, step: int) -> tuple[float, float]:
+    """Two uniform numbers inside (0, 1) for a seed and a step."""
+    raw = np.random.Philox(key=np.array([step, _STREAM | seed], dtype=np.uint64)).random_raw(2)
+    first, second = ((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54).tolist()
+    return first, second

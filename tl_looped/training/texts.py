@@ -1,0 +1,127 @@
+"""From a corpus and a shape to a trained model: what ``tl-looped train`` does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from accelerate import PartialState
+
+from tl_looped.errors import ConfigError
+from tl_looped.model.config import InitialState, Injection, LoopedConfig
+from tl_looped.training.corpus import pack, read_texts, shared_tokenizer, split
+from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_table
+from tl_looped.training.losses import ExitWeighted
+from tl_looped.training.spec import TrainSpec
+from tl_looped.training.trainer import Tick, train
+from tl_looped.transformer import LoopedTransformer
+
+EVALUATED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a small pre-norm model with tied embeddings and N(0, 0.02²) weights.
+
+    Args:
+        prelude, core, coda: Layers of each stage.
+        recurrences: Recurrences, also of the evaluation where training samples them.
+        injection: A linear injection, and a random initial state of Huginn's scale.
+        d_model: Dimensions.
+        heads: Attention heads; divides ``d_model``.
+        context: Tokens a row.
+        vocabulary: Tokens of the tokenizer that is trained on the corpus.
+    """
+
+    prelude: int = 2
+    core: int = 4
+    coda: int = 2
+    recurrences: int = 4
+    injection: bool = False
+    d_model: int = 128
+    heads: int = 4
+    context: int = 256
+    vocabulary: int = 2048
+
+    def config(self, d_vocab: int, seed: int, exit_gate: bool, device: str) -> LoopedConfig:
+        """The configuration of a model of this shape.
+
+        Raises:
+            ConfigError: if the sizes do not fit together.
+        """
+        if self.heads < 1 or self.d_model % (2 * self.heads):
+            raise ConfigError(
+                f"d_model ({self.d_model}) must be an even multiple of heads ({self.heads})"
+            )
+        return LoopedConfig(
+            architecture="tl_looped",
+            d_model=self.d_model,
+            d_head=self.d_model // self.heads,
+            n_heads=self.heads,
+            d_mlp=8 * math.ceil(self.d_model / 3),
+            n_ctx=self.context,
+            d_vocab=d_vocab,
+            n_prelude=self.prelude,
+            n_core=self.core,
+            n_coda=self.coda,
+            n_recurrences=self.recurrences,
+            injection=Injection.LINEAR if self.injection else Injection.NONE,
+            initial_state=InitialState.RANDOM if self.injection else InitialState.PRELUDE,
+            initial_state_std=math.sqrt(2 / 5) if self.injection else 0.0,
+            exit_gate=exit_gate,
+            tie_embeddings=True,
+            initializer_range=0.02,
+            default_prepend_bos=True,
+            seed=seed,
+            device=device,
+        )
+
+
+def train_on_texts(
+    source: str,
+    out: Path,
+    shape: Shape,
+    spec: TrainSpec,
+    held_out: int = 100,
+    tokenizer: Path | None = None,
+    device: str = "cpu",
+    report: Callable[[dict[str, Any]], None] = lambda entry: None,
+    tick: Callable[[Tick], None] = lambda tick: None,
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    """Train a model of a shape on a corpus; called again, an interrupted run goes on.
+
+    Besides the files of :func:`tl_looped.training.trainer.train`, ``out`` gets ``tokenizer/`` and
+    ``evaluation.csv``, the final model's held-out loss at 1 to 32 recurrences.
+
+    Args:
+        source: See :func:`tl_looped.training.corpus.read_texts`.
+        out: Folder of the run.
+        shape: Of the model; ``spec.seed`` draws its weights. An exit gate is added for
+            ``ExitWeighted``.
+        spec: Hyperparameters.
+        held_out: Documents that are set aside.
+        tokenizer: Folder of a tokenizer with BOS and EOS; trained on the corpus if None.
+        device: Where to train.
+        report, tick: As in ``train``.
+
+    Returns:
+        The log and the evaluation.
+    """
+    seed = spec.seed if spec.data_seed is None else spec.data_seed
+    # One process reads and trains the tokenizer, the others find it.
+    with PartialState(cpu=device == "cpu").main_process_first():
+        training, aside = split(read_texts(source), held_out, seed)
+        found = shared_tokenizer(training, shape.vocabulary, tokenizer or out / "tokenizer")
+    rows, held_out_rows = (pack(texts, found, shape.context) for texts in (training, aside))
+    gate = isinstance(spec.loss, ExitWeighted)
+    cfg = shape.config(len(found), spec.seed, gate, device)
+    model = LoopedTransformer.from_config(cfg, found)
+    log = train(model, rows, held_out_rows, spec, out, report, tick)
+    table = loss_by_recurrences(model, held_out_rows[:EVALUATED_ROWS], EVALUATED)
+    if PartialState().is_main_process:
+        write_table(table, out / "evaluation.csv")
+    return log, table
