@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +12,26 @@ import xarray as xr
 from conftest import CASES, TOLERANCE, Golden, load_golden, random_config
 from torch import Tensor
 
-from tl_looped import InitialState, Injection, LoopedTransformer
+from tl_looped import InitialState, Injection, LoopedTransformer, NormLayout
 from tl_looped.errors import InputError
 from tl_looped.metrics import (
     CONVERGENCE,
     Verdict,
+    attention_lipschitz_of_cache,
     convergence_of_result,
     cooccurrence,
     cyclicity_index,
+    fixed_point_distance,
     label_percentages,
     lens_over_cache,
+    lens_trajectory,
     limiting_behavior_of_states,
     limiting_of_result,
     over_cache,
     pairwise_attention_distance,
     pairwise_over_cache,
     pairwise_residual_cosine,
+    state_distance,
     stream_metrics,
     verdict_of_states,
 )
@@ -226,3 +231,152 @@ def test_a_prompt_that_diverges_has_no_verdict(plain: LoopedTransformer) -> None
     names = convergence_of_result(data)["verdict_name"].values
     assert names[1] == "UNDEFINED"
     assert names[0] != "UNDEFINED"
+
+
+def changing(**changes: object) -> LoopedTransformer:
+    """A loop whose states keep changing, and depend on their start."""
+    return LoopedTransformer.from_config(
+        random_config(
+            injection=Injection.LINEAR,
+            initial_state=InitialState.RANDOM,
+            initial_state_std=0.5,
+            **changes,
+        )
+    )
+
+
+def cached(model: LoopedTransformer, tokens: Tensor, R: int = 3, **kwargs: object) -> Any:
+    return model.run_with_cache(tokens, n_recurrences=R, **{"state_seed": 1, **kwargs})[1]
+
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
+
+
+@pytest.mark.parametrize("other", ["one prompt", "another order", "shorter", "seed", "mask"])
+def test_a_reference_must_be_of_the_same_run(other: str) -> None:
+    model = changing()
+    mask = torch.ones(3, 5)
+    mask[0, :2] = 0
+    reference = {
+        "one prompt": lambda: cached(model, TOKENS[:1], 6),
+        "another order": lambda: cached(model, TOKENS.flip(0), 6),
+        "shorter": lambda: cached(model, TOKENS[:, :4], 6),
+        "seed": lambda: cached(model, TOKENS, 6, state_seed=2),
+        "mask": lambda: cached(model, TOKENS, 6, attention_mask=mask),
+    }[other]()
+    with pytest.raises(InputError, match="reference must be a run of the same model and prompts"):
+        over_cache(cached(model, TOKENS), "fixed_point", reference=reference)
+
+
+def test_a_result_with_a_reference_says_so_and_gets_no_verdict() -> None:
+    model = changing()
+    data = over_cache(cached(model, TOKENS), CONVERGENCE, reference=cached(model, TOKENS, 6))
+    assert data.attrs["reference_recurrences"] == 6
+    with pytest.raises(InputError, match="leave reference_recurrences out"):
+        convergence_of_result(data)
+
+
+@pytest.mark.parametrize("change", ["seed", "prompts"])
+def test_a_longer_run_of_equal_norms_is_refused_too(change: str) -> None:
+    """Behind Huginn's norms all states have about the same size, whatever they are."""
+    model = changing(norm_layout=NormLayout.RESIDUAL)
+    data = stream_metrics(model, TOKENS, CONVERGENCE, n_recurrences=4, state_seed=1)
+    tokens, seed = (TOKENS, 2) if change == "seed" else (TOKENS.flip(0), 1)
+    longer = stream_metrics(model, tokens, CONVERGENCE, n_recurrences=8, state_seed=seed)
+    with pytest.raises(InputError, match="belongs to another run"):
+        convergence_of_result(data, longer)
+
+
+def test_distances_count_relative_to_the_norm_of_their_own_layer() -> None:
+    """A small layer that drifts beside a large one that stands still has not converged."""
+    model = changing()
+    results = []
+    for n in (16, 32):
+
+        def hold(x: Tensor, hook: Any) -> Tensor:
+            if hook.layer_in_stage > 0:
+                return torch.full_like(x, 1000.0)
+            return torch.full_like(x, (1 + 0.008 * hook.recurrence) / x.shape[-1] ** 0.5)
+
+        names = [f"recurrence.{r}.blocks.{i}.hook_resid_post" for r in range(n) for i in range(3)]
+        with model.recurrences(n), model.hooks(fwd_hooks=[(name, hold) for name in names]):
+            _, cache = model.run_with_cache(TOKENS[:1], names_filter="residual")
+        results.append(over_cache(cache, CONVERGENCE))
+    assert convergence_of_result(*results, eps=1e-2)["verdict_name"].item() != "CONVERGED"
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_lenses_and_bounds_know_the_mask_of_the_run(left: bool) -> None:
+    model = changing()
+    tokens, mask = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5)
+    rows = [TOKENS[0, :3], TOKENS[1]]
+    for i, row in enumerate(rows):
+        place = slice(5 - len(row), 5) if left else slice(len(row))
+        tokens[i, place], mask[i, place] = row, 1
+    padded = cached(model, tokens, attention_mask=mask)
+    for i, row in enumerate(rows):
+        alone = cached(model, row)
+        a, b = (lens_trajectory(cache).coda_lens.kl_to_final for cache in (padded, alone))
+        torch.testing.assert_close(a[..., i], b[..., 0], atol=1e-4, rtol=1e-3)
+        a, b = (attention_lipschitz_of_cache(cache, 1, 2).change for cache in (padded, alone))
+        torch.testing.assert_close(a[i], b[0], atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_count_from_the_first_real_one() -> None:
+    model = changing()
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    padded = over_cache(cached(model, TOKENS[:2] * mask, attention_mask=mask), "token")
+    alone = over_cache(cached(model, TOKENS[0, 2:]), "token")
+    found = padded["token_cosine"].isel(prompt=0, token=slice(3))
+    np.testing.assert_allclose(found, alone["token_cosine"].isel(prompt=0), atol=1e-5)
+    assert padded["token_cosine"].isel(prompt=0, token=slice(3, 5)).isnull().all()
+
+
+def test_a_part_of_the_positions_is_no_prompt() -> None:
+    with pytest.raises(InputError, match="cache holds 3 of the 5 positions"):
+        over_cache(cached(changing(), TOKENS, pos_slice=(1, 4)), "magnitude")
+
+
+def test_attributes_can_be_stored() -> None:
+    for seed in (3, 2**100):
+        data = stream_metrics(changing(), TOKENS, "magnitude", n_recurrences=1, state_seed=seed)
+        assert int(data.attrs["state_seed"]) == seed
+        for value in data.attrs.values():
+            assert type(value) in (str, float) or -(2**63) <= value < 2**63
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: stream_metrics(m, [TOKENS, TOKENS]), r"prompt 0 must be one sequence"),
+        (lambda m: stream_metrics(m, [[1, 2], []]), r"prompt 1 must be one sequence"),
+        (lambda m: stream_metrics(m, ["a", [1, 2]]), r"prompt 0 must be one sequence .* a text"),
+        (
+            lambda m: stream_metrics(m, TOKENS.tolist(), attention_mask=torch.ones(3, 5)),
+            "attention_mask is for tokens",
+        ),
+        (lambda m: stream_metrics(m, TOKENS, state_seed=1, initial_state="zeros"), "random"),
+        (lambda m: lens_over_cache(cached(m, TOKENS, 0)), "no recurrence"),
+        (lambda m: attention_lipschitz_of_cache(cached(m, TOKENS, 1), 0, 1), "no two in a row"),
+        (
+            lambda m: convergence_of_result(
+                stream_metrics(m, TOKENS, CONVERGENCE).isel(recurrence=slice(2))
+            ),
+            "2 of its run's 4 recurrences",
+        ),
+        (
+            lambda m: fixed_point_distance(torch.ones(3, 2, 4, 5), reference=torch.ones(4, 5)),
+            "reference must have the same shape",
+        ),
+    ],
+)
+def test_more_refusals(call: Callable[[LoopedTransformer], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(changing())
+
+
+def test_cosines_of_states_beyond_the_range_of_fp32_norms() -> None:
+    x = torch.full((1, 16), 3e38)
+    assert state_distance(x, x, "cosine").item() == pytest.approx(1.0)
+    tiny = torch.full((1, 16), 1e-40)
+    assert state_distance(tiny, -tiny, "cosine").item() == pytest.approx(-1.0)

@@ -35,6 +35,7 @@ class RunRecord:
     state_given: bool = False
     early_exit: bool = False
     attention_mask: Tensor | None = None
+    n_pos: int | None = None
 
 
 class LoopedActivationCache(DecompositionMixin):
@@ -49,6 +50,7 @@ class LoopedActivationCache(DecompositionMixin):
         state_given: Whether the run's initial state was given by the caller.
         early_exit: Whether tokens could leave the loop early (``exit_rule``).
         attention_mask: ``[batch, pos]`` of the run, False at padding; None if nothing was padded.
+        n_pos: Positions of the run, padding included; None if unknown.
 
     Examples:
         ``cache["resid_post", (3, 1)]``, ``cache["resid_post", 7]``,
@@ -68,9 +70,11 @@ class LoopedActivationCache(DecompositionMixin):
         state_given: bool = False,
         early_exit: bool = False,
         attention_mask: Tensor | None = None,
+        n_pos: int | None = None,
     ) -> None:
         self.loop: LoopGeometry = model.loop if loop is None else loop
         self.attention_mask = attention_mask
+        self.n_pos = n_pos
         self.state_seed = state_seed
         self.state_given = state_given
         self.early_exit = early_exit
@@ -201,6 +205,7 @@ class LoopedActivationCache(DecompositionMixin):
             self.state_given,
             self.early_exit,
             mask,
+            self.n_pos,
         )
 
     def __repr__(self) -> str:

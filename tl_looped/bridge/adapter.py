@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from transformer_lens import ActivationCache
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -40,6 +41,7 @@ class LoopedBridge(TransformerBridge):
 
         It refuses sums of residual writes where the stream is no such sum.
         """
+        mask = kwargs.get("attention_mask")
         output, cache = super().run_with_cache(*args, **kwargs)
         if isinstance(cache, ActivationCache):
             unrolled = self.original_model
@@ -50,6 +52,7 @@ class LoopedBridge(TransformerBridge):
                 cache.has_batch_dim,
                 loop=unrolled.loop,
                 state_seed=unrolled.state_seed if unrolled.is_seeded else None,
+                attention_mask=None if mask is None else torch.as_tensor(mask) != 0,
             )
         return output, cache
 

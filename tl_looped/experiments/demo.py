@@ -138,7 +138,7 @@ def run_demo(
             "dtype": str(model.cfg.dtype),
             "tl_looped": __version__,
             "transformer_lens": version("transformer-lens"),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
     )

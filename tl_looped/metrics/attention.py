@@ -22,6 +22,7 @@ from tl_looped.metrics.inputs import (
     checked_pattern,
     lengths,
     query_mask,
+    same_shape,
     token_mean,
 )
 
@@ -263,6 +264,7 @@ def attention_distance(
 
 def rows_distance(a: Rows, b: Rows) -> Float[Tensor, "*batch"]:
     """As :func:`attention_distance`."""
+    same_shape("b", a.wide, b.wide)
     difference = (a.wide - b.wide).flatten(-2)
     return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64)
 

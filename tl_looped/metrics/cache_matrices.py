@@ -22,7 +22,7 @@ _MATRICES = ("attention", "cosine")
 
 def pairwise_over_cache(
     cache: ActivationCache,
-    which: tuple[str, ...] = _MATRICES,
+    which: str | tuple[str, ...] = _MATRICES,
     attention_mask: Tensor | None = None,
 ) -> xr.Dataset:
     """Attention distance and residual cosine of every two layers, prompt by prompt.
@@ -38,6 +38,7 @@ def pairwise_over_cache(
         other_layer, prompt``, and ``cyclicity_index`` (of the cosines, the core alone) over
         ``prompt``.
     """
+    which = (which,) if isinstance(which, str) else which
     if not which or set(which) - set(_MATRICES):
         raise InputError(f"which must be some of {', '.join(_MATRICES)}, got {which}")
     view = RunView(cache, attention_mask)
@@ -92,6 +93,10 @@ def lens_over_cache(
         (nats, of the coda lens at the end of each recurrence) over ``recurrence, prompt``; and in
         models with an exit gate ``exit_distribution`` over ``recurrence, prompt``.
     """
+    if not isinstance(cache, LoopedActivationCache):
+        raise InputError(
+            f"cache must be a looped model's LoopedActivationCache, got {type(cache).__name__}"
+        )
     mask = cache.attention_mask
     run = lens_trajectory(cache, token, position, mask)
     dims = ("lens", "recurrence", "layer", "prompt")

@@ -127,7 +127,12 @@ def _of_tokens(reference: Any, x: Any) -> dict[str, Tensor]:
     found = {"token_cosine": cosine, "token_distance_similarity": distance}
     if x.real is None:
         return found
-    return {name: value.masked_fill(~x.real, math.nan) for name, value in found.items()}
+    # Counted from the first real token, on whichever side the padding is.
+    first = (~x.real).long().argsort(dim=-1, stable=True)
+    return {
+        name: value.masked_fill(~x.real, math.nan).gather(-1, first)
+        for name, value in found.items()
+    }
 
 
 FAMILIES = (
@@ -227,7 +232,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
-def select(wanted: str | Iterable[str]) -> list[str]:
+def select(wanted: str | Iterable[str] | None) -> list[str]:
     """Names of metrics from names and groups, each once, in the order given.
 
     Args:
@@ -239,6 +244,8 @@ def select(wanted: str | Iterable[str]) -> list[str]:
         InputError: for an unknown name, with the list of all.
     """
     names: list[str] = []
+    if wanted is None:
+        raise InputError("metrics: none was given")
     for name in [wanted] if isinstance(wanted, str) else wanted:
         if name not in GROUPS and name not in OUTPUTS:
             raise InputError(

@@ -4,8 +4,8 @@ Conventions of all metrics. Heads stand third from the right of a pattern, ``[..
 key]``, and ``d_model`` last in a state, ``[..., pos, d_model]``. A mask has one row a prompt,
 ``[..., pos]``, and is aligned with the batch dimensions before the heads: ``attention_mask`` as the
 model takes it. A masked input gives what each unpadded prompt gives alone. A value that is not
-finite makes NaN of every number that it enters, and of no other prompt's or head's; a wrong input
-raises an error that names the argument.
+finite makes NaN (or, of norms and distances, infinity) of every number that it enters, and of no
+other prompt's or head's; a wrong input raises an error that names the argument.
 """
 
 from __future__ import annotations
@@ -126,6 +126,32 @@ def _checked_mask(
     if not bool(real.any(-1).all()):
         raise InputError("mask leaves a prompt without any real token")
     return real
+
+
+def same_shape(argument: str, a: Tensor, b: Tensor) -> None:
+    """Raise unless both have one shape: one of them would be repeated without a word."""
+    if a.shape != b.shape:
+        raise InputError(
+            f"{argument} must have the same shape as what it is compared with, "
+            f"{tuple(b.shape)} against {tuple(a.shape)}"
+        )
+
+
+def mask_of_cache(cache: Any, given: Any) -> Bool[Tensor, "prompt pos"] | None:
+    """The mask of a cache's run, which a LoopedActivationCache knows, or the given one.
+
+    Raises:
+        InputError: if they differ.
+    """
+    known = getattr(cache, "attention_mask", None)
+    if known is not None:
+        known = torch.atleast_2d(known) != 0
+    if given is None:
+        return known
+    given = torch.atleast_2d(torch.as_tensor(given)) != 0
+    if known is not None and not torch.equal(known.to(given.device), given):
+        raise InputError("attention_mask differs from the one that the cache's run had")
+    return given
 
 
 def lengths(

@@ -99,6 +99,11 @@ def by_recurrence(data: xr.Dataset) -> xr.Dataset:
             return data
         raise InputError(f"the result has no dimension effective_layer, only {list(data.dims)}")
     loop = geometry_of(data)
+    if data.sizes["effective_layer"] != loop.n_layers:
+        raise InputError(
+            f"the result has {data.sizes['effective_layer']} of its run's {loop.n_layers} layers: "
+            "arrange it by recurrence before you select some"
+        )
     if loop.R == 0:
         raise InputError("the run had no recurrence: there is nothing to arrange by recurrence")
     core = data.isel(effective_layer=slice(loop.p, loop.p + loop.k * loop.R))
@@ -106,7 +111,7 @@ def by_recurrence(data: xr.Dataset) -> xr.Dataset:
     folded = core.coarsen(effective_layer=loop.k).construct(effective_layer=("recurrence", "layer"))
     folded = folded.assign_coords(recurrence=np.arange(loop.R), layer=np.arange(loop.k))
     order = ("recurrence", "layer", "head", "token", "prompt")
-    return folded.transpose(*order, missing_dims="ignore")
+    return folded.transpose(*order, ..., missing_dims="ignore")
 
 
 def geometry_of(data: xr.Dataset) -> LoopGeometry:
@@ -117,8 +122,8 @@ def geometry_of(data: xr.Dataset) -> LoopGeometry:
 _GEOMETRY = ("n_prelude", "n_core", "n_coda", "n_recurrences")
 
 
-def run_attributes(model: Any, loop: LoopGeometry) -> dict[str, Any]:
-    """Attributes that describe a model and the shape of its run."""
+def run_attributes(model: Any, loop: LoopGeometry, state_seed: int | None = None) -> dict[str, Any]:
+    """Attributes that describe a model, the shape of its run and its random initial state."""
     cfg = model.cfg
     shape = zip(_GEOMETRY, (loop.p, loop.k, loop.c, loop.R), strict=True)
     return {
@@ -126,5 +131,10 @@ def run_attributes(model: Any, loop: LoopGeometry) -> dict[str, Any]:
         **dict(shape),
         "dtype": str(getattr(cfg, "dtype", "")),
         "tl_looped": __version__,
-        "torch": torch.__version__,
-    }
+        "torch": str(torch.__version__),  # a class of its own, which files do not hold
+    } | ({} if state_seed is None else {"state_seed": _storable(state_seed)})
+
+
+def _storable(seed: int) -> int | str:
+    """Files hold integers of 64 bits; a longer seed is spelled out."""
+    return seed if -(2**63) <= seed < 2**63 else str(seed)

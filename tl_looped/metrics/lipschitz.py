@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.metrics.inputs import token_mask
+from tl_looped.metrics.inputs import mask_of_cache, token_mask
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def attention_lipschitz_of_cache(
             families without a norm there (OLMo-2).
         layer: Core layer, 0-based.
         recurrence: At least 1.
-        mask: The ``attention_mask`` of the run.
+        mask: The ``attention_mask`` of the run; the cache knows its own.
         assume_plain: As in :func:`attention_lipschitz_bounds`.
 
     Raises:
@@ -182,8 +182,11 @@ def attention_lipschitz_of_cache(
         LayerIndexError: no such layer.
         InputError: recurrence 0, which has none before it.
     """
+    if cache.loop.R < 2:
+        raise InputError(f"the run has {cache.loop.R} recurrences: no two in a row to compare")
     if recurrence % cache.loop.R == 0:
         raise InputError(f"recurrence must be 1..{cache.loop.R - 1}, got {recurrence}")
+    mask = mask_of_cache(cache, mask)
     now = recurrence % cache.loop.R
     block = cache.model.blocks[cache.loop.index(now, layer)]
     repeats = block.cfg.n_heads // block.cfg.n_kv_heads

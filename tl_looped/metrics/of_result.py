@@ -55,10 +55,12 @@ def convergence_of_result(
         InputError: if a result lacks a metric, compares with another reference than its own last
             recurrence, or ``longer`` has not twice the recurrences and the same prompts.
     """
+    if data["prompt"].ndim != 1:
+        raise InputError("data must have a dimension prompt: select with a list, isel(prompt=[0])")
     series = _series(data, CONVERGENCE)
     residual = distance = None
     if longer is not None:
-        residual, distance = _of_longer(data, series["residual_mean"][-1], longer)
+        residual, distance = _of_longer(data, longer)
     lowest = series[LOWEST_COSINE][-1]
     # One layer agrees with itself.
     alone = geometry_of(data).k == 1
@@ -100,15 +102,21 @@ def _series(data: xr.Dataset, names: tuple[str, ...]) -> dict[str, Tensor]:
             "recurrence: leave reference_recurrences out, and give the longer run as longer="
         )
     found = {}
-    for name, values in by_recurrence(data)[list(names)].items():
+    data = by_recurrence(data)
+    if data.sizes["recurrence"] != geometry_of(data).R:
+        raise InputError(
+            f"data has {data.sizes['recurrence']} of its run's {geometry_of(data).R} recurrences, "
+            "and the verdict is of the whole run"
+        )
+    for name, values in data[list(names)].items():
         if "layer" in values.dims:
             values = values.max("layer", skipna=False)
         found[str(name)] = torch.from_numpy(values.transpose("recurrence", "prompt").values.copy())
     return found
 
 
-def _of_longer(data: xr.Dataset, norm: Tensor, longer: xr.Dataset) -> tuple[Tensor, Tensor]:
-    """Residual and distance to the state at 2R, relative to the norm at R."""
+def _of_longer(data: xr.Dataset, longer: xr.Dataset) -> tuple[Tensor, Tensor]:
+    """Residual and distance to the state at 2R, relative to the norm at R, largest over layers."""
     n = geometry_of(data).R
     same = geometry_of(longer) == geometry_of(data).with_recurrences(2 * n)
     if not same or longer["prompt"].values.tolist() != data["prompt"].values.tolist():
@@ -116,15 +124,28 @@ def _of_longer(data: xr.Dataset, norm: Tensor, longer: xr.Dataset) -> tuple[Tens
             f"longer must be of a run with {2 * n} recurrences of the same model and prompts, got "
             f"{geometry_of(longer)} with {longer.sizes['prompt']} prompts"
         )
-    names = ("successive_abs", "fixed_point_abs", "residual_mean")
-    series = _series(longer, names)
-    off = (series["residual_mean"][n - 1] - norm).abs() / norm
-    if bool((off > 1e-2).any()):
+    _series(longer, ("successive_abs", "fixed_point_abs", "residual_mean"))  # checks it
+    here, there = by_recurrence(data), by_recurrence(longer)
+    norm = here["residual_mean"]
+    start = [d.attrs.get(name) for d in (data, longer) for name in ("state_seed", "initial_state")]
+    off = max(
+        float((np.abs(here[name] - there[name].isel(recurrence=slice(n))) / norm).max())
+        for name in ("residual_mean", "successive_abs")
+    )
+    if start[:2] != start[2:] or off > 1e-2:
         raise InputError(
-            f"longer belongs to another run: its norm after {n} recurrences is off by "
-            f"{float(off.max()):.3g}. Give both the same prompts and state_seed"
+            f"longer belongs to another run: state_seed and initial_state are {start[:2]} and "
+            f"{start[2:]}, norms and steps of the first {n} recurrences are off by up to "
+            f"{off:.3g} of the norm. Give both the same prompts and state_seed"
         )
-    return series["successive_abs"][n] / norm, series["fixed_point_abs"][n - 1] / norm
+    last = norm.isel(recurrence=n - 1)
+
+    def largest(values: xr.DataArray) -> Tensor:
+        worst = (values / last).max("layer", skipna=False)
+        return torch.from_numpy(worst.values.copy())
+
+    step = there["successive_abs"].isel(recurrence=n)
+    return largest(step), largest(there["fixed_point_abs"].isel(recurrence=n - 1))
 
 
 def limiting_of_result(
@@ -144,9 +165,10 @@ def limiting_of_result(
 
     Returns:
         Over ``layer, token, prompt``: ``limiting_label`` (values of :class:`LimitingBehavior`,
-        UNDEFINED at padding), ``limiting_late``, ``limiting_period``, ``limiting_amplitude``. The
-        labels' last two dimensions swapped are what ``cooccurrence`` and ``label_percentages``
-        take, with a mask from ``n_tokens``.
+        UNDEFINED at padding), ``limiting_late``, ``limiting_period``, ``limiting_amplitude``.
+        ``cooccurrence`` takes the labels as ``prompt, layer, token``, ``label_percentages`` as
+        ``layer, prompt, token``; tokens count from the first real one, so that
+        ``arange(token) < n_tokens`` is the mask of both.
 
     Raises:
         InputError: without the similarities, or with fewer than ``window + 1`` recurrences.
@@ -155,6 +177,11 @@ def limiting_of_result(
         raise InputError(
             f"on must be one of {', '.join(TOKEN)} and in the data, got {on!r}: compute the group "
             "'token'"
+        )
+    if "reference_recurrences" in data.attrs:
+        raise InputError(
+            "data compares with a longer run, where the algorithm takes the run's own last state: "
+            "leave reference_recurrences out"
         )
     similarity = by_recurrence(data[[on]])[on]
     similarity = similarity.transpose("layer", "token", "prompt", "recurrence")

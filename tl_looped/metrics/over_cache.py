@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import torch
 import xarray as xr
-from jaxtyping import Bool
 from torch import Tensor
 
 from tl_looped._compat import ActivationCache
@@ -21,7 +20,7 @@ from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError, MissingActivationError
 from tl_looped.metrics.catalogue import STAGE, select
 from tl_looped.metrics.collector import STATE_OUT, Collector, Site
-from tl_looped.metrics.inputs import check_choice
+from tl_looped.metrics.inputs import check_choice, mask_of_cache
 from tl_looped.metrics.labels import Over, by_recurrence, labelled, run_attributes
 from tl_looped.model.geometry import LoopGeometry
 
@@ -41,21 +40,29 @@ class RunView:
     """
 
     def __init__(self, cache: ActivationCache, attention_mask: Tensor | None = None) -> None:
+        if not isinstance(cache, ActivationCache):
+            raise InputError(f"cache must be an ActivationCache, got {type(cache).__name__}")
         self.cache = cache
         self.model: Any = cache.model
         self.loop = _geometry(cache)
-        known = getattr(cache, "attention_mask", None)
-        self.mask = _mask(known, attention_mask)
+        self.mask = mask_of_cache(cache, attention_mask)
 
     def __call__(self, reads: str, i: int) -> Tensor:
         """``[prompt, ...]``: activation ``reads`` of effective layer ``i``."""
         try:
-            return self._with_prompts(self.cache[reads, i])
+            found = self._with_prompts(self.cache[reads, i])
         except KeyError as error:
             raise MissingActivationError(
                 f"the cache holds no {reads!r} of layer {i} of {self.loop.n_layers}: "
                 "run_with_cache(..., names_filter=['residual', 'attention']) keeps what is read"
             ) from error
+        n_pos = getattr(self.cache, "n_pos", None)
+        if n_pos is not None and found.shape[-2] != n_pos:
+            raise InputError(
+                f"cache holds {found.shape[-2]} of the {n_pos} positions of its run (pos_slice=): "
+                "metrics are of whole prompts"
+            )
+        return found
 
     def state_out(self, r: int) -> Tensor | None:
         """``[prompt, pos, d_model]``: the end of recurrence ``r`` behind a loop norm, if cached."""
@@ -73,9 +80,7 @@ class RunView:
     def attributes(self) -> dict[str, Any]:
         """Attributes of the run."""
         seed = getattr(self.cache, "state_seed", None)
-        return run_attributes(self.model, self.loop) | (
-            {} if seed is None else {"state_seed": seed}
-        )
+        return run_attributes(self.model, self.loop, seed)
 
     def _with_prompts(self, activation: Tensor) -> Tensor:
         return activation if self.cache.has_batch_dim else activation[None]
@@ -96,17 +101,6 @@ def _geometry(cache: ActivationCache) -> LoopGeometry:
                 "the run again, or use the LoopedActivationCache of run_with_cache, which knows it"
             )
     return loop
-
-
-def _mask(known: Tensor | None, given: Tensor | None) -> Bool[Tensor, "prompt pos"] | None:
-    if known is not None:
-        known = torch.atleast_2d(known) != 0
-    if given is None:
-        return known
-    given = torch.atleast_2d(given) != 0
-    if known is not None and not torch.equal(known.to(given.device), given):
-        raise InputError("attention_mask differs from the one that the cache's run had")
-    return given
 
 
 def over_cache(
@@ -143,7 +137,12 @@ def over_cache(
     some = view(reads[0], 0)
     mask = None if view.mask is None else view.mask.to(some.device)
     collector.mask = mask
-    _refer(collector, view if reference is None else RunView(reference, attention_mask))
+    other = view if reference is None else RunView(reference, attention_mask)
+    if reference is not None:
+        _check_same_start(view, other, reads[0])
+    _refer(collector, other)
+    if "pattern" in reads:
+        _check_causal(view)
     for i in range(view.loop.n_layers):
         site = Site.of_layer(view.loop, i)
         for name in reads:
@@ -157,8 +156,47 @@ def over_cache(
                 collector.see(out, "resid_post", after_norm, compare=True)
     length = some.shape[-2]
     n_tokens = torch.full((len(some),), length) if mask is None else mask.sum(-1)
-    data = labelled(collector, n_tokens, view.model.cfg.d_model, view.attributes())
+    attributes = view.attributes()
+    if reference is not None:
+        attributes["reference_recurrences"] = other.loop.R
+    data = labelled(collector, n_tokens, view.model.cfg.d_model, attributes)
     return by_recurrence(data) if over == "recurrence" else data
+
+
+def _check_same_start(view: RunView, other: RunView, reads: str) -> None:
+    """Raise unless two runs are of one model, prompts, padding and initial state."""
+    here, there = view(reads, 0), other(reads, 0)
+    masks = (view.mask is None) == (other.mask is None)
+    if masks and view.mask is not None and other.mask is not None:
+        masks = torch.equal(view.mask, other.mask.to(view.mask.device))
+    seeds = [getattr(v.cache, "state_seed", None) for v in (view, other)]
+    same = (
+        view.loop.with_recurrences(0) == other.loop.with_recurrences(0)
+        and here.shape == there.shape
+        and masks
+        and (None in seeds or seeds[0] == seeds[1])
+    )
+    if same:
+        # What the first layer gives is the same but for rounding; padding may hold anything.
+        a, b = here.float(), there.to(here.device).float()
+        if view.mask is not None:
+            a, b = a.movedim(-2, 1)[view.mask], b.movedim(-2, 1)[view.mask]
+        off = (a - b).norm() / b.norm()
+        same = not bool(off > 1e-2)
+    if not same:
+        raise InputError(
+            "reference must be a run of the same model and prompts, with the same padding and "
+            "state_seed (or initial_state), but for its number of recurrences"
+        )
+
+
+def _check_causal(view: RunView) -> None:
+    """Raise if a causal model's queries look ahead, as those of unknown padding do."""
+    causal = getattr(view.model.cfg, "attention_dir", "causal") == "causal"
+    if causal and view.mask is None and bool((view("pattern", 0).triu(1) > 1e-3).any()):
+        raise InputError(
+            "cache: a query attends to later tokens, which padding does: pass attention_mask="
+        )
 
 
 def _refer(collector: Collector, view: RunView) -> None:

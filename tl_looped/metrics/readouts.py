@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.metrics.inputs import mask_of_cache
 from tl_looped.model.exit_gate import exit_distribution
 
 __all__ = [
@@ -158,13 +159,16 @@ def lens_trajectory(
             first of those that tie).
         position: Which of a prompt's real tokens to read from, from the left, or from the right
             if negative; the last one by default.
-        mask: The run's ``attention_mask``, ``[batch, pos]``; needed for padded batches.
+        mask: The run's ``attention_mask``, ``[batch, pos]``; the cache knows its own.
 
     Raises:
         MissingActivationError: the cache lacks a state, or the run left the loop early.
         InputError: a position that some prompt does not have; wrong shapes.
     """
     loop, model = cache.loop, cache.model
+    if loop.R == 0:
+        raise InputError("the run had no recurrence, and no state of the loop to read")
+    mask = mask_of_cache(cache, mask)
 
     def state(r: int, layer: int) -> Tensor:
         x = cache["resid_post", (r, layer)]

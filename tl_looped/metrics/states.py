@@ -20,7 +20,13 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.attention import attention_distance
-from tl_looped.metrics.inputs import at_least_fp32, check_choice, token_mask, token_mean
+from tl_looped.metrics.inputs import (
+    at_least_fp32,
+    check_choice,
+    same_shape,
+    token_mask,
+    token_mean,
+)
 
 StateForm = Literal["abs", "rel", "cosine", "direction"]
 Form = Literal["abs", "rel", "cosine", "direction", "attention"]
@@ -59,8 +65,11 @@ class Sized:
     @cached_property
     def unit(self) -> Float[Tensor, "*batch pos d_model"]:
         """States of norm one; NaN where a state is zero."""
-        # Divided before they are multiplied, so that products neither overflow nor vanish.
-        return self.x / self.size[..., None].to(self.x.dtype)
+        # Divided before they are multiplied, so that products neither overflow nor vanish. In fp64
+        # where fp32 does not hold the norm itself.
+        held = (self.size == 0) | ((self.size > 1e-30) & (self.size < 1e30))
+        x = self.x if bool(held.all()) else self.x.double()
+        return x / self.size[..., None].to(x.dtype)
 
 
 def state_distance(
@@ -87,6 +96,7 @@ def distances(
     x: Sized, reference: Sized, forms: Iterable[str] = get_args(StateForm)
 ) -> dict[str, Float[Tensor, "*batch"]]:
     """:func:`state_distance` in several forms at once, by form."""
+    same_shape("reference", x.x, reference.x)
     found: dict[str, Tensor] = {}
     forms = set(forms)
     zero = reference.size == 0
@@ -137,7 +147,7 @@ def fixed_point_distance(
     states: States,
     form: Form | str = "abs",
     mask: Tensor | None = None,
-    reference: Float[Tensor, "layer *batch pos d_model"] | None = None,
+    reference: Float[Tensor, "*layers pos_ d_model_"] | None = None,
 ) -> PerRecurrence:
     """Distance to the approximate fixed point of the same layer (Figs 4, 22, 23).
 
@@ -149,9 +159,12 @@ def fixed_point_distance(
         states: States, or patterns for ``form="attention"``.
         form: As in :func:`successive_difference`, relative to the norm of the reference.
         mask: ``[..., pos]``, zero at padding.
-        reference: The fixed points, one a layer; the last recurrence's states if None.
+        reference: The fixed points ``[layer, ..., pos, d_model]``, of the shape of one recurrence;
+            the last recurrence's states if None.
     """
     check_choice("form", form, get_args(Form))
+    if reference is not None:
+        same_shape("reference", states[-1], reference)
     last = (states[-1] if reference is None else reference).unsqueeze(0).expand_as(states)
     if form == "attention":
         return attention_distance(states, last, mask)
@@ -161,7 +174,7 @@ def fixed_point_distance(
 def lowest_cosine_to_fixed_points(
     states: States,
     mask: Tensor | None = None,
-    reference: Float[Tensor, "layer *batch pos d_model"] | None = None,
+    reference: Float[Tensor, "*layers pos_ d_model_"] | None = None,
 ) -> Float[Tensor, "recurrence *batch"]:
     """Lowest cosine between the first layer's state and any layer's fixed point (Fig. 6, right).
 
@@ -171,9 +184,11 @@ def lowest_cosine_to_fixed_points(
     Args:
         states: States.
         mask: ``[..., pos]``, zero at padding.
-        reference: The fixed points, one a layer; the last recurrence's states if None.
+        reference: The fixed points ``[layer, ..., pos, d_model]``, of the shape of one recurrence;
+            the last recurrence's states if None.
     """
     last = states[-1] if reference is None else reference
+    same_shape("reference", states[-1], last)
     first = states[:, 0]
     cosine = [state_distance(first, point.expand_as(first), "cosine", mask) for point in last]
     return lowest(torch.stack(cosine))

@@ -74,8 +74,12 @@ class StreamOptions:
     def __post_init__(self) -> None:
         check_choice("states", self.states, get_args(States))
         check_choice("batching", self.batching, get_args(Batching))
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
+        if type(self.batch_size) is not int or self.batch_size < 1:
+            raise InputError(
+                f"batch_size must be an integer of at least 1, got {self.batch_size!r}"
+            )
+        if self.initial_state is not None and self.state_seed is not None:
+            raise InputError("state_seed is for a random initial state, and one is given")
         if self.reference_recurrences is not None and self.states == "disk":
             raise InputError("reference_recurrences is a run of its own: it needs states=recompute")
 
@@ -108,6 +112,10 @@ def stream_metrics(
     Returns:
         One variable a metric; ``prompt`` counts the prompts in the order given.
     """
+    if not isinstance(model, LoopedTransformer):
+        raise InputError(
+            f"model must be a LoopedTransformer, got {type(model).__name__}: use over_cache"
+        )
     rows = model.token_rows(prompts, attention_mask, prepend_bos)
     check_choice("over", over, get_args(Over))
     batches = []
@@ -186,12 +194,11 @@ def _run_batch(
             see = partial(collector.see, compare=True)
             with _watching(model, collector.reads, see):
                 _forward(model, tokens, mask, options)
-        attributes = run_attributes(model, model.loop)
+        random = model.cfg.initial_state is InitialState.RANDOM and options.initial_state is None
+        seed = model.state_seed if options.state_seed is None else options.state_seed
+        attributes = run_attributes(model, model.loop, seed if random else None)
         if options.initial_state is not None:
             attributes["initial_state"] = options.initial_state
-        elif model.cfg.initial_state is InitialState.RANDOM:
-            seed = model.state_seed if options.state_seed is None else options.state_seed
-            attributes["state_seed"] = seed
         if options.reference_recurrences is not None:
             attributes["reference_recurrences"] = options.reference_recurrences
         n_tokens = torch.tensor([len(rows[n]) for n in numbers])

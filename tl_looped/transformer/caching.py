@@ -90,6 +90,7 @@ class CachingMixin(LoopedHookManager):
                 record.state_given,
                 record.early_exit,
                 record.attention_mask,
+                record.n_pos,
             )
             return out, cache
 

@@ -42,7 +42,7 @@ class InputsMixin(TokensMixin):
 
         Args:
             prompts: A text or a list of texts; tokens ``[batch, pos]`` or ``[pos]``; or a list of
-                token sequences of any lengths.
+                token sequences of any lengths, which are taken as they are.
             attention_mask: ``[batch, pos]`` of tokens, zero at padding; read off the pad tokens, as
                 in a run, if None.
             prepend_bos: See :meth:`to_tokens`.
@@ -57,14 +57,16 @@ class InputsMixin(TokensMixin):
             raise InputError("there is no prompt")
         if is_text(prompts):
             rows = [self.tokenize(text, prepend_bos)[0][0] for text in prompts]
-        elif isinstance(prompts, (list, tuple)) and np.ndim(prompts[0]) > 0:
-            rows = [self._check_tokens(row)[0] for row in prompts]
+        elif isinstance(prompts, (list, tuple)) and not isinstance(prompts[0], int):
+            if attention_mask is not None:
+                raise InputError("attention_mask is for tokens [batch, pos], not for a list")
+            rows = [self._token_row(number, row) for number, row in enumerate(prompts)]
         else:
             tokens, mask = self._tokens_and_mask(prompts, attention_mask, prepend_bos, None)
             mask = self._check_mask(mask, *tokens.shape)
-            rows = (
-                list(tokens) if mask is None else [t[m] for t, m in zip(tokens, mask, strict=True)]
-            )
+            rows = list(tokens)
+            if mask is not None:
+                rows = [row[real] for row, real in zip(tokens, mask, strict=True)]
         for number, row in enumerate(rows):
             if len(row) > self.cfg.n_ctx:
                 raise InputError(
@@ -72,6 +74,13 @@ class InputsMixin(TokensMixin):
                     f"{self.cfg.n_ctx}: leave it out or cut it"
                 )
         return rows
+
+    def _token_row(self, number: int, row: Any) -> Int[Tensor, " pos"]:
+        """One sequence of a list of them."""
+        if np.ndim(row) != 1 or len(row) == 0 or isinstance(row, str):
+            shape = "a text" if isinstance(row, str) else f"shape {np.shape(row)}"
+            raise InputError(f"prompt {number} must be one sequence of token ids, got {shape}")
+        return self._check_tokens(row)[0]
 
     def _check_loop_arguments(
         self,

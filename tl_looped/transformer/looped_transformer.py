@@ -356,6 +356,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             record.state_seed = seed if random and enters_loop else None
             record.state_given, record.filled = initial_state is not None, True
             record.attention_mask = None if mask is None or bool(mask.all()) else mask
+            record.n_pos = x.shape[1]
         mask = mask if kv is None else kv.mask
         length = x.shape[1] if mask is None else int(mask.sum(-1).max())
         if length > self.cfg.n_ctx:
