@@ -24,7 +24,7 @@ import xarray as xr
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import STAGE
-from tl_looped.plots import recipes, token_recipes
+from tl_looped.plots import grid_recipes, recipes, token_recipes
 from tl_looped.plots.recipes import DrawnFigure, DrawOptions, Recipe, Request
 from tl_looped.plots.summaries import as_runs, shape_of
 
@@ -104,8 +104,8 @@ def _small(first: int, what: str, bare: bool) -> list[FigureSpec]:
     return [
         FigureSpec(
             first + i, f"stage metrics, {what}, block of {block} layers", STAGE, "R",
-            "small models", partial(recipes.small_model, block=block, bare=bare), _SMALL_RUN, 4,
-            "sd",
+            "small models", partial(grid_recipes.small_model, block=block, bare=bare),
+            _SMALL_RUN, 4, "sd",
         )
         for i, block in enumerate((4, 8, 12))
     ]  # fmt: skip
@@ -116,7 +116,7 @@ def _grid(
 ) -> FigureSpec:
     return FigureSpec(
         number, title, variables, "L", "random initialisation",
-        partial(recipes.grid, layers=layers), _GRID_RUN, 128, band, "random", 2, many=True,
+        partial(grid_recipes.grid, layers=layers), _GRID_RUN, 128, band, "random", 2, many=True,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ _SPECS = [
     FigureSpec(9, "residual magnitudes", ("residual_mean", "residual_max", "residual_first"), "N",
                "several", recipes.magnitudes, _SIZE_RUN, None, "quantiles"),
     FigureSpec(10, "ColSum concentration of small trained models", COLSUM, "R", "small models",
-               recipes.small_models, _SMALL_RUN, 4, "sd", many=True),
+               grid_recipes.small_models, _SMALL_RUN, 4, "sd", many=True),
     FigureSpec(11, "ColSum concentration by recurrence", COLSUM, "L", "r-Llama, Ouro 1.4B",
                _by_layer, _STAGE_RUN, 128, "sd"),
     FigureSpec(12, "ColSum concentration at unseen recurrences", COLSUM, "R", "r-Llama, Ouro 1.4B",
@@ -250,9 +250,7 @@ def draw(number: int | str, data: Any, **others: Any) -> list[DrawnFigure]:
     options = DrawOptions(**others)
     if not spec.many:
         check_data(spec, data)
-    request = Request(
-        spec.number, spec.title, spec.variables, spec.recurrences, spec.band, options
-    )
+    request = Request(spec.number, spec.title, spec.variables, spec.recurrences, spec.band, options)
     return spec.recipe(request, data)
 
 
@@ -272,7 +270,7 @@ def check_data(spec: FigureSpec, data: Any) -> None:
                 f"Fig. {spec.number} needs {', '.join(missing)}, which the data do not have. Made "
                 f"by: {made_by}"
             )
-        if "n_core" in run.attrs and shape_of(run).R < spec.least_recurrences:
+        if "n_core" in run.attrs and spec.least_recurrences > shape_of(run).R:
             raise InputError(
                 f"Fig. {spec.number} does not apply to a run of {shape_of(run).R} recurrences: it "
                 f"compares recurrences, {spec.least_recurrences} at least"

@@ -72,7 +72,7 @@ def attention_floor_plan(
         axes.axhline((layers - loop.index(r, 0)) * side - _GAP / 2 - 0.5, color="tab:green",
                      linewidth=0.5)  # fmt: skip
     _label(axes, loop, heads, side)
-    bar = figure.colorbar(image, ax=axes, shrink=0.5)
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=30)
     shown = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)
     bar.set_ticks([x**0.5 for x in shown], labels=[f"{x:g}" for x in shown])
     bar.set_label("attention weight (colour: its square root)", fontsize=8)

@@ -1,4 +1,4 @@
-"""Captions: what was run, on what, with which recurrences, thresholds and seeds, and what bands are.
+"""Captions: what was run, on what, with which recurrences, thresholds, seeds and bands.
 
 Everything comes from the results themselves, so that a caption cannot disagree with its figure.
 """
@@ -6,6 +6,7 @@ Everything comes from the results themselves, so that a caption cannot disagree 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -14,6 +15,8 @@ from tl_looped.plots.summaries import Band, Runs, as_runs, shape_of, summary
 
 SINK_THRESHOLD = 0.3
 """Of ``sink_rate`` as :func:`tl_looped.metrics.attention.all_of_pattern` computes it."""
+
+About = Literal["prompts", "prompt", "weights"]
 
 _BANDS = {
     "sd": "mean ± one standard deviation over {}",
@@ -30,6 +33,7 @@ def caption_of(
     paper_recurrences: int | None = None,
     prompt_set: str | None = None,
     extra: Iterable[str] = (),
+    about: About = "prompts",
 ) -> str:
     """The caption of a figure of one model, in sentences.
 
@@ -40,15 +44,16 @@ def caption_of(
         paper_recurrences: The paper's number of recurrences, said where it differs.
         prompt_set: What the prompts are; the attribute ``prompt_set`` if None.
         extra: Further sentences, without full stops.
+        about: ``"prompts"``: all that were run; ``"prompt"``: one of them, which ``extra`` names;
+            ``"weights"``: nothing was run.
     """
     every = as_runs(runs)
     run = every[0]
     seeds = 0 if isinstance(runs, xr.Dataset) else len(every)
     sentences = [
-        f"Model {run.attrs.get('model') or 'without a name'} {shape_of(run)}",
-        _prompts(every, prompt_set),
-        _recurrences(run, paper_recurrences),
-        _start(run),
+        _model(run),
+        _prompts(every, prompt_set) if about == "prompts" else "",
+        *([] if about == "weights" else [_recurrences(run, paper_recurrences), _start(run)]),
         f"{seeds} seeds" if seeds else "",
         *_of_metrics(run, names),
         _lines(band, seeds, run, names),
@@ -56,6 +61,11 @@ def caption_of(
         *extra,
     ]
     return ". ".join(s[0].upper() + s[1:] for s in sentences if s) + "."
+
+
+def _model(run: xr.Dataset) -> str:
+    text = f"model {run.attrs.get('model') or 'without a name'}"
+    return f"{text} {shape_of(run)}" if "n_core" in run.attrs else text
 
 
 def _prompts(runs: list[xr.Dataset], prompt_set: str | None) -> str:
@@ -95,7 +105,9 @@ def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
     if any(name.startswith("fixed_point") for name in names):
         longer = run.attrs.get("reference_recurrences")
         last = shape_of(run).R - 1
-        where = f"in a run of {longer} recurrences" if longer else f"at the last recurrence, r = {last}"
+        where = (
+            f"in a run of {longer} recurrences" if longer else f"at the last recurrence, r = {last}"
+        )
         out.append(f"the fixed point is taken for the state {where}")
     if "prediction" in names:
         threshold = run.attrs.get("kurtosis_threshold", run.attrs.get("threshold", 10.0))
@@ -105,7 +117,7 @@ def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
 
 def _lines(band: Band | str, seeds: int, run: xr.Dataset, names: Sequence[str]) -> str:
     headed = any(name in run and "head" in run[name].dims for name in names)
-    over = ", ".join(["heads"] * headed + ["prompts"] + ["seeds"] * bool(seeds))
+    over = " and ".join(["heads"] * headed + ["prompts"] + ["seeds"] * bool(seeds))
     if not _line_variables(run, names):
         return ""
     text = f"lines are means over {over}"

@@ -1,4 +1,4 @@
-"""The paper's colour conventions (arXiv 2604.11791): later recurrences yellower, later layers greener.
+"""The paper's colours (arXiv 2604.11791): later recurrences yellower, later layers greener.
 
 Recurrences run from green to yellow, core layers from blue to green. The yellow end is darker than
 pure yellow, which nobody can see on white paper. Prelude and coda are blue and red, as in Figure
@@ -22,6 +22,13 @@ LAYERS: Colormap = LinearSegmentedColormap.from_list(
 PRELUDE: Colour = (0.12, 0.35, 0.85)
 CODA: Colour = (0.80, 0.12, 0.12)
 NEUTRAL: Colour = (0.45, 0.45, 0.45)
+SEVERAL: tuple[Colour, ...] = (
+    (0.15, 0.15, 0.15),
+    (0.55, 0.25, 0.60),
+    (0.85, 0.45, 0.10),
+    (0.20, 0.45, 0.70),
+)
+"""Of lines that stand for neither recurrences nor layers."""
 FEEDFORWARD: Colour = (0.0, 0.0, 0.0)
 
 

@@ -19,8 +19,8 @@ from jaxtyping import Float
 
 from tl_looped.errors import InputError
 from tl_looped.model.geometry import LoopGeometry
-from tl_looped.plots.colours import FEEDFORWARD, NEUTRAL, layer_colours, recurrence_colours
-from tl_looped.plots.panels import Line, Panel, stage_spans
+from tl_looped.plots.colours import FEEDFORWARD, NEUTRAL, SEVERAL, layer_colours, recurrence_colours
+from tl_looped.plots.panels import Line, Panel, Span, stage_spans
 from tl_looped.plots.summaries import Band, Runs, Summary, as_runs, shape_of, summary
 
 STATE_OUT = "_state_out"
@@ -29,8 +29,30 @@ DEPTH_AXIS = "% of block depth (prelude and coda included)"
 LAYER_AXIS = "effective layer (0-based)"
 
 
+_AXIS_LABELS = {
+    "sink_rate": "sink rate (share of heads)",
+    "mixing_per_token": "mixing score / T (nats)",
+    "colsum_concentration": "ColSum concentration (0 to 1)",
+    "entropy_bits": "residual entropy (bits)",
+    "residual_mean": "mean over tokens",
+    "residual_max": "largest token",
+    "residual_first": "first token",
+    "successive_abs": "step (norm)",
+    "successive_rel": "step / norm of the state",
+    "successive_attention": "step of the pattern (Frobenius)",
+    "fixed_point_abs": "distance to the last state (norm)",
+    "fixed_point_rel": "distance / norm of the last state",
+    "fixed_point_cosine": "cosine with the last state",
+    "fixed_point_attention": "distance to the last pattern (Frobenius)",
+    "fixed_point_lowest_cosine": "lowest cosine with a last state",
+}
+"""Short labels of what has a figure of its own; a panel of two inches has no room for more."""
+
+
 def label_of(data: xr.Dataset, name: str) -> str:
-    """A variable's label with its unit, as axes show it."""
+    """A variable's label with its unit, as axes show it: a short one, or its ``long_name``."""
+    if name in _AXIS_LABELS:
+        return _AXIS_LABELS[name]
     attributes = data[name].attrs
     label, unit = str(attributes.get("long_name", name)), str(attributes.get("units", "1"))
     return label if unit in ("1", "") else f"{label} ({unit})"
@@ -133,9 +155,7 @@ def over_depth(
         lines.append(Line(f"recurrence {r}", x, _joined(parts), colour, "recurrence", r))
     if feedforward is not None:
         lines.append(_feedforward_line(feedforward, name, band))
-    return Panel(
-        title, DEPTH_AXIS, label_of(run, name), tuple(lines), log, _spans_in_percent(loop)
-    )
+    return Panel(title, DEPTH_AXIS, label_of(run, name), tuple(lines), log, _spans_in_percent(loop))
 
 
 def _feedforward_line(runs: Runs, name: str, band: Band | str) -> Line:
@@ -145,7 +165,7 @@ def _feedforward_line(runs: Runs, name: str, band: Band | str) -> Line:
     return Line(label, x, values, FEEDFORWARD, style="--", width=1.6)
 
 
-def _spans_in_percent(loop: LoopGeometry) -> tuple:  # type: ignore[type-arg]
+def _spans_in_percent(loop: LoopGeometry) -> tuple[Span, ...]:
     n = loop.p + loop.k + loop.c
     step = 100.0 / max(1, n - 1)
     return stage_spans((0.0, (loop.p - 0.5) * step, (n - loop.c - 0.5) * step, 100.0))
@@ -173,29 +193,23 @@ def over_realised_depth(
     names = [names] if isinstance(names, str) else list(names)
     x = np.arange(loop.n_layers, dtype=float)
     lines: list[Line] = []
+    width = 0.6 if loop.n_layers > 100 else 1.3
     if len(names) == 1:
         values = summary(runs, names[0], band)
-        dense = loop.n_layers > 100
         colour = (0.72, 0.72, 0.72) if by_layer else NEUTRAL
-        lines.append(Line("all layers in order", x, values, colour, width=0.6 if dense else 1.3))
+        lines.append(Line("all layers in order", x, values, colour, width=width))
         nothing = np.full(loop.n_layers, np.nan)
         for l, colour in enumerate(layer_colours(loop.k) if by_layer and loop.R else []):  # noqa: E741
             where = _every(loop, l)
             bare = Summary(values.mean, nothing, nothing, values.n, 0).part(where)
             marker = "o" if loop.R <= 32 else ""
-            lines.append(
-                Line(f"core layer {l}", x[where], bare, colour, "layer", l, marker=marker)
-            )
+            lines.append(Line(f"core layer {l}", x[where], bare, colour, "layer", l, marker=marker))
         label = label_of(run, names[0])
     else:
-        styles = ("-", "--", ":", "-.")
         for i, name in enumerate(names):
-            shade = 0.65 * i / len(names)
-            line = Line(
-                label_of(run, name), x, summary(runs, name, band), (shade, shade, shade),
-                style=styles[i % len(styles)],
-            )  # fmt: skip
-            lines.append(line)
+            colour = SEVERAL[i % len(SEVERAL)]
+            values = summary(runs, name, band)
+            lines.append(Line(label_of(run, name), x, values, colour, width=width))
         label = "norm of the residual stream"
     ends = (-0.5, loop.p - 0.5, loop.n_layers - loop.c - 0.5, loop.n_layers - 0.5)
     starts = [loop.index(r, 0) - 0.5 for r in range(loop.R)] if loop.R <= 32 else []

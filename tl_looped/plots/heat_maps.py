@@ -1,4 +1,4 @@
-"""Matrices between all effective layers (Figures 2, 19-21) and of conditional probabilities (14)."""
+"""Matrices between all effective layers (Figs 2, 19-21) and of conditional probabilities (14)."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def layer_matrix(
     """
     n = loop.n_layers
     if matrix.shape != (n, n):
-        raise InputError(
-            f"matrix must be [{n}, {n}] for a run of shape {loop}, got {matrix.shape}"
-        )
+        raise InputError(f"matrix must be [{n}, {n}] for a run of shape {loop}, got {matrix.shape}")
     figure = new_figure(7.4, 6.2, title, caption)
     axes = figure.subplots()
     masked = np.ma.masked_invalid(matrix)
@@ -87,7 +85,7 @@ def layer_matrix(
 
 
 def matrix_numbers(matrix: Float[np.ndarray, "layer layer"], loop: LoopGeometry) -> pd.DataFrame:
-    """A matrix over effective layers as a table, labelled by ``prelude.0``, ``r3.l1``, ``coda.0``."""
+    """A matrix over effective layers as a table, labelled ``prelude.0``, ``r3.l1``, ``coda.0``."""
     labels = loop.labels()
     return pd.DataFrame(matrix, index=labels, columns=labels).rename_axis("effective_layer")
 

@@ -8,7 +8,7 @@ import xarray as xr
 from tl_looped.errors import InputError
 from tl_looped.plots.colours import FEEDFORWARD, Colour, recurrence_colours
 from tl_looped.plots.groupings import label_of, percent_of_depth
-from tl_looped.plots.panels import Line, Panel, stage_spans
+from tl_looped.plots.panels import Line, Panel, Span, Style, stage_spans
 from tl_looped.plots.summaries import Band, Runs, Summary, as_runs, shape_of, summary
 
 _CLASS_COLOURS: dict[str, Colour] = {
@@ -36,13 +36,14 @@ def block_halves(
     lines = []
     for r, colour in enumerate(recurrence_colours(loop.R)):
         start = loop.index(r, 0)
-        for style, first, last in (("-", 0, half), ("--", half, loop.k)):
-            label = f"recurrence {r}, {'first' if style == '-' else 'second'} half"
+        for which, style, first, last in _halves(half, loop.k):
+            label = f"recurrence {r}, {which} half"
             part = values.part(slice(start + first, start + last))
             x = percent_of_depth(last - first)
             lines.append(Line(label, x, part, colour, "recurrence", r, style))
     nothing = Summary(*(np.zeros(0),) * 3, n=np.zeros(0, dtype=np.int64), left_out=0)
-    for label, style in (("first half of the block", "-"), ("second half", "--")):
+    for which, style, _, _ in _halves(half, loop.k):  # for the legend
+        label = f"{which} half of the block"
         lines.append(Line(label, np.zeros(0), nothing, (0.5, 0.5, 0.5), style=style))
     base, of_base = as_runs(feedforward)[0], summary(feedforward, name, band)
     lines.append(
@@ -53,6 +54,10 @@ def block_halves(
     )  # fmt: skip
     return Panel(title, "% of half a block, or of the feedforward model's depth",
                  label_of(run, name), tuple(lines))  # fmt: skip
+
+
+def _halves(half: int, k: int) -> tuple[tuple[str, Style, int, int], ...]:
+    return ("first", "-", 0, half), ("second", "--", half, k)
 
 
 def neuron_fractions(data: xr.Dataset, feedforward: xr.Dataset | None = None) -> Panel:
@@ -74,11 +79,13 @@ def neuron_fractions(data: xr.Dataset, feedforward: xr.Dataset | None = None) ->
     )  # fmt: skip
 
 
-def _neuron_lines(data: xr.Dataset, style: str, suffix: str) -> list[Line]:
+def _neuron_lines(data: xr.Dataset, style: Style, suffix: str) -> list[Line]:
     lines = []
     for name, colour in _CLASS_COLOURS.items():
         if name not in data or data[name].ndim != 1:
-            raise InputError(f"data must hold {name!r} over layers; it has {', '.join(map(str, data))}")
+            raise InputError(
+                f"data must hold {name!r} over layers; it has {', '.join(map(str, data))}"
+            )
         values = 100 * data[name].to_numpy().astype(np.float64)
         nothing = np.full(len(values), np.nan)
         shown = Summary(values, nothing, nothing, np.isfinite(values).astype(np.int64), 0)
@@ -87,7 +94,7 @@ def _neuron_lines(data: xr.Dataset, style: str, suffix: str) -> list[Line]:
     return lines
 
 
-def _neuron_spans(data: xr.Dataset) -> tuple:  # type: ignore[type-arg]
+def _neuron_spans(data: xr.Dataset) -> tuple[Span, ...]:
     """Prelude and coda of a result, or of what ``prediction_suppression_by_layer`` returns."""
     n = len(data["prediction"])
     if "n_core" in data.attrs:

@@ -28,11 +28,13 @@ from tl_looped.plots.colours import CODA, PRELUDE, Colour
 from tl_looped.plots.summaries import Summary
 
 Key = Literal["recurrence", "layer", "other"]
+Style = Literal["-", "--", ":", "-."]
 
 MOST_IN_LEGEND = 8
 _MARKED = 16  # lines of so many points have markers
-_KEY_TITLES = {"recurrence": "recurrence r", "layer": "core layer"}
+_KEY_TITLES = {"recurrence": "recurrence", "layer": "core layer"}
 _CHARACTERS_PER_INCH = 17  # of a caption
+_LEGEND_WIDTH = 1.7  # inches
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Line:
         colour: Its colour.
         key: What its colour means.
         index: The recurrence or layer that its colour stands for.
-        style: matplotlib's line style; ``"none"`` for markers alone.
+        style: matplotlib's line style.
         width: In points.
         marker: matplotlib's marker, or "" to leave the choice to the number of points.
     """
@@ -57,7 +59,7 @@ class Line:
     colour: Colour
     key: Key = "other"
     index: int = 0
-    style: str = "-"
+    style: Style = "-"
     width: float = 1.3
     marker: str = ""
 
@@ -126,7 +128,7 @@ def draw_panels(
         raise InputError("panels: there is nothing to draw")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    width, height = (6.2, 4.1) if len(panels) == 1 else size
+    width, height = (6.6, 4.1) if len(panels) == 1 else size
     figure = new_figure(columns * width + 1.0, rows * height, title, caption)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
     every = list(grid.flat)
@@ -146,11 +148,12 @@ def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
         title: In one line, or wrapped.
         caption: Empty for none.
     """
-    heading = textwrap.fill(title, max(20, int(width * 12)))
+    # To the left, so that it stays clear of a legend in the upper right corner.
+    heading = textwrap.fill(title, max(24, int((width - _LEGEND_WIDTH) * 12)))
     text = textwrap.fill(caption, max(30, int(width * _CHARACTERS_PER_INCH)))
     extra = 0.16 * (text.count("\n") + 1) * bool(text) + 0.2 * (heading.count("\n") + 1)
     figure = Figure(figsize=(width, height + extra), layout="constrained")
-    figure.suptitle(heading, fontsize=11)
+    figure.suptitle(heading, fontsize=11, x=0.01, ha="left")
     if text:
         figure.supxlabel(text, fontsize=8, color="0.3", x=0.01, ha="left")
     return figure
@@ -160,10 +163,10 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     """Draw one panel into axes; legends and colour bars are the figure's."""
     for span in panel.spans:
         axes.axvspan(span.start, span.end, color=span.colour, alpha=0.07, linewidth=0)
-        narrow = len(panel.lines) and _share(panel, span) < 0.09
+        # Above the axes, where no line passes.
         axes.annotate(
-            span.label, ((span.start + span.end) / 2, 0.98), fontsize=7, color=span.colour,
-            xycoords=axes.get_xaxis_transform(), ha="center", va="top", rotation=90 * bool(narrow),
+            span.label, ((span.start + span.end) / 2, 1.01), fontsize=7, color=span.colour,
+            xycoords=axes.get_xaxis_transform(), ha="center", va="bottom",
         )  # fmt: skip
     for x in panel.verticals:
         axes.axvline(x, color="0.85", linewidth=0.7, zorder=0)
@@ -188,16 +191,9 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
                   color="0.4")  # fmt: skip
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(panel.x_label, fontsize=9)
-    axes.set_ylabel(textwrap.fill(panel.y_label, 38), fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.set_ylabel(textwrap.fill(panel.y_label, 42), fontsize=9)
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.22)
-
-
-def _share(panel: Panel, span: Span) -> float:
-    """How much of the horizontal axis a span takes."""
-    every = np.concatenate([line.x for line in panel.lines])
-    whole = max(every.max(), span.end) - min(every.min(), span.start)
-    return float((span.end - span.start) / whole) if whole else 1.0
 
 
 def _positive(values: Float[np.ndarray, " n"]) -> np.ndarray:
@@ -239,7 +235,7 @@ def _add_keys(figure: Figure, axes: list[Axes], lines: list[Line]) -> None:
             bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
         else:
             handles += [
-                Line2D([], [], color=colours[i], label=f"{_KEY_TITLES[key]} {i}".replace(" r ", " "))
+                Line2D([], [], color=colours[i], label=f"{_KEY_TITLES[key]} {i}")
                 for i in order
             ]  # fmt: skip
     other: dict[str, Line2D] = {}

@@ -18,7 +18,7 @@ from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from tl_looped.errors import InputError
-from tl_looped.plots.colours import layer_colours, recurrence_colours
+from tl_looped.plots.colours import Colour, layer_colours, recurrence_colours
 from tl_looped.plots.panels import new_figure
 
 _LEAST_FOR_LATE = 8
@@ -136,13 +136,14 @@ def _draw(
 
 
 def _label(axes: Axes, explained: Float[np.ndarray, " component"]) -> None:
-    for i, write in enumerate((axes.set_xlabel, axes.set_ylabel)):
-        share = explained[i]
-        text = "variance undefined" if math.isnan(share) else f"{100 * share:.1f} % of variance"
-        write(f"component {i + 1} ({text})", fontsize=8)
+    shares = [
+        "variance undefined" if math.isnan(x) else f"{100 * x:.1f} % of variance" for x in explained
+    ]
+    axes.set_xlabel(f"component 1 ({shares[0]})", fontsize=8)
+    axes.set_ylabel(f"component 2 ({shares[1]})", fontsize=8)
 
 
-def _bar(figure: Figure, axes: object, label: str, colours: list) -> None:  # type: ignore[type-arg]
+def _bar(figure: Figure, axes: Axes | list[Axes], label: str, colours: list[Colour]) -> None:
     n = len(colours)
     scale: Colormap = ListedColormap(colours)
     few = n <= 16

@@ -2,7 +2,8 @@
 
 A recipe takes a ``Request`` (what the figure is called and shows) and results, and returns
 ``DrawnFigure``s: the figure, its caption and the numbers behind it. Recipes for single tokens
-(limiting behaviour, orbits) are in ``tl_looped.plots.token_recipes``.
+(limiting behaviour, orbits) are in ``tl_looped.plots.token_recipes``, those for several models in
+``tl_looped.plots.grid_recipes``.
 """
 
 from __future__ import annotations
@@ -18,17 +19,7 @@ from matplotlib.figure import Figure
 
 from tl_looped.errors import InputError
 from tl_looped.plots.attention_maps import attention_floor_plan
-from tl_looped.plots.captions import caption_of
-from tl_looped.plots.grids import (
-    LOWEST,
-    Grid,
-    check_block,
-    check_grid,
-    condition_panels,
-    grid_panels,
-    model_panels,
-    split_control,
-)
+from tl_looped.plots.captions import About, caption_of
 from tl_looped.plots.groupings import over_depth, over_realised_depth, over_recurrences
 from tl_looped.plots.heat_maps import layer_matrix, matrix_numbers
 from tl_looped.plots.overlays import block_halves, neuron_fractions
@@ -134,7 +125,6 @@ def finished(
     numbers: pd.DataFrame,
     suffix: str = "",
     what: str = "",
-    **settings: Any,
 ) -> DrawnFigure:
     """A drawn figure with its title and caption.
 
@@ -146,13 +136,12 @@ def finished(
         numbers: The numbers behind it.
         suffix: Of the name, where a request gives several figures.
         what: Added to the title.
-        **settings: For the record.
     """
     run = as_runs(runs)[0]
     model = run.attrs.get("model") or "model without a name"
     title = f"Fig. {request.number}: {request.title}{what}, {model}"
     figure = paint(title, caption if request.options.with_caption else "")
-    settings = {"band": band_of(request), "paper_recurrences": request.recurrences} | settings
+    settings = {"band": band_of(request), "paper_recurrences": request.recurrences}
     if "n_recurrences" in run.attrs:
         settings["recurrences"] = int(run.attrs["n_recurrences"])
     name = f"fig{request.number:02d}{suffix}"
@@ -165,16 +154,16 @@ def band_of(request: Request) -> str:
 
 
 def caption_for(
-    request: Request, runs: Runs, extra: Sequence[str] = (), names: Sequence[str] | None = None
+    request: Request, runs: Runs, extra: Sequence[str] = (), about: About = "prompts"
 ) -> str:
     """The caption of a request; ``extra`` are sentences of its own."""
-    drawn = request.variables if names is None else names
     return caption_of(
-        runs, drawn, band_of(request), request.recurrences, request.options.prompt_set, extra
-    )
+        runs, request.variables, band_of(request), request.recurrences,
+        request.options.prompt_set, extra, about,
+    )  # fmt: skip
 
 
-def _of_panels(
+def of_panels(
     request: Request,
     runs: Runs,
     panels: list[Panel],
@@ -185,6 +174,7 @@ def _of_panels(
     suffix: str = "",
     what: str = "",
 ) -> DrawnFigure:
+    """Panels of lines as a drawn figure; see ``finished`` and ``draw_panels``."""
     if any(panel.log for panel in panels):
         extra = [*extra, "on logarithmic axes, zeros are not drawn"]
     caption = caption_for(request, runs, extra)
@@ -208,7 +198,7 @@ def by_layer(request: Request, data: Runs, log: bool = False) -> list[DrawnFigur
         over_recurrences(data, name, band_of(request), log, _title_of(request, name), trained)
         for name in request.variables
     ]
-    return [_of_panels(request, data, panels)]
+    return [of_panels(request, data, panels)]
 
 
 def by_recurrence_over_depth(
@@ -228,7 +218,7 @@ def by_recurrence_over_depth(
         for name in request.variables
     ]
     extra = [] if chosen is None else [f"shown are recurrences {_ranges(chosen)}"]
-    return [_of_panels(request, data, panels, extra=extra, suffix=suffix, what=what)]
+    return [of_panels(request, data, panels, extra=extra, suffix=suffix, what=what)]
 
 
 def _ranges(chosen: Sequence[int]) -> str:
@@ -258,14 +248,14 @@ def realised(request: Request, data: Runs) -> list[DrawnFigure]:
         over_realised_depth(data, name, band_of(request), _title_of(request, name))
         for name in request.variables
     ]
-    return [_of_panels(request, data, panels, columns=1 if shape_of(data).R > 8 else 2,
+    return [of_panels(request, data, panels, columns=1 if shape_of(data).R > 8 else 2,
                        size=(7.6, 2.4) if shape_of(data).R > 8 else (4.6, 3.1))]  # fmt: skip
 
 
 def magnitudes(request: Request, data: Runs) -> list[DrawnFigure]:
     """Grouping N: norms of the residual stream on one logarithmic axis."""
     panel = over_realised_depth(data, request.variables, band_of(request), by_layer=False, log=True)
-    return [_of_panels(request, data, [panel])]
+    return [of_panels(request, data, [panel])]
 
 
 def halves(request: Request, data: Runs) -> list[DrawnFigure]:
@@ -275,7 +265,7 @@ def halves(request: Request, data: Runs) -> list[DrawnFigure]:
         block_halves(data, base, name, band_of(request), TITLES.get(name, ""))
         for name in request.variables
     ]
-    return [_of_panels(request, data, panels)]
+    return [of_panels(request, data, panels)]
 
 
 def matrix(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
@@ -308,7 +298,7 @@ def path(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
         "last token of one prompt; every point is the state behind one core layer",
         "components of all points shown; grey lines join them in the order of the run",
     )
-    caption = caption_for(request, data, extra)
+    caption = caption_for(request, data, extra, "prompt")
 
     def paint(title: str, text: str) -> Figure:
         return pca_path(array, explained, title, text)
@@ -324,7 +314,7 @@ def _token_paths(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
     if len(names) != len(array):
         raise InputError(f"tokens must name the {len(array)} tokens of pca, got {len(names)}")
     extra = ["a panel a token; components of all tokens, layers and recurrences"]
-    caption = caption_for(request, data, extra)
+    caption = caption_for(request, data, extra, "prompt")
 
     def paint(title: str, text: str) -> Figure:
         return token_paths(array, explained, names, title, text)
@@ -348,71 +338,12 @@ def neurons(request: Request, data: xr.Dataset, looped: bool) -> list[DrawnFigur
             f"Fig. {request.number} is of a {kind} model, the run is not: see Fig. {other}"
         )
     panel = neuron_fractions(data, request.options.feedforward)
-    model = data if "n_core" in data.attrs else None
-    if model is not None:
-        return [_of_panels(request, data, [panel])]
-    caption = f"Model {data.attrs.get('model') or 'without a name'}. Kurtosis above "
-    caption += f"{data.attrs.get('threshold', 10.0):g}, skew above (below) 0: prediction (suppression)."
+    caption = caption_for(request, data, ["of the weights alone"], "weights")
 
     def paint(title: str, text: str) -> Figure:
         return draw_panels([panel], title, text)
 
     return [finished(request, data, caption, paint, numbers_of([panel]))]
-
-
-def grid(
-    request: Request, data: Grid, layers: int, extra_variable: str | None = None
-) -> list[DrawnFigure]:
-    """Section 4.2: the distance to the fixed point of every condition and the lowest cosine.
-
-    ``extra_variable`` gives a second figure without the right frame (Fig. 29's cosines).
-    """
-    _, _, loop = check_grid(data)
-    if loop.k != layers or loop.p or loop.c:
-        raise InputError(
-            f"Fig. {request.number} shows {layers} layers without prelude and coda, the runs have "
-            f"shape {loop}"
-        )
-    for condition, runs in data.items():
-        _check_has(request, runs, f"condition {condition}")
-    first = next(iter(data.values()))
-    runs = as_runs(first)
-    extra = [f"random weights; every condition {len(runs)} seed{'s' * (len(runs) != 1)}"]
-    if LOWEST in request.variables:
-        panels, columns = grid_panels(data, request.variables[0], band_of(request), log=True)
-        extra.append("right: lowest cosine of the first layer's state to any layer's fixed point")
-        return [_of_panels(request, first, panels, columns, extra, (3.4, 2.8))]
-    out = []
-    for name in request.variables:
-        log = "cosine" not in name
-        panels = condition_panels(data, name, band_of(request), log)
-        columns = len({norm for norm, _ in data})
-        drawn = _of_panels(request, first, panels, columns, extra, (3.4, 2.8), suffix=f"_{name}")
-        out.append(drawn)
-    return out
-
-
-def small_models(request: Request, data: Any) -> list[DrawnFigure]:
-    """Fig. 10: one panel a small model, each with the control's curve."""
-    models, control = split_control(data)
-    control = request.options.control if control is None else control
-    if control is None:
-        raise InputError("Fig. 10 needs the feedforward control, in data or as control=")
-    for name, runs in {**models, "control": control}.items():
-        _check_has(request, runs, name)
-    panels = model_panels(models, request.variables[0], band_of(request), control)
-    shapes = "; ".join(f"{name} {shape_of(runs)}" for name, runs in models.items())
-    first = next(iter(models.values()))
-    extra = [f"models: {shapes}", "dashed: the feedforward control over its own depth"]
-    return [_of_panels(request, first, panels, 3, extra, (3.6, 3.0), share_y=True)]
-
-
-def small_model(
-    request: Request, data: Runs, block: int, bare: bool | None
-) -> list[DrawnFigure]:
-    """Figs 54 to 62: the stage metrics of one small model, with the control if given."""
-    check_block(data, block, bare, f"Fig. {request.number}")
-    return by_recurrence_over_depth(request, data, feedforward=request.options.control)
 
 
 def floor_plan(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
@@ -427,7 +358,7 @@ def floor_plan(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
         f"one prompt of {patterns.shape[-1]} tokens; queries downwards, keys to the right",
         "depth upwards; prelude framed blue, coda red",
     ]
-    caption = caption_for(request, data, extra)
+    caption = caption_for(request, data, extra, "prompt")
     cells = np.indices(patterns.shape).reshape(4, -1)
     columns = ("effective_layer", "head", "query", "key")
     numbers = pd.DataFrame(dict(zip(columns, cells, strict=True)) | {"weight": patterns.ravel()})
@@ -438,15 +369,7 @@ def _needed(request: Request, name: str) -> Any:
     value = getattr(request.options, name)
     if value is None:
         raise InputError(
-            f"Fig. {request.number} needs {name}=: results by depth of the feedforward model on the "
-            "same prompts, from stream_metrics or over_cache"
+            f"Fig. {request.number} needs {name}=: results by depth of the feedforward model on "
+            "the same prompts, from stream_metrics or over_cache"
         )
     return value
-
-
-def _check_has(request: Request, runs: Runs, what: str) -> None:
-    for run in as_runs(runs):
-        missing = [name for name in request.variables if name not in run]
-        if missing:
-            raise InputError(f"Fig. {request.number}: {what} has no {', '.join(missing)}")
-

@@ -51,8 +51,9 @@ class Summary:
 
     def part(self, where: slice) -> Summary:
         """The same for some of the places."""
-        parts = (x[where] for x in (self.mean, self.low, self.high, self.n))
-        return Summary(*parts, left_out=self.left_out)
+        return Summary(
+            self.mean[where], self.low[where], self.high[where], self.n[where], self.left_out
+        )
 
 
 def as_runs(runs: Runs) -> list[xr.Dataset]:

@@ -63,13 +63,16 @@ def limiting_steps(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
     steps = values.melt("recurrence", var_name="token", value_name="similarity")
     numbers = steps.merge(algorithm_numbers(series[chosen], names, *rules), on="token")
     caption = caption_for(request, data, extra)
+    drawn = finished(request, data, caption, paint, numbers)
     settings = dict(zip(("window", "tau", "rho"), rules, strict=True))
-    return [finished(request, data, caption, paint, numbers, **settings)]
+    return [replace(drawn, settings=drawn.settings | settings)]
 
 
 def _thresholds(request: Request) -> list[str]:
     options = request.options
-    return [f"Algorithm 1 with tau = {options.tau:g}, rho = {options.rho:g}, window {options.window}"]
+    return [
+        f"Algorithm 1 with tau = {options.tau:g}, rho = {options.rho:g}, window {options.window}"
+    ]
 
 
 def cooccurring(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
@@ -97,7 +100,7 @@ def _series(
 ) -> tuple[Float[np.ndarray, "series recurrence"], list[tuple[int, int]]]:
     """Similarities of the last core layer, one row a real token, and (prompt, token) of each."""
     window, R = request.options.window, shape_of(data).R
-    if R < window + 1:
+    if window + 1 > R:
         raise InputError(
             f"Fig. {request.number} needs {window + 1} recurrences for a window of {window} "
             f"(128 in the paper), the run has {R}: run more, or pass a smaller window="
@@ -128,8 +131,8 @@ def strongest_orbit(request: Request, data: xr.Dataset) -> int:
     orbit = found.labels.numpy() == LimitingBehavior.ORBIT
     if not orbit.any():
         raise InputError(
-            f"Fig. {request.number} is of the prompt with the greatest orbit amplitude: no token of "
-            "this run is an orbit. prompt= takes a prompt of your choice"
+            f"Fig. {request.number} is of the prompt with the greatest orbit amplitude: no token "
+            "of this run is an orbit. prompt= takes a prompt of your choice"
         )
     return places[int(np.where(orbit, found.amplitude.numpy(), -1.0).argmax())][0]
 
@@ -162,4 +165,3 @@ def of_strongest_orbit(request: Request, data: xr.Dataset, views: str) -> list[D
 
 def _renamed(drawn: DrawnFigure, name: str, prompt: int) -> DrawnFigure:
     return replace(drawn, name=name, settings=drawn.settings | {"prompt": prompt})
-
