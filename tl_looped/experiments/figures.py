@@ -272,8 +272,8 @@ def check_data(spec: FigureSpec, data: Any) -> None:
             )
         if "n_core" in run.attrs and spec.least_recurrences > shape_of(run).R:
             raise InputError(
-                f"Fig. {spec.number} does not apply to a run of {shape_of(run).R} recurrences: it "
-                f"compares recurrences, {spec.least_recurrences} at least"
+                f"Fig. {spec.number} compares recurrences, {spec.least_recurrences} at least: it "
+                f"does not apply to a run of shape {shape_of(run)}"
             )
 
 

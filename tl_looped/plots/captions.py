@@ -16,7 +16,7 @@ from tl_looped.plots.summaries import Band, Runs, as_runs, shape_of, summary
 SINK_THRESHOLD = 0.3
 """Of ``sink_rate`` as :func:`tl_looped.metrics.attention.all_of_pattern` computes it."""
 
-About = Literal["prompts", "prompt", "weights"]
+About = Literal["prompts", "prompt", "weights", "models"]
 
 _BANDS = {
     "sd": "mean ± one standard deviation over {}",
@@ -45,14 +45,14 @@ def caption_of(
         prompt_set: What the prompts are; the attribute ``prompt_set`` if None.
         extra: Further sentences, without full stops.
         about: ``"prompts"``: all that were run; ``"prompt"``: one of them, which ``extra`` names;
-            ``"weights"``: nothing was run.
+            ``"weights"``: nothing was run; ``"models"``: several models, which ``extra`` names.
     """
     every = as_runs(runs)
     run = every[0]
     seeds = 0 if isinstance(runs, xr.Dataset) else len(every)
     sentences = [
-        _model(run),
-        _prompts(every, prompt_set) if about == "prompts" else "",
+        "" if about == "models" else _model(run),
+        _prompts(every, prompt_set) if about in ("prompts", "models") else "",
         *([] if about == "weights" else [_recurrences(run, paper_recurrences), _start(run)]),
         f"{seeds} seeds" if seeds else "",
         *_of_metrics(run, names),
@@ -74,6 +74,8 @@ def _prompts(runs: list[xr.Dataset], prompt_set: str | None) -> str:
         return ""
     n, what = run.sizes["prompt"], prompt_set or run.attrs.get("prompt_set", "")
     text = f"{n} prompt{'s' * (n != 1)}" + (f" of {what}" if what else "")
+    if n == 1 and "prompt" in run.coords:
+        text += f" (number {run['prompt'].to_numpy()[0]})"
     if "n_tokens" in run.coords:
         tokens = np.concatenate([np.atleast_1d(r["n_tokens"].to_numpy()) for r in runs])
         low, high = int(tokens.min()), int(tokens.max())
@@ -109,6 +111,8 @@ def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
             f"in a run of {longer} recurrences" if longer else f"at the last recurrence, r = {last}"
         )
         out.append(f"the fixed point is taken for the state {where}")
+    if any(f"{name}_state_out" in run for name in names):
+        out.append("the last core layer's values are those before the loop norm")
     if "prediction" in names:
         threshold = run.attrs.get("kurtosis_threshold", run.attrs.get("threshold", 10.0))
         out.append(f"kurtosis above {threshold:g}, skew above (below) 0: prediction (suppression)")

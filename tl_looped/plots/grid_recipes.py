@@ -41,18 +41,19 @@ def grid(
     for condition, runs in data.items():
         _check_has(request, runs, f"condition {condition}")
     first = next(iter(data.values()))
-    runs = as_runs(first)
-    extra = [f"random weights; every condition {len(runs)} seed{'s' * (len(runs) != 1)}"]
+    extra = [f"random weights of shape {loop}, one model a condition and seed"]
     if LOWEST in request.variables:
         panels, columns = grid_panels(data, request.variables[0], band_of(request), log=True)
         extra.append("right: lowest cosine of the first layer's state to any layer's fixed point")
-        return [of_panels(request, first, panels, columns, extra, (3.4, 2.8))]
+        return [of_panels(request, first, panels, columns, extra, (3.4, 2.8), several=True)]
     out = []
     for name in request.variables:
         log = "cosine" not in name
         panels = condition_panels(data, name, band_of(request), log)
         columns = len({norm for norm, _ in data})
-        drawn = of_panels(request, first, panels, columns, extra, (3.4, 2.8), suffix=f"_{name}")
+        drawn = of_panels(
+            request, first, panels, columns, extra, (3.4, 2.8), suffix=f"_{name}", several=True
+        )
         out.append(drawn)
     return out
 
@@ -69,7 +70,7 @@ def small_models(request: Request, data: Any) -> list[DrawnFigure]:
     shapes = "; ".join(f"{name} {shape_of(runs)}" for name, runs in models.items())
     first = next(iter(models.values()))
     extra = [f"models: {shapes}", "dashed: the feedforward control over its own depth"]
-    return [of_panels(request, first, panels, 3, extra, (3.6, 3.0), share_y=True)]
+    return [of_panels(request, first, panels, 3, extra, (3.6, 3.0), True, several=True)]
 
 
 def small_model(request: Request, data: Runs, block: int, bare: bool | None) -> list[DrawnFigure]:

@@ -111,8 +111,9 @@ def _draw_similarity(
     axes.axvspan(n - 1 - window, n - 2, color="0.9", linewidth=0)
     axes.plot(np.arange(n), series, color=colour, linewidth=1.1)
     axes.axhline(1 - tau, color="0.3", linestyle="--", linewidth=0.9)
-    axes.annotate(r"$1-\tau$", (0.99, 1 - tau), fontsize=7, ha="right", va="top",
-                  xycoords=axes.get_yaxis_transform())  # fmt: skip
+    axes.annotate(r"$1-\tau$", (0.99, 1 - tau), fontsize=7, ha="right", va="center",
+                  xycoords=axes.get_yaxis_transform(),
+                  bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8})  # fmt: skip
     axes.set_xlabel("recurrence r (0-based); window grey", fontsize=8)
     axes.set_ylabel("similarity to the\nlast state", fontsize=8)
 

@@ -175,6 +175,9 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         _draw_line(axes, line, log)
     if log:
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    _limit(axes, panel, log)
     if panel.marked_x is not None:
         x, text = panel.marked_x
         axes.axvline(x, color="0.5", linestyle=":", linewidth=1.2)
@@ -194,6 +197,19 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(textwrap.fill(panel.y_label, 42), fontsize=9)
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.22)
+
+
+def _limit(axes: Axes, panel: Panel, log: bool) -> None:
+    """The whole run on the horizontal axis, undefined or not; shares of 0 not below 0."""
+    x = np.concatenate([line.x for line in panel.lines])
+    ends = [edge for span in panel.spans for edge in (span.start, span.end)]
+    low, high = min([*x, *ends]), max([*x, *ends])
+    margin = 0.04 * (high - low) or 0.5
+    axes.set_xlim(low - margin, high + margin)
+    means = np.concatenate([line.values.mean for line in panel.lines])
+    finite = means[np.isfinite(means)]
+    if finite.size and not finite.any() and not log:
+        axes.set_ylim(-0.05, 1.0)
 
 
 def _positive(values: Float[np.ndarray, " n"]) -> np.ndarray:

@@ -125,6 +125,7 @@ def finished(
     numbers: pd.DataFrame,
     suffix: str = "",
     what: str = "",
+    several: bool = False,
 ) -> DrawnFigure:
     """A drawn figure with its title and caption.
 
@@ -136,10 +137,11 @@ def finished(
         numbers: The numbers behind it.
         suffix: Of the name, where a request gives several figures.
         what: Added to the title.
+        several: Of several models: the title names none.
     """
     run = as_runs(runs)[0]
-    model = run.attrs.get("model") or "model without a name"
-    title = f"Fig. {request.number}: {request.title}{what}, {model}"
+    model = "" if several else f", {run.attrs.get('model') or 'model without a name'}"
+    title = f"Fig. {request.number}: {request.title}{what}{model}"
     figure = paint(title, caption if request.options.with_caption else "")
     settings = {"band": band_of(request), "paper_recurrences": request.recurrences}
     if "n_recurrences" in run.attrs:
@@ -173,16 +175,17 @@ def of_panels(
     share_y: bool = False,
     suffix: str = "",
     what: str = "",
+    several: bool = False,
 ) -> DrawnFigure:
     """Panels of lines as a drawn figure; see ``finished`` and ``draw_panels``."""
     if any(panel.log for panel in panels):
         extra = [*extra, "on logarithmic axes, zeros are not drawn"]
-    caption = caption_for(request, runs, extra)
+    caption = caption_for(request, runs, extra, "models" if several else "prompts")
 
     def paint(title: str, text: str) -> Figure:
         return draw_panels(panels, title, text, columns, size, share_y)
 
-    return finished(request, runs, caption, paint, numbers_of(panels), suffix, what)
+    return finished(request, runs, caption, paint, numbers_of(panels), suffix, what, several)
 
 
 def _title_of(request: Request, name: str) -> str:
