@@ -1,4 +1,4 @@
-"""The table of the paper's figures and its door, on a small run and on made-up limiting behaviour."""
+"""The table of the paper's figures and its door, on a small run and on made-up behaviour."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from conftest import random_config
 
-from tests.conftest import random_config
 from tl_looped import LoopedTransformer, NormLayout
 from tl_looped.errors import InputError
 from tl_looped.experiments.figures import FIGURES, applicable, draw
@@ -101,16 +101,16 @@ def test_an_unknown_number_lists_the_valid_ones(number: int | str, looped: xr.Da
 def test_figures_that_do_not_apply_say_why(looped: xr.Dataset, feedforward: xr.Dataset) -> None:
     with pytest.raises(InputError, match="unknown options colour; there are feedforward"):
         draw(7, looped, colour="red")
-    with pytest.raises(InputError, match="Fig. 8 needs feedforward="):
+    with pytest.raises(InputError, match=r"Fig\. 8 needs feedforward="):
         draw(8, looped)
     with pytest.raises(InputError, match="is of a feedforward model"):
         draw(32, looped)
     with pytest.raises(InputError, match="shows a model of 4 core layers with prelude"):
         draw(54, looped)
-    with pytest.raises(InputError, match="Fig. 7 is of one model"):
+    with pytest.raises(InputError, match=r"Fig\. 7 is of one model"):
         draw(7, {"a": looped})
     one = run(1)
-    with pytest.raises(InputError, match="Fig. 3 compares recurrences, 2 at least"):
+    with pytest.raises(InputError, match=r"Fig\. 3 compares recurrences, 2 at least"):
         draw(3, one)
 
 
@@ -126,7 +126,7 @@ def test_the_feedforward_curve_lies_over_its_own_depth(
 
 @pytest.fixture(scope="module")
 def behaviours() -> xr.Dataset:
-    """128 recurrences of one layer: an orbit of period 8 in prompt 1, a stronger one in prompt 2."""
+    """128 recurrences of one layer: orbits of period 8, the stronger one in prompt 6."""
     R = 128
     r = np.arange(R)
     series = np.ones((R, 1, 4, 3))
@@ -220,7 +220,7 @@ def test_a_grid_of_conditions_has_a_panel_each_and_means_over_seeds() -> None:
     seeds = [x["fixed_point_rel"].mean("prompt")[2::4] for x in grid["sandwich", True]]
     np.testing.assert_allclose(rows["mean"], np.mean(seeds, 0))
     assert (rows["n"] == 2).all()
-    with pytest.raises(InputError, match="Fig. 6 shows 12 layers"):
+    with pytest.raises(InputError, match=r"Fig\. 6 shows 12 layers"):
         draw(6, grid)
     with pytest.raises(InputError, match=r"without a run: \[\('pre', False\)\]"):
         draw(30, {key: runs for key, runs in grid.items() if key != ("pre", False)})
