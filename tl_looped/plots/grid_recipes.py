@@ -7,7 +7,6 @@ from typing import Any
 from tl_looped.errors import InputError
 from tl_looped.plots.grids import (
     LOWEST,
-    Grid,
     check_block,
     check_grid,
     condition_panels,
@@ -25,12 +24,11 @@ from tl_looped.plots.recipes import (
 from tl_looped.plots.summaries import Runs, as_runs, shape_of
 
 
-def grid(
-    request: Request, data: Grid, layers: int, extra_variable: str | None = None
-) -> list[DrawnFigure]:
+def grid(request: Request, data: Any, layers: int) -> list[DrawnFigure]:
     """Section 4.2: the distance to the fixed point of every condition and the lowest cosine.
 
-    ``extra_variable`` gives a second figure without the right frame (Fig. 29's cosines).
+    Fig. 29, which has no lowest cosine, is a figure for each variable. ``data`` is a
+    :data:`tl_looped.plots.grids.Grid`.
     """
     _, _, loop = check_grid(data)
     if loop.k != layers or loop.p or loop.c:

@@ -8,7 +8,7 @@ a model comes as several results, over prompts where it comes as one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tl_looped.errors import InputError
 from tl_looped.model.geometry import LoopGeometry
@@ -38,7 +38,7 @@ _NORM_COLOURS: dict[str, Colour] = {
 LOWEST = "fixed_point_lowest_cosine"
 
 
-def check_grid(grid: Grid) -> tuple[list[str], list[bool], LoopGeometry]:
+def check_grid(grid: Any) -> tuple[list[str], list[bool], LoopGeometry]:
     """Norm layouts and injections of a grid, in the paper's order, and its one shape.
 
     Raises:
@@ -153,7 +153,7 @@ def model_panels(
     ]
 
 
-def split_control(arms: Mapping[str, Runs]) -> tuple[dict[str, Runs], Runs | None]:
+def split_control(arms: Any) -> tuple[dict[str, Runs], Runs | None]:
     """The looped models, and the feedforward control if one has a single recurrence, bare.
 
     Raises:
