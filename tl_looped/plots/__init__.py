@@ -1,5 +1,36 @@
-"""Figures: functions from results to matplotlib figures, returned and never shown."""
+"""Figures: functions from results to matplotlib figures, returned and never shown.
 
+``tl_looped.experiments.figures.draw`` makes every figure of the paper; what it is made of is here.
+"""
+
+from tl_looped.plots.colours import layer_colours, recurrence_colours
+from tl_looped.plots.groupings import over_depth, over_realised_depth, over_recurrences
+from tl_looped.plots.heat_maps import layer_matrix, probability_map
 from tl_looped.plots.loop import by_recurrence, layer_heat_map, loss_curve
+from tl_looped.plots.panels import Line, Panel, draw_panels, numbers_of
+from tl_looped.plots.paths import pca_path, token_paths
+from tl_looped.plots.recipes import DrawnFigure, DrawOptions
+from tl_looped.plots.summaries import Summary, summary
 
-__all__ = ["by_recurrence", "layer_heat_map", "loss_curve"]
+__all__ = [
+    "DrawOptions",
+    "DrawnFigure",
+    "Line",
+    "Panel",
+    "Summary",
+    "by_recurrence",
+    "draw_panels",
+    "layer_colours",
+    "layer_heat_map",
+    "layer_matrix",
+    "loss_curve",
+    "numbers_of",
+    "over_depth",
+    "over_realised_depth",
+    "over_recurrences",
+    "pca_path",
+    "probability_map",
+    "recurrence_colours",
+    "summary",
+    "token_paths",
+]

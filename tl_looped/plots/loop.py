@@ -11,14 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-LAYER_COLOURS = "winter"  # blue to green
-
-
-def _layer_colour(layer: int, n_layers: int) -> tuple[float, ...]:
-    from matplotlib import colormaps
-
-    colour: tuple[float, ...] = colormaps[LAYER_COLOURS](layer / max(1, n_layers - 1))
-    return colour
+from tl_looped.plots.colours import layer_colours
 
 
 def by_recurrence(
@@ -46,8 +39,7 @@ def by_recurrence(
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
     recurrences = np.arange(n_recurrences)
-    for layer in range(n_layers):
-        colour = _layer_colour(layer, n_layers)
+    for layer, colour in enumerate(layer_colours(n_layers)):
         mean, lower, upper = (array[:, layer].copy() for array in (values, low, high))
         if log:
             for array in (mean, lower, upper):

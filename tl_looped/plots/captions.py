@@ -1,0 +1,141 @@
+"""Captions: what was run, on what, with which recurrences, thresholds, seeds and bands.
+
+Everything comes from the results themselves, so that a caption cannot disagree with its figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import xarray as xr
+
+from tl_looped.plots.summaries import Band, Runs, as_runs, shape_of, summary
+
+SINK_THRESHOLD = 0.3
+"""Of ``sink_rate`` as :func:`tl_looped.metrics.attention.all_of_pattern` computes it."""
+
+About = Literal["prompts", "prompt", "weights", "models"]
+
+_BANDS = {
+    "sd": "mean ± one standard deviation over {}",
+    "quantiles": "10 to 90 % of {}",
+    "range": "least to largest of {}",
+    "none": "",
+}
+
+
+def caption_of(
+    runs: Runs,
+    names: Sequence[str] = (),
+    band: Band | str = "none",
+    paper_recurrences: int | None = None,
+    prompt_set: str | None = None,
+    extra: Iterable[str] = (),
+    about: About = "prompts",
+) -> str:
+    """The caption of a figure of one model, in sentences.
+
+    Args:
+        runs: What was drawn.
+        names: Variables that were drawn.
+        band: Of the lines.
+        paper_recurrences: The paper's number of recurrences, said where it differs.
+        prompt_set: What the prompts are; the attribute ``prompt_set`` if None.
+        extra: Further sentences, without full stops.
+        about: ``"prompts"``: all that were run; ``"prompt"``: one of them, which ``extra`` names;
+            ``"weights"``: nothing was run; ``"models"``: several models, which ``extra`` names.
+    """
+    every = as_runs(runs)
+    run = every[0]
+    seeds = 0 if isinstance(runs, xr.Dataset) else len(every)
+    sentences = [
+        "" if about == "models" else _model(run),
+        _prompts(every, prompt_set) if about in ("prompts", "models") else "",
+        *([] if about == "weights" else [_recurrences(run, paper_recurrences), _start(run)]),
+        f"{seeds} seeds" if seeds else "",
+        *_of_metrics(run, names),
+        _lines(band, seeds, run, names),
+        _left_out(runs, names),
+        *extra,
+    ]
+    return ". ".join(s[0].upper() + s[1:] for s in sentences if s) + "."
+
+
+def _model(run: xr.Dataset) -> str:
+    text = f"model {run.attrs.get('model') or 'without a name'}"
+    return f"{text} {shape_of(run)}" if "n_core" in run.attrs else text
+
+
+def _prompts(runs: list[xr.Dataset], prompt_set: str | None) -> str:
+    run = runs[0]
+    if "prompt" not in run.sizes:
+        return ""
+    n, what = run.sizes["prompt"], prompt_set or run.attrs.get("prompt_set", "")
+    text = f"{n} prompt{'s' * (n != 1)}" + (f" of {what}" if what else "")
+    if n == 1 and "prompt" in run.coords:
+        text += f" (number {run['prompt'].to_numpy()[0]})"
+    if "n_tokens" in run.coords:
+        tokens = np.concatenate([np.atleast_1d(r["n_tokens"].to_numpy()) for r in runs])
+        low, high = int(tokens.min()), int(tokens.max())
+        text += f", {low} tokens" if low == high else f", {low} to {high} tokens"
+    return text
+
+
+def _recurrences(run: xr.Dataset, paper: int | None) -> str:
+    R = shape_of(run).R
+    text = f"{R} recurrence{'s' * (R != 1)}"
+    notes = []
+    if "trained_recurrences" in run.attrs:
+        notes.append(f"trained with {run.attrs['trained_recurrences']}")
+    if paper is not None and paper != R:
+        notes.append(f"the paper's figure has {paper}")
+    return text + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _start(run: xr.Dataset) -> str:
+    if "initial_state" in run.attrs:
+        return f"initial state: {run.attrs['initial_state']}"
+    return f"state seed {run.attrs['state_seed']}" if "state_seed" in run.attrs else ""
+
+
+def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
+    out = []
+    if "sink_rate" in names:
+        out.append(f"a head is a sink if its score is at least {SINK_THRESHOLD}")
+    if any(name.startswith("fixed_point") for name in names):
+        longer = run.attrs.get("reference_recurrences")
+        last = shape_of(run).R - 1
+        where = (
+            f"in a run of {longer} recurrences" if longer else f"at the last recurrence, r = {last}"
+        )
+        out.append(f"the fixed point is taken for the state {where}")
+    if any(f"{name}_state_out" in run for name in names):
+        out.append("the last core layer's values are those before the loop norm")
+    if "prediction" in names:
+        threshold = run.attrs.get("kurtosis_threshold", run.attrs.get("threshold", 10.0))
+        out.append(f"kurtosis above {threshold:g}, skew above (below) 0: prediction (suppression)")
+    return out
+
+
+def _lines(band: Band | str, seeds: int, run: xr.Dataset, names: Sequence[str]) -> str:
+    headed = any(name in run and "head" in run[name].dims for name in names)
+    over = " and ".join(["heads"] * headed + ["prompts"] + ["seeds"] * bool(seeds))
+    if not _line_variables(run, names):
+        return ""
+    text = f"lines are means over {over}"
+    what = _BANDS[band].format("seeds" if seeds else "prompts")
+    return text + (f", bands {what}" if what else "")
+
+
+def _left_out(runs: Runs, names: Sequence[str]) -> str:
+    known = _line_variables(as_runs(runs)[0], names)
+    out = {name: summary(runs, name, "none").left_out for name in known}
+    missing = [f"{name} of {n}" for name, n in out.items() if n]
+    return f"undefined and left out of the means, prompts: {', '.join(missing)}" if missing else ""
+
+
+def _line_variables(run: xr.Dataset, names: Sequence[str]) -> list[str]:
+    """Those that lines show as means over prompts: not those of single tokens."""
+    return [n for n in names if n in run and "prompt" in run[n].dims and "token" not in run[n].dims]

@@ -1,0 +1,286 @@
+"""Panels of lines, drawn one way: axes, bands, legends or colour bars, and a caption underneath.
+
+A figure is described by frozen ``Panel``s of ``Line``s first and drawn afterwards, so that the
+numbers behind it are those that were drawn. Decisions: up to eight recurrences or layers get a
+legend, more a colour bar; a logarithmic axis leaves out what is not positive and stays linear where
+nothing is; a defined value between two undefined ones is a dot.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from tl_looped.errors import InputError
+from tl_looped.plots.colours import CODA, PRELUDE, Colour
+from tl_looped.plots.summaries import Summary
+
+Key = Literal["recurrence", "layer", "other"]
+Style = Literal["-", "--", ":", "-."]
+
+MOST_IN_LEGEND = 8
+_MARKED = 16  # lines of so many points have markers
+_KEY_TITLES = {"recurrence": "recurrence", "layer": "core layer"}
+_CHARACTERS_PER_INCH = 17  # of a caption
+_LEGEND_WIDTH = 1.7  # inches
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line.
+
+    Args:
+        label: What it is, for legends and tables.
+        x: Where its values stand.
+        values: Mean and band.
+        colour: Its colour.
+        key: What its colour means.
+        index: The recurrence or layer that its colour stands for.
+        style: matplotlib's line style.
+        width: In points.
+        marker: matplotlib's marker, or "" to leave the choice to the number of points.
+    """
+
+    label: str
+    x: Float[np.ndarray, " site"]
+    values: Summary
+    colour: Colour
+    key: Key = "other"
+    index: int = 0
+    style: Style = "-"
+    width: float = 1.3
+    marker: str = ""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A shaded range of the horizontal axis, labelled."""
+
+    start: float
+    end: float
+    colour: Colour
+    label: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Args:
+        title: Of the panel; empty for a figure of one.
+        x_label, y_label: With units.
+        lines: What is drawn, the last on top.
+        log: Logarithmic vertical axis.
+        spans: Shaded ranges.
+        verticals: Thin vertical lines.
+        integer_x: Ticks at whole numbers only.
+        marked_x: A dotted line and what stands at it.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    log: bool = False
+    spans: tuple[Span, ...] = ()
+    verticals: tuple[float, ...] = ()
+    integer_x: bool = False
+    marked_x: tuple[float, str] | None = None
+
+
+def stage_spans(ends: tuple[float, float, float, float]) -> tuple[Span, ...]:
+    """Prelude from ``ends[0]`` to ``ends[1]`` and coda from ``ends[2]`` to ``ends[3]``, if any."""
+    spans = (Span(ends[0], ends[1], PRELUDE, "prelude"), Span(ends[2], ends[3], CODA, "coda"))
+    return tuple(span for span in spans if span.end > span.start)
+
+
+def draw_panels(
+    panels: Sequence[Panel],
+    title: str,
+    caption: str,
+    columns: int = 2,
+    size: tuple[float, float] = (4.6, 3.1),
+    share_y: bool = False,
+) -> Figure:
+    """Draw panels in reading order.
+
+    Args:
+        panels: At least one.
+        title: Of the figure.
+        caption: Text underneath; wrapped. Empty for none.
+        columns: Most panels in a row.
+        size: Width and height of a panel in inches; a single one is drawn larger.
+        share_y: One vertical scale for all panels.
+    """
+    if not panels:
+        raise InputError("panels: there is nothing to draw")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = (6.6, 4.1) if len(panels) == 1 else size
+    figure = new_figure(columns * width + 1.0, rows * height, title, caption)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
+    every = list(grid.flat)
+    for axes, panel in zip(every, panels, strict=False):
+        draw_panel(axes, panel)
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    _add_keys(figure, every[: len(panels)], [line for panel in panels for line in panel.lines])
+    return figure
+
+
+def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
+    """An empty figure with a title above and a wrapped caption below, both within its size.
+
+    Args:
+        width, height: In inches; title and caption come on top.
+        title: In one line, or wrapped.
+        caption: Empty for none.
+    """
+    # To the left, so that it stays clear of a legend in the upper right corner.
+    heading = textwrap.fill(title, max(24, int((width - _LEGEND_WIDTH) * 12)))
+    text = textwrap.fill(caption, max(30, int(width * _CHARACTERS_PER_INCH)))
+    extra = 0.16 * (text.count("\n") + 1) * bool(text) + 0.2 * (heading.count("\n") + 1)
+    figure = Figure(figsize=(width, height + extra), layout="constrained")
+    figure.suptitle(heading, fontsize=11, x=0.01, ha="left")
+    if text:
+        figure.supxlabel(text, fontsize=8, color="0.3", x=0.01, ha="left")
+    return figure
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw one panel into axes; legends and colour bars are the figure's."""
+    for span in panel.spans:
+        axes.axvspan(span.start, span.end, color=span.colour, alpha=0.07, linewidth=0)
+        # Above the axes, where no line passes.
+        axes.annotate(
+            span.label, ((span.start + span.end) / 2, 1.01), fontsize=7, color=span.colour,
+            xycoords=axes.get_xaxis_transform(), ha="center", va="bottom",
+        )  # fmt: skip
+    for x in panel.verticals:
+        axes.axvline(x, color="0.85", linewidth=0.7, zorder=0)
+    log = panel.log and any(_positive(line.values.mean).any() for line in panel.lines)
+    for line in panel.lines:
+        _draw_line(axes, line, log)
+    if log:
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    _limit(axes, panel, log)
+    if panel.marked_x is not None:
+        x, text = panel.marked_x
+        axes.axvline(x, color="0.5", linestyle=":", linewidth=1.2)
+        axes.annotate(
+            f" {text}", (x, 0.02), fontsize=7, color="0.35", xycoords=axes.get_xaxis_transform()
+        )
+    if panel.integer_x:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+        every = np.concatenate([line.x for line in panel.lines])
+        if every.size and every.min() == every.max():
+            axes.set_xticks([every[0]])
+    if not any(np.isfinite(line.values.mean).any() for line in panel.lines):
+        axes.text(0.5, 0.5, "undefined throughout", transform=axes.transAxes, ha="center",
+                  color="0.4")  # fmt: skip
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel(panel.x_label, fontsize=9)
+    axes.set_ylabel(textwrap.fill(panel.y_label, 42), fontsize=9)
+    axes.tick_params(which="both", labelsize=8)
+    axes.grid(alpha=0.22)
+
+
+def _limit(axes: Axes, panel: Panel, log: bool) -> None:
+    """The whole run on the horizontal axis, undefined or not; shares of 0 not below 0."""
+    x = np.concatenate([line.x for line in panel.lines])
+    ends = [edge for span in panel.spans for edge in (span.start, span.end)]
+    low, high = min([*x, *ends]), max([*x, *ends])
+    margin = 0.04 * (high - low) or 0.5
+    axes.set_xlim(low - margin, high + margin)
+    means = np.concatenate([line.values.mean for line in panel.lines])
+    finite = means[np.isfinite(means)]
+    if finite.size and not finite.any() and not log:
+        axes.set_ylim(-0.05, 1.0)
+
+
+def _positive(values: Float[np.ndarray, " n"]) -> np.ndarray:
+    return np.isfinite(values) & (values > 0)
+
+
+def _draw_line(axes: Axes, line: Line, log: bool) -> None:
+    mean, low, high = (
+        np.where(_positive(y), y, np.nan) if log else y
+        for y in (line.values.mean, line.values.low, line.values.high)
+    )
+    few = len(mean) <= _MARKED
+    marker = line.marker or ("o" if few else "")
+    label = line.label if line.key == "other" else "_"
+    axes.plot(
+        line.x, mean, color=line.colour, linestyle=line.style, linewidth=line.width,
+        marker=marker, markersize=3, label=label, gid=line.label,
+    )  # fmt: skip
+    alone = np.isfinite(mean)
+    alone &= ~np.isfinite(np.r_[np.nan, mean[:-1]]) & ~np.isfinite(np.r_[mean[1:], np.nan])
+    if alone.any() and not marker:
+        axes.plot(line.x[alone], mean[alone], ".", color=line.colour, markersize=4, label="_")
+    if np.isfinite(low).any():
+        axes.fill_between(line.x, low, high, color=line.colour, alpha=0.14, linewidth=0)
+
+
+def _add_keys(figure: Figure, axes: list[Axes], lines: list[Line]) -> None:
+    """One legend, and a colour bar for what has too many entries, for the whole figure."""
+    handles: list[Line2D] = []
+    for key in ("recurrence", "layer"):
+        colours = {line.index: line.colour for line in lines if line.key == key}
+        order = sorted(colours)
+        if len(order) > MOST_IN_LEGEND:
+            scale = ListedColormap([colours[i] for i in order])
+            image = ScalarMappable(Normalize(order[0], order[-1]), scale)
+            bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=30)
+            bar.set_label(f"{_KEY_TITLES[key]} (0-based)", fontsize=9)
+            bar.ax.tick_params(labelsize=8)
+            bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+        else:
+            handles += [
+                Line2D([], [], color=colours[i], label=f"{_KEY_TITLES[key]} {i}")
+                for i in order
+            ]  # fmt: skip
+    other: dict[str, Line2D] = {}
+    for line in lines:
+        if line.key == "other" and line.label not in other:
+            other[line.label] = Line2D(
+                [], [], color=line.colour, linestyle=line.style, label=line.label,
+                linewidth=line.width, marker=line.marker, markersize=3,
+            )  # fmt: skip
+    handles += other.values()
+    if len(handles) > 1 or other:
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+
+
+def numbers_of(panels: Sequence[Panel]) -> pd.DataFrame:
+    """What the panels show: a row a point, ``panel, line, x, mean, low, high, n``."""
+    tables = [
+        pd.DataFrame(
+            {
+                "panel": panel.title or panel.y_label,
+                "line": line.label,
+                "x": line.x,
+                "mean": line.values.mean,
+                "low": line.values.low,
+                "high": line.values.high,
+                "n": line.values.n,
+            }
+        )
+        for panel in panels
+        for line in panel.lines
+    ]
+    return pd.concat(tables, ignore_index=True)
