@@ -16,8 +16,11 @@ from tl_looped import InitialState, Injection, LoopedActivationCache, LoopedTran
 from tl_looped.errors import DataError, InputError, MissingActivationError
 from tl_looped.metrics import (
     StreamOptions,
+    angular_distance,
     by_recurrence,
     colsum_concentration,
+    cosine_similarity,
+    distance_similarity,
     fixed_point_distance,
     lowest_cosine_to_fixed_points,
     matrix_entropy,
@@ -26,6 +29,7 @@ from tl_looped.metrics import (
     residual_magnitude,
     sink_rate,
     sink_score,
+    step_geometry,
     stream_batches,
     stream_metrics,
     successive_difference,
@@ -34,8 +38,11 @@ from tl_looped.metrics import (
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
-def on_tensors(states: Tensor, patterns: Tensor) -> dict[str, Tensor]:
-    """Every metric by the name of its variable, from ``[recurrence, layer, prompt, ...]``."""
+def on_tensors(states: Tensor, patterns: Tensor, before: Tensor) -> dict[str, Tensor]:
+    """Every metric by the name of its variable, from ``[recurrence, layer, prompt, ...]``.
+
+    ``before`` is the state of the layer before each of the states.
+    """
     per_head = {
         "colsum_concentration": colsum_concentration(patterns),
         "sink_score": sink_score(patterns),
@@ -48,7 +55,15 @@ def on_tensors(states: Tensor, patterns: Tensor) -> dict[str, Tensor]:
         "fixed_point_attention": fixed_point_distance(patterns, "attention"),
     }
     forms = ("abs", "rel", "cosine")
+    steps = step_geometry(states)
     return {
+        "successive_direction": successive_difference(states, "direction"),
+        "step_turning_cosine": steps.turning_cosine,
+        "step_acceleration": steps.acceleration,
+        "step_relative_acceleration": steps.relative_acceleration,
+        "angular_distance": angular_distance(torch.stack([before, states]))[0],
+        "token_cosine": cosine_similarity(states).movedim(-1, 0).transpose(2, 3),
+        "token_distance_similarity": distance_similarity(states).movedim(-1, 0).transpose(2, 3),
         **{name: value.transpose(2, 3) for name, value in per_head.items()},
         "sink_rate": sink_rate(patterns),
         **{
@@ -74,10 +89,15 @@ def assert_same(a: xr.Dataset, b: xr.Dataset, tolerance: float = 1e-6) -> None:
 def test_the_three_doors_agree(golden: Golden, golden_model: LoopedTransformer) -> None:
     model = golden_model
     _, cache = model.run_with_cache(golden.tokens, state_seed=3)
-    from_cache = over_cache(cache, "all")
+    both = ("all", "token")
+    from_cache = over_cache(cache, both)
     loop = cache.loop
     patterns, states = cache.stack_recurrences("pattern"), cache.stack_recurrences("resid_post")
-    expected = on_tensors(states, patterns)
+    before = torch.full_like(states, torch.nan)
+    for r, layer in np.ndindex(loop.R, loop.k):
+        if loop.index(r, layer) > 0:
+            before[r, layer] = cache["resid_post", loop.index(r, layer) - 1]
+    expected = on_tensors(states, patterns, before)
     state_out = {n for n in from_cache.data_vars if str(n).endswith("_state_out")}
     assert set(from_cache.data_vars) - state_out == set(expected)
     for name, value in expected.items():
@@ -86,9 +106,7 @@ def test_the_three_doors_agree(golden: Golden, golden_model: LoopedTransformer) 
     assert from_cache["sink_score"].dims == ("recurrence", "layer", "head", "prompt")
     assert from_cache["entropy_bits"].dims == ("recurrence", "layer", "prompt")
     for options in ({}, {"states": "disk"}, {"batch_size": 1}):
-        assert_same(
-            stream_metrics(model, golden.tokens, "all", state_seed=3, **options), from_cache
-        )
+        assert_same(stream_metrics(model, golden.tokens, both, state_seed=3, **options), from_cache)
 
 
 def test_a_loop_norm_has_states_of_its_own(golden: Golden, golden_model: LoopedTransformer) -> None:
@@ -271,10 +289,29 @@ def test_batches_can_be_saved_one_by_one(plain: LoopedTransformer, prompts: list
     xr.testing.assert_allclose(joined, stream_metrics(plain, prompts, "stage"))
 
 
+def test_tokens_of_prompts_of_different_lengths(prompts: list[Tensor]) -> None:
+    model = injected()
+    data = stream_metrics(model, prompts, "token", n_recurrences=4, state_seed=2, batch_size=2)
+    assert data["token_cosine"].dims == ("recurrence", "layer", "token", "prompt")
+    for number, prompt in enumerate(prompts):
+        one = data.isel(prompt=number)
+        _, cache = model.run_with_cache(prompt, n_recurrences=4, state_seed=2)
+        expected = cosine_similarity(cache.stack_recurrences("resid_post")[:, :, 0])
+        found = one["token_cosine"].values
+        np.testing.assert_allclose(found[:, :, : len(prompt)], expected.movedim(-1, 0), atol=1e-6)
+        assert np.isnan(found[:, :, len(prompt) :]).all()
+    padded = stream_metrics(
+        model, prompts, "token", n_recurrences=4, state_seed=2, batch_size=2, batching="padded"
+    )
+    assert_same(padded, data, 1e-5)
+
+
 def test_one_recurrence_and_none() -> None:
     model, tokens = injected(), torch.arange(7)[None]
     one = stream_metrics(model, tokens, "all", n_recurrences=1)
-    assert one["successive_rel"].isnull().all()
+    for name in one.data_vars:
+        if str(name).startswith(("successive", "step")):
+            assert one[name].isnull().all(), name
     assert not one["fixed_point_abs"].any()
     none = stream_metrics(model, tokens, "stage", n_recurrences=0, over="depth")
     assert none["stage"].values.tolist() == ["prelude", "prelude", "coda"]
@@ -295,7 +332,7 @@ def test_a_model_that_diverges_gives_nan_from_there_on(plain: LoopedTransformer)
         reference = str(name).startswith("fixed_point")
         if reference:
             assert before[name].isnull().all(), name
-        elif not str(name).startswith("successive"):
+        elif not str(name).startswith(("successive", "step")):
             assert not before[name].isnull().any(), name
 
 

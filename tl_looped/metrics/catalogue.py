@@ -6,6 +6,8 @@ several metrics need (column sums, row entropies, norms) is computed once for al
 
 - ``"layer"``: of one layer's activation.
 - ``"successive"``: of a core layer's activation and the previous recurrence's.
+- ``"turn"``: of a core layer's states at three recurrences in a row.
+- ``"adjacent"``: of a layer's state and that of the layer before it.
 - ``"fixed_point"``: of a core layer's activation and a reference, by default that of the last
   recurrence.
 
@@ -14,10 +16,12 @@ A *derived* metric is another one in other units.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tl_looped.errors import InputError
@@ -29,9 +33,10 @@ from tl_looped.metrics.attention import (
     rows_distance,
 )
 from tl_looped.metrics.spectra import EntropyForm, entropy_in_form, matrix_entropy
-from tl_looped.metrics.states import Sized, distances, magnitudes
+from tl_looped.metrics.states import Sized, distances, magnitudes, norms, token_cosine
+from tl_looped.metrics.steps import angular_distance, step_geometry
 
-Kind = Literal["layer", "successive", "fixed_point"]
+Kind = Literal["layer", "successive", "turn", "adjacent", "fixed_point"]
 Reads = Literal["pattern", "resid_post"]
 Prepared = Rows | Sized
 
@@ -56,15 +61,17 @@ class Family:
     Args:
         kind: See the module.
         reads: Activation that they are computed from.
-        compute: Of the prepared activation, and of the earlier or reference one before it for all
-            but layer metrics; gives ``[prompt]`` or ``[prompt, head]`` by name.
+        compute: Of the prepared activation, and of the earlier or reference ones before it for all
+            but layer metrics; gives ``[prompt]``, or ``[prompt, head]`` for patterns, by name.
         outputs: Names of the variables.
+        per_token: ``compute`` gives ``[prompt, token]``.
     """
 
     kind: Kind
     reads: Reads
     compute: Callable[..., dict[str, Tensor]]
     outputs: dict[str, Output]
+    per_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,32 @@ def _from_previous(previous: Any, x: Any) -> dict[str, Tensor]:
 
 
 def _to_reference(reference: Any, x: Any) -> dict[str, Tensor]:
-    return _named("fixed_point", distances(x, reference))
+    return _named("fixed_point", distances(x, reference, ("abs", "rel", "cosine")))
+
+
+def _turn(oldest: Any, previous: Any, x: Any) -> dict[str, Tensor]:
+    states = torch.stack([oldest.x, previous.x, x.x])
+    steps = step_geometry(states, x.real)
+    return {
+        "step_turning_cosine": steps.turning_cosine[-1],
+        "step_acceleration": steps.acceleration[-1],
+        "step_relative_acceleration": steps.relative_acceleration[-1],
+    }
+
+
+def _adjacent(before: Any, x: Any) -> dict[str, Tensor]:
+    angle = angular_distance(torch.stack([before.x, x.x]), mask=x.real)[0]
+    return {"angular_distance": angle}
+
+
+def _of_tokens(reference: Any, x: Any) -> dict[str, Tensor]:
+    """Similarities of each token's state with the fixed point, as ``limiting`` takes them."""
+    cosine = token_cosine(x, reference)
+    distance = 1.0 - (norms(x.x - reference.x) / reference.size).square() / 2
+    found = {"token_cosine": cosine, "token_distance_similarity": distance}
+    if x.real is None:
+        return found
+    return {name: value.masked_fill(~x.real, math.nan) for name, value in found.items()}
 
 
 FAMILIES = (
@@ -123,6 +155,15 @@ FAMILIES = (
         "successive_abs": Output("step from the previous recurrence"),
         "successive_rel": Output("step from the previous recurrence, relative to the norm"),
         "successive_cosine": Output("cosine with the previous recurrence"),
+        "successive_direction": Output("distance of the unit vectors from the previous recurrence"),
+    }),
+    Family("turn", "resid_post", _turn, {
+        "step_turning_cosine": Output("cosine of a step and the step before"),
+        "step_acceleration": Output("difference of a step and the step before"),
+        "step_relative_acceleration": Output("difference of two steps, relative to the norm"),
+    }),
+    Family("adjacent", "resid_post", _adjacent, {
+        "angular_distance": Output("angle to the layer before", "half turns"),
     }),
     Family("successive", "pattern", lambda a, b: {"successive_attention": rows_distance(a, b)}, {
         "successive_attention": Output("Frobenius distance to the previous recurrence's pattern"),
@@ -135,6 +176,10 @@ FAMILIES = (
     Family("fixed_point", "pattern", lambda a, b: {"fixed_point_attention": rows_distance(a, b)}, {
         "fixed_point_attention": Output("Frobenius distance to the fixed point's pattern"),
     }),
+    Family("fixed_point", "resid_post", _of_tokens, {
+        "token_cosine": Output("cosine of a token's state with its fixed point"),
+        "token_distance_similarity": Output("1 - d^2 / 2, d the relative distance to it"),
+    }, per_token=True),
 )  # fmt: skip
 
 
@@ -166,6 +211,8 @@ OUTPUTS: dict[str, Output] = {
     LOWEST_COSINE: Output("lowest cosine of the first layer's state to any layer's fixed point"),
 }
 
+PER_TOKEN = tuple(name for family in FAMILIES if family.per_token for name in family.outputs)
+
 # The paper's four "stages of inference".
 STAGE = ("sink_rate", "mixing_per_token", "colsum_concentration", "entropy_bits")
 
@@ -174,7 +221,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "magnitude": tuple(name for name in OUTPUTS if name.startswith("residual_")),
     "successive": tuple(name for name in OUTPUTS if name.startswith("successive_")),
     "fixed_point": tuple(name for name in OUTPUTS if name.startswith("fixed_point_")),
-    "all": tuple(OUTPUTS),
+    "step": tuple(name for name in OUTPUTS if name.startswith("step_")),
+    "token": PER_TOKEN,
+    "all": tuple(name for name in OUTPUTS if name not in PER_TOKEN),
 }
 
 
@@ -183,7 +232,8 @@ def select(wanted: str | Iterable[str]) -> list[str]:
 
     Args:
         wanted: A name, a group (``"stage"``, ``"magnitude"``, ``"successive"``, ``"fixed_point"``,
-            ``"all"``) or several of them.
+            ``"step"``; ``"token"``, which has a number for each token; ``"all"`` others) or
+            several of them.
 
     Raises:
         InputError: for an unknown name, with the list of all.

@@ -67,7 +67,8 @@ class Collector:
     mask: Bool[Tensor, "prompt pos"] | None
     values: dict[tuple[str, bool], Float[Tensor, "site prompt *head"]] = field(default_factory=dict)
     _references: dict[tuple[Reads, Slot], Prepared] = field(default_factory=dict)
-    _previous: dict[tuple[Reads, Slot], Prepared] = field(default_factory=dict)
+    _previous: dict[tuple[Reads, Slot], list[Prepared]] = field(default_factory=dict)
+    _before: Prepared | None = None
 
     def __post_init__(self) -> None:
         self._computed = {DERIVED[name].base if name in DERIVED else name for name in self.names}
@@ -79,10 +80,10 @@ class Collector:
         reads: set[Reads] = {f.reads for f in self._families if f.kind == "fixed_point"}
         return reads | ({"resid_post"} if LOWEST_COSINE in self.names else set())
 
-    @property
-    def needs_previous(self) -> set[Reads]:
-        """What the successive metrics read."""
-        return {f.reads for f in self._families if f.kind == "successive"}
+    def _n_previous(self, reads: Reads) -> int:
+        """How many earlier recurrences of an activation the metrics look back to."""
+        kinds = {f.kind for f in self._families if f.reads == reads}
+        return 2 if "turn" in kinds else 1 if "successive" in kinds else 0
 
     @property
     def reads(self) -> set[Reads]:
@@ -104,18 +105,37 @@ class Collector:
         """
         prepared = prepare(reads, x, self.mask)
         self._compute("layer", site, reads, prepared)
+        if reads == "resid_post" and site.slot != STATE_OUT:
+            self._compute_adjacent(site, prepared)
         if site.slot is None:
             return
-        if reads in self.needs_previous:
-            previous = self._previous.get((reads, site.slot))
-            self._previous[reads, site.slot] = prepared
-            if previous is not None:
-                self._compute("successive", site, reads, previous, prepared)
-            elif site.recurrence == 0 and site.slot in (0, STATE_OUT):
-                # Only to know its shape: with one recurrence there is nothing but NaN.
-                self._compute("successive", site, reads, prepared, prepared, undefined=True)
+        self._look_back(site, site.slot, reads, prepared)
         if compare:
             self._compare(site, site.slot, reads, prepared)
+
+    def _compute_adjacent(self, site: Site, x: Prepared) -> None:
+        before, self._before = self._before, x
+        if not any(family.kind == "adjacent" for family in self._families):
+            self._before = None
+        elif before is None:
+            self._compute("adjacent", site, "resid_post", x, x, undefined=True)
+        else:
+            self._compute("adjacent", site, "resid_post", before, x)
+
+    def _look_back(self, site: Site, slot: Slot, reads: Reads, x: Prepared) -> None:
+        """Metrics of an activation and of the same at the one or two recurrences before."""
+        n = self._n_previous(reads)
+        if not n:
+            return
+        earlier = self._previous.setdefault((reads, slot), [])
+        # What a run is too short for is NaN, of the shape that it would have.
+        last, oldest = (earlier[-i] if len(earlier) >= i else None for i in (1, 2))
+        self._compute(
+            "successive", site, reads, x if last is None else last, x, undefined=last is None
+        )
+        turn = (x if oldest is None else oldest, x if last is None else last, x)
+        self._compute("turn", site, reads, *turn, undefined=oldest is None)
+        self._previous[reads, slot] = [*earlier, x][-n:]
 
     def compare(self, site: Site, reads: Reads, x: Tensor) -> None:
         """Compare an activation of the core with its fixed point."""

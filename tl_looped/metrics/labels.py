@@ -2,7 +2,8 @@
 
 Two arrangements of the same numbers:
 
-- *by recurrence*: ``recurrence, layer, head, prompt`` of the core. A feedforward model is a core of
+- *by recurrence*: ``recurrence, layer, head, prompt`` of the core (``token`` in place of ``head``
+  where a metric has a number for each; NaN at padding). A feedforward model is a core of
   all its layers that runs once.
 - *by depth*: ``effective_layer, head, prompt`` with prelude and coda, and the coordinates ``label``
   (``r3.l1``), ``stage``, ``in_recurrence`` (-1 outside the loop) and ``layer_in_stage``.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from tl_looped._version import __version__
 from tl_looped.errors import InputError
-from tl_looped.metrics.catalogue import DERIVED, LOWEST_COSINE, OUTPUTS
+from tl_looped.metrics.catalogue import DERIVED, LOWEST_COSINE, OUTPUTS, PER_TOKEN
 from tl_looped.metrics.collector import Collector
 from tl_looped.model.geometry import LoopGeometry
 
@@ -67,7 +68,7 @@ def labelled(
             in_recurrence=("effective_layer", recurrence),
             layer_in_stage=("effective_layer", [place.layer for place in places]),
         )
-    for dim in ("recurrence", "head"):
+    for dim in ("recurrence", "head", "token"):
         if dim in data.dims:
             data = data.assign_coords({dim: np.arange(data.sizes[dim])})
     return data.assign_coords(
@@ -80,7 +81,8 @@ def _variable(name: str, values: Tensor, out: bool) -> xr.DataArray:
     numbers = values.detach().cpu().numpy()
     dims: tuple[str, ...] = (first, "prompt")
     if numbers.ndim == 3:
-        numbers, dims = numbers.swapaxes(1, 2), (first, "head", "prompt")
+        inner = "token" if name in PER_TOKEN else "head"
+        numbers, dims = numbers.swapaxes(1, 2), (first, inner, "prompt")
     output = OUTPUTS[name]
     attributes = {"long_name": output.label, "units": output.unit}
     return xr.DataArray(numbers, dims=dims, attrs=attributes)
@@ -103,7 +105,8 @@ def by_recurrence(data: xr.Dataset) -> xr.Dataset:
     core = core.drop_vars([name for name in core.coords if "effective_layer" in core[name].dims])
     folded = core.coarsen(effective_layer=loop.k).construct(effective_layer=("recurrence", "layer"))
     folded = folded.assign_coords(recurrence=np.arange(loop.R), layer=np.arange(loop.k))
-    return folded.transpose("recurrence", "layer", "head", "prompt", missing_dims="ignore")
+    order = ("recurrence", "layer", "head", "token", "prompt")
+    return folded.transpose(*order, missing_dims="ignore")
 
 
 def geometry_of(data: xr.Dataset) -> LoopGeometry:

@@ -22,8 +22,8 @@ from tl_looped.errors import InputError
 from tl_looped.metrics.attention import attention_distance
 from tl_looped.metrics.inputs import at_least_fp32, check_choice, token_mask, token_mean
 
-StateForm = Literal["abs", "rel", "cosine"]
-Form = Literal["abs", "rel", "cosine", "attention"]
+StateForm = Literal["abs", "rel", "cosine", "direction"]
+Form = Literal["abs", "rel", "cosine", "direction", "attention"]
 Magnitude = Literal["mean", "max", "first", "rms"]
 
 States = Float[Tensor, "recurrence layer *batch pos d_model"]
@@ -75,7 +75,8 @@ def state_distance(
         x: States.
         reference: What they are compared with.
         form: ``abs``, ``||x - ref||``; ``rel``, each token's distance over its ``||ref||``;
-            ``cosine``, the similarity (1 means no angle).
+            ``cosine``, the similarity (1 means no angle); ``direction``, the distance of the unit
+            vectors, ``sqrt(2 - 2 cos)``, which keeps the digits that a cosine near 1 loses.
         mask: ``[..., pos]``, zero at padding.
     """
     check_choice("form", form, get_args(StateForm))
@@ -96,9 +97,16 @@ def distances(
         if "rel" in forms:
             found["rel"] = token_mean(step / reference.size, x.real, zero)
     if "cosine" in forms:
-        cosine = (x.unit * reference.unit).sum(-1, dtype=torch.float64).clamp(-1.0, 1.0)
-        found["cosine"] = token_mean(cosine, x.real, zero | (x.size == 0))
+        found["cosine"] = token_mean(token_cosine(x, reference), x.real, zero | (x.size == 0))
+    if "direction" in forms:
+        turn = norms(x.unit - reference.unit)
+        found["direction"] = token_mean(turn, x.real, zero | (x.size == 0))
     return found
+
+
+def token_cosine(x: Sized, reference: Sized) -> Float[Tensor, "*batch pos"]:
+    """Cosine of each token's two states; NaN where one is zero."""
+    return (x.unit * reference.unit).sum(-1, dtype=torch.float64).clamp(-1.0, 1.0)
 
 
 def successive_difference(
@@ -110,8 +118,8 @@ def successive_difference(
         states: States, or patterns ``[recurrence, layer, ..., head, query, key]`` for
             ``form="attention"``.
         form: ``abs``, mean over tokens of ``||x_r - x_(r-1)||``; ``rel``, each token's step over
-            its ``||x_r||``; ``cosine`` of ``x_r`` and ``x_(r-1)``; ``attention``, Frobenius
-            distance of the patterns, for each head.
+            its ``||x_r||``; ``cosine`` of ``x_r`` and ``x_(r-1)``; ``direction``, distance of their
+            unit vectors; ``attention``, Frobenius distance of the patterns, for each head.
         mask: ``[..., pos]``, zero at padding.
 
     Returns:

@@ -115,8 +115,7 @@ def stream_metrics(
         for batch in stream_batches(model, rows, metrics, StreamOptions(**options)):
             batches.append(batch)
             bar.update(batch.sizes["prompt"])
-    data = xr.concat(batches, "prompt", data_vars="minimal", coords="minimal", join="exact")
-    data = data.sortby("prompt")
+    data = join_batches(batches)
     return by_recurrence(data) if over == "recurrence" else data
 
 
@@ -141,6 +140,15 @@ def stream_batches(
     names = select(metrics)
     for numbers in batches_of([len(row) for row in rows], options):
         yield _run_batch(model, rows, numbers, names, options)
+
+
+def join_batches(batches: list[xr.Dataset]) -> xr.Dataset:
+    """The results of :func:`stream_batches` as one, in the order of the prompts.
+
+    Where there are numbers for each token, shorter prompts have NaN behind their last one.
+    """
+    data = xr.concat(batches, "prompt", data_vars="minimal", coords="minimal", join="outer")
+    return data.sortby("prompt")
 
 
 def batches_of(lengths: list[int], options: StreamOptions) -> list[list[int]]:

@@ -19,10 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.model.block import Block
 from tl_looped.model.context import RunContext
 from tl_looped.model.exit_gate import ExitReadout
-from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.norms import rms_norm
 from tl_looped.transformer.loop import LoopMixin, LoopRun
 
@@ -86,23 +84,9 @@ class LensesMixin(LoopMixin):
         self, x: Float[Tensor, "batch pos d_model"], context: RunContext
     ) -> Float[Tensor, "batch pos d_model"]:
         """The coda's layers without hooks."""
-        for block in self._lens_coda():
+        for block in self._silent_blocks("coda"):
             x = block(x, context)
         return x
-
-    def _lens_coda(self) -> list[Block]:
-        # Blocks of their own on the same weights, so that the model's hooks stay silent.
-        if getattr(self, "_coda_without_hooks", None) is None:
-            object.__setattr__(
-                self,
-                "_coda_without_hooks",
-                [
-                    Block(self.cfg, weights, LayerLocation("coda", None, i))
-                    for i, weights in enumerate(self._modules["coda"])
-                ],
-            )
-        blocks: list[Block] = self._coda_without_hooks
-        return blocks
 
     def exits(self, input: Any, **kwargs: Any) -> ExitReadout:
         """Gate logits and exit logits of every recurrence (Ouro).

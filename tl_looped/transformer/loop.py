@@ -8,6 +8,7 @@ the two compose to the whole run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import cast
@@ -17,8 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped.errors import InputError
+from tl_looped.model.block import Block, BlockWeights
 from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.context import RunContext
+from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.inputs import InputsMixin
@@ -154,3 +157,18 @@ class LoopMixin(InputsMixin):
 
     def _recurrence_hooks(self, r: int) -> RecurrenceHooks:
         return self._recurrence_pool[r]
+
+    def _silent_blocks(self, stage: str) -> list[Block]:
+        """A stage's layers without hooks: blocks of their own on the same weights."""
+        # Past nn.Module.__setattr__: they hold no parameters and are no part of the model.
+        if getattr(self, "_stages_without_hooks", None) is None:
+            object.__setattr__(self, "_stages_without_hooks", {})
+        stages: dict[str, list[Block]] = self._stages_without_hooks
+        if stage not in stages:
+            recurrence = 0 if stage == "core" else None
+            layers = cast(Iterable[BlockWeights], self._modules[stage])
+            stages[stage] = [
+                Block(self.cfg, weights, LayerLocation(stage, recurrence, i))
+                for i, weights in enumerate(layers)
+            ]
+        return stages[stage]

@@ -7,19 +7,16 @@ fires inside, so it can be iterated, differentiated and started anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.model.block import Block, BlockWeights
 from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.context import RunContext
-from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import rms_norm
 from tl_looped.transformer.loop import LoopMixin, LoopRun
@@ -168,20 +165,3 @@ class LoopMapMixin(LoopMixin):
         if self.cfg.initial_state is InitialState.RANDOM:
             return self.random_initial_state(run)
         return e
-
-    def _silent_blocks(self, stage: str) -> list[Block]:
-        """A stage's layers without hooks: blocks of their own on the same weights."""
-        # Past nn.Module.__setattr__: they hold no parameters and are no part of the model.
-        if getattr(self, "_stages_without_hooks", None) is None:
-            object.__setattr__(self, "_stages_without_hooks", {})
-        stages: dict[str, list[Block]] = self._stages_without_hooks
-        if stage not in stages:
-            recurrence = 0 if stage == "core" else None
-            stages[stage] = [
-                Block(self.cfg, weights, LayerLocation(stage, recurrence, i))
-                for i, weights in enumerate(self._layers_of(stage))
-            ]
-        return stages[stage]
-
-    def _layers_of(self, stage: str) -> Iterable[BlockWeights]:
-        return cast(Iterable[BlockWeights], self._modules[stage])
