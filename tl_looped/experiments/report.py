@@ -2,7 +2,7 @@
 
 The summary table comes first (:mod:`tl_looped.experiments.summary`), then every figure with its
 caption, command and settings, then attention views. The file needs no network and no other file:
-images are data URIs, an SVG among them, so that nothing inside it can run; a content security policy
+images are data URIs, SVGs too, so that nothing inside them can run; a content security policy
 allows the two scripts that draw attention, and nothing else. Every text from a file is escaped.
 
 What is read, for each run: ``results.nc``; ``figures/figNN.json`` with ``figNN.svg`` or
@@ -31,13 +31,8 @@ from tl_looped._version import __version__
 from tl_looped.errors import DataError
 from tl_looped.experiments import report_text
 from tl_looped.experiments.files import write_text
-from tl_looped.experiments.summary import (
-    RESULTS,
-    RunSummary,
-    read_results,
-    specification,
-    summarise,
-)
+from tl_looped.experiments.reading import RESULTS, read_results, specification
+from tl_looped.experiments.summary import RunSummary, summarise
 from tl_looped.plots.views import (
     DRAW,
     MAX_BYTES,
@@ -228,7 +223,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _figure(path: Path, anchor: str, root: Path) -> Exhibit:
     record = _read_record(path)
-    for suffix, kind, check in ((".svg", "svg+xml", _is_svg), (".png", "png", _is_png)):
+    for suffix, check in ((".svg", _is_svg), (".png", _is_png)):
         image = path.with_suffix(suffix)
         if image.is_file():
             content = image.read_bytes()
@@ -237,6 +232,7 @@ def _figure(path: Path, anchor: str, root: Path) -> Exhibit:
             break
     else:
         raise DataError(f"{path} has no figure {path.stem}.svg or {path.stem}.png beside it")
+    kind = "png" if image.suffix == ".png" else "svg+xml"
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return _exhibit(record, anchor, uri, image.relative_to(root))
 

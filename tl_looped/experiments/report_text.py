@@ -9,14 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tl_looped.experiments.summary import (
-    Median,
-    Mirroring,
-    MirroringTable,
-    Missing,
-    RunSummary,
-    Verdicts,
-)
+from tl_looped.experiments.mirrored import Mirroring, MirroringTable
+from tl_looped.experiments.reading import Missing
+from tl_looped.experiments.summary import Median, RunSummary, Verdicts
 from tl_looped.metrics.convergence import Verdict
 
 NOT_COMPUTED = "not computed"
@@ -155,6 +150,10 @@ def _verdict(found: Verdicts | Missing) -> Cell:
     if found.n_settled:
         at = f"{found.settled_at:g}"
         notes.append(f"settles at recurrence {at} (median of {found.n_settled}, 0-based)")
+    if found.confirmed is None:
+        notes.append("the results do not say whether a run twice as long confirmed it")
+    elif not found.confirmed:
+        notes.append("not checked against a run of twice the recurrences")
     bar = tuple((100 * m / found.n, VERDICTS[v].css) for v, m in found.counts.items())
     return Cell(label, f"{VERDICTS[first].word}: {n} of {found.n}", "; ".join(notes), bar=bar)
 
@@ -211,10 +210,16 @@ def is_mirrored(summary: RunSummary) -> bool:
 
 @dataclass(frozen=True)
 class MirroringText:
-    """The mirroring scores of one run: a caption, lines of cells, and what is missing."""
+    """The mirroring scores of one run.
+
+    Args:
+        caption: What was compared, and how.
+        lines: A metric each: its label, then pairs of a column's label and the text.
+        notes: What is missing, and why.
+    """
 
     caption: str
-    lines: tuple[tuple[str, str, str, str], ...]
+    lines: tuple[tuple[Any, ...], ...]
     notes: tuple[str, ...]
 
 
@@ -226,9 +231,9 @@ def mirroring(summary: RunSummary) -> MirroringText:
     lines = tuple(
         (
             s.label,
-            correlation(s.score),
-            interval(s),
-            f"recurrence {s.best[0]}, {correlation(s.best[1])}",
+            ("Score", correlation(s.score)),
+            ("Interval over prompts", interval(s)),
+            ("Most alike", f"recurrence {s.best[0]}, {correlation(s.best[1])}"),
         )
         for s in table.scores
     )
@@ -241,6 +246,7 @@ def mirroring(summary: RunSummary) -> MirroringText:
     ]
     caption = (
         f"{summary.run} against {table.against}: bootstrap over {first.n_prompts[0]} and "
-        f"{first.n_prompts[1]} prompts, {first.n_resamples:,} resamples, seed {first.seed}, {drawn}."
+        f"{first.n_prompts[1]} prompts, {first.n_resamples:,} resamples, seed {first.seed}, "
+        f"{drawn}."
     )
     return MirroringText(caption, lines, tuple(notes))

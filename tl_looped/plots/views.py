@@ -245,7 +245,7 @@ def json_in_html(value: Any) -> str:
 
 @cache
 def drawing_script() -> str:
-    """circuitsvis's script as its package ships it, fit to stand inside a script element.
+    """The script of circuitsvis as its package ships it, fit to stand inside a script element.
 
     Raises:
         DataError: if the package or the script is missing.
