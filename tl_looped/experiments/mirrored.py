@@ -2,11 +2,12 @@
 
 Decisions, ours:
 
-- The mirroring score of a metric is Pearson's r between the mean curves over prompts (heads averaged first) of
-  ``[prelude, block_r, coda]`` and of the feedforward model, both read off at 101 depths as in
-  :func:`tl_looped.metrics.mirroring.mirroring_score`, then averaged over the recurrences. Its
-  interval is a percentile bootstrap over prompts: it says how the score depends on the prompts, and
-  nothing about other checkpoints. Two curves that both rise correlate whatever they mean.
+- A *feedforward* result is one of a core without prelude and coda that ran once.
+- The score of a metric is Pearson's r between the mean curves over prompts (heads averaged first)
+  of ``[prelude, block_r, coda]`` and of the feedforward model, both read off at 101 depths as in
+  :func:`tl_looped.metrics.mirroring.mirroring_score`, then averaged over the recurrences.
+- Its interval is a percentile bootstrap over prompts: it says how the score depends on the prompts,
+  and nothing about other checkpoints. Two curves that both rise correlate whatever they mean.
 - Where both results name the same prompts, a resample draws the same prompts for both.
 """
 

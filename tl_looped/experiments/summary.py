@@ -58,7 +58,7 @@ class Median:
 
     Args:
         value: The median; may be infinite.
-        low, high: Quartiles.
+        low, high: Quartiles, outwards to the next value of the data.
         n: Prompts that have it.
         of: Prompts.
     """
@@ -159,8 +159,9 @@ def _median(data: xr.Dataset, name: str) -> Median | Missing:
     there = values[~np.isnan(values)]
     if not len(there):
         return Missing(f"{name} is undefined for every prompt: too few steps above the noise")
-    # Quartiles that are values of the data: halfway to infinity is no number.
-    low, high = np.quantile(there, (0.25, 0.75), method="closest_observation")
+    # Quartiles that are values of the data, outwards: halfway to infinity is no number.
+    low = np.quantile(there, 0.25, method="lower")
+    high = np.quantile(there, 0.75, method="higher")
     return Median(float(np.median(there)), float(low), float(high), len(there), len(values))
 
 

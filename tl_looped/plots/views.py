@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,7 @@ def view_page(view: AttentionView, max_bytes: int = MAX_BYTES) -> str:
         drawing=scripts[0],
         draw=scripts[1],
     )
+    page = page.encode("utf-8", "replace").decode()  # half of a surrogate pair has no UTF-8
     size = len(page.encode())
     if size > max_bytes:
         n, length = view.thousandths.shape[:2]
@@ -243,7 +244,7 @@ def json_in_html(value: Any) -> str:
     return text
 
 
-@cache
+@lru_cache(maxsize=1)
 def drawing_script() -> str:
     """The script of circuitsvis as its package ships it, fit to stand inside a script element.
 
