@@ -274,10 +274,16 @@ def run(tmp_path: Path) -> Path:
     return add_run(tmp_path / "run", result())
 
 
+def _keep(name: str) -> bool:
+    return name.endswith(("hook_pattern", "hook_resid_post"))
+
+
 def test_the_report_of_a_real_run(tmp_path: Path) -> None:
     model = LoopedTransformer.from_pretrained("demo", device="cpu")
     with torch.inference_mode():
-        cache = model.run_with_cache(read_prompts()[0], n_recurrences=3, state_seed=0)[1]
+        cache = model.run_with_cache(
+            read_prompts()[0], n_recurrences=3, state_seed=0, names_filter=_keep
+        )[1]
         data = over_cache(cache, "stage", over="depth")
         matrix = pairwise_residual_cosine(cache.stack_activation("resid_post")).numpy()
     data["pairwise_residual_cosine"] = ("effective_layer", "other_layer"), matrix
