@@ -46,12 +46,14 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 _DRAW_WHEN_OPENED = """
 for (const box of document.querySelectorAll("details.attention")) {
-  box.addEventListener("toggle", () => {
+  const draw = () => {
     if (!box.open || box.dataset.drawn) return;
     box.dataset.drawn = "yes";
     const target = box.querySelector(".view").id;
     drawView(target, JSON.parse(document.getElementById(target + "-data").textContent));
-  });
+  };
+  box.addEventListener("toggle", draw);
+  draw();  // a browser may have opened it again before this script ran
 }
 """
 
