@@ -1,0 +1,252 @@
+"""The report's numbers as text: words for verdicts, three significant digits, reasons for gaps."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tl_looped.experiments.mirrored import Mirroring, MirroringTable
+from tl_looped.experiments.reading import Missing
+from tl_looped.experiments.summary import Median, RunSummary, Verdicts
+from tl_looped.metrics.convergence import Verdict
+
+NOT_COMPUTED = "not computed"
+_DIGITS = 3
+
+
+@dataclass(frozen=True)
+class VerdictText:
+    """How a verdict is called, explained and coloured."""
+
+    word: str
+    meaning: str
+    css: str
+
+
+VERDICTS = {
+    Verdict.CONVERGED: VerdictText(
+        "fixed point", "the steps became small and stay so, and nothing moves after them", "good"
+    ),
+    Verdict.PROJECTIVE: VerdictText(
+        "fixed direction", "the direction settles while the norm keeps growing", "near"
+    ),
+    Verdict.DEGENERATE: VerdictText(
+        "shared fixed point", "it settles, and all layers share one limit", "near"
+    ),
+    Verdict.ORBIT: VerdictText("orbit", "the state keeps coming back to where it was", "turn"),
+    Verdict.DRIFT: VerdictText("drift", "the state moves on along a straight line", "away"),
+    Verdict.NOT_CONVERGED: VerdictText(
+        "not converged", "none of these; a loop that is still contracting included", "away"
+    ),
+    Verdict.UNDEFINED: VerdictText(
+        "undefined", "a state is not finite, or there are fewer than four recurrences", "none"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the summary table.
+
+    Args:
+        label: Heading of its column.
+        main: The number, or "not computed".
+        note: Spread, counts or the reason, in small type.
+        missing: Whether the number is missing.
+        bar: Shares of the verdicts, in percent, with their colour.
+    """
+
+    label: str
+    main: str
+    note: str = ""
+    missing: bool = False
+    bar: tuple[tuple[float, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run in the summary table."""
+
+    run: str
+    anchor: str
+    model: str
+    shape: str
+    prompts: str
+    feedforward: bool
+    cells: tuple[Cell, ...]
+
+
+def digits(x: float) -> str:
+    """Three significant digits, without an exponent where it can be read without one."""
+    if math.isnan(x):
+        return "undefined"
+    if math.isinf(x):
+        return "∞" if x > 0 else "−∞"
+    if x == 0:
+        return "0"
+    text = f"{x:#.{_DIGITS}g}".rstrip(".")
+    if "e" in text:
+        if 1e-4 <= abs(x) < 1e6:
+            return f"{float(text):.0f}".replace("-", "−")
+        mantissa, exponent = text.split("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    return text.replace("-", "−")
+
+
+def correlation(x: float) -> str:
+    """Two decimals: a correlation's scale is known."""
+    return "undefined" if math.isnan(x) else f"{x:.2f}".replace("-", "−")
+
+
+def count(n: int, what: str) -> str:
+    """``1 prompt``, ``2 prompts``."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def value(x: Any) -> str:
+    """A setting as text: strings as they are, whole numbers whole, the rest as JSON."""
+    if isinstance(x, np.generic | np.ndarray):
+        x = x.tolist()
+    if isinstance(x, str):
+        return x
+    return json.dumps(x, ensure_ascii=False, default=str)
+
+
+def row(summary: RunSummary, anchor: str) -> Row:
+    """A run's row of the summary table."""
+    return Row(
+        run=summary.run,
+        anchor=anchor,
+        model=summary.model,
+        shape=f"{summary.loop.n_layers} layers, feedforward"
+        if summary.feedforward
+        else f"{summary.loop}",
+        prompts=count(summary.n_prompts, "prompt"),
+        feedforward=summary.feedforward,
+        cells=(
+            _verdict(summary.verdicts),
+            _rate(summary.rate),
+            _half_life(summary.half_life),
+            _cyclicity(summary.cyclicity),
+            _mirroring(summary.mirroring),
+        ),
+    )
+
+
+def _missing(label: str, missing: Missing) -> Cell:
+    return Cell(label, NOT_COMPUTED, missing.reason, missing=True)
+
+
+def _verdict(found: Verdicts | Missing) -> Cell:
+    label = "Fixed point"
+    if isinstance(found, Missing):
+        return _missing(label, found)
+    (first, n), *others = found.counts.items()
+    notes = [f"{VERDICTS[v].word}: {m}" for v, m in others]
+    if found.n_settled:
+        at = f"{found.settled_at:g}"
+        notes.append(f"settles at recurrence {at} (median of {found.n_settled}, 0-based)")
+    if found.confirmed is None:
+        notes.append("the results do not say whether a run twice as long confirmed it")
+    elif not found.confirmed:
+        notes.append("not checked against a run of twice the recurrences")
+    bar = tuple((100 * m / found.n, VERDICTS[v].css) for v, m in found.counts.items())
+    return Cell(label, f"{VERDICTS[first].word}: {n} of {found.n}", "; ".join(notes), bar=bar)
+
+
+def _quartiles(found: Median) -> str:
+    text = f"quartiles {digits(found.low)} to {digits(found.high)}"
+    return text if found.n == found.of else f"{text}; {found.n} of {found.of} prompts have one"
+
+
+def _rate(found: Median | Missing) -> Cell:
+    label = "Rate"
+    if isinstance(found, Missing):
+        return _missing(label, found)
+    return Cell(label, digits(found.value), _quartiles(found))
+
+
+def _half_life(found: Median | Missing) -> Cell:
+    label = "Half-life"
+    if isinstance(found, Missing):
+        return _missing(label, found)
+    if math.isinf(found.value):
+        return Cell(label, "∞", f"steps do not shrink; {_quartiles(found)}")
+    return Cell(label, f"{digits(found.value)} recurrences", _quartiles(found))
+
+
+def _cyclicity(found: float | Missing) -> Cell:
+    label = "Cyclicity"
+    if isinstance(found, Missing):
+        return _missing(label, found)
+    return Cell(label, correlation(found) if abs(found) >= 0.01 else digits(found))
+
+
+def interval(score: Mirroring) -> str:
+    """The interval, or why there is none."""
+    if math.isnan(score.low):
+        return "no interval: one prompt, or curves without spread"
+    ends = f"{correlation(score.low)} to {correlation(score.high)}"
+    return f"{100 * score.confidence:g} % interval {ends}"
+
+
+def _mirroring(found: MirroringTable | Missing) -> Cell:
+    label = "Mirroring score"
+    if isinstance(found, Missing):
+        return _missing(label, found)
+    score = found.scores[0]
+    name = score.label.split("(")[0].strip()
+    return Cell(label, correlation(score.score), f"{interval(score)}; {name}, {found.against}")
+
+
+def is_mirrored(summary: RunSummary) -> bool:
+    """Whether a run has a mirroring score."""
+    return isinstance(summary.mirroring, MirroringTable)
+
+
+@dataclass(frozen=True)
+class MirroringText:
+    """The mirroring scores of one run.
+
+    Args:
+        caption: What was compared, and how.
+        lines: A metric each: its label, then pairs of a column's label and the text.
+        notes: What is missing, and why.
+    """
+
+    caption: str
+    lines: tuple[tuple[Any, ...], ...]
+    notes: tuple[str, ...]
+
+
+def mirroring(summary: RunSummary) -> MirroringText:
+    """The table of one run's mirroring scores, a metric a line."""
+    table = summary.mirroring
+    assert isinstance(table, MirroringTable)
+    first = table.scores[0]
+    lines = tuple(
+        (
+            s.label,
+            ("Score", correlation(s.score)),
+            ("Interval over prompts", interval(s)),
+            ("Most alike", f"recurrence {s.best[0]}, {correlation(s.best[1])}"),
+        )
+        for s in table.scores
+    )
+    drawn = "the same prompts for both" if first.paired else "prompts of each by themselves"
+    notes = [f"{m}: {NOT_COMPUTED}, {gap.reason}" for m, gap in table.without.items()]
+    notes += [
+        f"{s.metric}: {s.left_out[0]} and {s.left_out[1]} prompts left out, values not finite"
+        for s in table.scores
+        if any(s.left_out)
+    ]
+    caption = (
+        f"{summary.run} against {table.against}: bootstrap over {first.n_prompts[0]} and "
+        f"{first.n_prompts[1]} prompts, {first.n_resamples:,} resamples, seed {first.seed}, "
+        f"{drawn}."
+    )
+    return MirroringText(caption, lines, tuple(notes))
