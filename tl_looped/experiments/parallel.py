@@ -77,3 +77,8 @@ class Workers:
         """Until all processes are here."""
         if self.state is not None:
             self.state.wait_for_everyone()
+
+    def close(self) -> None:
+        """End the launch; without it PyTorch warns about the process group when it exits."""
+        if self.state is not None:
+            self.state.destroy_process_group()

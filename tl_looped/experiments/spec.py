@@ -37,6 +37,16 @@ SOURCES = ("bundled", "sentence", "gsm8k", "hellaswag", "file", "text")
 KINDS = ("looped", "feedforward")
 EXTRAS = ("convergence", "limiting", "neurons", "pairwise", "pca", "tokens")
 
+DEFAULT_METRICS = (
+    "stage",
+    "magnitude",
+    "successive",
+    "fixed_point",
+    # In these forms what stage clusters are made from does not depend on length or width.
+    "mixing_per_row",
+    "entropy_norm_max",
+)
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -142,7 +152,7 @@ class Experiment:
     prompts: PromptSet = field(default_factory=PromptSet)
     recurrences: int | None = None
     reference_recurrences: int | None = None
-    metrics: tuple[str, ...] = ("stage", "magnitude", "successive", "fixed_point")
+    metrics: tuple[str, ...] = DEFAULT_METRICS
     extras: tuple[str, ...] = ()
     initial_state: str = "model"
     state_seed: int = 0

@@ -1,47 +1,16 @@
-"""Command line: ``tl-looped demo`` and ``tl-looped train-demo``."""
+"""``tl-looped demo`` and ``tl-looped train-demo``."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tl_looped._version import __version__
-from tl_looped.errors import TLLoopedError
-
-app = typer.Typer(
-    help="Looped language models in TransformerLens.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-console = Console()
+from tl_looped.cli.console import console, progress_bar
 
 
-def _print_version(wanted: bool | None) -> None:
-    if wanted:
-        console.print(f"tl-looped {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool | None,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = None,
-) -> None:
-    """Looped language models in TransformerLens."""
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for figures and numbers.")] = Path(
         "demo-report"
@@ -56,7 +25,7 @@ def demo(
     make_folder(out)
     model = LoopedTransformer.from_pretrained("demo", device="cpu")
     prompts = read_prompts()
-    with _progress() as progress:
+    with progress_bar() as progress:
         result = run_demo(
             model, prompts, track=lambda items: progress.track(items, description="word problems")
         )
@@ -66,7 +35,6 @@ def demo(
     console.print(f"The report is in [bold]{out.resolve()}[/bold]", soft_wrap=True)
 
 
-@app.command("train-demo")
 def train_demo_command(
     data: Annotated[
         Path, typer.Argument(help="jsonl with question and answer, GSM8K's train split.")
@@ -81,7 +49,7 @@ def train_demo_command(
     from tl_looped.training.demo import SPEC, train_demo
 
     make_folder(out)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("training", total=SPEC.steps)
 
         def report(entry: dict[str, Any]) -> None:
@@ -92,11 +60,6 @@ def train_demo_command(
         train_demo(data, out, SPEC, report)
     bundle = bundle_demo(out, data, SPEC, out / "bundle")
     console.print(f"The model and its card are in [bold]{bundle.resolve()}[/bold]", soft_wrap=True)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
 def _demo_table(result: Any) -> Table:
@@ -112,12 +75,3 @@ def _demo_table(result: Any) -> Table:
         cells = [result.grid(m)[r].mean() for m in ("colsum_concentration", "step", "distance")]
         table.add_row(str(r), *("-" if c != c else f"{c:.4g}" for c in cells))
     return table
-
-
-def main() -> None:
-    """Entry point: errors of the package are one message, not a traceback."""
-    try:
-        app()
-    except TLLoopedError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {error}", soft_wrap=True)
-        sys.exit(1)
