@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(prompts, uninterrupted, tmp_path:
     )
     try:
         deadline = time.monotonic() + 300
-        while len(list(tmp_path.glob("*/parts/*.nc"))) < 2:
+        while len(list(tmp_path.glob("*/parts/*.npz"))) < 2:
             assert process.poll() is None, "the process ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(prompts, uninterrupted, tmp_path:
     assert process.returncode == -signal.SIGKILL
     (folder,) = tmp_path.iterdir()
     assert not (folder / "results.nc").exists()
-    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("parts/*.nc")}
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("parts/*.npz")}
     assert 2 <= len(before) < 12
     resumed = run(prompts, tmp_path)
     assert resumed.identical(uninterrupted)

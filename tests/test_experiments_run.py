@@ -121,6 +121,15 @@ def test_limiting_needs_a_window_and_says_so_at_once(tiny, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_a_part_comes_back_as_it_was(tiny, tmp_path: Path) -> None:
+    data = stream_metrics(tiny, list(TEXTS), "all", over="depth", n_recurrences=3)
+    path = store.write_part(data.assign_coords(label=data["label"]), tmp_path / "a.npz")
+    assert store.read_part(path).identical(data)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"a\.npz is damaged"):
+        store.read_part(path)
+
+
 # -- stopping and going on ----------------------------------------------------------------------
 
 
@@ -138,7 +147,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         run_experiment(spec, tmp_path / "a", model=tiny, batch_size=2, watch=Watch(advance=stop))
     (folder,) = (tmp_path / "a").iterdir()
-    assert len(list((folder / "parts").glob("*.nc"))) == 1
+    assert len(list((folder / "parts").glob("*.npz"))) == 1
     assert not (folder / "results.nc").exists()
     seen: list[tuple[int, int]] = []
     done: list[int] = []
@@ -155,7 +164,7 @@ def test_a_damaged_part_is_run_again(tiny, tmp_path: Path, notices: list[str]) -
 
     with pytest.raises(KeyboardInterrupt):
         run_experiment(SPEC, tmp_path, model=tiny, batch_size=1, watch=Watch(advance=stop))
-    (part,) = tmp_path.glob("*/parts/*.nc")
+    (part,) = tmp_path.glob("*/parts/*.npz")
     part.write_bytes(part.read_bytes()[:1000])
     run = run_experiment(SPEC, tmp_path, model=tiny, watch=watch_of(notices))
     assert "damaged" in notices[0]

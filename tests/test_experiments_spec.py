@@ -221,6 +221,8 @@ def test_the_papers_runs_have_their_figures() -> None:
         parse_models(",")
     runs = paper_runs("huginn", PromptSet("gsm8k"), PromptSet("hellaswag"))
     assert [run.spec.recurrences for run in runs] == [8, 32, 128, 128, 8]
+    ouro = paper_runs("ouro-1.4b", PromptSet("gsm8k"), None)
+    assert [run.spec.prompts.label for run in ouro] == ["gsm8k", "gsm8k", "sentence", "text"]
     assert "pairwise" in runs[0].spec.extras
     assert "convergence" in runs[2].spec.extras
     drawn = {

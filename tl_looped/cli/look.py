@@ -19,10 +19,11 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
 ) -> None:
     """Write the HTML report of a run, or of all runs in a folder."""
-    from tl_looped.experiments.report import write_report
     from tl_looped.experiments.store import find_runs
 
     find_runs(folder)  # says what is missing
+    from tl_looped.experiments.report import write_report
+
     console.print(f"The report is [bold]{write_report(folder).resolve()}[/bold]", soft_wrap=True)
 
 

@@ -5,9 +5,10 @@ Both give the same kind of result, by depth; a feedforward model is a core that 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,26 +38,31 @@ from tl_looped.model.config import parse_dtype
 from tl_looped.transformer import LoopedTransformer
 
 PAIRWISE = ("pairwise_attention_distance", "pairwise_residual_cosine")
-Row = Int[Tensor, " pos"]
+Row = Int[Tensor, " _"]  # of any length, each of its own
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """A model as the runner uses it."""
 
     model: Any
 
+    @abstractmethod
     def tokens(self, text: str) -> tuple[Row, bool]:
         """Tokens of a prompt, cut to the context, and whether they were."""
 
+    @abstractmethod
     def run(self, rows: list[Row]) -> xr.Dataset:
         """Metrics by depth of one batch; ``prompt`` counts within ``rows``."""
 
+    @abstractmethod
     def pairwise(self, row: Row) -> xr.Dataset:
         """The matrices over all pairs of layers, of one prompt."""
 
+    @abstractmethod
     def path(self, row: Row) -> dict[str, Any]:
         """Variables of the PCA of the last token's path."""
 
+    @abstractmethod
     def neurons(self) -> xr.Dataset:
         """Prediction and suppression fractions by unique layer."""
 
@@ -145,7 +151,7 @@ def tokenize(engine: Engine, prompts: Prompts, too_long: str) -> tuple[list[Row]
     return rows, numbers, n_cut
 
 
-class LoopedEngine:
+class LoopedEngine(Engine):
     """A looped model, through ``tl_looped.metrics.stream_batches``."""
 
     def __init__(self, model: LoopedTransformer, spec: Experiment) -> None:
@@ -219,7 +225,7 @@ class LoopedEngine:
         return _neurons(prediction_suppression_by_layer(self.model))
 
 
-class FeedforwardEngine:
+class FeedforwardEngine(Engine):
     """A TransformerBridge, through its cache; one that fits in memory batch by batch."""
 
     def __init__(self, bridge: Any, spec: Experiment) -> None:

@@ -106,9 +106,9 @@ def _with_extras(
         data = data.assign(engine.path(rows[0]))
     if "neurons" in spec.extras:
         found = engine.neurons()
-        data = _beside(
-            data, found.assign_attrs({f"neurons_{k}": v for k, v in found.attrs.items()})
-        )
+        settings = {f"neurons_{key}": value for key, value in found.attrs.items()}
+        settings["kurtosis_threshold"] = found.attrs["threshold"]
+        data = _beside(data, found.assign_attrs(settings))
     return data
 
 

@@ -32,7 +32,7 @@ FIGURES: dict[int, Needs] = {
     **dict.fromkeys((2, 19, 20, 21), _MATRICES),
     **dict.fromkeys((3, 24, 25), _STEPS),
     **dict.fromkeys((4, 22, 23), _DISTANCES),
-    **dict.fromkeys((5, 26, 27, 28), _PATH),
+    **dict.fromkeys((5, 15, 26, 27, 28), _PATH),
     **dict.fromkeys((7, 8, 11, 12, *range(34, 40), *range(42, 53)), Needs()),
     9: Needs(("magnitude",)),
     **dict.fromkeys((13, 14, 16, 17, 18), _TOKENS),
@@ -79,21 +79,22 @@ class PaperRun:
 
 @dataclass(frozen=True)
 class _Figures:
-    """Figures of one model: at 8, 32 and 128 recurrences, on the test sentence, on HellaSwag."""
+    """Figures of one model: at 8, 32, 128 recurrences, and on its other prompts."""
 
     eight: tuple[int, ...]
     thirty_two: tuple[int, ...] = ()
     many: tuple[int, ...] = ()
     sentence: tuple[int, ...] = ()
     hellaswag: tuple[int, ...] = ()
+    root: tuple[int, ...] = ()
 
 
 _LONG = (3, 4, 22, 23, 24, 25)
 PAPER: dict[str, _Figures] = {
     "demo": _Figures((2, 7, 19, 33, 34, 37), (20, 21), (*_LONG, 9, 11, 12, 13, 14, 49, 52), (5,)),
-    "ouro-1.4b": _Figures((2, 19, 33, 34, 35), (), (*_LONG, 11, 12, 47, 50), (26,), (42,)),
+    "ouro-1.4b": _Figures((2, 19, 33, 34, 35), (), (*_LONG, 11, 12, 47, 50), (26,), (42,), (28,)),
     "huginn": _Figures(
-        (2, 19, 33, 34, 36), (20, 21), (*_LONG, 13, 14, 16, 17, 48, 51), (27,), (43,)
+        (2, 19, 33, 34, 36), (20, 21), (*_LONG, 13, 14, 16, 17, 48, 51), (15, 27), (43,)
     ),
     "recurrent-llama-3.2": _Figures(
         (2, 7, 19, 33, 34, 37), (20, 21), (*_LONG, 9, 11, 12, 18, 49, 52), (5,), (44,)
@@ -138,12 +139,14 @@ def paper_runs(
     """
     figures = PAPER[model]
     sentence = PromptSet("sentence")
+    root = PromptSet("text", texts=("The square root of 16 is",))
     verdicts = ("convergence",)
     wanted = [
         (8, prompts, figures.eight, ()),
         (32, prompts, figures.thirty_two, ()),
         (128, prompts, figures.many, verdicts),
         (128, sentence, figures.sentence, ()),
+        (128, root, figures.root, ()),
         (8, hellaswag, figures.hellaswag, ()),
     ]
     return [

@@ -303,16 +303,16 @@ class _Job:
 
     def _save(self, data: xr.Dataset, batch: list[int]) -> None:
         name = hashlib.sha256(str(batch).encode()).hexdigest()[:12]
-        store.write_dataset(data, self.folder / f"{batch[0]:06d}-{name}.nc")
+        store.write_part(data, self.folder / f"{batch[0]:06d}-{name}{store.PART_SUFFIX}")
 
     def _part_files(self) -> list[Path]:
         # By the first prompt of each, so that sums over parts have one order.
-        return sorted(self.folder.glob("*.nc"))
+        return sorted(self.folder.glob("*" + store.PART_SUFFIX))
 
     def _prompts_of(self, path: Path) -> list[int]:
         """The prompts that a part holds; none, and the part is gone, if it cannot be read."""
         try:
-            return [int(n) for n in store.read_dataset(path)["prompt"].values]
+            return [int(n) for n in store.read_part(path)["prompt"].values]
         except DataError as error:
             self.watch.say(f"{error}; its prompts are run again")
             path.unlink(missing_ok=True)
@@ -320,7 +320,7 @@ class _Job:
 
     def parts(self) -> list[xr.Dataset]:
         """All parts."""
-        return [store.read_dataset(path) for path in self._part_files()]
+        return [store.read_part(path) for path in self._part_files()]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
