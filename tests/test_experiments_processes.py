@@ -16,8 +16,8 @@ import xarray as xr
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 
-RECURRENCES = 24
-PROMPTS = [f"Tom has {n} pens and {'2 more ' * (n % 4)}boxes." for n in range(24)]
+RECURRENCES = 6
+PROMPTS = [f"Tom has {n} pens and {'2 more ' * (n % 4)}boxes." for n in range(20)]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the same sums as in this process
     "ACCELERATE_DISABLE_RICH": "1",
@@ -74,7 +74,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(prompts, uninterrupted, tmp_path:
     (folder,) = tmp_path.iterdir()
     assert not (folder / "results.nc").exists()
     before = {file.name: file.stat().st_mtime_ns for file in folder.glob("parts/*.npz")}
-    assert 2 <= len(before) < 12
+    assert 2 <= len(before) < 10
     resumed = run(prompts, tmp_path)
     assert resumed.identical(uninterrupted)
     assert not (folder / "parts").exists()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tl_looped.errors import TLLoopedError
+from tl_looped.errors import InputError
 from tl_looped.experiments.files import make_folder
 from tl_looped.experiments.store import write_bytes
 
@@ -64,6 +64,6 @@ def draw_figures(
     for number in numbers:
         try:
             images += save_figures(draw(number, data), folder, command)
-        except TLLoopedError as error:
+        except InputError as error:
             say(f"figure {number}: {error}")
     return images

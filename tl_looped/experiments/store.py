@@ -125,7 +125,8 @@ def read_part(path: Path) -> xr.Dataset:
         DataError: if it is damaged or of another format.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # From memory: numpy leaves the file open where it is damaged.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             if about["format"] != FORMAT:
                 raise DataError(f"{path} has format {about['format']}, not {FORMAT}")
