@@ -16,8 +16,8 @@ import xarray as xr
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 
-RECURRENCES = 6
-PROMPTS = [f"Tom has {n} pens and {'2 more ' * (n % 4)}boxes." for n in range(20)]
+RECURRENCES = 4
+PROMPTS = [f"Tom has {n} pens and {'2 more ' * (n % 4)}boxes." for n in range(16)]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the same sums as in this process
     "ACCELERATE_DISABLE_RICH": "1",
@@ -74,16 +74,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(prompts, uninterrupted, tmp_path:
     (folder,) = tmp_path.iterdir()
     assert not (folder / "results.nc").exists()
     before = {file.name: file.stat().st_mtime_ns for file in folder.glob("parts/*.npz")}
-    assert 2 <= len(before) < 10
+    assert 2 <= len(before) < 8
     resumed = run(prompts, tmp_path)
     assert resumed.identical(uninterrupted)
     assert not (folder / "parts").exists()
 
 
 def test_two_processes_give_what_one_gives(prompts, uninterrupted, tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0"]  # fmt: skip
+    # What accelerate launch calls on several devices; on CPUs it would start a single process.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run(
         [sys.executable, *launch, *command(prompts, tmp_path)],
         env=os.environ | ENVIRONMENT,
@@ -93,5 +92,7 @@ def test_two_processes_give_what_one_gives(prompts, uninterrupted, tmp_path: Pat
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("Results are in") == 1
+    assert "process 1 of 2" in finished.stdout
+    assert f"{len(PROMPTS)}/{len(PROMPTS)}" not in finished.stdout  # not all by the first one
     (path,) = tmp_path.glob("*/results.nc")
     assert xr.load_dataset(path, engine="h5netcdf").identical(uninterrupted)

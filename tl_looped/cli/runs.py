@@ -157,6 +157,7 @@ def run_all(
     try:
         for spec, figures in wanted:
             what = f"{spec.model}, {spec.prompts.label}"
+            what += f", process 1 of {workers.world}" if workers.world > 1 else ""
             with watched(what, workers.first) as watch:
                 made = run_experiment(spec, out, device=device, batch_size=size, watch=watch)
             _finish(made, figures, workers)

@@ -1,5 +1,7 @@
 """Several processes on the same prompts: ``accelerate launch -m tl_looped ...``.
 
+On GPUs by ``accelerate launch``; on CPUs by ``torchrun --nproc-per-node 2 -m tl_looped ...``, since
+``accelerate launch --cpu`` starts a single process unless MPI is there.
 Every process runs the batches that its number selects and writes its own part files into the
 shared folder; the first process joins them. The batches are those of a single process, so that the
 results are the same. Outside of a launch nothing of accelerate is imported.
