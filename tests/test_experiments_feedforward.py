@@ -64,7 +64,7 @@ def runs(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_metrics_are_those_of_transformers_own_run(llama: Path, runs: Path) -> None:
-    (data,) = (d for n, d in load_runs([runs]).items() if n.startswith("llama"))
+    (data,) = (d for d in load_runs([runs]).values() if d.attrs["kind"] == "feedforward")
     model = LlamaForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
     tokenizer = LoopedTransformer.from_pretrained("demo", device="meta").tokenizer
     assert (data.attrs["kind"], data.attrs["n_core"]) == ("feedforward", LAYERS)
