@@ -108,7 +108,7 @@ def write_part(data: xr.Dataset, path: Path) -> Path:
     """
     attributes = {key: _plain(value) for key, value in data.attrs.items()}
     about: dict[str, Any] = {"format": FORMAT, "attrs": attributes, "variables": {}}
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for n, (name, values) in enumerate(data.variables.items()):
         arrays[f"v{n}"] = values.values
         is_coordinate = name in data.coords
