@@ -11,12 +11,8 @@ import numpy as np
 import xarray as xr
 
 from tl_looped.errors import DataError
+from tl_looped.experiments.store import FORMAT
 from tl_looped.metrics.labels import geometry_of
-
-FORMAT = 1
-"""Version of the result files that can be read: their attribute ``format``."""
-
-RESULTS = "results.nc"
 
 
 @dataclass(frozen=True)

@@ -1,71 +1,16 @@
-"""Command line: ``tl-looped demo``, ``train``, ``train-demo`` and ``train-section51``."""
+"""``tl-looped train``, ``train-demo`` and ``train-section51``."""
 
 from __future__ import annotations
 
 import os
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from tl_looped._version import __version__
-from tl_looped.errors import TLLoopedError
-
-app = typer.Typer(
-    help="Looped language models in TransformerLens.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-console = Console()
-
-
-def _print_version(wanted: bool | None) -> None:
-    if wanted:
-        console.print(f"tl-looped {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool | None,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = None,
-) -> None:
-    """Looped language models in TransformerLens."""
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for figures and numbers.")] = Path(
-        "demo-report"
-    ),
-) -> None:
-    """Run the bundled model on 32 bundled word problems at 32 recurrences."""
-    # Imported here: `--help` and a mistyped option answer at once.
-    from tl_looped.experiments.demo import read_prompts, run_demo, write_demo
-    from tl_looped.experiments.files import make_folder
-    from tl_looped.transformer import LoopedTransformer
-
-    make_folder(out)
-    model = LoopedTransformer.from_pretrained("demo", device="cpu")
-    prompts = read_prompts()
-    with _progress() as progress:
-        result = run_demo(
-            model, prompts, track=lambda items: progress.track(items, description="word problems")
-        )
-    console.print(_demo_table(result))
-    for path in write_demo(result, out):
-        console.print(f"  {path.name}", highlight=False)
-    console.print(f"The report is in [bold]{out.resolve()}[/bold]", soft_wrap=True)
+from tl_looped.cli.console import console
 
 
 class LossName(str, Enum):
@@ -76,7 +21,6 @@ class LossName(str, Enum):
     EXIT = "exit"
 
 
-@app.command("train")
 def train_command(
     data: Annotated[str, typer.Argument(help=".txt or .jsonl, a folder of them, or hub:NAME.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted one goes on.")],
@@ -145,7 +89,6 @@ def train_command(
         console.print(f"The run is in [bold]{out.resolve()}[/bold]", soft_wrap=True)
 
 
-@app.command("train-section51")
 def train_section51_command(
     data: Annotated[
         Path, typer.Argument(help="jsonl with question and answer, GSM8K's train split.")
@@ -175,7 +118,6 @@ def train_section51_command(
     console.print(f"The runs are in [bold]{out.resolve()}[/bold]", soft_wrap=True)
 
 
-@app.command("train-demo")
 def train_demo_command(
     data: Annotated[
         Path, typer.Argument(help="jsonl with question and answer, GSM8K's train split.")
@@ -194,11 +136,6 @@ def train_demo_command(
         train_demo(data, out, SPEC, *_reports(progress, SPEC.steps, "training"))
     bundle = bundle_demo(out, data, SPEC, out / "bundle")
     console.print(f"The model and its card are in [bold]{bundle.resolve()}[/bold]", soft_wrap=True)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
 def _training_progress() -> Progress:
@@ -237,31 +174,3 @@ def _write_loss_plot(log: list[dict[str, Any]], out: Path, caption: str) -> None
     )
     figure = loss_curve(tokens, train, held_out, caption, f"{out.name}: loss")
     write_figure(figure, out / "loss.png")
-
-
-def _demo_table(result: Any) -> Table:
-    """Means over the core's layers at a few recurrences."""
-    table = Table(title=f"{result.settings['model']} {result.settings['shape']}: mean over layers")
-    table.add_column("recurrence", justify="right")
-    for name in ("ColSum concentration", "relative step", "relative distance to the last state"):
-        table.add_column(name, justify="right")
-    last = result.loop.R - 1
-    for r in sorted({0, 1, 2, 3, 4, 8, 16, last}):
-        if r > last:
-            continue
-        cells = [result.grid(m)[r].mean() for m in ("colsum_concentration", "step", "distance")]
-        table.add_row(str(r), *("-" if c != c else f"{c:.4g}" for c in cells))
-    return table
-
-
-def main() -> None:
-    """Entry point: errors of the package are one message, not a traceback."""
-    try:
-        app()
-    except TLLoopedError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {error}", soft_wrap=True)
-        sys.exit(1)
-
-
-if __name__ == "__main__":  # accelerate launch -m tl_looped.cli train ...
-    main()

@@ -1,0 +1,150 @@
+"""Feedforward models beside looped ones: their metrics, mirroring scores and clusters."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VARIANTS, random_config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tl_looped import CheckpointError, InputError, LoopedTransformer
+from tl_looped.checkpoints import BUNDLED
+from tl_looped.experiments.compare import compare_runs, load_runs, mean_curve
+from tl_looped.experiments.engines import find_model
+from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.spec import Experiment, PromptSet
+
+TEXTS = ("Tom has 3 pens.", "Six boxes hold 4 pens each, he says.", "It is so, is it?")
+PROMPTS = PromptSet("text", texts=TEXTS)
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama as Hugging Face saves it, with the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED["demo"] / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A looped run, the Llama's, and one of a control: a LoopedConfig of one recurrence."""
+    out = tmp_path_factory.mktemp("runs")
+    tokenizer = LoopedTransformer.from_pretrained("demo", device="meta").tokenizer
+    looped = LoopedTransformer.from_config(
+        random_config(**VARIANTS["pre-injection"], d_vocab=2048), tokenizer
+    )
+    control = LoopedTransformer.from_config(
+        random_config(d_vocab=2048, n_prelude=0, n_coda=0, n_core=6, n_recurrences=1), tokenizer
+    )
+    for name, model in (("looped", looped), ("control", control)):
+        run_experiment(Experiment(name, prompts=PROMPTS), out, model=model)
+    spec = Experiment(str(llama), kind="feedforward", prompts=PROMPTS, extras=("neurons",))
+    run_experiment(spec, out, device="cpu", batch_size=1)
+    return out
+
+
+def test_metrics_are_those_of_transformers_own_run(llama: Path, runs: Path) -> None:
+    (data,) = (d for d in load_runs([runs]).values() if d.attrs["kind"] == "feedforward")
+    model = LlamaForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
+    tokenizer = LoopedTransformer.from_pretrained("demo", device="meta").tokenizer
+    assert (data.attrs["kind"], data.attrs["n_core"]) == ("feedforward", LAYERS)
+    for n, text in enumerate(TEXTS):
+        tokens = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text)]])
+        assert data["n_tokens"].values[n] == tokens.shape[1]
+        with torch.no_grad():
+            out = model(tokens, output_attentions=True, output_hidden_states=True)
+        shares = torch.stack(out.attentions)[:, 0].double().mean(-2)  # [layer, head, key]
+        length = tokens.shape[1]
+        colsum = 1 - torch.special.entr(shares).sum(-1) / np.log(length)
+        found = data["colsum_concentration"].isel(prompt=n).transpose("effective_layer", "head")
+        np.testing.assert_allclose(found.values, colsum, atol=1e-5)
+        # The last hidden state of transformers is behind the final norm.
+        norms = torch.stack(out.hidden_states[1:-1])[:, 0].norm(dim=-1).mean(-1)
+        np.testing.assert_allclose(
+            data["residual_mean"].isel(prompt=n).values[:-1], norms, rtol=1e-5
+        )
+
+
+def test_each_looped_run_is_compared_with_each_feedforward_one(runs: Path) -> None:
+    found = load_runs([runs])
+    comparison = compare_runs(found)
+    assert sorted(comparison.runs["feedforward"]) == [False, True, True]
+    assert comparison.notices == ()
+    # 4 metrics, whole and block alone, 4 recurrences, 2 feedforward models.
+    assert len(comparison.mirroring) == 4 * 2 * 4 * 2
+    assert comparison.mirroring["same_prompts"].all()
+    assert comparison.mirroring["pearson"].dropna().abs().max() <= 1
+    assert len(comparison.clusters) == 4 * 2
+    (looped,) = (name for name in found if name.startswith("looped"))
+    curve = comparison.curves.query("run == @looped and metric == 'sink_rate' and recurrence == 2")
+    assert curve["depth"].tolist() == [0, 20, 40, 60, 80, 100]
+    by_depth = mean_curve(found[looped], "sink_rate")
+    assert curve["value"].tolist() == by_depth[[0, 1, 8, 9, 10, 14]].tolist()
+
+
+def test_a_virtual_model_with_the_feedforward_curve_mirrors_it(runs: Path) -> None:
+    """Give the looped run the control's numbers in the last block: score 1, and only there."""
+    found = load_runs([runs])
+    (looped,) = (name for name in found if name.startswith("looped"))
+    (control,) = (name for name in found if name.startswith("control"))
+    data, other = found[looped].copy(deep=True), found[control]
+    places = [0, 1, 11, 12, 13, 14]
+    for name in data.data_vars:
+        if "effective_layer" in data[name].dims and name in other:
+            data[name].values[places] = other[name].values
+    comparison = compare_runs({"looped": data, "control": other})
+    whole = comparison.mirroring.query("curve == 'whole' and recurrence == 3")
+    scored = whole.dropna()
+    assert len(scored) >= 3
+    assert scored["pearson"].to_numpy() == pytest.approx(1)
+    assert whole["rmse"].to_numpy() == pytest.approx(0)
+    assert (scored["lag"] == 0).all()
+    last = comparison.clusters.query("recurrence == 3").iloc[0]
+    assert last["stages"] == last["feedforward_stages"]
+    assert (last["agreement"], last["rand_index"]) == (1, 1)
+
+
+def test_other_prompts_and_missing_partners_are_said(runs: Path) -> None:
+    found = load_runs([runs])
+    (looped,) = (name for name in found if name.startswith("looped"))
+    (control,) = (name for name in found if name.startswith("control"))
+    fewer = found[control].isel(prompt=slice(2))
+    comparison = compare_runs({"a": found[looped], "b": fewer})
+    assert comparison.notices == ("a and b did not run the same prompts",)
+    assert not comparison.mirroring["same_prompts"].any()
+    alone = compare_runs({"a": found[looped], "b": found[looped]})
+    assert "a looped run and a feedforward one" in alone.notices[0]
+    with pytest.raises(InputError, match="at least two runs"):
+        compare_runs({"a": found[looped]})
+    with pytest.raises(InputError, match="two runs are called"):
+        load_runs([runs, runs])
+
+
+def test_feedforward_models_that_are_not_there(tmp_path: Path, llama: Path) -> None:
+    spec = Experiment(str(tmp_path), kind="feedforward", prompts=PROMPTS)
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        find_model(spec)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="TransformerLens cannot load"):
+        run_experiment(spec, tmp_path / "out", device="cpu")
+    assert find_model(replace(spec, model=str(llama))).recurrences == 1

@@ -1,0 +1,46 @@
+"""What every command prints with: one console, one kind of progress bar."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console()
+errors = Console(stderr=True)
+
+# What the user's disk says, not a mistake of the program's.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+def progress_bar() -> Progress:
+    """A bar with a count and the remaining time."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+@contextmanager
+def watched(description: str, first: bool) -> Iterator[Any]:
+    """A watch over a run that shows a bar of its prompts; silent in all but the first process."""
+    from tl_looped.experiments.run import Watch
+
+    if not first:
+        yield Watch()
+        return
+    with progress_bar() as progress:
+        task = progress.add_task(description, total=None)
+
+        def start(total: int, done: int) -> None:
+            progress.update(task, total=total, completed=done)
+            if done:
+                progress.console.print(f"going on: {done} of {total} prompts were done before")
+
+        yield Watch(
+            start=start,
+            advance=lambda n: progress.advance(task, n),
+            say=lambda text: progress.console.print(f"[yellow]Note:[/yellow] {text}"),
+        )

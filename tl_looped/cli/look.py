@@ -1,0 +1,148 @@
+"""``tl-looped report``, ``compare``, ``models`` and ``info``: what looks, and runs no prompt."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tl_looped.cli.console import console
+
+_DTYPES = {"float32": 4, "bfloat16": 2}
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
+) -> None:
+    """Write the HTML report of a run, or of all runs in a folder."""
+    from tl_looped.experiments.store import find_runs
+
+    find_runs(folder)  # says what is missing
+    from tl_looped.experiments.report import write_report
+
+    console.print(f"The report is [bold]{write_report(folder).resolve()}[/bold]", soft_wrap=True)
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables and figures.")] = Path(
+        "comparison"
+    ),
+    figures: Annotated[
+        bool, typer.Option(help="Draw Fig. 8: blocks over the feedforward model.")
+    ] = True,
+) -> None:
+    """Runs side by side: curves over depth, mirroring scores, stages as clusters."""
+    from tl_looped.experiments.compare import compare_runs, load_runs
+    from tl_looped.experiments.files import make_folder
+
+    runs = load_runs(folders)
+    found = compare_runs(runs)
+    make_folder(out)
+    for notice in found.notices:
+        console.print(f"[yellow]Note:[/yellow] {notice}", soft_wrap=True)
+    console.print(_table("Runs", found.runs.drop(columns="hash")))
+    if not found.mirroring.empty:
+        keys = ["run", "feedforward", "metric", "curve"]
+        means = found.mirroring.groupby(keys)[["pearson", "spearman", "lag"]].mean()
+        console.print(_table("Mirroring, mean over recurrences", means.reset_index()))
+    if not found.clusters.empty:
+        keys = ["run", "feedforward"]
+        means = found.clusters.groupby(keys)[["agreement", "rand_index", "transitions"]].mean()
+        console.print(_table("Stages, mean over recurrences", means.reset_index()))
+    found.write(out / "tables")
+    if figures:
+        _overlays(runs, out / "figures")
+    console.print(f"The comparison is in [bold]{out.resolve()}[/bold]", soft_wrap=True)
+
+
+def _overlays(runs: dict[str, Any], folder: Path) -> None:
+    """Fig. 8 of every looped run over every feedforward run."""
+    from dataclasses import replace
+
+    from tl_looped.experiments.compare import is_feedforward
+    from tl_looped.experiments.drawing import save_figures
+
+    pairs = [
+        (looped, other)
+        for looped in runs
+        for other in runs
+        if is_feedforward(runs[other]) and not is_feedforward(runs[looped])
+    ]
+    if not pairs:
+        return
+    from tl_looped.experiments.figures import draw
+
+    command = shlex.join(["tl-looped", *sys.argv[1:]])
+    for n, (looped, other) in enumerate(pairs):
+        drawn = draw(8, runs[looped], feedforward=runs[other])
+        named = [replace(one, name=f"{one.name}_{n}") for one in drawn]
+        save_figures(named, folder, command)
+
+
+def models() -> None:
+    """Models that have a short name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from tl_looped.adapters import all_aliases
+    from tl_looped.checkpoints import BUNDLED
+    from tl_looped.experiments.needs import PAPER
+
+    table = Table(title="Models by short name; a folder or a hub id does as well")
+    for column in ("name", "where", "recurrences", "here", "in the paper's figures"):
+        table.add_column(column)
+    for name in BUNDLED:
+        table.add_row(name, "bundled", "as trained", "yes", "as a stand-in")
+    for name, alias in sorted(all_aliases().items()):
+        here = isinstance(try_to_load_from_cache(alias.hub_id, "config.json"), str)
+        n = "as trained" if alias.n_recurrences is None else str(alias.n_recurrences)
+        table.add_row(name, alias.hub_id, n, "yes" if here else "no", "yes" * (name in PAPER))
+    console.print(table)
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="demo, an alias, a hub id or a folder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    tokens: Annotated[int, typer.Option(help="Length of a prompt for the cache's size.")] = 128,
+    recurrences: Annotated[
+        str, typer.Option(help="Numbers of recurrences for the cache's size; trained if empty.")
+    ] = "",
+) -> None:
+    """Shape and sizes of a model, and what a cache of a run would cost. Loads no weights."""
+    from tl_looped.cli.runs import _counts
+    from tl_looped.transformer import LoopedTransformer
+    from tl_looped.transformer.cache_size import PRESETS, readable
+
+    found = LoopedTransformer.from_pretrained(model, device="meta", revision=revision)
+    cfg, n = found.cfg, sum(p.numel() for p in found.parameters())
+    console.print(f"[bold]{cfg.model_name}[/bold] {found.loop}, {cfg.n_layers} effective layers")
+    for line in (
+        f"{cfg.architecture}: norms {cfg.norm_layout.value}, injection {cfg.injection.value}",
+        f"{cfg.d_model} dimensions, {cfg.n_heads} heads of {cfg.d_head}, MLP {cfg.d_mlp}",
+        f"vocabulary {cfg.d_vocab}, context {cfg.n_ctx}",
+        f"{n:,} parameters: "
+        + ", ".join(f"{readable(n * size)} in {name}" for name, size in _DTYPES.items()),
+    ):
+        console.print(line, highlight=False)
+    counts = _counts(recurrences) if recurrences else [found.loop.R]
+    table = Table(title=f"Cache of one prompt of {tokens} tokens in float32")
+    table.add_column("names_filter")
+    for count in counts:
+        table.add_column(f"{count} recurrences", justify="right")
+    for preset in PRESETS:
+        sizes = [found.estimate_cache_bytes(preset, 1, tokens, count) for count in counts]
+        table.add_row(preset, *(readable(size).split(" (")[0] for size in sizes))
+    console.print(table)
+
+
+def _table(title: str, data: Any) -> Table:
+    table = Table(title=title)
+    for column in data.columns:
+        table.add_column(str(column))
+    for row in data.itertuples(index=False):
+        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
+    return table

@@ -1,0 +1,264 @@
+"""Several runs side by side: curves over depth, mirroring scores, stages as clusters.
+
+Curves are means over heads, then prompts, of ``[prelude, block_r, coda]`` of each recurrence; a
+feedforward run (a core without prelude and coda that ran once) has one. Each looped run is compared
+with each feedforward run by ``tl_looped.metrics.mirroring`` and ``tl_looped.metrics.clusters``,
+where arXiv 2604.11791 (Fig. 8) overlays the curves.
+
+Limits. Scores are of the mean curves: how they depend on the prompts is not said here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+from tl_looped.errors import InputError
+from tl_looped.experiments.store import RESULTS, find_runs, read_dataset
+from tl_looped.experiments.tables import write_table
+from tl_looped.metrics import mirroring_score, stage_clusters
+from tl_looped.metrics.catalogue import STAGE
+from tl_looped.metrics.labels import geometry_of
+from tl_looped.metrics.mirroring import MirroringScore
+
+FEATURES = (
+    "sink_rate",
+    "mixing_per_row",
+    "colsum_concentration",
+    "entropy_norm_max",
+    "residual_mean",
+)
+"""Features of the clusters; the last one, the norm, by its logarithm."""
+
+N_STAGES = 3
+_SCORES = ("pearson", "spearman", "rmse", "lag", "lag_pearson", "p_shift", "p_permutation")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tables over runs.
+
+    Attributes:
+        runs: One row a run: model, shape, prompts, and whether it is feedforward.
+        curves: ``run, metric, recurrence, depth, value``; depth in percent.
+        mirroring: Each looped run against each feedforward run: metric, whether prelude and coda
+            are part of the curve (``whole``, or ``block`` alone), recurrence, the scores, and
+            whether both ran the same prompts.
+        clusters: The same pairs: agreement of the stages with the feedforward model's and Rand
+            index, by recurrence.
+        notices: What could not be compared, and why.
+    """
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    mirroring: pd.DataFrame
+    clusters: pd.DataFrame
+    notices: tuple[str, ...]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the tables that have rows."""
+        tables = {name: getattr(self, name) for name in ("runs", "curves", "mirroring", "clusters")}
+        return [
+            path
+            for name, table in tables.items()
+            if not table.empty
+            for path in write_table(table, folder / name)
+        ]
+
+
+def load_runs(folders: list[Path]) -> dict[str, xr.Dataset]:
+    """Results by the names of their folders.
+
+    Raises:
+        DataError: if a folder holds none.
+        InputError: if two runs have one name.
+    """
+    found: dict[str, xr.Dataset] = {}
+    for folder in folders:
+        for run in find_runs(folder):
+            name = run.resolve().name
+            if name in found:
+                raise InputError(f"two runs are called {name!r}: rename one of the folders")
+            found[name] = read_dataset(run / RESULTS)
+    return found
+
+
+def is_feedforward(data: xr.Dataset) -> bool:
+    """Whether a result is of a core without prelude and coda that ran once."""
+    loop = geometry_of(data)
+    return loop.R == 1 and loop.p == loop.c == 0
+
+
+def mean_curve(data: xr.Dataset, metric: str) -> Float[np.ndarray, " layer"]:
+    """Mean over heads, then over the prompts that have a value, by effective layer."""
+    values = data[metric]
+    values = values.mean("head", skipna=False) if "head" in values.dims else values
+    return values.mean("prompt").transpose("effective_layer").values
+
+
+def stages(
+    data: xr.Dataset, curve: Float[np.ndarray, "layer *feature"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prelude, core ``[recurrence, layer]`` and coda of something by effective layer."""
+    loop = geometry_of(data)
+    core = curve[loop.p : loop.p + loop.k * loop.R]
+    core = core.reshape(loop.R, loop.k, *curve.shape[1:])
+    return curve[: loop.p], core, curve[loop.p + loop.k * loop.R :]
+
+
+def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
+    """Compare runs, by name.
+
+    Args:
+        runs: By depth, as ``results.nc`` holds them.
+        seed: Of the null distributions and of k-means.
+
+    Raises:
+        InputError: with fewer than two runs.
+    """
+    if len(runs) < 2:
+        raise InputError(f"compare needs at least two runs, got {len(runs)}: {', '.join(runs)}")
+    notices: list[str] = []
+    forward = [name for name, data in runs.items() if is_feedforward(data)]
+    looped = [name for name in runs if name not in forward]
+    pairs = [(a, b) for a in looped for b in forward]
+    if not pairs:
+        notices.append(
+            "mirroring and clusters need a looped run and a feedforward one "
+            "(tl-looped analyze MODEL --feedforward)"
+        )
+    mirrored, clustered = [], []
+    for a, b in pairs:
+        if not same_prompts(runs[a], runs[b]):
+            notices.append(f"{a} and {b} did not run the same prompts")
+        mirrored += _mirroring(a, b, runs, notices, seed)
+        clustered += _clusters(a, b, runs, notices, seed)
+    return Comparison(
+        runs=pd.DataFrame([_about(name, data) for name, data in runs.items()]),
+        curves=pd.concat([_curves(*item) for item in runs.items()], ignore_index=True),
+        mirroring=pd.DataFrame(mirrored),
+        clusters=pd.DataFrame(clustered),
+        notices=tuple(notices),
+    )
+
+
+def same_prompts(a: xr.Dataset, b: xr.Dataset) -> bool:
+    """Whether two results are of the same texts, none left out in one of them alone."""
+    same_set = a.attrs.get("prompts_digest") == b.attrs.get("prompts_digest")
+    return same_set and a["source_row"].values.tolist() == b["source_row"].values.tolist()
+
+
+def _about(name: str, data: xr.Dataset) -> dict[str, object]:
+    attributes = data.attrs
+    return {
+        "run": name,
+        "model": attributes.get("model", ""),
+        "shape": str(geometry_of(data)),
+        "feedforward": is_feedforward(data),
+        "prompt_set": attributes.get("prompt_set", ""),
+        "prompts": data.sizes["prompt"],
+        "dtype": attributes.get("dtype", ""),
+        "hash": attributes.get("hash", ""),
+    }
+
+
+def _curves(name: str, data: xr.Dataset) -> pd.DataFrame:
+    tables = []
+    for metric in (m for m in STAGE if m in data):
+        prelude, core, coda = stages(data, mean_curve(data, metric))
+        for r, block in enumerate(core):
+            whole = np.concatenate((prelude, block, coda))
+            depth = 100 * np.arange(len(whole)) / max(1, len(whole) - 1)
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "run": name,
+                        "metric": metric,
+                        "recurrence": r,
+                        "depth": depth,
+                        "value": whole,
+                    }
+                )
+            )
+    columns = ["run", "metric", "recurrence", "depth", "value"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _mirroring(
+    a: str, b: str, runs: dict[str, xr.Dataset], notices: list[str], seed: int
+) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    data, other = runs[a], runs[b]
+    for metric in STAGE:
+        if metric not in data or metric not in other:
+            notices.append(f"{a} and {b} do not both have {metric}")
+            continue
+        prelude, core, coda = stages(data, mean_curve(data, metric))
+        target = mean_curve(other, metric)
+        for form, before, after in (("whole", prelude, coda), ("block", None, None)):
+            try:
+                score = mirroring_score(core, target, prelude=before, coda=after, seed=seed)
+            except InputError as error:  # a block of one layer is no curve
+                notices.append(f"{a} and {b}, {metric}, {form}: {error}")
+                continue
+            about = {"run": a, "feedforward": b, "metric": metric, "curve": form}
+            same = same_prompts(data, other)
+            rows += [about | row | {"same_prompts": same} for row in _by_recurrence(score)]
+    return rows
+
+
+def _by_recurrence(score: MirroringScore) -> list[dict[str, object]]:
+    draws = {"n_permutations": score.n_permutations, "seed": score.seed}
+    rows: list[dict[str, object]] = []
+    for r in range(len(score.pearson)):
+        values = {name: float(getattr(score, name)[r]) for name in _SCORES}
+        rows.append({"recurrence": r, **values, **draws})
+    return rows
+
+
+def _features(data: xr.Dataset) -> Float[np.ndarray, "layer feature"]:
+    columns = [mean_curve(data, name) for name in FEATURES]
+    with np.errstate(divide="ignore"):  # of a zero norm; refused as not finite
+        columns[-1] = np.log(columns[-1])
+    return np.stack(columns, axis=-1)
+
+
+def _clusters(
+    a: str, b: str, runs: dict[str, xr.Dataset], notices: list[str], seed: int
+) -> list[dict[str, object]]:
+    missing = [m for m in FEATURES if m not in runs[a] or m not in runs[b]]
+    if missing:
+        notices.append(f"clusters of {a} and {b}: {', '.join(missing)} were not computed for both")
+        return []
+    prelude, core, coda = stages(runs[a], _features(runs[a]))
+    try:
+        found = stage_clusters(
+            _features(runs[b]), core, prelude=prelude, coda=coda, n_stages=N_STAGES, seed=seed
+        )
+    except InputError as error:
+        notices.append(f"clusters of {a} and {b}: {error}")
+        return []
+    n = len(core)
+    others = found.rand_recurrences[~np.eye(n, dtype=bool)].reshape(n, n - 1)
+    return [
+        {
+            "run": a,
+            "feedforward": b,
+            "recurrence": r,
+            "stages": " ".join(map(str, (*found.prelude, *found.core[r], *found.coda))),
+            "feedforward_stages": " ".join(map(str, found.feedforward)),
+            "agreement": float(found.agreement_feedforward[r]),
+            "rand_index": float(found.rand_feedforward[r]),
+            "rand_index_recurrences": float(others[r].mean()) if n > 1 else math.nan,
+            "transitions": int(found.transitions[r]),
+            "distance": float(found.distance[r].mean()),
+            "seed": seed,
+        }
+        for r in range(n)
+    ]

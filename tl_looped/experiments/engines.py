@@ -1,0 +1,296 @@
+"""What runs the prompts: a looped model, or a feedforward one for comparison.
+
+Both give the same kind of result, by depth; a feedforward model is a core that runs once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from huggingface_hub import snapshot_download
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_looped.bridge.feedforward import load_feedforward
+from tl_looped.checkpoints import open_checkpoint
+from tl_looped.errors import CheckpointError, DataError, InputError
+from tl_looped.experiments.identity import folder_identity, module_identity
+from tl_looped.experiments.prompts import Prompts
+from tl_looped.experiments.spec import Experiment
+from tl_looped.metrics import (
+    CONVERGENCE,
+    StreamOptions,
+    over_cache,
+    pairwise_over_cache,
+    pca_trajectory,
+    prediction_suppression_by_layer,
+    prediction_suppression_feedforward,
+    stream_batches,
+)
+from tl_looped.metrics.catalogue import select
+from tl_looped.model.config import parse_dtype
+from tl_looped.transformer import LoopedTransformer
+
+PAIRWISE = ("pairwise_attention_distance", "pairwise_residual_cosine")
+Row = Int[Tensor, " _"]  # of any length, each of its own
+
+
+class Engine(ABC):
+    """A model as the runner uses it."""
+
+    model: Any
+
+    @abstractmethod
+    def tokens(self, text: str) -> tuple[Row, bool]:
+        """Tokens of a prompt, cut to the context, and whether they were."""
+
+    @abstractmethod
+    def run(self, rows: list[Row]) -> xr.Dataset:
+        """Metrics by depth of one batch; ``prompt`` counts within ``rows``."""
+
+    @abstractmethod
+    def pairwise(self, row: Row) -> xr.Dataset:
+        """The matrices over all pairs of layers, of one prompt."""
+
+    @abstractmethod
+    def path(self, row: Row) -> dict[str, Any]:
+        """Variables of the PCA of the last token's path."""
+
+    @abstractmethod
+    def neurons(self) -> xr.Dataset:
+        """Prediction and suppression fractions by unique layer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that has been found, not loaded.
+
+    Args:
+        identity: See ``tl_looped.experiments.identity``.
+        recurrences: What it runs if the experiment does not say.
+        folder: Of its files; None if it is in memory.
+    """
+
+    identity: str
+    recurrences: int
+    folder: Path | None
+
+
+def wanted_metrics(spec: Experiment) -> list[str]:
+    """The metrics of a specification and those that its extras are computed from."""
+    names = select(spec.metrics)
+    names += CONVERGENCE if "convergence" in spec.extras else ()
+    names += ("token_cosine",) if {"tokens", "limiting"} & set(spec.extras) else ()
+    return list(dict.fromkeys(names))
+
+
+def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Source:
+    """Look a model up without reading its weights.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if model is not None:
+        return Source(module_identity(model, model.cfg), model.loop.R, None)
+    if spec.kind == "feedforward":
+        folder = _feedforward_folder(spec)
+        return Source(folder_identity(folder), 1, folder)
+    found = open_checkpoint(spec.model, spec.revision)
+    recurrences = found.n_recurrences or found.config().n_recurrences
+    return Source(folder_identity(found.folder), recurrences, found.folder)
+
+
+def load_engine(
+    spec: Experiment, source: Source, device: str | None, model: LoopedTransformer | None = None
+) -> Engine:
+    """Load the model of a resolved specification."""
+    dtype = parse_dtype(spec.dtype)
+    if spec.kind == "feedforward":
+        assert source.folder is not None
+        return FeedforwardEngine(load_feedforward(source.folder, device or "cpu", dtype), spec)
+    if model is None:
+        model = LoopedTransformer.from_pretrained(
+            spec.model, device=device, dtype=dtype, revision=spec.revision
+        )
+    elif model.cfg.dtype != dtype:
+        raise InputError(
+            f"dtype: the experiment says {spec.dtype}, the model that was given is in "
+            f"{model.cfg.dtype}"
+        )
+    return LoopedEngine(model, spec)
+
+
+def tokenize(engine: Engine, prompts: Prompts, too_long: str) -> tuple[list[Row], list[int], int]:
+    """Tokens of the prompts that fit the context.
+
+    Returns:
+        The rows, the number of each among ``prompts``, and how many were cut.
+
+    Raises:
+        DataError: if none fits.
+    """
+    rows, numbers, n_cut = [], [], 0
+    for number, text in enumerate(prompts.texts):
+        row, cut = engine.tokens(text)
+        if cut and too_long == "skip":
+            continue
+        n_cut += cut
+        rows.append(row)
+        numbers.append(number)
+    if not rows:
+        raise DataError(
+            f"prompts: all {len(prompts.texts)} are longer than the model's context of "
+            f'{engine.model.cfg.n_ctx} tokens; too_long = "truncate" cuts them'
+        )
+    return rows, numbers, n_cut
+
+
+class LoopedEngine(Engine):
+    """A looped model, through ``tl_looped.metrics.stream_batches``."""
+
+    def __init__(self, model: LoopedTransformer, spec: Experiment) -> None:
+        self.model, self.spec = model, spec
+        self.metrics = wanted_metrics(spec)
+
+    def tokens(self, text: str) -> tuple[Row, bool]:
+        """See :class:`Engine`."""
+        row = self.model.tokenize(text, truncate=True)[0][0]
+        if len(row) < self.model.cfg.n_ctx:
+            return row, False
+        try:
+            return self.model.tokenize(text)[0][0], False
+        except InputError:  # the one thing that can be wrong with it now is its length
+            return row, True
+
+    @property
+    def _start(self) -> dict[str, Any]:
+        if self.spec.initial_state == "zeros":
+            return {"initial_state": "zeros"}
+        return {"state_seed": self.spec.state_seed}
+
+    def run(self, rows: list[Row]) -> xr.Dataset:
+        """See :class:`Engine`; the rows must be what may share a batch."""
+        options = StreamOptions(
+            n_recurrences=self.spec.recurrences,
+            reference_recurrences=self.spec.reference_recurrences,
+            batch_size=len(rows),
+            batching=self.spec.batching,
+            **self._start,
+        )
+        (data,) = stream_batches(self.model, rows, self.metrics, options)
+        return data
+
+    @torch.inference_mode()
+    def pairwise(self, row: Row) -> xr.Dataset:
+        """See :class:`Engine`."""
+        _, cache = self.model.run_with_cache(
+            row[None],
+            names_filter=lambda n: n.endswith(("hook_resid_post", "attn.hook_pattern")),
+            n_recurrences=self.spec.recurrences,
+            attention_mask=torch.ones_like(row[None]),
+            return_type=None,
+            **self._start,
+        )
+        return pairwise_over_cache(cache)
+
+    @torch.inference_mode()
+    def path(self, row: Row) -> dict[str, Any]:
+        """See :class:`Engine`."""
+        _, cache = self.model.run_with_cache(
+            row[None],
+            names_filter=lambda n: n.endswith("hook_resid_post"),
+            pos_slice=-1,
+            n_recurrences=self.spec.recurrences,
+            attention_mask=torch.ones_like(row[None]),
+            return_type=None,
+            **self._start,
+        )
+        states = cache.stack_recurrences("resid_post")
+        points = states.reshape(*states.shape[:2], states.shape[-1])
+        n = min(3, points.shape[0] * points.shape[1], points.shape[-1])
+        found = pca_trajectory(points, n)
+        return {
+            "pca": (("recurrence", "layer", "component"), found.coordinates.cpu().numpy()),
+            "pca_explained": ("component", found.explained_variance_ratio.cpu().numpy()),
+        }
+
+    def neurons(self) -> xr.Dataset:
+        """See :class:`Engine`."""
+        return _neurons(prediction_suppression_by_layer(self.model))
+
+
+class FeedforwardEngine(Engine):
+    """A TransformerBridge, through its cache; one that fits in memory batch by batch."""
+
+    def __init__(self, bridge: Any, spec: Experiment) -> None:
+        self.model, self.spec = bridge, spec
+        self.metrics = wanted_metrics(spec)
+
+    def tokens(self, text: str) -> tuple[Row, bool]:
+        """See :class:`Engine`; a beginning-of-text token as TransformerLens's model wants it."""
+        row = self.model.to_tokens(text, truncate=False)[0]
+        n = self.model.cfg.n_ctx
+        return row[:n], len(row) > n
+
+    def run(self, rows: list[Row]) -> xr.Dataset:
+        """See :class:`Engine`; the rows must be of one length."""
+        data = over_cache(self._cache(torch.stack(rows)), self.metrics, over="depth")
+        # A folder of the hub's cache would tell a path and say nothing.
+        return data.assign_attrs(model=self.spec.model)
+
+    def pairwise(self, row: Row) -> xr.Dataset:
+        """See :class:`Engine`."""
+        return pairwise_over_cache(self._cache(row[None]))
+
+    @torch.inference_mode()
+    def _cache(self, tokens: Int[Tensor, "prompt pos"]) -> Any:
+        # Given, so that no token of a text is taken for padding.
+        _, cache = self.model.run_with_cache(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            names_filter=lambda n: n.endswith(("hook_resid_post", "attn.hook_pattern")),
+        )
+        return cache
+
+    def path(self, row: Row) -> dict[str, Any]:
+        """Refused by the specification."""
+        raise InputError("extras: a feedforward model has no path over recurrences")
+
+    def neurons(self) -> xr.Dataset:
+        """See :class:`Engine`."""
+        return _neurons(prediction_suppression_feedforward(self.model))
+
+
+def _neurons(by_layer: xr.Dataset) -> xr.Dataset:
+    """Fractions over ``unique_layer``, with the coordinates of their layers renamed."""
+    found = by_layer[["prediction", "suppression"]].rename(layer="unique_layer")
+    names = {"stage": "unique_stage", "layer_in_stage": "unique_layer_in_stage"}
+    found = found.rename({old: new for old, new in names.items() if old in found.coords})
+    return found.assign_coords(unique_layer=np.arange(found.sizes["unique_layer"]))
+
+
+def _feedforward_folder(spec: Experiment) -> Path:
+    if Path(spec.model).is_dir():
+        if not (Path(spec.model) / "config.json").is_file():
+            raise CheckpointError(f"{spec.model} has no config.json")
+        return Path(spec.model)
+    try:
+        return Path(
+            snapshot_download(
+                spec.model,
+                revision=spec.revision,
+                allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.txt"],
+                ignore_patterns=["*/*"],
+            )
+        )
+    except Exception as error:  # the hub's own, the network's, the name's
+        raise CheckpointError(
+            f"the feedforward model {spec.model!r} is no folder and cannot be had from the hub "
+            f"(revision {spec.revision or 'main'}): {type(error).__name__}: {error}"
+        ) from error

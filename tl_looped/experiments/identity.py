@@ -1,0 +1,92 @@
+"""What makes two runs the same: a hash of everything that decides the numbers.
+
+It covers the specification as resolved, the model's configuration, tokenizer and weights, and the
+texts of the chosen prompts; not the names of model and prompt file, and not the device, the batch
+size, the number of processes or the versions of libraries (these are recorded beside the results).
+Hooks that a caller has put on a model are not seen.
+
+Weights are identified by the sizes of their files, their headers, and 256 evenly spaced blocks of
+4 KiB of each file (files up to 1 MiB whole). Training, however short, changes these; an edit of a
+few numbers of a large file may escape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_looped.errors import CheckpointError
+from tl_looped.experiments.prompts import Prompts
+from tl_looped.experiments.spec import Experiment
+from tl_looped.metrics.catalogue import select
+
+_BLOCK, _BLOCKS = 4096, 256
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def folder_identity(folder: Path) -> str:
+    """SHA-256 of a checkpoint's configuration, tokenizer and weights.
+
+    Raises:
+        CheckpointError: if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    names = [name for name in ("config.json", *_TOKENIZER) if (folder / name).is_file()]
+    try:
+        for path in [*(folder / name for name in names), *sorted(folder.glob("*.safetensors"))]:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            digest.update(_sampled(path))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+def _sampled(path: Path) -> bytes:
+    """The SHA-256 of a file, or of its header and evenly spaced blocks if it is large."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _BLOCK * _BLOCKS or path.suffix != ".safetensors":
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            return digest.digest()
+        # A safetensors file begins with the length of its header, in eight bytes.
+        digest.update(file.read(min(int.from_bytes(file.read(8), "little"), size)))
+        for n in range(_BLOCKS):
+            file.seek(n * (size - _BLOCK) // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
+    return digest.digest()
+
+
+def module_identity(model: nn.Module, cfg: Any) -> str:
+    """SHA-256 of a model in memory: its configuration, and up to 65,536 values of each weight."""
+    digest = hashlib.sha256(json.dumps(cfg.to_json(), sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        step = -(-len(flat) // 65536) if len(flat) else 1
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[::step].to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_hash(spec: Experiment, prompts: Prompts, model_identity: str) -> str:
+    """SHA-256 of a resolved experiment, as 64 hexadecimal digits.
+
+    Args:
+        spec: With its number of recurrences filled in.
+        prompts: The chosen texts.
+        model_identity: Of :func:`folder_identity` or :func:`module_identity`.
+    """
+    values = spec.to_dict()
+    for name in ("model", "revision"):
+        values.pop(name, None)
+    values["metrics"] = sorted(select(spec.metrics))
+    values["extras"] = sorted(set(spec.extras))
+    values["prompts"] = [prompts.digest, list(prompts.rows), spec.prompts.too_long]
+    values["model_identity"] = model_identity
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

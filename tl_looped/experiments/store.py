@@ -1,0 +1,174 @@
+"""Results on disk: whole or not there, and never overwritten by another format.
+
+A dataset is turned into netCDF in memory and then written like any file: beside its place, flushed
+to the disk, renamed. HDF5 itself cannot be trusted with a full disk (it may crash the process on
+closing the file). A file that cannot be used, because it is damaged or of another format, is an
+error for those who read it and is set aside by those who write.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from tl_looped.errors import DataError
+
+FORMAT = 1
+"""Version of the result files; another one means that their variables mean something else."""
+
+RESULTS = "results.nc"
+SPEC = "spec.toml"
+PARTS = "parts"
+PART_SUFFIX = ".npz"
+
+
+def write_bytes(content: bytes | memoryview, path: Path) -> Path:
+    """Write a file so that it is whole or not there, also after a loss of power.
+
+    Raises:
+        DataError: if the disk is full or the folder cannot be written to; nothing is left behind.
+    """
+    # The process number, so that two processes never write into one partial file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"{path} ({len(content)} bytes) cannot be written: {error}. What was written before "
+            "stays; make room and call again to go on from there"
+        ) from error
+    return path
+
+
+def write_dataset(data: xr.Dataset, path: Path) -> Path:
+    """Write a dataset as compressed netCDF, with the format's version in its attributes.
+
+    Raises:
+        DataError: as :func:`write_bytes`.
+    """
+    numbers = {name: {"zlib": True} for name, v in data.items() if _is_array_of_numbers(v)}
+    data = data.assign_attrs({key: _plain(value) for key, value in data.attrs.items()})
+    content: Any = data.assign_attrs(format=FORMAT).to_netcdf(engine="h5netcdf", encoding=numbers)
+    return write_bytes(content, path)
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as HDF5 takes it: no subclass of str, such as PyTorch's version is, no bool."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return int(value) if isinstance(value, (bool, np.bool_)) else value
+
+
+def _is_array_of_numbers(values: xr.DataArray) -> bool:
+    return values.ndim > 0 and values.size > 0 and np.issubdtype(values.dtype, np.number)
+
+
+def read_dataset(path: Path) -> xr.Dataset:
+    """Read what :func:`write_dataset` wrote, into memory.
+
+    Raises:
+        DataError: if there is no file, if it is damaged, or of another format.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no {path}: run the experiment first (tl-looped analyze)")
+    try:
+        data = xr.load_dataset(path, engine="h5netcdf")
+    except Exception as error:  # whatever HDF5 says of a file that is none
+        raise DataError(f"{path} is damaged or no result file ({error}): run it again") from error
+    found = data.attrs.get("format")
+    if found is None or int(found) != FORMAT:
+        by = data.attrs.get("tl_looped", "an unknown version")
+        raise DataError(
+            f"{path} has format {found} (written by tl_looped {by}), this version reads format "
+            f"{FORMAT}: use the version that wrote it, or run the experiment again, which keeps "
+            "the old file beside the new one"
+        )
+    return data
+
+
+def write_part(data: xr.Dataset, path: Path) -> Path:
+    """Write a batch's results as ``.npz``: the arrays, and a description as JSON.
+
+    A netCDF file of a few numbers takes as long as many prompts of a small model.
+
+    Raises:
+        DataError: as :func:`write_bytes`.
+    """
+    attributes = {key: _plain(value) for key, value in data.attrs.items()}
+    about: dict[str, Any] = {"format": FORMAT, "attrs": attributes, "variables": {}}
+    arrays: dict[str, Any] = {}
+    for n, (name, values) in enumerate(data.variables.items()):
+        arrays[f"v{n}"] = values.values
+        is_coordinate = name in data.coords
+        about["variables"][f"v{n}"] = [str(name), list(values.dims), values.attrs, is_coordinate]
+    content = io.BytesIO()
+    np.savez(content, about=np.array(json.dumps(about)), **arrays)
+    return write_bytes(content.getbuffer(), path)
+
+
+def read_part(path: Path) -> xr.Dataset:
+    """Read what :func:`write_part` wrote; no pickle is opened.
+
+    Raises:
+        DataError: if it is damaged or of another format.
+    """
+    try:
+        # From memory: numpy leaves the file open where it is damaged.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            if about["format"] != FORMAT:
+                raise DataError(f"{path} has format {about['format']}, not {FORMAT}")
+            found: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+            for key, (name, dims, attributes, is_coordinate) in about["variables"].items():
+                found[is_coordinate][name] = (dims, file[key], attributes)
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is damaged ({error})") from error
+    return xr.Dataset(found[False], found[True], about["attrs"])
+
+
+def usable(path: Path) -> tuple[bool, str]:
+    """Whether a result file is there and can be read, and why not if it is there."""
+    if not path.exists():
+        return False, ""
+    try:
+        read_dataset(path)
+    except DataError as error:
+        return False, str(error)
+    return True, ""
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that cannot be used to ``NAME.old-N.SUFFIX``; nothing is lost."""
+    n = 1
+    while (kept := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
+        n += 1
+    os.replace(path, kept)
+    return kept
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Folders of finished runs: the folder itself, or those in it, by name.
+
+    Raises:
+        DataError: if there is none.
+    """
+    if (folder / RESULTS).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{RESULTS}")) if folder.is_dir() else []
+    if not found:
+        raise DataError(f"{folder} holds no finished run (no {RESULTS} in it or one level below)")
+    return found

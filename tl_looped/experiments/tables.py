@@ -1,0 +1,94 @@
+"""Results as tables, each as CSV (six digits) and as parquet (all of them).
+
+- ``layers``: one row a metric and effective layer, over prompts (heads averaged first).
+- ``prompts``: one row a prompt: its row in the data set, length, verdict.
+- ``neurons``: one row a unique layer, if they were computed.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from tl_looped.experiments.files import make_folder
+from tl_looped.experiments.store import write_bytes
+
+_LAYER_COLUMNS = ("label", "stage", "in_recurrence", "layer_in_stage")
+
+
+def layer_table(data: xr.Dataset) -> pd.DataFrame:
+    """Mean, standard deviation (n - 1) and 10 and 90 % quantiles over the prompts with a value.
+
+    Columns: ``metric``, ``effective_layer``, ``label``, ``stage``, ``in_recurrence`` (-1 outside
+    the loop), ``layer_in_stage``, ``mean``, ``sd``, ``p10``, ``p90``, ``prompts``.
+    """
+    tables = []
+    for name, values in data.data_vars.items():
+        if not {"effective_layer", "prompt"} <= set(values.dims) or "token" in values.dims:
+            continue
+        values = values.mean("head") if "head" in values.dims else values
+        tables.append(_over_prompts(str(name), values, data))
+    columns = ["metric", "effective_layer", *_LAYER_COLUMNS, "mean", "sd", "p10", "p90", "prompts"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _over_prompts(name: str, values: xr.DataArray, data: xr.Dataset) -> pd.DataFrame:
+    rows = []
+    for row in values.transpose("effective_layer", "prompt").values:
+        found = row[~np.isnan(row)]
+        n = len(found)
+        sd = found.std(ddof=1) if n > 1 else np.nan
+        low, high = np.quantile(found, (0.1, 0.9)) if n else (np.nan, np.nan)
+        rows.append((found.mean() if n else np.nan, sd, low, high, n))
+    table = pd.DataFrame(rows, columns=["mean", "sd", "p10", "p90", "prompts"])
+    places = pd.DataFrame({c: data[c].values for c in _LAYER_COLUMNS})
+    places.insert(0, "effective_layer", data["effective_layer"].values)
+    places.insert(0, "metric", name)
+    return pd.concat([places, table], axis=1)
+
+
+def prompt_table(data: xr.Dataset) -> pd.DataFrame:
+    """One row a prompt: whatever has no other dimension."""
+    flat = [n for n, v in data.variables.items() if v.dims == ("prompt",)]
+    return pd.DataFrame({str(name): data[name].values for name in sorted(map(str, flat))})
+
+
+def neuron_table(data: xr.Dataset) -> pd.DataFrame:
+    """One row a unique layer; empty if neurons were not asked for."""
+    flat = [str(n) for n, v in data.variables.items() if v.dims == ("unique_layer",)]
+    return pd.DataFrame({name: data[name].values for name in flat})
+
+
+def write_table(table: pd.DataFrame, path: Path) -> list[Path]:
+    """Write ``PATH.csv`` and ``PATH.parquet``."""
+    make_folder(path.parent)
+    text = table.to_csv(index=False, float_format="%.6g")
+    binary = io.BytesIO()
+    table.to_parquet(binary, index=False)
+    return [
+        write_bytes(text.encode(), path.with_name(path.name + ".csv")),
+        write_bytes(binary.getvalue(), path.with_name(path.name + ".parquet")),
+    ]
+
+
+def write_tables(data: xr.Dataset, folder: Path) -> list[Path]:
+    """Write all tables of a result.
+
+    Raises:
+        DataError: if they cannot be written.
+    """
+    made = {
+        "layers": layer_table(data),
+        "prompts": prompt_table(data),
+        "neurons": neuron_table(data),
+    }
+    return [
+        path
+        for name, table in made.items()
+        if not table.empty
+        for path in write_table(table, folder / name)
+    ]
