@@ -32,6 +32,7 @@ from tl_looped.errors import DataError
 from tl_looped.experiments import report_text
 from tl_looped.experiments.files import write_text
 from tl_looped.experiments.reading import read_results, specification
+from tl_looped.experiments.store import RESULTS
 from tl_looped.experiments.summary import RunSummary, summarise
 from tl_looped.plots.views import (
     DRAW,
