@@ -11,7 +11,7 @@ READY_TL3 := $(VENV_TL3)/.ready
 TESTS_TL3 := tests/compat tests/test_golden_parity.py tests/test_transformerlens_cache.py \
 	tests/test_transformerlens_patching.py tests/test_transformerlens_tools.py tests/test_tokens.py
 
-.PHONY: demo test compat bench bench-slow check lint types layers install clean
+.PHONY: demo test compat bench bench-metrics bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -35,7 +35,11 @@ test: install
 
 # Ratios of times, as a table on the screen and in BENCHMARKS.md. On an idle machine only.
 bench: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks -m 'not slow' --table BENCHMARKS.md --section Quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks/bench_speed.py --table BENCHMARKS.md --section Quick
+
+# Streaming 32 to 512 recurrences: time and memory (Linux), some minutes.
+bench-metrics: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks/bench_metrics.py --table BENCHMARKS.md --section Metrics
 
 # Loads a checkpoint of 2.9 GB, which it writes into the temporary folder first.
 bench-slow: install
