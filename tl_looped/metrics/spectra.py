@@ -76,12 +76,23 @@ def entropy_in_form(
 
 def _entropy(x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch"]:
     """In nats, of matrices in fp64."""
+    gram = _gram(x)
+    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if bool(((total > 1e-200) & (total < 1e200)).all()):
+        return _of_gram(gram)
+    # Scaled so that squares neither overflow nor vanish; LAPACK refuses NaN.
     largest = x.abs().amax((-2, -1), keepdim=True)
     undefined = ~largest.isfinite() | (largest == 0)
-    # Scaled so that squares neither overflow nor vanish; LAPACK refuses NaN.
-    x = (x / largest).masked_fill(undefined, 0.0)
-    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+    entropy = _of_gram(_gram((x / largest).masked_fill(undefined, 0.0)))
+    return entropy.masked_fill(undefined[..., 0, 0], math.nan)
+
+
+def _gram(x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch n n"]:
+    """Products of all rows, or of all columns if there are fewer."""
+    return x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+
+
+def _of_gram(gram: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
     energy = torch.linalg.eigvalsh(gram).clamp(min=0.0)
     share = energy / energy.sum(-1, keepdim=True)
-    entropy = torch.special.entr(share).sum(-1)
-    return entropy.masked_fill(undefined[..., 0, 0], math.nan)
+    return torch.special.entr(share).sum(-1)
