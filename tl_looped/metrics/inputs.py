@@ -176,7 +176,7 @@ def token_mean(
         left_out: Tokens for which the value is undefined; NaN if no token is left.
     """
     values = values.double()
-    if real is None and left_out is None:
+    if real is None and (left_out is None or not bool(left_out.any())):
         return values.mean(-1)
     keep = torch.ones_like(values, dtype=torch.bool)
     if real is not None:

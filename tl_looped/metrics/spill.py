@@ -64,9 +64,9 @@ class Spill:
     def get(self, key: object) -> Tensor:
         """An activation, as it was."""
         start, shape, dtype, device = self._where[key]
-        n = torch.empty(shape, dtype=dtype, device="meta").nbytes
-        content = bytearray(n)
+        content = torch.empty(shape, dtype=dtype)
         self._file.seek(start)
-        if self._file.readinto(content) != n:
+        room = content.view(-1).view(torch.uint8).numpy().data
+        if self._file.readinto(room) != content.nbytes:
             raise DataError("the temporary file of a batch's states is shorter than what was put")
-        return torch.frombuffer(content, dtype=dtype).reshape(shape).to(device)
+        return content.to(device)
