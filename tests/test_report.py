@@ -24,9 +24,10 @@ from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import report
 from tl_looped.experiments.demo import read_prompts
 from tl_looped.experiments.mirrored import MirroringTable, Resampling
-from tl_looped.experiments.reading import FORMAT, Missing, read_results
+from tl_looped.experiments.reading import Missing, read_results
 from tl_looped.experiments.report import write_report
 from tl_looped.experiments.report_text import digits, value
+from tl_looped.experiments.store import FORMAT
 from tl_looped.experiments.summary import Median, RunSummary, Verdicts, summarise
 from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
 from tl_looped.metrics.convergence import Verdict

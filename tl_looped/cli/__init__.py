@@ -56,12 +56,8 @@ def main() -> None:
     """Entry point: errors of the package, and of the disk, are one message, not a traceback."""
     try:
         app()
-    except TLLoopedError as error:
-        errors.print("[bold red]Error:[/bold red]", end=" ")
-        errors.print(str(error), soft_wrap=True, markup=False, highlight=False)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (TLLoopedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
             raise
         errors.print("[bold red]Error:[/bold red]", end=" ")
         errors.print(str(error), soft_wrap=True, markup=False, highlight=False)

@@ -64,8 +64,8 @@ def _overlays(runs: dict[str, Any], folder: Path) -> None:
     """Fig. 8 of every looped run over every feedforward run."""
     from dataclasses import replace
 
-    from tl_looped.experiments.compare import is_feedforward
     from tl_looped.experiments.drawing import save_figures
+    from tl_looped.experiments.reading import is_feedforward
 
     pairs = [
         (looped, other)

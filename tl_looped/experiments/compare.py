@@ -20,6 +20,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import InputError
+from tl_looped.experiments.reading import is_feedforward
 from tl_looped.experiments.store import RESULTS, find_runs, read_dataset
 from tl_looped.experiments.tables import write_table
 from tl_looped.metrics import mirroring_score, stage_clusters
@@ -87,12 +88,6 @@ def load_runs(folders: list[Path]) -> dict[str, xr.Dataset]:
                 raise InputError(f"two runs are called {name!r}: rename one of the folders")
             found[name] = read_dataset(run / RESULTS)
     return found
-
-
-def is_feedforward(data: xr.Dataset) -> bool:
-    """Whether a result is of a core without prelude and coda that ran once."""
-    loop = geometry_of(data)
-    return loop.R == 1 and loop.p == loop.c == 0
 
 
 def mean_curve(data: xr.Dataset, metric: str) -> Float[np.ndarray, " layer"]:

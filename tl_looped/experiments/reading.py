@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.store import FORMAT
+from tl_looped.experiments.store import read_dataset
 from tl_looped.metrics.labels import geometry_of
 
 
@@ -23,29 +22,12 @@ class Missing:
 
 
 def read_results(path: Path) -> xr.Dataset:
-    """A run's results, in memory.
+    """A run's results, in memory, if they say what they are.
 
     Raises:
         DataError: if the file is missing, damaged, of another format, or does not say what it is.
     """
-    if not path.is_file():
-        raise DataError(f"there is no {path}: run the experiment first")
-    try:
-        with xr.open_dataset(path, engine="h5netcdf") as opened:
-            data = opened.load()
-    except Exception as error:  # h5py and h5netcdf raise a dozen kinds for a damaged file
-        raise DataError(
-            f"{path} cannot be read as netCDF ({type(error).__name__}: {error}). Is it damaged or "
-            "cut off? Run the experiment again"
-        ) from error
-    found = data.attrs.get("format")
-    if found is None or not np.issubdtype(np.asarray(found).dtype, np.integer):
-        raise DataError(f"{path} has no integer attribute 'format': not written by an experiment")
-    if int(found) != FORMAT:
-        raise DataError(
-            f"{path} is of format {int(found)}, and this version reads format {FORMAT}: use the "
-            f"version that wrote it ({data.attrs.get('tl_looped', 'unknown')}), or run again"
-        )
+    data = read_dataset(path)
     try:
         loop = geometry_of(data)
     except (KeyError, ValueError) as error:

@@ -85,15 +85,19 @@ def read_dataset(path: Path) -> xr.Dataset:
         raise DataError(f"there is no {path}: run the experiment first (tl-looped analyze)")
     try:
         data = xr.load_dataset(path, engine="h5netcdf")
-    except Exception as error:  # whatever HDF5 says of a file that is none
-        raise DataError(f"{path} is damaged or no result file ({error}): run it again") from error
-    found = data.attrs.get("format")
-    if found is None or int(found) != FORMAT:
-        by = data.attrs.get("tl_looped", "an unknown version")
+    except Exception as error:  # h5py and h5netcdf raise a dozen kinds for a damaged file
         raise DataError(
-            f"{path} has format {found} (written by tl_looped {by}), this version reads format "
-            f"{FORMAT}: use the version that wrote it, or run the experiment again, which keeps "
-            "the old file beside the new one"
+            f"{path} cannot be read as netCDF ({type(error).__name__}: {error}). Is it damaged or "
+            "cut off? Run the experiment again"
+        ) from error
+    found = data.attrs.get("format")
+    if found is None or not np.issubdtype(np.asarray(found).dtype, np.integer):
+        raise DataError(f"{path} has no integer attribute 'format': not written by an experiment")
+    if int(found) != FORMAT:
+        raise DataError(
+            f"{path} is of format {int(found)}, and this version reads format {FORMAT}: use the "
+            f"version that wrote it ({data.attrs.get('tl_looped', 'unknown')}), or run the "
+            "experiment again, which keeps the old file beside the new one"
         )
     return data
 

@@ -26,6 +26,9 @@ from tl_looped.metrics.inputs import (
     token_mean,
 )
 
+SINK_THRESHOLD = 0.3
+"""The paper's: a head with at least this score at the first key is a sink."""
+
 MixingForm = Literal["raw", "per_token", "per_row", "log_t"]
 Denominator = Literal["all", "visible"]
 
@@ -147,7 +150,7 @@ def _sink(
 
 def sink_rate(
     pattern: Float[Tensor, "*batch head query key"],
-    threshold: float = 0.3,
+    threshold: float = SINK_THRESHOLD,
     key: int = 0,
     mask: Tensor | None = None,
     strict: bool = False,
@@ -241,7 +244,7 @@ def all_of_pattern(rows: Rows) -> dict[str, Float[Tensor, "*values"]]:
         "colsum_concentration": _colsum(received, rows.n_tokens),
         "sink_score": score,
         "sink_score_above_uniform": _sink(received, rows, 0, "all", above_uniform=True),
-        "sink_rate": _rate(score, 0.3, strict=False),
+        "sink_rate": _rate(score, SINK_THRESHOLD, strict=False),
         "mixing_raw": token_mean(entropies, rows.real),
         "mixing_per_row": _mixing_per_row(entropies, rows),
     }

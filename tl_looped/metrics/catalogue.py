@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.attention import (
+    SINK_THRESHOLD,
     MixingForm,
     Rows,
     all_of_pattern,
@@ -140,7 +141,9 @@ FAMILIES = (
         "colsum_concentration": Output("ColSum concentration (0 even, 1 one key)"),
         "sink_score": Output("attention to the first token, mean over queries"),
         "sink_score_above_uniform": Output("sink score minus that of uniform causal attention"),
-        "sink_rate": Output("fraction of heads with a sink score of at least 0.3"),
+        "sink_rate": Output(
+            f"fraction of heads with a sink score of at least {SINK_THRESHOLD}"
+        ),
         "mixing_raw": Output("mixing score, mean entropy of a row", "nats"),
         "mixing_per_row": Output("mixing score, entropy of row i over ln i"),
     }),

@@ -71,12 +71,6 @@ class RunView:
             return None
         return self._with_prompts(self.cache.cache_dict[name])
 
-    def states(self, reads: str = "resid_post") -> Tensor:
-        """``[recurrence, layer, prompt, ...]`` of the core."""
-        p, k, R = self.loop.p, self.loop.k, self.loop.R
-        every = torch.stack([self(reads, i) for i in range(p, p + k * R)])
-        return every.unflatten(0, (R, k))
-
     def attributes(self) -> dict[str, Any]:
         """Attributes of the run."""
         seed = getattr(self.cache, "state_seed", None)

@@ -11,10 +11,8 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
+from tl_looped.metrics.attention import SINK_THRESHOLD
 from tl_looped.plots.summaries import Band, Runs, as_runs, shape_of, summary
-
-SINK_THRESHOLD = 0.3
-"""Of ``sink_rate`` as :func:`tl_looped.metrics.attention.all_of_pattern` computes it."""
 
 About = Literal["prompts", "prompt", "weights", "models"]
 

@@ -49,15 +49,9 @@ class ExitingMixin(LensesMixin):
         if self._records and self._records[-1].filled:
             self._records[-1].early_exit = True
         tracker = ExitTracker(rule, kv is not None, mask)
-        x = self._run_layers(x, run, 0, loop.p, enter_first=True)
-        x = self._enter_loop(x, run)
-        for r in range(loop.R):
-            first = loop.index(r, 0)
-            x = self._enter_recurrence(r, x, run)
-            x = self._run_layers(x, run, first, first + loop.k, enter_first=False)
-            x = self._leave_recurrence(r, x, run)
-            logits = partial(self._exit_logits, x, run, kv is not None)
-            tracker.update(r, r == loop.R - 1, x, logits, run.gate)
+        for r, state in enumerate(self.unroll(x, run)):
+            logits = partial(self._exit_logits, state, run, kv is not None)
+            tracker.update(r, r == loop.R - 1, state, logits, run.gate)
             if kv is not None:
                 kv.left = tracker.has_left[:, -1]
             if tracker.all_left:

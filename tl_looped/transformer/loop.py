@@ -132,13 +132,15 @@ class LoopMixin(InputsMixin):
     def _enter_loop(self, e: Stream, run: LoopRun) -> Stream:
         """The prelude is done: keep its output, start the state."""
         run.prelude_output = e
+        return self.hook_initial_state(self._start(e, run))
+
+    def _start(self, e: Stream, run: LoopRun) -> Stream:
+        """The initial state of a run, as no hook has seen it yet."""
         if run.initial_state is not None:
-            state = run.initial_state.to(e)
-        elif self.cfg.initial_state is InitialState.RANDOM:
-            state = self.random_initial_state(run)
-        else:
-            state = e
-        return self.hook_initial_state(state)
+            return run.initial_state.to(e)
+        if self.cfg.initial_state is InitialState.RANDOM:
+            return self.random_initial_state(run)
+        return e
 
     def random_initial_state(self, run: LoopRun) -> Stream:
         """The state drawn for a run's seed and positions, one row a sequence."""

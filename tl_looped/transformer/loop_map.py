@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.model.config import InitialState, Injection
+from tl_looped.model.config import Injection
 from tl_looped.model.context import RunContext
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import rms_norm
@@ -148,20 +148,11 @@ class LoopMapMixin(LoopMixin):
                 x = block(x, run.context)
             run.prelude_output = x
             start = self._start(x, run)
-        skips = self.cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
         return LoopMap(
             initial_state=start,
             prelude_output=x,
             mask=None if mask is None or bool(mask.all()) else mask,
             context=run.context,
-            skips_first_adapter=skips and run.initial_state is None,
+            skips_first_adapter=self._skips_first_adapter(run),
             model=self,
         )
-
-    def _start(self, e: Stream, run: LoopRun) -> Stream:
-        """The initial state of a run, as no hook has seen it yet."""
-        if run.initial_state is not None:
-            return run.initial_state.to(e)
-        if self.cfg.initial_state is InitialState.RANDOM:
-            return self.random_initial_state(run)
-        return e
