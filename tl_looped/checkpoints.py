@@ -27,7 +27,7 @@ from tl_looped.adapters.native import native_config
 from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
 from tl_looped.model.config import LoopedConfig
 
-BUNDLED = {"demo": Path(__file__).parent / "data" / "demo"}
+BUNDLED = {name: Path(__file__).parent / "data" / name for name in ("demo", "demo-control")}
 _ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,17 @@ errors = Console(stderr=True)
 
 # What the user's disk says, not a mistake of the program's.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+def command_line() -> str:
+    """The command that runs, as it could be typed again."""
+    return shlex.join(["tl-looped", *sys.argv[1:]])
+
+
+def note(text: str) -> None:
+    """Say what a user should know and need not act on."""
+    console.print("[yellow]Note:[/yellow]", end=" ")
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def progress_bar() -> Progress:
@@ -42,5 +55,5 @@ def watched(description: str, first: bool) -> Iterator[Any]:
         yield Watch(
             start=start,
             advance=lambda n: progress.advance(task, n),
-            say=lambda text: progress.console.print(f"[yellow]Note:[/yellow] {text}"),
+            say=note,
         )

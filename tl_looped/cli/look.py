@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from tl_looped.cli.console import console
+from tl_looped.cli.console import command_line, console, note
 
 _DTYPES = {"float32": 4, "bfloat16": 2}
 
@@ -19,12 +17,9 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
 ) -> None:
     """Write the HTML report of a run, or of all runs in a folder."""
-    from tl_looped.experiments.store import find_runs
+    from tl_looped.cli.runs import write_reports
 
-    find_runs(folder)  # says what is missing
-    from tl_looped.experiments.report import write_report
-
-    console.print(f"The report is [bold]{write_report(folder).resolve()}[/bold]", soft_wrap=True)
+    write_reports(folder)
 
 
 def compare(
@@ -33,7 +28,7 @@ def compare(
         "comparison"
     ),
     figures: Annotated[
-        bool, typer.Option(help="Draw Fig. 8: blocks over the feedforward model.")
+        bool, typer.Option(help="Draw Figs 8 and 40: blocks over the feedforward model.")
     ] = True,
 ) -> None:
     """Runs side by side: curves over depth, mirroring scores, stages as clusters."""
@@ -44,7 +39,7 @@ def compare(
     found = compare_runs(runs)
     make_folder(out)
     for notice in found.notices:
-        console.print(f"[yellow]Note:[/yellow] {notice}", soft_wrap=True)
+        note(notice)
     console.print(_table("Runs", found.runs.drop(columns="hash")))
     if not found.mirroring.empty:
         keys = ["run", "feedforward", "metric", "curve"]
@@ -61,27 +56,16 @@ def compare(
 
 
 def _overlays(runs: dict[str, Any], folder: Path) -> None:
-    """Fig. 8 of every looped run over every feedforward run."""
-    from dataclasses import replace
-
-    from tl_looped.experiments.drawing import save_figures
+    """Figs 8 and 40 of every looped run over every feedforward run."""
+    from tl_looped.experiments.overlaying import OVER, draw_over
     from tl_looped.experiments.reading import is_feedforward
 
-    pairs = [
-        (looped, other)
-        for looped in runs
-        for other in runs
-        if is_feedforward(runs[other]) and not is_feedforward(runs[looped])
-    ]
-    if not pairs:
-        return
-    from tl_looped.experiments.figures import draw
-
-    command = shlex.join(["tl-looped", *sys.argv[1:]])
-    for n, (looped, other) in enumerate(pairs):
-        drawn = draw(8, runs[looped], feedforward=runs[other])
-        named = [replace(one, name=f"{one.name}_{n}") for one in drawn]
-        save_figures(named, folder, command)
+    looped = [name for name in runs if not is_feedforward(runs[name])]
+    others = [name for name in runs if name not in looped]
+    for name in looped:
+        for other in others:
+            label = name if len(others) == 1 else f"{name}_over_{other}"
+            draw_over(label, runs[name], runs[other], OVER, folder, command_line(), note)
 
 
 def models() -> None:
@@ -90,7 +74,7 @@ def models() -> None:
 
     from tl_looped.adapters import all_aliases
     from tl_looped.checkpoints import BUNDLED
-    from tl_looped.experiments.needs import PAPER
+    from tl_looped.experiments.paper import PAPER
 
     table = Table(title="Models by short name; a folder or a hub id does as well")
     for column in ("name", "where", "recurrences", "here", "in the paper's figures"):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tl_looped.cli.console import console, errors, watched
-from tl_looped.errors import InputError, TLLoopedError
+from tl_looped.cli.console import command_line, console, note, watched
+from tl_looped.errors import CheckpointError, DataError, InputError
 
 if TYPE_CHECKING:
-    from tl_looped.experiments.parallel import Workers
+    from tl_looped.experiments.paper import Overlay, Plan
     from tl_looped.experiments.run import Run
     from tl_looped.experiments.spec import Experiment
 
@@ -50,11 +49,17 @@ def analyze(
         str, typer.Option(help="Further metrics and groups: all, step, mixing_raw, ...")
     ] = "",
     extras: Annotated[
-        str, typer.Option(help="convergence, limiting, neurons, pairwise, pca, tokens.")
+        str,
+        typer.Option(
+            help="confirm, convergence, limiting, neurons, pairwise, patterns, pca, tokens."
+        ),
     ] = "convergence",
     feedforward: Annotated[
         bool, typer.Option("--feedforward", help="A model without a loop, for comparison.")
     ] = False,
+    ablate_mlp: Annotated[
+        str, typer.Option(help="Layers whose MLP output is set to zero: prelude.1,core.2.")
+    ] = "",
     subset: Subset = 256,
     seed: Annotated[int, typer.Option(help="Of the subset.")] = 0,
     state_seed: Annotated[int, typer.Option(help="Of a random initial state.")] = 0,
@@ -76,12 +81,13 @@ def analyze(
         revision=revision,
         prompts=PromptSet.parse(prompts, subset=subset, seed=seed, too_long=too_long),
         extras=wanted,
+        ablate_mlp=_names(ablate_mlp),
         state_seed=state_seed,
         dtype=dtype,
     )
     spec = with_needs(_with_metrics(spec, _names(metrics)), numbers)
     specs = [_at(spec, n) for n in _counts(recurrences)]
-    run_all([(one, numbers) for one in specs], out, device, batch_size)
+    _report_each(run_all([(one, numbers) for one in specs], out, device, batch_size), numbers)
 
 
 def run(
@@ -97,7 +103,13 @@ def run(
 
     numbers = parse_figures(figures)
     specs = [with_needs(Experiment.read(path), numbers) for path in experiment]
-    run_all([(spec, numbers) for spec in specs], out, device, batch_size)
+    _report_each(run_all([(spec, numbers) for spec in specs], out, device, batch_size), numbers)
+
+
+def _report_each(made: dict[Experiment, Run], figures: tuple[int, ...]) -> None:
+    if figures and is_first_process():
+        for one in made.values():
+            write_reports(one.folder)
 
 
 def reproduce(
@@ -109,34 +121,42 @@ def reproduce(
     hellaswag: Annotated[
         str | None, typer.Option(help="In place of HellaSwag from the hub: hellaswag:FILE.jsonl.")
     ] = None,
+    feedforward: Annotated[
+        str | None,
+        typer.Option(help="A hub id or folder in place of the paper's feedforward model."),
+    ] = None,
     subset: Subset = 256,
     out: Out = Path("reproduction"),
     device: Device = None,
     dtype: Dtype = "float32",
     batch_size: BatchSize = "auto",
 ) -> None:
-    """Run the paper's experiments and draw its figures."""
-    from tl_looped.experiments.needs import paper_runs, parse_models
+    """Run the paper's experiments, draw its figures, and write one report of all."""
+    from tl_looped.experiments.paper import paper_plan, parse_models
     from tl_looped.experiments.spec import PromptSet
 
-    failed = []
-    names = parse_models(models)
-    for name in names:
+    plans = []
+    for name in parse_models(models):
         main = PromptSet.parse(prompts or ("bundled" if name == "demo" else "gsm8k"), subset=subset)
         other = None
         if name != "demo" or hellaswag is not None:
             other = PromptSet.parse(hellaswag or "hellaswag", subset=subset)
-        wanted = paper_runs(name, main, other, dtype)
-        try:
-            run_all([(one.spec, one.figures) for one in wanted], out, device, batch_size)
-        except TLLoopedError as error:
-            if len(names) == 1:
-                raise
-            # One model that cannot be had does not cost the others.
-            errors.print(f"{name}: {error}", markup=False, soft_wrap=True)
-            failed.append(name)
+        plans.append(paper_plan(name, main, other, dtype, feedforward))
+    carry_out(plans, out, device, batch_size)
+
+
+def carry_out(plans: list[Plan], out: Path, device: str | None, batch_size: str) -> None:
+    """Run what is planned, draw it, and write one report; what cannot be had is said at the end."""
+    wanted = [(one.spec, one.figures) for plan in plans for one in plan.runs]
+    failed: dict[str, str] = {}
+    made = run_all(wanted, out, device, batch_size, failed)
+    if made and is_first_process():
+        for plan in plans:
+            for overlay in plan.overlays:
+                _draw_overlay(overlay, made, out)
+        write_reports(out)
     if failed:
-        raise InputError(f"not reproduced: {', '.join(failed)}; see the messages above")
+        raise InputError("not reproduced: " + "; ".join(f"{k}: {v}" for k, v in failed.items()))
 
 
 # -- shared -------------------------------------------------------------------------------------
@@ -147,46 +167,101 @@ def run_all(
     out: Path,
     device: str | None,
     batch_size: str,
-) -> None:
-    """Run experiments one after the other, draw their figures and write their reports."""
+    failed: dict[str, str] | None = None,
+) -> dict[Experiment, Run]:
+    """Run experiments one after the other and draw their figures.
+
+    Args:
+        wanted: Experiments and the figures of each.
+        out: Folder of runs.
+        device, batch_size: As on the command line.
+        failed: Gets what could not be had, a model or a set of prompts, with the reason, and the
+            other runs go on; the first error ends all if None.
+    """
     from tl_looped.experiments.parallel import Workers
     from tl_looped.experiments.run import run_experiment
 
     size: int | str = int(batch_size) if batch_size.isdigit() else batch_size
     workers = Workers.here(device)
+    done = {}
     try:
         for spec, figures in wanted:
             what = f"{spec.model}, {spec.prompts.label}"
+            if failed and {spec.model, spec.prompts.label} & set(failed):
+                continue
             what += f", process 1 of {workers.world}" if workers.world > 1 else ""
-            with watched(what, workers.first) as watch:
-                made = run_experiment(spec, out, device=device, batch_size=size, watch=watch)
-            _finish(made, figures, workers)
+            try:
+                with watched(what, workers.first) as watch:
+                    made = run_experiment(spec, out, device=device, batch_size=size, watch=watch)
+            except (CheckpointError, DataError) as error:
+                if failed is None:
+                    raise
+                is_model = isinstance(error, CheckpointError)
+                failed[spec.model if is_model else spec.prompts.label] = str(error)
+                continue
+            done[spec] = made
+            if workers.first:
+                _draw(made, figures)
     except KeyboardInterrupt:
         console.print("Stopped. What is done stays; the same command goes on from there.")
         raise typer.Exit(STOPPED) from None
     finally:
         workers.close()
+    return done
 
 
-def _finish(made: Run, figures: tuple[int, ...], workers: Workers) -> None:
-    """Figures and report of a run, by the first process."""
-    if not workers.first:
-        return
+def is_first_process() -> bool:
+    """Whether this process is the one that draws and writes reports."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _draw(made: Run, figures: tuple[int, ...]) -> None:
+    """Figures and views of a run."""
     if not made.is_new:
         console.print(f"{made.folder} has its results already; nothing was run again")
     if figures:
         from tl_looped.experiments.drawing import draw_figures
+        from tl_looped.experiments.viewing import write_views
 
-        command = shlex.join(["tl-looped", *sys.argv[1:]])
-        draw_figures(made.load(), figures, made.folder / "figures", command, _note)
-        from tl_looped.experiments.report import write_report
-
-        write_report(made.folder)
+        data = made.load()
+        draw_figures(data, figures, made.folder / "figures", command_line(), note)
+        try:
+            write_views(data, made.folder / "views", command_line())
+        except InputError as error:  # too large for a page
+            note(str(error))
     console.print(f"Results are in [bold]{made.folder.resolve()}[/bold]", soft_wrap=True)
 
 
-def _note(text: str) -> None:
-    console.print(f"[yellow]Note:[/yellow] {text}", soft_wrap=True)
+def _draw_overlay(overlay: Overlay, made: dict[Experiment, Run], out: Path) -> None:
+    """Figures and tables of a looped run over a feedforward one, if both are there."""
+    from tl_looped.experiments.compare import compare_runs
+    from tl_looped.experiments.files import make_folder
+    from tl_looped.experiments.overlaying import draw_over
+
+    if overlay.looped not in made or overlay.feedforward not in made:
+        return
+    looped, other = made[overlay.looped], made[overlay.feedforward]
+    name = looped.folder.name
+    one, base = looped.load(), other.load()
+    draw_over(name, one, base, overlay.figures, out / "figures", command_line(), note)
+    runs = {name: one, other.folder.name: base}
+    compare_runs(runs).write(make_folder(out / "tables" / name))
+
+
+def write_reports(folder: Path) -> None:
+    """Write the report of a folder, and print its summary table."""
+    from rich.table import Table
+
+    from tl_looped.experiments.report import summary_rows, write_report
+
+    path = write_report(folder)
+    rows = summary_rows(folder)
+    table = Table("model", *(cell.label for cell in rows[0].cells))
+    for row in rows:
+        cells = ["-" if cell.missing else cell.main for cell in row.cells]
+        table.add_row(f"{row.model} {row.shape}", *cells)
+    console.print(table)
+    console.print(f"The report is [bold]{path.resolve()}[/bold]", soft_wrap=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""From a finished training run of the demo model to the folder that is shipped.
+"""From a finished training run of a bundled model to the folder that is shipped.
 
 The folder holds bf16 weights, tokenizer, config, the log, the loss curve and a model card. The
 card's numbers come from the run's log and from the shipped weights themselves.
@@ -7,6 +7,7 @@ card's numbers come from the run's log and from the shipped weights themselves.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,6 +15,7 @@ import torch
 from tl_looped._version import __version__
 from tl_looped.experiments.files import make_folder, write_figure, write_text
 from tl_looped.plots import loss_curve
+from tl_looped.training import section51
 from tl_looped.training.corpus import pack, read_problems, split
 from tl_looped.training.demo import CONTEXT, HELD_OUT_PROBLEMS
 from tl_looped.training.spec import TrainSpec
@@ -59,9 +61,35 @@ Loss of the shipped weights in fp32 on the first {rows} held-out rows, state see
 """
 
 
-@torch.inference_mode()
+_CONTROL_CARD = """# Feedforward control
+
+A small model without a loop, to compare looped ones with: {layers} layers that run once, written
+as a loop of one recurrence, {shape}; {d_model} dimensions, {heads} heads, pre-norm RMSNorm,
+SwiGLU, RoPE, tied embeddings, context {context}, {parameters:,} parameters (bf16). Byte-level BPE
+tokenizer of {vocabulary:,} tokens, not that of the demo model. It is the control of Section 5.1
+of arXiv 2604.11791 at the scale of a CPU.
+
+## Training
+
+- Data: the training split of GSM8K (Cobbe et al. 2021, MIT), {n_training:,} problems,
+  question and worked answer without the calculator notes; {n_held_out} more are held out.
+- {tokens:,} tokens ({epochs:.1f} epochs), {steps:,} steps of {batch} rows of {context} tokens,
+  AdamW, peak learning rate {rate:g}, {warmup} steps of warm-up, cosine decay, weight decay
+  {decay:g}.
+- Seed {seed}. bfloat16 matrix products. Best held-out loss {held_out:.3f} nats a token, at step
+  {best_step:,} of {evaluations} evaluations. The shipped weights in fp32 arithmetic: {shipped:.3f}
+  on the same {rows} held-out rows.
+- Command: `tl-looped train-section51 gsm8k_train.jsonl`, run `feedforward-seed{seed}`, with
+  tl_looped {version}. Other numbers of threads or other PyTorch versions may round differently.
+
+![loss](loss.png)
+
+`log.csv` holds every point of the curve.
+"""
+
+
 def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
-    """Write the shipped folder of a run.
+    """Write the shipped folder of a run of the demo model.
 
     Args:
         run: Folder that :func:`tl_looped.training.trainer.train` wrote.
@@ -72,50 +100,86 @@ def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
     Returns:
         ``out``.
     """
+    training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, spec.seed)
+    about, losses = _bundle(run, spec, out, training, held_out, EVALUATED, EVALUATED_ROWS)
+    table = {
+        "header": " | ".join(map(str, EVALUATED)),
+        "rule": "---|" * len(EVALUATED),
+        "row": " | ".join(f"{loss:.3f}" for loss in losses),
+    }
+    write_text(_CARD.format(**about, **table), out / "README.md")
+    return out
+
+
+def bundle_control(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
+    """Write the shipped folder of a run of Section 5.1's feedforward control.
+
+    Args:
+        run, data, spec, out: As :func:`bundle_demo`.
+
+    Returns:
+        ``out``.
+    """
+    training, held_out = split(read_problems(data), section51.HELD_OUT_PROBLEMS, section51.DATA_SEED)
+    n_rows = section51.HELD_OUT_ROWS
+    about, losses = _bundle(run, spec, out, training, held_out, (1,), n_rows, "demo-control")
+    layers = about["shape"].k
+    write_text(_CONTROL_CARD.format(**about, layers=layers, shipped=losses[0]), out / "README.md")
+    return out
+
+
+@torch.inference_mode()
+def _bundle(
+    run: Path,
+    spec: TrainSpec,
+    out: Path,
+    training: list[str],
+    held_out: list[str],
+    recurrences: tuple[int, ...],
+    n_rows: int,
+    name: str | None = None,
+) -> tuple[dict[str, Any], list[float]]:
+    """Weights, log and curve; what a card says, and the losses at the numbers of recurrences."""
     make_folder(out)
     model = LoopedTransformer.from_pretrained(run / "best", device="cpu")
     log = pd.read_csv(run / "log.csv")
-    training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, spec.seed)
+    model.cfg.model_name = name or model.cfg.model_name
     model.to(torch.bfloat16)
     model.save_pretrained(out)
-    model = LoopedTransformer.from_pretrained(out, device="cpu")
+    model = LoopedTransformer.from_pretrained(out, device="cpu", dtype=torch.float32)
     rows = pack(held_out, model.tokenizer, CONTEXT)
     losses = []
-    for recurrences in EVALUATED:
-        with model.recurrences(recurrences):
-            losses.append(held_out_loss(model, rows[:EVALUATED_ROWS], 4))
+    for n in recurrences:
+        with model.recurrences(n):
+            losses.append(held_out_loss(model, rows[:n_rows], 4))
     best = log.sort_values("held_out_loss").iloc[0]
-    cfg = model.cfg
-    card = _CARD.format(
-        shape=model.loop,
-        d_model=cfg.d_model,
-        heads=cfg.n_heads,
-        context=cfg.n_ctx,
-        parameters=sum(p.numel() for p in model.parameters()),
-        vocabulary=len(model.tokenizer),
-        n_training=len(training),
-        n_held_out=len(held_out),
-        tokens=int(log["tokens"].iloc[-1]),
-        epochs=log["epoch"].iloc[-1],
-        steps=spec.steps,
-        batch=spec.batch_size,
-        rate=spec.learning_rate,
-        warmup=spec.warmup,
-        decay=spec.weight_decay,
-        seed=spec.seed,
-        held_out=best["held_out_loss"],
-        evaluations=len(log),
-        best_step=int(best["step"]),
-        version=__version__,
-        rows=len(rows[:EVALUATED_ROWS]),
-        header=" | ".join(map(str, EVALUATED)),
-        rule="---|" * len(EVALUATED),
-        row=" | ".join(f"{loss:.3f}" for loss in losses),
-    )
     caption = f"seed {spec.seed}; held out: {len(held_out)} problems, {len(rows)} rows"
     tokens, train, curve = (log[n].tolist() for n in ("tokens", "train_loss", "held_out_loss"))
     figure = loss_curve(tokens, train, curve, caption)
     write_figure(figure, out / "loss.png", dpi=100)
     write_text((run / "log.csv").read_text(encoding="utf-8"), out / "log.csv")
-    write_text(card, out / "README.md")
-    return out
+    cfg = model.cfg
+    about = {
+        "shape": model.loop,
+        "d_model": cfg.d_model,
+        "heads": cfg.n_heads,
+        "context": cfg.n_ctx,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(model.tokenizer),
+        "n_training": len(training),
+        "n_held_out": len(held_out),
+        "tokens": int(log["tokens"].iloc[-1]),
+        "epochs": log["epoch"].iloc[-1],
+        "steps": spec.steps,
+        "batch": spec.batch_size,
+        "rate": spec.learning_rate,
+        "warmup": spec.warmup,
+        "decay": spec.weight_decay,
+        "seed": spec.seed,
+        "held_out": best["held_out_loss"],
+        "evaluations": len(log),
+        "best_step": int(best["step"]),
+        "version": __version__,
+        "rows": len(rows[:n_rows]),
+    }
+    return about, losses

@@ -11,6 +11,7 @@ Limits. Scores are of the mean curves: how they depend on the prompts is not sai
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.reading import is_feedforward
+from tl_looped.experiments.reading import is_feedforward, same_prompts
 from tl_looped.experiments.store import RESULTS, find_runs, read_dataset
 from tl_looped.experiments.tables import write_table
 from tl_looped.metrics import mirroring_score, stage_clusters
@@ -133,7 +134,7 @@ def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
         if not same_prompts(runs[a], runs[b]):
             notices.append(f"{a} and {b} did not run the same prompts")
         mirrored += _mirroring(a, b, runs, notices, seed)
-        clustered += _clusters(a, b, runs, notices, seed)
+        clustered += cluster_rows(a, b, runs, notices, seed)
     return Comparison(
         runs=pd.DataFrame([_about(name, data) for name, data in runs.items()]),
         curves=pd.concat([_curves(*item) for item in runs.items()], ignore_index=True),
@@ -141,12 +142,6 @@ def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
         clusters=pd.DataFrame(clustered),
         notices=tuple(notices),
     )
-
-
-def same_prompts(a: xr.Dataset, b: xr.Dataset) -> bool:
-    """Whether two results are of the same texts, none left out in one of them alone."""
-    same_set = a.attrs.get("prompts_digest") == b.attrs.get("prompts_digest")
-    return same_set and a["source_row"].values.tolist() == b["source_row"].values.tolist()
 
 
 def _about(name: str, data: xr.Dataset) -> dict[str, object]:
@@ -224,9 +219,17 @@ def _features(data: xr.Dataset) -> Float[np.ndarray, "layer feature"]:
     return np.stack(columns, axis=-1)
 
 
-def _clusters(
-    a: str, b: str, runs: dict[str, xr.Dataset], notices: list[str], seed: int
+def cluster_rows(
+    a: str, b: str, runs: Mapping[str, xr.Dataset], notices: list[str], seed: int = 0
 ) -> list[dict[str, object]]:
+    """Stages of the looped run ``a`` as clusters of the feedforward ``b``, a row a recurrence.
+
+    Args:
+        a, b: Names in ``runs``.
+        runs: Results by depth.
+        notices: Gets the reason if there is no row.
+        seed: Of k-means.
+    """
     missing = [m for m in FEATURES if m not in runs[a] or m not in runs[b]]
     if missing:
         notices.append(f"clusters of {a} and {b}: {', '.join(missing)} were not computed for both")

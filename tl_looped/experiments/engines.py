@@ -5,12 +5,15 @@ Both give the same kind of result, by depth; a feedforward model is a core that 
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from huggingface_hub import snapshot_download
@@ -21,11 +24,13 @@ from tl_looped.bridge.feedforward import load_feedforward
 from tl_looped.checkpoints import open_checkpoint
 from tl_looped.errors import CheckpointError, DataError, InputError
 from tl_looped.experiments.identity import folder_identity, module_identity
+from tl_looped.experiments.labelling import beside, neuron_fractions, pattern_variables
 from tl_looped.experiments.prompts import Prompts
 from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics import (
     CONVERGENCE,
     StreamOptions,
+    convergence_of_result,
     over_cache,
     pairwise_over_cache,
     pca_trajectory,
@@ -37,6 +42,7 @@ from tl_looped.metrics.catalogue import select
 from tl_looped.model.config import parse_dtype
 from tl_looped.transformer import LoopedTransformer
 
+_LARGEST_SPILL = 2**30
 PAIRWISE = ("pairwise_attention_distance", "pairwise_residual_cosine")
 Row = Int[Tensor, " _"]  # of any length, each of its own
 
@@ -63,6 +69,10 @@ class Engine(ABC):
         """Variables of the PCA of the last token's path."""
 
     @abstractmethod
+    def patterns(self, row: Row) -> dict[str, Any]:
+        """Variables of the attention of one prompt, and its tokens as text."""
+
+    @abstractmethod
     def neurons(self) -> xr.Dataset:
         """Prediction and suppression fractions by unique layer."""
 
@@ -85,7 +95,7 @@ class Source:
 def wanted_metrics(spec: Experiment) -> list[str]:
     """The metrics of a specification and those that its extras are computed from."""
     names = select(spec.metrics)
-    names += CONVERGENCE if "convergence" in spec.extras else ()
+    names += CONVERGENCE if {"convergence", "confirm"} & set(spec.extras) else ()
     names += ("token_cosine",) if {"tokens", "limiting"} & set(spec.extras) else ()
     return list(dict.fromkeys(names))
 
@@ -157,6 +167,31 @@ class LoopedEngine(Engine):
     def __init__(self, model: LoopedTransformer, spec: Experiment) -> None:
         self.model, self.spec = model, spec
         self.metrics = wanted_metrics(spec)
+        self._check_ablation()
+
+    def _check_ablation(self) -> None:
+        sizes = {"prelude": self.model.loop.p, "core": self.model.loop.k, "coda": self.model.loop.c}
+        for name in self.spec.ablate_mlp:
+            stage, layer = name.split(".")
+            if int(layer) >= sizes[stage]:
+                raise InputError(
+                    f"ablate_mlp: there is no {name}; {self.spec.model} has "
+                    + ", ".join(f"{n} {which} layers" for which, n in sizes.items())
+                )
+
+    @contextmanager
+    def _running(self, n_recurrences: int | None) -> Iterator[None]:
+        """The model with so many recurrences, and the ablations of the experiment."""
+        with self.model.recurrences(n_recurrences):
+            hooks = []
+            for name in self.spec.ablate_mlp:
+                stage, layer = name.split(".")
+                runs = range(self.model.loop.R)
+                places = [f"recurrence.{r}.blocks.{layer}" for r in runs]
+                for place in places if stage == "core" else [name]:
+                    hooks.append((f"{place}.hook_mlp_out", _zeros))
+            with self.model.hooks(fwd_hooks=hooks):
+                yield
 
     def tokens(self, text: str) -> tuple[Row, bool]:
         """See :class:`Engine`."""
@@ -176,41 +211,69 @@ class LoopedEngine(Engine):
 
     def run(self, rows: list[Row]) -> xr.Dataset:
         """See :class:`Engine`; the rows must be what may share a batch."""
-        options = StreamOptions(
-            n_recurrences=self.spec.recurrences,
-            reference_recurrences=self.spec.reference_recurrences,
-            batch_size=len(rows),
-            batching=self.spec.batching,
-            **self._start,
-        )
-        (data,) = stream_batches(self.model, rows, self.metrics, options)
+        data = self._stream(rows, self.metrics, self.spec.recurrences)
+        extras = set(self.spec.extras)
+        if not {"convergence", "confirm"} & extras:
+            return data
+        longer = None
+        if "confirm" in extras:
+            assert self.spec.recurrences is not None  # resolved
+            longer = self._stream(rows, CONVERGENCE, 2 * self.spec.recurrences)
+        return beside(data, convergence_of_result(data, longer))
+
+    def _stream(
+        self, rows: list[Row], metrics: Sequence[str], n_recurrences: int | None
+    ) -> xr.Dataset:
+        with self._running(n_recurrences):
+            options = StreamOptions(
+                n_recurrences=n_recurrences,
+                reference_recurrences=self.spec.reference_recurrences,
+                batch_size=len(rows),
+                batching=self.spec.batching,
+                states="disk" if self._fits_on_disk(rows) else "recompute",
+                **self._start,
+            )
+            (data,) = stream_batches(self.model, rows, metrics, options)
         return data
 
-    @torch.inference_mode()
-    def pairwise(self, row: Row) -> xr.Dataset:
-        """See :class:`Engine`."""
-        _, cache = self.model.run_with_cache(
-            row[None],
-            names_filter=lambda n: n.endswith(("hook_resid_post", "attn.hook_pattern")),
-            n_recurrences=self.spec.recurrences,
-            attention_mask=torch.ones_like(row[None]),
-            return_type=None,
-            **self._start,
-        )
-        return pairwise_over_cache(cache)
+    def _fits_on_disk(self, rows: list[Row]) -> bool:
+        """Whether a second run for the fixed points can be saved; the numbers are the same bits."""
+        if self.spec.reference_recurrences is not None:
+            return False
+        cfg, loop, longest = self.model.cfg, self.model.loop, max(map(len, rows))
+        a_layer = len(rows) * longest * (cfg.d_model + cfg.n_heads * longest)
+        size = a_layer * self.model.cfg.dtype.itemsize * loop.k * loop.R
+        if size > _LARGEST_SPILL:
+            return False
+        return shutil.disk_usage(tempfile.gettempdir()).free > 4 * size
 
     @torch.inference_mode()
+    def _cache(self, row: Row, kept: tuple[str, ...], pos_slice: int | None = None) -> Any:
+        """Cache of a run of one prompt, with the activations whose names end so."""
+        with self._running(self.spec.recurrences):
+            _, cache = self.model.run_with_cache(
+                row[None],
+                names_filter=lambda n: n.endswith(kept),
+                pos_slice=pos_slice,
+                attention_mask=torch.ones_like(row[None]),
+                return_type=None,
+                **self._start,
+            )
+        return cache
+
+    def pairwise(self, row: Row) -> xr.Dataset:
+        """See :class:`Engine`."""
+        return pairwise_over_cache(self._cache(row, ("hook_resid_post", "attn.hook_pattern")))
+
+    def patterns(self, row: Row) -> dict[str, Any]:
+        """See :class:`Engine`."""
+        cache = self._cache(row, ("attn.hook_pattern",))
+        every = cache.stack_activation("pattern")[:, 0]
+        return pattern_variables(every, self.model.to_str_tokens(row))
+
     def path(self, row: Row) -> dict[str, Any]:
         """See :class:`Engine`."""
-        _, cache = self.model.run_with_cache(
-            row[None],
-            names_filter=lambda n: n.endswith("hook_resid_post"),
-            pos_slice=-1,
-            n_recurrences=self.spec.recurrences,
-            attention_mask=torch.ones_like(row[None]),
-            return_type=None,
-            **self._start,
-        )
+        cache = self._cache(row, ("hook_resid_post",), pos_slice=-1)
         states = cache.stack_recurrences("resid_post")
         points = states.reshape(*states.shape[:2], states.shape[-1])
         n = min(3, points.shape[0] * points.shape[1], points.shape[-1])
@@ -222,7 +285,7 @@ class LoopedEngine(Engine):
 
     def neurons(self) -> xr.Dataset:
         """See :class:`Engine`."""
-        return _neurons(prediction_suppression_by_layer(self.model))
+        return neuron_fractions(prediction_suppression_by_layer(self.model))
 
 
 class FeedforwardEngine(Engine):
@@ -258,21 +321,24 @@ class FeedforwardEngine(Engine):
         )
         return cache
 
+    def patterns(self, row: Row) -> dict[str, Any]:
+        """See :class:`Engine`."""
+        cache = self._cache(row[None])
+        layers = range(self.model.cfg.n_layers)
+        every = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"][0] for i in layers])
+        return pattern_variables(every, self.model.to_str_tokens(row))
+
     def path(self, row: Row) -> dict[str, Any]:
         """Refused by the specification."""
         raise InputError("extras: a feedforward model has no path over recurrences")
 
     def neurons(self) -> xr.Dataset:
         """See :class:`Engine`."""
-        return _neurons(prediction_suppression_feedforward(self.model))
+        return neuron_fractions(prediction_suppression_feedforward(self.model))
 
 
-def _neurons(by_layer: xr.Dataset) -> xr.Dataset:
-    """Fractions over ``unique_layer``, with the coordinates of their layers renamed."""
-    found = by_layer[["prediction", "suppression"]].rename(layer="unique_layer")
-    names = {"stage": "unique_stage", "layer_in_stage": "unique_layer_in_stage"}
-    found = found.rename({old: new for old, new in names.items() if old in found.coords})
-    return found.assign_coords(unique_layer=np.arange(found.sizes["unique_layer"]))
+def _zeros(value: Tensor, hook: Any) -> Tensor:
+    return torch.zeros_like(value)
 
 
 def _feedforward_folder(spec: Experiment) -> Path:

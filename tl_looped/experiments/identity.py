@@ -1,7 +1,7 @@
 """What makes two runs the same: a hash of everything that decides the numbers.
 
 It covers the specification as resolved, the model's configuration, tokenizer and weights, and the
-texts of the chosen prompts; not the names of model and prompt file, and not the device, the batch
+texts of the chosen prompts; not the names of models and prompt file, and not the device, the batch
 size, the number of processes or the versions of libraries (these are recorded beside the results).
 Hooks that a caller has put on a model are not seen.
 
@@ -83,7 +83,7 @@ def run_hash(spec: Experiment, prompts: Prompts, model_identity: str) -> str:
         model_identity: Of :func:`folder_identity` or :func:`module_identity`.
     """
     values = spec.to_dict()
-    for name in ("model", "revision"):
+    for name in ("model", "revision", "feedforward"):
         values.pop(name, None)
     values["metrics"] = sorted(select(spec.metrics))
     values["extras"] = sorted(set(spec.extras))

@@ -18,11 +18,11 @@ from torch import Tensor
 from tl_looped._version import __version__
 from tl_looped.errors import DataError
 from tl_looped.experiments.engines import PAIRWISE, Engine
+from tl_looped.experiments.labelling import beside
 from tl_looped.experiments.prompts import Prompts
 from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics import (
     by_recurrence,
-    convergence_of_result,
     join_batches,
     limiting_of_result,
 )
@@ -65,7 +65,10 @@ def joined(
           prompt 0
         - tokens: ``token_similarity`` (``recurrence, layer, token, prompt``), fp32, NaN at padding
         - limiting: ``limiting_label`` and its kin (``layer, token, prompt``)
-        - convergence: ``verdict``, ``settled_at``, ``rate``, ``half_life``, … (``prompt``)
+        - patterns: ``pattern`` (``effective_layer, head, query, key``), ``pattern_token``
+          (``query``), of prompt 0
+        - convergence, confirm: ``verdict``, ``settled_at``, ``rate``, ``half_life``, …
+          (``prompt``), which the parts hold already; the attribute ``confirmed`` tells which
         - neurons: ``prediction``, ``suppression`` (``unique_layer``)
 
     Raises:
@@ -94,30 +97,22 @@ def _with_extras(
     spec: Experiment, engine: Engine, data: xr.Dataset, rows: list[Tensor]
 ) -> xr.Dataset:
     metrics = data  # the extras read the metrics alone, not each other
-    if "convergence" in spec.extras:
-        data = _beside(data, convergence_of_result(metrics))
     if "limiting" in spec.extras:
-        data = _beside(data, limiting_of_result(metrics))
+        data = beside(data, limiting_of_result(metrics))
     if "tokens" in spec.extras:
         similarity = by_recurrence(metrics[["token_cosine"]])["token_cosine"]
         data = data.assign(token_similarity=similarity.astype(np.float32))
         data["token_similarity"].attrs = metrics["token_cosine"].attrs
     if "pca" in spec.extras:
         data = data.assign(engine.path(rows[0]))
+    if "patterns" in spec.extras:
+        data = data.assign(engine.patterns(rows[0]))
     if "neurons" in spec.extras:
         found = engine.neurons()
         settings = {f"neurons_{key}": value for key, value in found.attrs.items()}
         settings["kurtosis_threshold"] = found.attrs["threshold"]
-        data = _beside(data, found.assign_attrs(settings))
+        data = beside(data, found.assign_attrs(settings))
     return data
-
-
-def _beside(data: xr.Dataset, more: xr.Dataset) -> xr.Dataset:
-    """The variables and attributes of both."""
-    new = {key: value for key, value in more.attrs.items() if key not in data.attrs}
-    return data.merge(
-        more, join="exact", compat="identical", combine_attrs="override"
-    ).assign_attrs(new)
 
 
 def _pairwise_means(parts: list[xr.Dataset]) -> dict[str, xr.DataArray]:

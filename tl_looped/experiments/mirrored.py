@@ -8,7 +8,8 @@ Decisions, ours:
   :func:`tl_looped.metrics.mirroring.mirroring_score`, then averaged over the recurrences.
 - Its interval is a percentile bootstrap over prompts: it says how the score depends on the prompts,
   and nothing about other checkpoints. Two curves that both rise correlate whatever they mean.
-- Where both results name the same prompts, a resample draws the same prompts for both.
+- Where both results are of the same prompts, none left out in one of them alone, a resample draws
+  the same prompts for both.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.reading import Missing, is_feedforward, specification
+from tl_looped.experiments.reading import Missing, is_feedforward, same_prompts, specification
 from tl_looped.metrics.catalogue import OUTPUTS, STAGE
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.metrics.mirroring import GRID_POINTS
@@ -95,15 +96,16 @@ def mirroring_of(
 ) -> MirroringTable | Missing:
     """The scores of a run against the feedforward result among the others.
 
-    That is the run that the attribute or specification of this one names as ``feedforward``, else
-    the only feedforward run of another model.
+    That is the run which the attribute or specification of this one names as ``feedforward``, by
+    its model or its own name; else the only feedforward run of another model. Where several fit,
+    one on the same prompts is taken.
     """
     data = runs[name]
     against = _feedforward_of(name, runs)
     if isinstance(against, Missing):
         return against
     other = runs[against]
-    paired = _same_prompts(data, other)
+    paired = same_prompts(data, other)
     scores, without = [], {}
     for metric in MIRRORED:
         if metric not in data or metric not in other:
@@ -122,26 +124,25 @@ def mirroring_of(
 
 def _feedforward_of(name: str, runs: Mapping[str, xr.Dataset]) -> str | Missing:
     data = runs[name]
+    model = data.attrs.get("model")
+    others = {run: d for run, d in runs.items() if is_feedforward(d) and run != name}
     named = data.attrs.get("feedforward") or specification(data).get("feedforward")
     if isinstance(named, str) and named:
-        if named not in runs or not is_feedforward(runs[named]):
+        others = {r: d for r, d in others.items() if named in (r, d.attrs.get("model"))}
+        if not others:
             return Missing(f"the feedforward result {named!r} is not among the runs")
-        return named
-    model = data.attrs.get("model")
-    others = [run for run, d in runs.items() if is_feedforward(d) and d.attrs.get("model") != model]
-    if not others:
+    else:
+        others = {run: d for run, d in others.items() if d.attrs.get("model") != model}
+    same = {run: d for run, d in others.items() if same_prompts(data, d)}
+    found = list(same or others)
+    if not found:
         return Missing("no feedforward result among the runs")
-    if len(others) > 1:
+    if len(found) > 1:
         return Missing(
-            f"{len(others)} feedforward results ({', '.join(others)}): name one as 'feedforward' "
-            "in the specification"
+            f"{len(found)} feedforward results ({', '.join(found)}): say which with "
+            'feedforward = "..." in the specification, or tl-looped report --feedforward'
         )
-    return others[0]
-
-
-def _same_prompts(data: xr.Dataset, other: xr.Dataset) -> bool:
-    mine, theirs = (specification(d).get("prompts") for d in (data, other))
-    return mine is not None and mine == theirs and data.sizes["prompt"] == other.sizes["prompt"]
+    return found[0]
 
 
 def _score(

@@ -1,27 +1,23 @@
-"""What each figure of arXiv 2604.11791 needs of a run, and which runs reproduce the paper.
-
-Numbers of figures, models, prompts and recurrences are the paper's (see its captions); where it
-does not state the recurrences of a path or a step size, 128 is taken.
-"""
+"""What each figure of arXiv 2604.11791 needs of a run."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.spec import Experiment, PromptSet
+from tl_looped.experiments.spec import Experiment
 
 STAGES = ("stage",)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Metrics and extras of a figure."""
+    """Metrics, extras and ablations of a figure."""
 
     metrics: tuple[str, ...] = STAGES
     extras: tuple[str, ...] = ()
+    is_ablated: bool = False
 
 
 _STEPS, _DISTANCES = Needs(("successive",)), Needs(("fixed_point",))
@@ -33,12 +29,24 @@ FIGURES: dict[int, Needs] = {
     **dict.fromkeys((3, 24, 25), _STEPS),
     **dict.fromkeys((4, 22, 23), _DISTANCES),
     **dict.fromkeys((5, 15, 26, 27, 28), _PATH),
-    **dict.fromkeys((7, 8, 11, 12, *range(34, 40), *range(42, 53)), Needs()),
+    **dict.fromkeys((7, 11, 12, *range(34, 40), *range(42, 53)), Needs()),
     9: Needs(("magnitude",)),
     **dict.fromkeys((13, 14, 16, 17, 18), _TOKENS),
     **dict.fromkeys((32, 33), _NEURONS),
+    41: Needs(is_ablated=True),
+    63: Needs(extras=("patterns",)),
 }
 """Figures that one run can be drawn as."""
+
+_TWO_RUNS = "shows a looped run over a feedforward one: tl-looped compare LOOPED FEEDFORWARD"
+_RANDOM = "is of random models of several kinds (Section 4.2), not of one run"
+_TRAINED = "is of models trained for it (Section 5.1), several seeds of each, not of one run"
+ELSEWHERE = {
+    **dict.fromkeys((8, 40), _TWO_RUNS),
+    **dict.fromkeys((6, 29, 30, 31), _RANDOM),
+    **dict.fromkeys((10, *range(54, 63)), _TRAINED),
+}
+"""The other figures, and why one run cannot be drawn as them."""
 
 
 def parse_figures(text: str) -> tuple[int, ...]:
@@ -49,113 +57,29 @@ def parse_figures(text: str) -> tuple[int, ...]:
     """
     numbers = []
     for item in filter(None, (part.strip() for part in text.split(","))):
-        if not item.isdigit() or int(item) not in FIGURES:
+        if not item.isdecimal() or int(item) not in FIGURES:
+            why = ELSEWHERE.get(int(item) if item.isdecimal() else 0, "")
             raise InputError(
-                f"figures: {item!r} is no figure that can be drawn from one run; there are "
-                f"{', '.join(map(str, sorted(FIGURES)))}"
+                (f"figures: Fig. {item} {why}. " if why else f"figures: there is no {item!r}. ")
+                + f"One run can be drawn as {', '.join(map(str, sorted(FIGURES)))}"
             )
         numbers.append(int(item))
     return tuple(dict.fromkeys(numbers))
 
 
 def with_needs(spec: Experiment, figures: Iterable[int]) -> Experiment:
-    """The experiment with what the figures need as well."""
+    """The experiment with what the figures need as well.
+
+    Raises:
+        InputError: for a figure of an ablation, if the experiment has none.
+    """
+    figures = tuple(figures)
     needs = [FIGURES[number] for number in figures]
+    if any(need.is_ablated for need in needs) and not spec.ablate_mlp:
+        raise InputError(
+            "figures: Fig. 41 is of a run without the MLP output of the second layer: add "
+            "--ablate-mlp prelude.1 (or core.1 for a model without prelude)"
+        )
     metrics = [*spec.metrics, *(m for need in needs for m in need.metrics)]
     extras = {*spec.extras, *(e for need in needs for e in need.extras)}
     return replace(spec, metrics=tuple(dict.fromkeys(metrics)), extras=tuple(sorted(extras)))
-
-
-# -- the paper ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PaperRun:
-    """A run of the paper and the figures that are drawn from it."""
-
-    spec: Experiment
-    figures: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Figures:
-    """Figures of one model: at 8, 32, 128 recurrences, and on its other prompts."""
-
-    eight: tuple[int, ...]
-    thirty_two: tuple[int, ...] = ()
-    many: tuple[int, ...] = ()
-    sentence: tuple[int, ...] = ()
-    hellaswag: tuple[int, ...] = ()
-    root: tuple[int, ...] = ()
-
-
-_LONG = (3, 4, 22, 23, 24, 25)
-PAPER: dict[str, _Figures] = {
-    "demo": _Figures((2, 7, 19, 33, 34, 37), (20, 21), (*_LONG, 9, 11, 12, 13, 14, 49, 52), (5,)),
-    "ouro-1.4b": _Figures((2, 19, 33, 34, 35), (), (*_LONG, 11, 12, 47, 50), (26,), (42,), (28,)),
-    "huginn": _Figures(
-        (2, 19, 33, 34, 36), (20, 21), (*_LONG, 13, 14, 16, 17, 48, 51), (15, 27), (43,)
-    ),
-    "recurrent-llama-3.2": _Figures(
-        (2, 7, 19, 33, 34, 37), (20, 21), (*_LONG, 9, 11, 12, 18, 49, 52), (5,), (44,)
-    ),
-    "recurrent-olmo-2": _Figures((33, 38), (20, 21), hellaswag=(45,)),
-    "recurrent-tinyllama-3t": _Figures((33, 39), (20, 21), hellaswag=(46,)),
-}
-
-
-def parse_models(text: str) -> tuple[str, ...]:
-    """Models from ``"demo,huginn"`` or ``"all"``.
-
-    Raises:
-        InputError: for a model that the paper's figures do not name.
-    """
-    if text == "all":
-        return tuple(PAPER)
-    names = tuple(filter(None, (part.strip() for part in text.split(","))))
-    for name in names:
-        if name not in PAPER:
-            near = difflib.get_close_matches(name, PAPER, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(
-                f"models: {name!r} is none of {', '.join(PAPER)}, all{hint} (tl-looped analyze "
-                "takes any model)"
-            )
-    if not names:
-        raise InputError(f"models: none was given; there are {', '.join(PAPER)}, all")
-    return names
-
-
-def paper_runs(
-    model: str, prompts: PromptSet, hellaswag: PromptSet | None, dtype: str = "float32"
-) -> list[PaperRun]:
-    """The runs of one model.
-
-    Args:
-        model: One of ``PAPER``.
-        prompts: GSM8K, or what takes its place.
-        hellaswag: HellaSwag; its runs are left out if None.
-        dtype: Of the weights.
-    """
-    figures = PAPER[model]
-    sentence = PromptSet("sentence")
-    root = PromptSet("text", texts=("The square root of 16 is",))
-    verdicts = ("convergence",)
-    wanted = [
-        (8, prompts, figures.eight, ()),
-        (32, prompts, figures.thirty_two, ()),
-        (128, prompts, figures.many, verdicts),
-        (128, sentence, figures.sentence, ()),
-        (128, root, figures.root, ()),
-        (8, hellaswag, figures.hellaswag, ()),
-    ]
-    return [
-        PaperRun(
-            with_needs(
-                Experiment(model, prompts=on, recurrences=n, extras=extras, dtype=dtype), numbers
-            ),
-            numbers,
-        )
-        for n, on, numbers, extras in wanted
-        if numbers and on is not None
-    ]

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.demo import PROMPTS as BUNDLED
 from tl_looped.experiments.spec import TEST_SENTENCE, PromptSet
+
+BUNDLED = Path(__file__).parents[1] / "data" / "word_problems.jsonl"
+"""32 word problems of our own, one JSON object a line, `question`."""
 
 COLUMNS = ("question", "ctx", "prompt", "text")
 

@@ -60,3 +60,11 @@ def specification(data: xr.Dataset) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"the attribute spec must be a JSON object, got {type(found).__name__}")
     return found
+
+
+def same_prompts(a: xr.Dataset, b: xr.Dataset) -> bool:
+    """Whether two results are of the same texts, none left out in one of them alone."""
+    mine, theirs = a.attrs.get("prompts_digest"), b.attrs.get("prompts_digest")
+    if mine is None or mine != theirs or "source_row" not in a or "source_row" not in b:
+        return False
+    return bool(a["source_row"].values.tolist() == b["source_row"].values.tolist())

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from tl_looped.experiments import report_text
 from tl_looped.experiments.files import write_text
 from tl_looped.experiments.reading import read_results, specification
 from tl_looped.experiments.store import RESULTS
-from tl_looped.experiments.summary import RunSummary, summarise
+from tl_looped.experiments.summary import RunSummary, by_model, mirrored_runs, summarise
 from tl_looped.plots.views import (
     DRAW,
     MAX_BYTES,
@@ -109,7 +110,7 @@ def write_report(folder: Path, title: str | None = None) -> Path:
 
     Args:
         folder: A folder with ``results.nc``, or one whose subfolders have it.
-        title: Heading; the model's or the folder's name if None.
+        title: Heading; the names of the models if None.
 
     Returns:
         Path of the report; an older one is replaced.
@@ -121,17 +122,18 @@ def write_report(folder: Path, title: str | None = None) -> Path:
     folder = Path(folder)
     folders, waiting = _run_folders(folder)
     data = {name: read_results(path / RESULTS) for name, path in folders.items()}
-    summaries = summarise(data)
+    # Loops first; feedforward models are what they are compared with.
+    summaries = sorted(summarise(data), key=lambda summary: summary.feedforward)
     room = MAX_BYTES - len(drawing_script().encode()) if _has_views(folder, folders) else 0
     sections: list[Section] = []
     if folder not in folders.values() and any((folder / n).is_dir() for n in ("figures", "views")):
         section, room = _section("all", "Comparisons", folder, folder, None, room)
         sections.append(section)
-    for i, (name, path) in enumerate(folders.items()):
-        section, room = _section(f"run{i}", name, path, folder, data[name], room)
+    for i, summary in enumerate(summaries):
+        heading, path = report_text.heading(summary), folders[summary.run]
+        section, room = _section(f"run{i}", heading, path, folder, data[summary.run], room)
         sections.append(section)
-    heading = title or _title(folder, summaries)
-    page = _render(heading, summaries, sections, waiting)
+    page = _render(title or _title(summaries), summaries, sections, waiting)
     # A text with half of a surrogate pair (JSON can hold one) has no UTF-8.
     return write_text(page.encode("utf-8", "replace").decode("utf-8"), folder / "report.html")
 
@@ -141,7 +143,7 @@ def _run_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
         raise DataError(f"{folder} is not a folder: give a run's folder, or a folder of runs")
     if (folder / RESULTS).exists():
         return {folder.resolve().name: folder}, []
-    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_numbers)
     runs = {path.name: path for path in inside if (path / RESULTS).exists()}
     waiting = [p.name for p in inside if p.name not in runs and (p / "spec.toml").exists()]
     if not runs:
@@ -150,10 +152,15 @@ def _run_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return runs, waiting
 
 
-def _title(folder: Path, summaries: Sequence[RunSummary]) -> str:
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """Orders ``r8`` before ``r32``."""
+    return [(int(n), text) for text, n in re.findall(r"([^0-9]*)([0-9]*)", path.name + "0") if n]
+
+
+def _title(summaries: Sequence[RunSummary]) -> str:
     if len(summaries) == 1:
         return f"{summaries[0].model} {summaries[0].loop}"
-    return folder.resolve().name
+    return ", ".join(dict.fromkeys(summary.model for summary in summaries))
 
 
 def _section(
@@ -176,7 +183,7 @@ def _section(
         attributes={} if data is None else _attributes(data),
         tables=tuple(
             file.relative_to(root).as_posix()
-            for file in sorted((path / "tables").glob("*"))
+            for file in sorted((path / "tables").rglob("*"))
             if file.suffix in (".csv", ".parquet")
         ),
     )
@@ -276,6 +283,22 @@ def _view(path: Path, anchor: str, root: Path, room: int) -> tuple[Exhibit, int]
     return exhibit, room - len(content or "")
 
 
+def summary_rows(folder: Path) -> list[report_text.Row]:
+    """The rows of the summary table of a folder, a model each.
+
+    Raises:
+        DataError: as :func:`write_report`.
+    """
+    folders, _ = _run_folders(Path(folder))
+    data = {name: read_results(path / RESULTS) for name, path in folders.items()}
+    return _rows(sorted(summarise(data), key=lambda summary: summary.feedforward))
+
+
+def _rows(summaries: Sequence[RunSummary]) -> list[report_text.Row]:
+    anchors = {summary.run: f"run{i}" for i, summary in enumerate(summaries)}
+    return [report_text.row(runs, anchors) for runs in by_model(summaries)]
+
+
 # -- the page -----------------------------------------------------------------------------------
 
 
@@ -292,13 +315,13 @@ def _render(
     environment.filters["value"] = report_text.value
     drawn = any(view.content is not None for section in sections for view in section.views)
     scripts = [drawing_script(), DRAW + _DRAW_WHEN_OPENED] if drawn else []
-    anchors = {section.name: section.anchor for section in sections if section.spec is not None}
     return environment.get_template("report.html.j2").render(
         title=title,
         version=__version__,
         policy=content_policy(scripts),
-        rows=[report_text.row(summary, anchors[summary.run]) for summary in summaries],
-        mirroring=[report_text.mirroring(s) for s in summaries if report_text.is_mirrored(s)],
+        rows=_rows(summaries),
+        n_runs=len(summaries),
+        mirroring=[report_text.mirroring(run) for run in mirrored_runs(summaries)],
         verdicts=report_text.VERDICTS.values(),
         sections=sections,
         waiting=waiting,

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tl_looped.experiments.mirrored import Mirroring, MirroringTable
 from tl_looped.experiments.reading import Missing
-from tl_looped.experiments.summary import Median, RunSummary, Verdicts
+from tl_looped.experiments.summary import (
+    Clusters,
+    Median,
+    RunSummary,
+    Verdicts,
+    most_telling,
+)
 from tl_looped.metrics.convergence import Verdict
 
 NOT_COMPUTED = "not computed"
@@ -58,6 +65,7 @@ class Cell:
         note: Spread, counts or the reason, in small type.
         missing: Whether the number is missing.
         bar: Shares of the verdicts, in percent, with their colour.
+        source: Anchor and short name of the run, where its model has several.
     """
 
     label: str
@@ -65,17 +73,24 @@ class Cell:
     note: str = ""
     missing: bool = False
     bar: tuple[tuple[float, str], ...] = ()
+    source: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run in the summary table."""
+    """A model in the summary table.
 
-    run: str
-    anchor: str
+    Args:
+        model: Its name.
+        shape: Of its loop.
+        runs: Anchor and short name of each of its runs.
+        feedforward: Whether it has no loop.
+        cells: A column each.
+    """
+
     model: str
     shape: str
-    prompts: str
+    runs: tuple[tuple[str, str], ...]
     feedforward: bool
     cells: tuple[Cell, ...]
 
@@ -116,25 +131,50 @@ def value(x: Any) -> str:
     return json.dumps(x, ensure_ascii=False, default=str)
 
 
-def row(summary: RunSummary, anchor: str) -> Row:
-    """A run's row of the summary table."""
+def run_name(summary: RunSummary) -> str:
+    """A run in a few words, its model left out: ``32 bundled prompts, 8 recurrences``."""
+    prompts = f"{summary.n_prompts:,} {summary.prompts}".strip()
+    name = f"{prompts} prompt{'' if summary.n_prompts == 1 else 's'}"
+    return name if summary.feedforward else f"{name}, {count(summary.loop.R, 'recurrence')}"
+
+
+def model_name(summary: RunSummary) -> str:
+    """A model, with what was taken from it."""
+    without = f", without the MLP output of {', '.join(summary.ablated)}" if summary.ablated else ""
+    return summary.model + without
+
+
+def heading(summary: RunSummary) -> str:
+    """A run in a few words."""
+    return f"{model_name(summary)}: {run_name(summary)}"
+
+
+def row(runs: Sequence[RunSummary], anchors: Mapping[str, str]) -> Row:
+    """A model's row of the summary table; ``anchors`` by name of run."""
+    first = runs[0]
+    shapes = {f"{one.loop}" for one in runs}
+    loop = first.loop
+    shape = f"({loop.p}, {loop.k} x R, {loop.c})" if len(shapes) > 1 else shapes.pop()
     return Row(
-        run=summary.run,
-        anchor=anchor,
-        model=summary.model,
-        shape=f"{summary.loop.n_layers} layers, feedforward"
-        if summary.feedforward
-        else f"{summary.loop}",
-        prompts=count(summary.n_prompts, "prompt"),
-        feedforward=summary.feedforward,
-        cells=(
-            _verdict(summary.verdicts),
-            _rate(summary.rate),
-            _half_life(summary.half_life),
-            _cyclicity(summary.cyclicity),
-            _mirroring(summary.mirroring),
-        ),
+        model=model_name(first),
+        shape=f"{loop.n_layers} layers, feedforward" if first.feedforward else shape,
+        runs=tuple((anchors[one.run], run_name(one)) for one in runs),
+        feedforward=first.feedforward,
+        cells=tuple(_cell(name, text, runs, anchors) for name, text in _COLUMNS.items()),
     )
+
+
+def _cell(
+    name: str,
+    text: Callable[[Any], Cell],
+    runs: Sequence[RunSummary],
+    anchors: Mapping[str, str],
+) -> Cell:
+    run = most_telling(runs, name)
+    cell = text(getattr(run, name))
+    if len(runs) == 1 or cell.missing:
+        return cell
+    return replace(cell, source=(anchors[run.run], run_name(run)))
 
 
 def _missing(label: str, missing: Missing) -> Cell:
@@ -203,9 +243,25 @@ def _mirroring(found: MirroringTable | Missing) -> Cell:
     return Cell(label, correlation(score.score), f"{interval(score)}; {name}, {found.against}")
 
 
-def is_mirrored(summary: RunSummary) -> bool:
-    """Whether a run has a mirroring score."""
-    return isinstance(summary.mirroring, MirroringTable)
+_COLUMNS: Mapping[str, Callable[[Any], Cell]] = {
+    "verdicts": _verdict,
+    "rate": _rate,
+    "half_life": _half_life,
+    "cyclicity": _cyclicity,
+    "mirroring": _mirroring,
+}
+
+
+def _clusters(found: Clusters | Missing) -> str:
+    if isinstance(found, Missing):
+        return f"stage clusters: {NOT_COMPUTED}, {found.reason}"
+    return (
+        f"stage clusters ({found.n_stages} k-means clusters of the feedforward layers, seed "
+        f"{found.seed}): a share of {correlation(found.agreement)} of the layers is in the "
+        f"feedforward model's stage at the same depth, mean over recurrences "
+        f"({correlation(found.low)} to {correlation(found.high)}); adjusted Rand index "
+        f"{correlation(found.rand_index)}, where chance gives 0"
+    )
 
 
 @dataclass(frozen=True)
@@ -215,7 +271,7 @@ class MirroringText:
     Args:
         caption: What was compared, and how.
         lines: A metric each: its label, then pairs of a column's label and the text.
-        notes: What is missing, and why.
+        notes: Stage clusters; what is missing, and why.
     """
 
     caption: str
@@ -244,8 +300,9 @@ def mirroring(summary: RunSummary) -> MirroringText:
         for s in table.scores
         if any(s.left_out)
     ]
+    notes.insert(0, _clusters(summary.clusters))
     caption = (
-        f"{summary.run} against {table.against}: bootstrap over {first.n_prompts[0]} and "
+        f"{heading(summary)}, against {table.against}: bootstrap over {first.n_prompts[0]} and "
         f"{first.n_prompts[1]} prompts, {first.n_resamples:,} resamples, seed {first.seed}, "
         f"{drawn}."
     )

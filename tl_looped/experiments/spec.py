@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 import types
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -35,7 +36,8 @@ TEST_SENTENCE = "Hello! I’ve been well. I hope that you’re doing well."
 
 SOURCES = ("bundled", "sentence", "gsm8k", "hellaswag", "file", "text")
 KINDS = ("looped", "feedforward")
-EXTRAS = ("convergence", "limiting", "neurons", "pairwise", "pca", "tokens")
+EXTRAS = ("confirm", "convergence", "limiting", "neurons", "pairwise", "patterns", "pca", "tokens")
+_LAYER = re.compile(r"(prelude|core|coda)\.(0|[1-9][0-9]*)")
 
 DEFAULT_METRICS = (
     "stage",
@@ -138,8 +140,15 @@ class Experiment:
         extras: What else is computed: ``"pairwise"`` (attention distance and residual cosine
             between all effective layers), ``"pca"`` (path of the first prompt's last token),
             ``"tokens"`` (similarity of every token's state to its last one), ``"limiting"`` (its
-            label), ``"convergence"`` (a verdict a prompt), ``"neurons"`` (prediction and
-            suppression).
+            label), ``"convergence"`` (a verdict a prompt), ``"confirm"`` (the same, and every
+            prompt runs for twice the recurrences too, on which the verdict then rests),
+            ``"neurons"`` (prediction and suppression), ``"patterns"`` (attention of the first
+            prompt, every layer and head).
+        ablate_mlp: Layers whose MLP output is set to zero wherever they run: ``"prelude.1"`` is
+            the paper's ablation of massive activations (Fig. 41), ``"core.2"`` acts in every
+            recurrence.
+        feedforward: ``model`` of the feedforward run that reports compare this one with. It
+            decides no number of this run, and is no part of its hash.
         initial_state: ``"model"`` for the model's own, or ``"zeros"``.
         state_seed: Of a random initial state.
         dtype: Of the weights, as PyTorch names it.
@@ -154,6 +163,8 @@ class Experiment:
     reference_recurrences: int | None = None
     metrics: tuple[str, ...] = DEFAULT_METRICS
     extras: tuple[str, ...] = ()
+    ablate_mlp: tuple[str, ...] = ()
+    feedforward: str | None = None
     initial_state: str = "model"
     state_seed: int = 0
     dtype: str = "float32"
@@ -167,19 +178,34 @@ class Experiment:
         parse_dtype(self.dtype)
         for name in self.extras:
             check_choice("extras", name, EXTRAS)
+        for name in self.ablate_mlp:
+            if not _LAYER.fullmatch(name):
+                raise ConfigError(
+                    f'ablate_mlp: {name!r} is no layer; layers are named "prelude.1", "core.0", '
+                    '"coda.1", each counted from 0'
+                )
         for key in ("recurrences", "reference_recurrences"):
             n = getattr(self, key)
             if n is not None and n < 1:
                 raise ConfigError(f"{key} must be at least 1, got {n}")
+        needs_own_end = sorted({"confirm", "convergence", "limiting"} & set(self.extras))
+        if self.reference_recurrences is not None and needs_own_end:
+            raise ConfigError(
+                f"extras: {', '.join(needs_own_end)} compare with the run's own last recurrence: "
+                "leave reference_recurrences out"
+            )
         if self.kind == "feedforward":
             self._check_feedforward()
 
     def _check_feedforward(self) -> None:
         if self.recurrences not in (None, 1) or self.reference_recurrences is not None:
             raise ConfigError(f"a feedforward model has 1 recurrence, not {self.recurrences}")
-        wrong = sorted(set(self.extras) - {"neurons", "pairwise"})
+        wrong = sorted(set(self.extras) - {"neurons", "pairwise", "patterns"})
         if wrong:
             raise ConfigError(f"extras: {wrong} need a loop, and the model is feedforward")
+        for name in ("ablate_mlp", "feedforward"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is for looped models, and this one is feedforward")
         if self.batching == "padded":
             raise ConfigError('batching = "padded" is for looped models; use "length"')
 

@@ -8,24 +8,31 @@ Decisions, ours where arXiv 2604.11791 gives none:
 - Verdicts are counted over prompts. Rate and half-life are medians over the prompts that have one;
   an infinite half-life (a loop that does not contract) counts.
 - The cyclicity index is that of the mean similarity matrix over prompts, core layers alone.
-- Mirroring scores: see :mod:`tl_looped.experiments.mirrored`.
+- Mirroring scores: see :mod:`tl_looped.experiments.mirrored`. Stage clusters are of the same pair:
+  :func:`tl_looped.experiments.compare.cluster_rows`, averaged over recurrences.
+- A model with several runs has one row. Each number is that of the run with the most prompts among
+  those that have it; then of the run with the most recurrences, and for the mirroring score of the
+  one whose recurrences are nearest to the model's training. Another dtype, an ablation or other
+  weights are another model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import DataError
+from tl_looped.experiments.compare import N_STAGES, cluster_rows
 from tl_looped.experiments.mirrored import MirroringTable, Resampling, mirroring_of
-from tl_looped.experiments.reading import Missing, is_feedforward
+from tl_looped.experiments.reading import Missing, is_feedforward, specification
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.metrics.states import cyclicity_index
@@ -71,12 +78,49 @@ class Median:
 
 
 @dataclass(frozen=True)
+class Clusters:
+    """Stages of a run as clusters of the layers of a feedforward one.
+
+    Args:
+        agreement: Mean over recurrences of the share of layers in the feedforward model's stage at
+            the same relative depth.
+        low, high: Smallest and largest over recurrences.
+        rand_index: Mean adjusted Rand index; 0 is what chance gives.
+        n_stages, seed: Of k-means.
+    """
+
+    agreement: float
+    low: float
+    high: float
+    rand_index: float
+    n_stages: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class RunSummary:
-    """What the table says about one run."""
+    """What the table says about one run.
+
+    Args:
+        run: Name of the run.
+        model: Of the model.
+        prompts: What the prompts are called.
+        loop: Shape of the run.
+        trained: Recurrences of the training; None if not known.
+        identity: What tells models apart: name, weights, dtype, ablated layers.
+        ablated: Layers without the output of their MLP.
+        n_prompts: Prompts that were run.
+        feedforward: Whether the model has no loop.
+        verdicts, rate, half_life, cyclicity, mirroring, clusters: See the module.
+    """
 
     run: str
     model: str
+    prompts: str
     loop: LoopGeometry
+    trained: int | None
+    identity: tuple[str, ...]
+    ablated: tuple[str, ...]
     n_prompts: int
     feedforward: bool
     verdicts: Verdicts | Missing
@@ -84,6 +128,7 @@ class RunSummary:
     half_life: Median | Missing
     cyclicity: float | Missing
     mirroring: MirroringTable | Missing
+    clusters: Clusters | Missing
 
 
 def summarise(
@@ -97,24 +142,76 @@ def summarise(
 def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) -> RunSummary:
     data = runs[name]
     loop, feedforward = geometry_of(data), is_feedforward(data)
+    model = str(data.attrs.get("model", "")) or "unnamed model"
+    trained = data.attrs.get("trained_recurrences")
+    ablated = tuple(map(str, specification(data).get("ablate_mlp", ())))
+    told_apart = [str(data.attrs.get(key, "")) for key in ("model_identity", "dtype")]
     row = partial(
         RunSummary,
         run=name,
-        model=str(data.attrs.get("model", "")) or "unnamed model",
+        model=model,
+        prompts=str(data.attrs.get("prompt_set", "")),
         loop=loop,
+        trained=None if trained is None else int(trained),
+        identity=(model, *told_apart, *ablated),
+        ablated=ablated,
         n_prompts=data.sizes["prompt"],
         feedforward=feedforward,
     )
     if feedforward:
         no = Missing("no loop: every layer ran once")
-        return row(verdicts=no, rate=no, half_life=no, cyclicity=no, mirroring=no)
+        return row(verdicts=no, rate=no, half_life=no, cyclicity=no, mirroring=no, clusters=no)
+    mirrored = mirroring_of(name, runs, resampling)
     return row(
         verdicts=_verdicts(data),
         rate=_median(data, "rate"),
         half_life=_median(data, "half_life"),
         cyclicity=_cyclicity(data, loop),
-        mirroring=mirroring_of(name, runs, resampling),
+        mirroring=mirrored,
+        clusters=mirrored if isinstance(mirrored, Missing) else _clusters(name, mirrored, runs),
     )
+
+
+def by_model(summaries: Sequence[RunSummary]) -> list[list[RunSummary]]:
+    """The runs of each model, models in the order of their first run."""
+    found: dict[tuple[str, ...], list[RunSummary]] = {}
+    for one in summaries:
+        found.setdefault(one.identity, []).append(one)
+    return list(found.values())
+
+
+def most_telling(runs: Sequence[RunSummary], name: str) -> RunSummary:
+    """The run of a model whose number of that name stands in its row; see the module."""
+
+    def rank(run: RunSummary) -> tuple[int, ...]:
+        n, trained = run.loop.R, run.trained
+        if name == "mirroring":
+            return run.n_prompts, -abs(n - trained) if trained else -n
+        return run.n_prompts, n
+
+    there = [run for run in runs if not isinstance(getattr(run, name), Missing)]
+    return max(there or runs, key=rank)
+
+
+def mirrored_runs(summaries: Sequence[RunSummary]) -> list[RunSummary]:
+    """The run of each model whose mirroring score stands in its row, of those that have one."""
+    chosen = [most_telling(runs, "mirroring") for runs in by_model(summaries)]
+    return [run for run in chosen if isinstance(run.mirroring, MirroringTable)]
+
+
+def _clusters(
+    name: str, mirrored: MirroringTable, runs: Mapping[str, xr.Dataset]
+) -> Clusters | Missing:
+    notices: list[str] = []
+    rows = cluster_rows(name, mirrored.against, runs, notices)
+    if not rows:
+        return Missing("; ".join(notices))
+    table = pd.DataFrame(rows)
+    share, rand = table["agreement"], table["rand_index"]
+    return Clusters(
+        float(share.mean()), float(share.min()), float(share.max()), float(rand.mean()),
+        N_STAGES, int(table["seed"].iloc[0]),
+    )  # fmt: skip
 
 
 # -- convergence --------------------------------------------------------------------------------

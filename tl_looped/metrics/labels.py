@@ -126,8 +126,10 @@ def run_attributes(model: Any, loop: LoopGeometry, state_seed: int | None = None
     """Attributes that describe a model, the shape of its run and its random initial state."""
     cfg = model.cfg
     shape = zip(_GEOMETRY, (loop.p, loop.k, loop.c, loop.R), strict=True)
+    switches = {name: getattr(cfg, name, None) for name in ("norm_layout", "injection")}
     return {
         "model": str(getattr(cfg, "model_name", "")),
+        **{k: str(getattr(v, "value", v)) for k, v in switches.items() if v is not None},
         **dict(shape),
         "dtype": str(getattr(cfg, "dtype", "")),
         "tl_looped": __version__,

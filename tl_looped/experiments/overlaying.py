@@ -1,0 +1,54 @@
+"""Figures and tables of two runs: a looped one over a feedforward one (Figures 8 and 40)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import xarray as xr
+
+from tl_looped.errors import InputError
+from tl_looped.experiments.drawing import save_figures
+from tl_looped.experiments.figures import draw
+from tl_looped.experiments.reading import same_prompts
+
+OVER = (8, 40)
+"""Figures of a looped run over a feedforward one."""
+
+
+def draw_over(
+    name: str,
+    looped: xr.Dataset,
+    feedforward: xr.Dataset,
+    figures: Iterable[int],
+    folder: Path,
+    command: str,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """Draw and save figures of a looped run over a feedforward one.
+
+    Args:
+        name: Told apart by it in ``folder``: ``fig08_<name>``.
+        looped, feedforward: Results by depth.
+        figures: Of :data:`OVER`.
+        folder: Where to write.
+        command: That made them.
+        say: Gets what cannot be drawn, and that prompts differ.
+
+    Returns:
+        The images.
+    """
+    if not same_prompts(looped, feedforward):
+        say(f"{name}: the feedforward run is not of the same prompts")
+    images = []
+    for number in figures:
+        try:
+            drawn = draw(number, looped, feedforward=feedforward)
+        except InputError as error:
+            say(f"figure {number} of {name}: {error}")
+            continue
+        images += save_figures(
+            [replace(one, name=f"{one.name}_{name}") for one in drawn], folder, command
+        )
+    return images

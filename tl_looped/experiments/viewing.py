@@ -1,0 +1,68 @@
+"""Attention views of a run that kept the attention of its first prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from tl_looped.experiments.reading import is_feedforward
+from tl_looped.metrics.labels import geometry_of
+from tl_looped.plots.views import AttentionView, attention_view, write_view
+
+_READ = "Rows are the tokens that attend, columns the tokens attended to."
+
+
+def write_views(data: xr.Dataset, folder: Path, command: str) -> list[Path]:
+    """Write the views of a result with ``pattern``; none without it, or without a loop.
+
+    All heads of the first core layer at the last recurrence, and the head of the core whose
+    attention changes most between recurrences, at every recurrence (16 of them if there are more).
+
+    Args:
+        data: A result by depth.
+        folder: The run's ``views``.
+        command: That made the run.
+
+    Returns:
+        The pages.
+
+    Raises:
+        InputError, DataError: as ``tl_looped.plots.views.write_view``.
+    """
+    if "pattern" not in data or is_feedforward(data):
+        return []
+    loop = geometry_of(data)
+    patterns = data["pattern"].transpose("effective_layer", "head", "query", "key").to_numpy()
+    core = patterns[loop.p : loop.p + loop.k * loop.R]
+    core = core.reshape(loop.R, loop.k, *core.shape[1:])
+    tokens = [str(token) for token in data["pattern_token"].to_numpy()]
+    settings = {"recurrences": loop.R, "prompt": 0, "rounded to": 0.001}
+    views = [(_all_heads(core, tokens), f"All heads of core layer 0 at recurrence {loop.R - 1}.")]
+    if loop.R > 1:
+        views.append((_most_changing(core, tokens), "The head whose attention changes most."))
+    return [
+        write_view(
+            view, folder, number, caption=f"{said} {_READ}", command=command, settings=settings
+        )
+        for number, (view, said) in enumerate(views, start=1)
+    ]
+
+
+def _all_heads(core: np.ndarray, tokens: list[str]) -> AttentionView:
+    last = len(core) - 1
+    labels = [f"r{last} l0 h{head}" for head in range(core.shape[2])]
+    title = f"All heads of core layer 0 at recurrence {last}"
+    return attention_view(core[last, 0], tokens, labels, title)
+
+
+def _most_changing(core: np.ndarray, tokens: list[str]) -> AttentionView:
+    """The head with the largest mean Frobenius norm of its steps."""
+    change = np.sqrt((np.diff(core, axis=0) ** 2).sum((-2, -1))).mean(0)
+    layer, head = np.unravel_index(np.nanargmax(change), change.shape)
+    n = len(core)
+    shown = np.unique(np.linspace(0, n - 1, min(n, 16)).round().astype(int))
+    labels = [f"r{r} l{layer} h{head}" for r in shown]
+    title = f"Head {head} of core layer {layer} across recurrences"
+    return attention_view(core[shown, layer, head], tokens, labels, title)
