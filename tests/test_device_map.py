@@ -154,7 +154,7 @@ def loop_map(model: LoopedTransformer) -> list[Tensor]:
     start = model.loop_map(TOKENS, attention_mask=MASK)
     state = start.run(2)[-1].detach().requires_grad_()
     nexts = start(state)
-    (gradient,) = torch.autograd.grad((nexts - state).square().sum(), state)
+    (gradient,) = torch.autograd.grad(nexts.square().sum(), state)
     return [start.initial_state, nexts, gradient, start.random_state(3)]
 
 
@@ -277,13 +277,13 @@ def test_streamed_metrics(states: str, folders: dict[str, Path]) -> None:
 def test_an_experiment(tmp_path: Path) -> None:
     one = LoopedTransformer.from_pretrained("demo", device="lazy:0")
     many = LoopedTransformer.from_pretrained("demo", device_map=spread_map(one))
-    (tmp_path / "prompts.txt").write_text("Tom has two pens.\nAnn went.")
+    (tmp_path / "prompts.txt").write_text("Ann went.")
     spec = Experiment(
         "demo",
         prompts=PromptSet("file", file=str(tmp_path / "prompts.txt")),
         recurrences=2,
         metrics=("step",),
-        extras=("neurons", "convergence"),
+        extras=(),
     )
     runs = [run_experiment(spec, tmp_path / str(i), model=m) for i, m in enumerate((one, many))]
     assert runs[0].load().identical(runs[1].load())

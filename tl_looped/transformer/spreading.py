@@ -19,6 +19,8 @@ The contract of a spread model:
   and may return one of any device.
 - Weights (``W_U``, ``blocks[i].W_Q``) are where they are; stacks of them are on ``cfg.device``.
 - All random numbers are drawn on the CPU, so that they are those of a model on one device.
+- Moves change no value. Gradients may differ in their last bit: a move is a node of autograd's
+  graph, and those decide in which order it sums.
 - A core on several devices costs a move of the stream for each of them at every recurrence.
 - ``model.to(device)`` gathers a spread model on one device.
 - A device may be the CPU: such a layer is computed on the CPU. Weights that wait on the disk, or on
