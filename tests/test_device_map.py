@@ -367,7 +367,7 @@ def n_bytes(module: nn.Module) -> int:
 @pytest.mark.parametrize("how", PLANS)
 def test_accelerates_plan_keeps_layers_whole_and_within_the_memory(how: str, weightless) -> None:
     layer = n_bytes(weightless.core[0])
-    room = {0: 4 * layer, 1: 3 * layer, 2: 3 * layer}
+    room = {0: 4 * layer, 1: 5 * layer, 2: 7 * layer}  # low_0 leaves the first one nearly empty
     plan = plan_devices(weightless, how, room)
     assert list(plan) == places(weightless)
     assert len(set(plan.values())) > 1
