@@ -62,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(params=["pre", "sandwich-loop-norm", "residual-injection"])
+@pytest.fixture(params=["sandwich-loop-norm", "residual-injection"])
 def pair(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Pair:
     return load_pair(folders[request.param], n_recurrences=2)
 
