@@ -81,8 +81,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(prompts, uninterrupted, tmp_path:
 
 
 def test_two_processes_give_what_one_gives(prompts, uninterrupted, tmp_path: Path) -> None:
-    # What accelerate launch calls on several devices; on CPUs it would start a single process.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # --cpu would start a single process: several are what --multi_gpu means, on CPUs too.
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
     finished = subprocess.run(
         [sys.executable, *launch, *command(prompts, tmp_path)],
         env=os.environ | ENVIRONMENT,

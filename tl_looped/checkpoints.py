@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,20 @@ class Checkpoint:
                 setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
         return tokenizer
 
-    def load_into(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def load_into(
+        self,
+        model: nn.Module,
+        device: torch.device | Mapping[str, torch.device],
+        dtype: torch.dtype,
+    ) -> None:
         """Give a model on the meta device its values.
+
+        Every tensor goes from its mapped file straight to its device.
+
+        Args:
+            model: Its parameters are replaced.
+            device: Of all of them, or of each by name.
+            dtype: Of all of them.
 
         Raises:
             CheckpointError: missing, unexpected or mis-shaped tensors, all of them listed.
@@ -110,7 +123,8 @@ class Checkpoint:
                         "but the config says that the two are tied"
                     )
             for name, parameter in parameters.items():
-                value = torch.empty(parameter.shape, device=device, dtype=dtype)
+                place = device[name] if isinstance(device, Mapping) else device
+                value = torch.empty(parameter.shape, device=place, dtype=dtype)
                 _fill(value, sources[name], read)
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(value))

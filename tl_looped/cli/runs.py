@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from tl_looped.experiments.spec import Experiment
 
 Out = Annotated[Path, typer.Option(help="Folder of runs; each gets a folder in it.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, mps; auto, balanced, balanced_low_0 or sequential spread a model "
+        "that is too large for one device over all of them."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
 BatchSize = Annotated[
     str,

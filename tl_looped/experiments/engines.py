@@ -41,6 +41,7 @@ from tl_looped.metrics import (
 from tl_looped.metrics.catalogue import select
 from tl_looped.model.config import parse_dtype
 from tl_looped.transformer import LoopedTransformer
+from tl_looped.transformer.spreading import PLANS
 
 _LARGEST_SPILL = 2**30
 PAIRWISE = ("pairwise_attention_distance", "pairwise_residual_cosine")
@@ -119,14 +120,29 @@ def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Sour
 def load_engine(
     spec: Experiment, source: Source, device: str | None, model: LoopedTransformer | None = None
 ) -> Engine:
-    """Load the model of a resolved specification."""
+    """Load the model of a resolved specification.
+
+    Args:
+        spec: The specification.
+        source: Its model, found.
+        device: Where to; one of accelerate's plans, such as ``"auto"``, spreads a looped model over
+            all devices.
+        model: A model in memory, which stays where it is.
+    """
     dtype = parse_dtype(spec.dtype)
+    spread = device in PLANS
     if spec.kind == "feedforward":
         assert source.folder is not None
+        if spread:
+            raise InputError(f"device={device!r} spreads looped models only: name one device")
         return FeedforwardEngine(load_feedforward(source.folder, device or "cpu", dtype), spec)
     if model is None:
         model = LoopedTransformer.from_pretrained(
-            spec.model, device=device, dtype=dtype, revision=spec.revision
+            spec.model,
+            device=None if spread else device,
+            device_map=device if spread else None,
+            dtype=dtype,
+            revision=spec.revision,
         )
     elif model.cfg.dtype != dtype:
         raise InputError(

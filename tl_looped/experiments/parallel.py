@@ -1,10 +1,19 @@
 """Several processes on the same prompts: ``accelerate launch -m tl_looped ...``.
 
-On GPUs by ``accelerate launch``; on CPUs by ``torchrun --nproc-per-node 2 -m tl_looped ...``, since
-``accelerate launch --cpu`` starts a single process unless MPI is there.
+On GPUs ``accelerate launch`` starts a process for each. On CPUs it needs ``--multi_gpu``, which is
+what makes it start several processes, by torchrun, whatever the device::
+
+    accelerate launch --multi_gpu --num_processes 2 -m tl_looped analyze ... --device cpu
+
+With ``--cpu``, and with ``MULTI_CPU`` in its configuration, it starts a single one, and leaves more
+to MPI.
+
 Every process runs the batches that its number selects and writes its own part files into the
 shared folder; the first process joins them. The batches are those of a single process, so that the
 results are the same. Outside of a launch nothing of accelerate is imported.
+
+A model that is too large for one device is spread over several by one process (``device="auto"``);
+the two cannot be combined, as the processes would have to share the devices.
 """
 
 from __future__ import annotations
@@ -14,7 +23,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
+
+from tl_looped._compat import get_device
 from tl_looped.errors import ConfigError, InputError
+from tl_looped.transformer.spreading import PLANS
 
 T = TypeVar("T")
 
@@ -29,7 +42,8 @@ class Workers:
     Args:
         rank: Number of this process.
         world: Number of processes.
-        device: Where this one runs; None for TransformerLens's default.
+        device: Where this one runs; None for TransformerLens's default; one of accelerate's plans
+            (``"auto"``, ...) to spread the model.
         state: Accelerate's state, if there is more than one process.
     """
 
@@ -43,26 +57,34 @@ class Workers:
         """The processes that this one was launched with.
 
         Raises:
-            InputError: for a device over which a model would be spread.
-            ConfigError: in a launch of several processes without accelerate.
+            InputError: for a device that spreads the model, in a launch of several processes.
+            ConfigError: in a launch of several processes without accelerate, or where accelerate
+                cannot make them work together.
         """
-        if device in ("auto", "balanced", "balanced_low_0", "sequential"):
-            raise InputError(
-                f"device={device!r} would spread one model over several devices, which looped "
-                "models do not support: their layers use their weights at every recurrence without "
-                "being the modules that accelerate's device_map could move. Name one device, or "
-                "use a smaller dtype; several devices run prompts in parallel through "
-                "accelerate launch -m tl_looped"
-            )
-        if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world <= 1:
             return cls(device=device)
+        if device in PLANS:
+            raise InputError(
+                f"device={device!r} spreads one model over all devices, and this is a launch of "
+                f"{world} processes, which would each spread one over the same devices: run it "
+                "without accelerate launch, or name one device (or none) to give each process a "
+                "model of its own"
+            )
         try:
             from accelerate import PartialState
         except ImportError as error:
             raise ConfigError(
                 "several processes need accelerate: pip install accelerate"
             ) from error
-        state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+        on_cpu = torch.device(get_device() if device is None else device).type == "cpu"
+        state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
+        if state.num_processes != world:
+            # Each would take itself for the only one and write into the same folder.
+            raise ConfigError(
+                f"{world} processes were launched, and accelerate joins {state.num_processes} of "
+                f"them on {state.device}: launch one process, or use device='cpu'"
+            )
         own = str(state.device) if device in (None, "cuda") else device
         return cls(state.process_index, state.num_processes, own, state)
 

@@ -212,7 +212,10 @@ class _Job:
     def _suggested_size(self) -> int:
         """A power of two whose largest activations take a quarter of the free memory."""
         cfg, longest = self.engine.model.cfg, max(map(len, self.rows))
-        free = free_bytes(torch.device(str(self.rows[0].device)))
+        # Of a spread model, the fullest device; the metrics are computed on the embedding's.
+        devices = {parameter.device for parameter in self.engine.model.parameters()}
+        known = [n for n in map(free_bytes, devices) if n is not None]
+        free = min(known, default=None)
         kept = max(1, getattr(cfg, "n_core", cfg.n_layers))
         # Two patterns and states of each core layer (the last, the reference), and working space.
         pattern, state = cfg.n_heads * longest**2, longest * (cfg.d_model + (cfg.d_mlp or 0))

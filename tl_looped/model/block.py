@@ -147,7 +147,10 @@ class Block(QuickModule):
     def forward(
         self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this layer."""
+        """The residual stream after this layer, on the device of its weights."""
+        if run.spread:
+            device = self.weights.attn.qkv.device
+            resid_pre, run = resid_pre.to(device), run.at(device)
         resid_pre = self.hook_resid_pre(resid_pre)
         attn_out = self._attention(resid_pre, run)
         if self._post:

@@ -84,6 +84,7 @@ _ENUMS: dict[str, type[Enum]] = {
 
 _NOT_SAVED = (
     "device",
+    "n_devices",
     "normalization_type",
     "use_attn_result",
     "use_split_qkv_input",
@@ -127,6 +128,8 @@ class LoopedConfig(TransformerLensConfig):
             models.
         initializer_range: See ``init_mode``.
         seed: Seed of random weights.
+        n_devices: How many devices the weights are on, as in TransformerLens. The model sets it;
+            ``device`` is that of the embedding, where tokens go in and results come out.
         use_attn_in: TransformerLens's flag for ``hook_attn_in``.
         use_hook_mlp_in: TransformerLens's flag for ``hook_mlp_in``.
     """
@@ -162,6 +165,7 @@ class LoopedConfig(TransformerLensConfig):
 
     n_key_value_heads: int | None = None
     device: str | None = None
+    n_devices: int = 1
 
     # The same for every supported family; TransformerLens's tools read these fields.
     normalization_type: str | None = "RMS"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,8 @@ class RunContext:
         no_key: Queries (of padding) that may attend to nothing; None if there are none.
         kv: Keys and values of earlier tokens; None without a cache.
         peeking: Read ``kv`` and note nothing, for lenses.
+        spread: The model's layers are on several devices; each takes the context :meth:`at` its
+            own.
     """
 
     rotation: Rotation
@@ -34,7 +36,10 @@ class RunContext:
     no_key: Bool[Tensor, "batch 1 query 1"] | None
     kv: KVRun | None = None
     peeking: bool = False
+    spread: bool = False
     _blocked: Bool[Tensor, "batch 1 query key"] | None = None
+    # By device; a context that is made from this one by `replace` starts with none.
+    _elsewhere: dict[torch.device, RunContext] = field(default_factory=dict, init=False)
 
     @classmethod
     def build(
@@ -56,18 +61,35 @@ class RunContext:
             dtype: Of the activations.
             kv: Keys and values of earlier tokens.
         """
-        total = length + (kv.n_past if kv else 0)
+        total, spread = length + (kv.n_past if kv else 0), cfg.n_devices > 1
         if mask is None or bool(mask.all()):
             positions = torch.arange(total - length, total, device=device)[None]
             allowed = None
             if 1 < length < total:
                 allowed = _causal(length, total, device)[None, None]
-            return cls(rotation(cfg, positions, dtype), positions, allowed, None, kv)
+            rotated = rotation(cfg, positions, dtype)
+            return cls(rotated, positions, allowed, None, kv, spread=spread)
         # A pad token's own position is never read by a real token; 0 keeps it in range.
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, total - length :]
         allowed = _causal(length, total, device) & mask[:, None, None, :]
         no_key = ~allowed.any(-1, keepdim=True)
-        return cls(rotation(cfg, positions, dtype), positions, allowed, no_key, kv)
+        rotated = rotation(cfg, positions, dtype)
+        return cls(rotated, positions, allowed, no_key, kv, spread=spread)
+
+    def at(self, device: torch.device) -> RunContext:
+        """The same on another device, copied there once; the keys and values are the same."""
+        if device == self.positions.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = replace(
+                self,
+                rotation=self.rotation.to(device),
+                positions=self.positions.to(device),
+                allowed=None if self.allowed is None else self.allowed.to(device),
+                no_key=None if self.no_key is None else self.no_key.to(device),
+                _blocked=None,
+            )
+        return self._elsewhere[device]
 
     def blocked(self, queries: int, keys: int) -> Bool[Tensor, "batch 1 query key"]:
         """Where attention is forbidden, as a mask to fill with -inf."""

@@ -142,7 +142,10 @@ class LoopedHookPoint(Arming, HookPoint):
             or _global_backward_pre_hooks
         ):
             own["armed"] = _has_torch_hooks(own)
-            x = super().__call__(x)
+            device, x = x.device, super().__call__(x)
+            # What a hook brings along, from a cache for instance, may be on another device.
+            if isinstance(x, Tensor) and x.device != device:
+                x = x.to(device)
         if own["reader"] is not None:
             own["reader"](x, self)
         return x

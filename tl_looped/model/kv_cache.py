@@ -140,7 +140,7 @@ class KVRun:
         if place.recurrence is not None:
             before = self._latest.get(place.layer)
             if self.left is not None and before is not None:
-                left = self.left[:, None, None, None]
+                left = self.left.to(keys.device)[:, None, None, None]
                 new = torch.where(left, before[0], keys), torch.where(left, before[1], values)
             self._latest[place.layer] = new
             self._ran = place.recurrence + 1

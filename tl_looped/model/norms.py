@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_looped.model.devices import beside
 from tl_looped.model.hook_points import LoopedHookPoint, QuickModule, parameter
 
 
@@ -35,7 +36,8 @@ def _wide(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
 
 
 def rms_norm(x: Float[Tensor, "... d"], weights: NormWeights) -> Float[Tensor, "... d"]:
-    """RMSNorm without hooks."""
+    """RMSNorm without hooks, on the device of its weight."""
+    x = beside(x, weights.w)
     scale = rms_scale(x, weights.eps)
     return (x.to(scale.dtype) / scale).to(x.dtype) * weights.w
 
@@ -94,3 +96,13 @@ class HookedRMSNorm(QuickModule):
         if self.folded:
             return normalized
         return normalized * parameter(weights, "w")
+
+
+class HookedStreamNorm(HookedRMSNorm):
+    """A norm between blocks: its weight may be on another device than what comes before it."""
+
+    def forward(
+        self, x: Float[Tensor, "... d"], also: HookedRMSNorm | None = None
+    ) -> Float[Tensor, "... d"]:
+        """As :class:`HookedRMSNorm`, on the device of the weight."""
+        return super().forward(beside(x, parameter(self.weights, "w")), also)

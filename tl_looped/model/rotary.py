@@ -27,6 +27,10 @@ class Rotation(NamedTuple):
     sin: Float[Tensor, "batch pos 1 d_head"]
     interleaved: bool
 
+    def to(self, device: torch.device) -> Rotation:
+        """The same on another device."""
+        return self._replace(cos=self.cos.to(device), sin=self.sin.to(device))
+
     @property
     def unsigned_sin(self) -> Float[Tensor, "batch pos 1 d_head"]:
         """The sines without that sign, as transformers' modules take them."""

@@ -54,9 +54,10 @@ class CachingMixin(LoopedHookManager):
             force: Run even if the cache exceeds the free memory.
             **kwargs: ``names_filter`` (a name or alias, ``(name, layer)``, a preset such as
                 ``"residual"``, a list or set of them, or a function on canonical names),
-                ``device``, ``incl_bwd``, ``pos_slice``, ``reset_hooks_end``, ``clear_contexts``,
-                and the model's own arguments. The presets are explained in
-                ``tl_looped.transformer.cache_size``.
+                ``device`` (where the cache goes; if None, the activations stay where they are, or
+                go to ``cfg.device`` if the model is spread over several devices), ``incl_bwd``,
+                ``pos_slice``, ``reset_hooks_end``, ``clear_contexts``, and the model's own
+                arguments. The presets are explained in ``tl_looped.transformer.cache_size``.
 
         Raises:
             InputError: if the cache would take more memory than its device has free; see
@@ -221,6 +222,8 @@ class CachingMixin(LoopedHookManager):
         """As in TransformerLens, with aliases, and slicing on each hook's own position axis."""
         store: dict[str, Tensor] = {} if cache is None else cache
         self.is_caching = True
+        if device is None and self.cfg.n_devices > 1:
+            device = self.cfg.device  # what reads a cache brings its layers together
         common = (store, Slice.unwrap(pos_slice), device, remove_batch_dim)
         names = self.names_filter_set(names_filter)
         ordered = [name for name in self.hook_dict if name in names]

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_looped.model.config import LoopedConfig
+from tl_looped.model.devices import beside
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.model.norms import NormWeights
 
@@ -55,9 +56,13 @@ class Unembed(nn.Module):
         return self._embed.W_E if self.cfg.tie_embeddings else self.weight
 
     @property
+    def _gain(self) -> Float[Tensor, " d_model"]:
+        return beside(self._norm.w, self.matrix)
+
+    @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """TransformerLens's unembedding matrix: a view, or a copy where the gain is folded in."""
-        return self._norm.w[:, None] * self.matrix.T if self.folded else self.matrix.T
+        return self._gain[:, None] * self.matrix.T if self.folded else self.matrix.T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
@@ -68,12 +73,14 @@ class Unembed(nn.Module):
         self, tokens: int | Int[Tensor, "*any"]
     ) -> Float[Tensor, "*any d_model"] | Float[Tensor, " d_model"]:
         """Columns of ``W_U``, as rows."""
+        if isinstance(tokens, Tensor):
+            tokens = beside(tokens, self.matrix)
         rows = self.matrix[tokens]
-        return rows * self._norm.w if self.folded else rows
+        return rows * self._gain if self.folded else rows
 
     def silent(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Logits of a stream that the final norm's gain has multiplied; no hook fires."""
-        return nn.functional.linear(x, self.matrix)
+        return nn.functional.linear(beside(x, self.matrix), self.matrix)
 
     def forward(
         self, x: Float[Tensor, "... d_model"], has_gain: bool = False
@@ -84,5 +91,5 @@ class Unembed(nn.Module):
         folded: the state of a loop that ends in the final norm.
         """
         if self.folded and not has_gain:
-            x = x * self._norm.w
-        return self.hook_out(self.silent(self.hook_in(x)))
+            x = x * beside(self._norm.w, x)
+        return self.hook_out(self.silent(self.hook_in(beside(x, self.matrix))))

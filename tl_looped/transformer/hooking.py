@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tl_looped._compat import HookedRootModule, HookPoint, get_act_name
@@ -154,14 +155,15 @@ class LoopedHookManager(BlockPool):
         """Let functions look at activations, as the hooks left them, while the context lasts.
 
         A reader costs less than a hook, and can change nothing: it gets the tensor that the model
-        goes on with, and must neither return nor edit it.
+        goes on with, and must neither return nor edit it. Of a model that is spread over several
+        devices it gets a copy on the embedding's device.
 
         Args:
             readers: ``(name, function)``; names as in :meth:`hook_name`, or filter functions. A
                 function is called with the activation and the hook point.
         """
         points = [
-            (self.hook_dict[name], reader)
+            (self.hook_dict[name], self._reading_home(reader))
             for wanted, reader in readers
             for name in self._selected(wanted)
         ]
@@ -174,6 +176,21 @@ class LoopedHookManager(BlockPool):
         finally:
             for point, earlier in reversed(before):
                 point.reader = earlier
+
+    def _reading_home(self, reader: Reader) -> Reader:
+        """A reader that gets the activations of all layers on one device, also if they are on many.
+
+        It compares activations of different layers, and brings tensors of its own. What writes a
+        cache moves them by itself, to where the caller wants them.
+        """
+        if self.cfg.n_devices == 1 or isinstance(reader, CacheWriter):
+            return reader
+        home = torch.device(str(self.cfg.device))
+
+        def read(x: Tensor, hook: LoopedHookPoint) -> None:
+            reader(x.to(home), hook)
+
+        return read
 
     def _check_direct_paths(self, hooks: Iterable[Any]) -> None:
         """Refuse TransformerLens's direct-path hooks where they would be silently wrong.

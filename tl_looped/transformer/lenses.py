@@ -37,7 +37,7 @@ class LensesMixin(LoopMixin):
             resid: Block outputs or any other residual streams, with any leading dimensions.
         """
         self._check_width(resid)
-        return self.unembed.silent(rms_norm(resid.to(self.W_E), self.final_norm))
+        return self._home(self.unembed.silent(rms_norm(resid.to(self.W_E), self.final_norm)))
 
     def coda_lens(
         self,
@@ -60,14 +60,15 @@ class LensesMixin(LoopMixin):
         stack, (batch, length) = stream.shape[:-3], stream.shape[-3:-1]
         final = self.final_norm
         if self.cfg.loop_norm and self.loop.c == 0:
-            return self.unembed.silent(stream if after_loop_norm else rms_norm(stream, final))
+            read = stream if after_loop_norm else rms_norm(stream, final)
+            return self._home(self.unembed.silent(read))
         if (self.cfg.loop_norm and not after_loop_norm) or self.cfg.pre_coda_norm:
-            stream = rms_norm(stream, final)
+            stream = self._home(rms_norm(stream, final))
         mask = self._check_mask(attention_mask, batch, length)
         run = RunContext.build(self.cfg, length, mask, stream.device, stream.dtype)
         flat = stream.reshape(-1, batch, length, self.cfg.d_model)
         outputs = [self.unembed.silent(rms_norm(self._silent_coda(x, run), final)) for x in flat]
-        return torch.stack(outputs).reshape(*stack, batch, length, -1)
+        return self._home(torch.stack(outputs).reshape(*stack, batch, length, -1))
 
     def _exit_logits(
         self, state: Float[Tensor, "batch pos d_model"], run: LoopRun, last_only: bool
@@ -78,7 +79,7 @@ class LensesMixin(LoopMixin):
             if self.cfg.pre_coda_norm:
                 state = rms_norm(state, final)
             state = rms_norm(self._silent_coda(state, replace(run.context, peeking=True)), final)
-        return self.unembed.silent(state[:, -1:] if last_only else state)
+        return self._home(self.unembed.silent(state[:, -1:] if last_only else state))
 
     def _silent_coda(
         self, x: Float[Tensor, "batch pos d_model"], context: RunContext

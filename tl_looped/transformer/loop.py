@@ -21,6 +21,7 @@ from tl_looped.errors import InputError
 from tl_looped.model.block import Block, BlockWeights
 from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.context import RunContext
+from tl_looped.model.devices import beside
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import NormWeights
@@ -93,7 +94,7 @@ class LoopMixin(InputsMixin):
                 x = self._enter_recurrence(r, x, run)
                 x = self._run_layers(x, run, first, first + loop.k, enter_first=False)
                 x = self._leave_recurrence(r, x, run)
-            yield x
+            yield self._home(x)
 
     def read_out(self, state: Stream, run: LoopRun) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of a state that has left its recurrence, as :meth:`unroll` gives it."""
@@ -167,6 +168,9 @@ class LoopMixin(InputsMixin):
                 f"start_at_layer lies in the loop, and recurrence {r} injects the prelude's output:"
                 " pass it as prelude_output= (hook_resid_post of the last prelude layer)"
             )
+        if self.cfg.n_devices > 1:
+            weight = self.injection.weight
+            state, run.prelude_output = beside(state, weight), beside(run.prelude_output, weight)
         # One product over the concatenation, as the reference rounds it in half precision.
         injected = self.injection(torch.cat((state, run.prelude_output), -1))
         return hooks.hook_injected(injected)
@@ -185,7 +189,8 @@ class LoopMixin(InputsMixin):
             x = hooks.ln_loop(x)
         x = hooks.hook_state_out(x)
         if self.cfg.exit_gate:
-            run.gate = hooks.hook_exit_gate(self.exit_gate(x))
+            read = x if self.cfg.n_devices == 1 else beside(x, self.exit_gate.weight)
+            run.gate = self._home(hooks.hook_exit_gate(self.exit_gate(read)))
         return x
 
     @property
@@ -202,8 +207,8 @@ class LoopMixin(InputsMixin):
     def _unembed_final(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the final stream, behind the loop norm where that is the final norm."""
         if self._ends_in_loop_norm:
-            return self.unembed(x, has_gain=True)
-        return self.unembed(self.ln_final(x))
+            return self._home(self.unembed(x, has_gain=True))
+        return self._home(self.unembed(self.ln_final(x)))
 
     def _recurrence_hooks(self, r: int) -> RecurrenceHooks:
         return self._recurrence_pool[r]

@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_looped.errors import InputError
 from tl_looped.model.config import Injection
 from tl_looped.model.context import RunContext
+from tl_looped.model.devices import beside
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import rms_norm
 from tl_looped.transformer.loop import LoopMixin, LoopRun
@@ -98,12 +99,15 @@ class LoopMap:
     def _injected(self, state: Stream) -> Stream:
         if self.model.cfg.injection is Injection.NONE:
             return state
-        return self.model.injection(torch.cat((state, self.prelude_output), -1))
+        weight = self.model.injection.weight
+        both = beside(state, weight), beside(self.prelude_output, weight)
+        return self.model.injection(torch.cat(both, -1))
 
     def _layers(self, x: Stream) -> Stream:
         for block in self.model._silent_blocks("core"):
             x = block(x, self.context)
-        return rms_norm(x, self.model.final_norm) if self.model.cfg.loop_norm else x
+        x = rms_norm(x, self.model.final_norm) if self.model.cfg.loop_norm else x
+        return beside(x, self.initial_state)
 
 
 class LoopMapMixin(LoopMixin):
@@ -146,7 +150,7 @@ class LoopMapMixin(LoopMixin):
             )
             for block in self._silent_blocks("prelude"):
                 x = block(x, run.context)
-            run.prelude_output = x
+            run.prelude_output = x = self._home(x)
             start = self._start(x, run)
         return LoopMap(
             initial_state=start,

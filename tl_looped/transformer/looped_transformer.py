@@ -32,6 +32,13 @@ from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.generation import GenerationMixin
 from tl_looped.transformer.loop import LoopRun
 from tl_looped.transformer.loop_map import LoopMapMixin
+from tl_looped.transformer.spreading import (
+    DeviceMap,
+    by_parameter,
+    check_devices,
+    device_map_of,
+    plan_devices,
+)
 from tl_looped.transformer.tokens import is_text
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
@@ -53,6 +60,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         super().__init__()
         # A copy of its own: recurrences, flags and dtype of one model must not reach another.
         self.cfg = cfg = copy(cfg)
+        cfg.n_devices = 1
         cfg.normalization_type = "RMS"  # a new model is not folded, even if the other one was
         self.tokenizer = tokenizer
         self.state_seed = 0
@@ -98,6 +106,8 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
+        device_map: DeviceMap | None = None,
+        max_memory: dict[int | str, int | str] | None = None,
     ) -> LoopedTransformer:
         """Load a checkpoint from a folder, the hub, or the bundle (``"demo"``).
 
@@ -109,22 +119,40 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             device: TransformerLens's default device if None. ``"meta"`` loads no values.
             dtype: fp32 if None, as in TransformerLens.
             revision: Branch, tag or commit on the hub.
+            device_map: Spread the weights over several devices: ``"auto"``, ``"balanced"``,
+                ``"balanced_low_0"`` or ``"sequential"`` as in accelerate, or a dict of module names
+                to devices. See ``tl_looped.transformer.spreading`` for what that means.
+            max_memory: Most bytes of weights a device, as in accelerate:
+                ``{0: "20GiB", 1: "40GiB", "cpu": "60GiB"}``.
 
         Raises:
             CheckpointError, UnknownArchitectureError: see ``tl_looped.checkpoints``.
+            InputError: ``device_map`` names no device for a layer, splits one, or needs a disk.
         """
+        if device is not None and device_map is not None:
+            raise InputError(
+                f"device={str(device)!r} and device_map={device_map!r} exclude each other: one "
+                "puts all weights on one device, the other spreads them"
+            )
+        if device_map is None and max_memory is not None:
+            raise InputError("max_memory is for a device_map: give device_map='auto' with it")
         source = checkpoints.open_checkpoint(path_or_hub_id, revision)
         cfg = source.config()
         cfg.dtype = parse_dtype(torch.float32 if dtype is None else dtype)
-        target = torch.device(get_device() if device is None else device)
         cfg.device = "meta"
         model = cls(cfg, source.tokenizer())
         wanted = source.n_recurrences if n_recurrences is None else n_recurrences
         if wanted is not None:
             model.set_recurrences(wanted)
-        if target.type != "meta":
-            source.load_into(model, target, model.cfg.dtype)
-        model.cfg.device = str(target)
+        if device_map is not None:
+            plan = plan_devices(model, device_map, max_memory)
+            check_devices(plan.values())
+            source.load_into(model, by_parameter(model, plan), model.cfg.dtype)
+        else:
+            target = torch.device(get_device() if device is None else device)
+            if target.type != "meta":
+                source.load_into(model, target, model.cfg.dtype)
+        model._note_devices()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -147,7 +175,8 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             state_seed: Seed of the random initial state; ``self.state_seed`` if None.
 
         Raises:
-            ConfigError: if the installed TransformerLens is older than 4.
+            ConfigError: if the installed TransformerLens is older than 4, or the model is spread
+                over several devices.
             RecurrenceCountError: as :meth:`set_recurrences`.
         """
         installed = importlib.metadata.version("transformer-lens")
@@ -155,6 +184,11 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             raise ConfigError(
                 f"to_bridge needs TransformerLens 4 or later, and {installed} is installed: "
                 "pip install 'transformer-lens>=4.3,<5'"
+            )
+        if self.cfg.n_devices > 1:
+            raise ConfigError(
+                f"the model is spread over {self.cfg.n_devices} devices, and a bridge is on one: "
+                "model.to(device) gathers it. The model itself has TransformerLens's tools as well"
             )
         from tl_looped.bridge.build import bridge_of  # imports all of TransformerLens's bridge
 
@@ -164,8 +198,21 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
     def _apply(self, fn: Any, recurse: bool = True) -> LoopedTransformer:
         # Behind to(), cuda(), half() and their kin: cfg follows the weights, as in TransformerLens.
         super()._apply(fn, recurse)
-        self.cfg.device, self.cfg.dtype = str(self.W_E.device), self.W_E.dtype
+        # And a spread model that goes to one device is gathered there.
+        self._note_devices()
         return self
+
+    def _note_devices(self) -> None:
+        self.cfg.device, self.cfg.dtype = str(self.W_E.device), self.W_E.dtype
+        self.cfg.n_devices = len({parameter.device for parameter in self.parameters()})
+
+    @property
+    def hf_device_map(self) -> dict[str, int | str]:
+        """Where the weights are, as transformers says it: by the names that ``device_map`` takes.
+
+        Numbers are GPUs. ``{"": device}`` for a model on one device.
+        """
+        return device_map_of(self)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -261,7 +308,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             if stop is not None:
                 # Nothing was entered yet if there was nothing to run.
                 entered = stop == n or (start is not None and stop == start)
-                return x if entered else self._enter_layer(stop, x, run)
+                return self._home(x if entered else self._enter_layer(stop, x, run))
             logits = self._head(x, run)
             if kv is not None:
                 kv.commit(self.loop.R)

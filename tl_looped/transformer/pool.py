@@ -25,7 +25,7 @@ from tl_looped.model.config import Injection, LoopedConfig
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, settle
 from tl_looped.model.names import resolve_name
-from tl_looped.model.norms import HookedRMSNorm, NormWeights
+from tl_looped.model.norms import HookedRMSNorm, HookedStreamNorm, NormWeights
 
 
 class RecurrenceHooks(nn.Module):
@@ -46,7 +46,7 @@ class RecurrenceHooks(nn.Module):
         if cfg.injection is not Injection.NONE:
             self.hook_injected = LoopedHookPoint()
         if cfg.loop_norm:
-            self.ln_loop = HookedRMSNorm(norm)
+            self.ln_loop = HookedStreamNorm(norm)
         self.hook_state_out = LoopedHookPoint()
         if cfg.exit_gate:
             self.hook_exit_gate = LoopedHookPoint()
@@ -134,10 +134,10 @@ class BlockPool(HookedRootModule):
         final_norm = self._modules["final_norm"]
         assert isinstance(final_norm, NormWeights)
         if cfg.pre_coda_norm:
-            self.ln_pre_coda = HookedRMSNorm(final_norm)
+            self.ln_pre_coda = HookedStreamNorm(final_norm)
         # Past __setattr__: `ln_final` and `blocks` are class-level properties, since that is all
         # that TransformerLens's runtime-checked protocols see from Python 3.12 on.
-        self._modules["ln_final"] = HookedRMSNorm(final_norm)
+        self._modules["ln_final"] = HookedStreamNorm(final_norm)
         self._block_pool: dict[LayerLocation, Block] = {}
         self._recurrence_pool: list[RecurrenceHooks] = []
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}

@@ -290,5 +290,5 @@ class TokensMixin(WeightsMixin):
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         if isinstance(tokens, int) or tokens.numel() == 1:
-            return self.unembed.directions(int(tokens))
-        return self.unembed.directions(tokens)
+            return self._home(self.unembed.directions(int(tokens)))
+        return self._home(self.unembed.directions(tokens))

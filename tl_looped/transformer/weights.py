@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tl_looped._compat import FactoredMatrix
 from tl_looped.errors import InputError
 from tl_looped.model.block import FOLDED, Block
+from tl_looped.model.devices import beside
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.norms import HookedRMSNorm
 from tl_looped.transformer.caching import CachingMixin
@@ -48,6 +49,10 @@ class WeightsMixin(CachingMixin):
         """Embedding matrix, before the embedding scale."""
         return self.embed.W_E
 
+    def _home(self, x: Tensor) -> Tensor:
+        """``x`` on the embedding's device, where a spread model takes and gives everything."""
+        return x if self.cfg.n_devices == 1 else beside(x, self.W_E)
+
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding matrix; with the final norm's gain in compatibility mode."""
@@ -74,7 +79,7 @@ class WeightsMixin(CachingMixin):
 
     def unique_weights(self, name: str) -> Float[Tensor, "unique_layer *shape"]:
         """``"W_Q"`` and its kin over the p + k + c layers that have weights of their own."""
-        return torch.stack([_weight(block, name) for block in self.unique_blocks()])
+        return torch.stack([self._home(_weight(block, name)) for block in self.unique_blocks()])
 
     def stack_weights(self, name: str) -> Float[Tensor, "n_layers *shape"]:
         """``"W_Q"`` and its kin over the effective layers, as TransformerLens's tools index them.
@@ -97,7 +102,7 @@ class WeightsMixin(CachingMixin):
                 f"weights of their own, unique_layer(i) gives a layer's row, and "
                 "blocks[i] has the weights of one layer without a copy."
             )
-        return torch.stack([_weight(block, name) for block in blocks])
+        return torch.stack([self._home(_weight(block, name)) for block in blocks])
 
     @property
     def W_Q(self) -> Float[Tensor, "n_layers n_heads d_model d_head"]:
