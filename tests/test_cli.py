@@ -87,7 +87,10 @@ def test_models_lists_all_short_names() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("analyze", "demo", "--figures", "99"), "'99' is no figure that can be drawn"),
+        (("analyze", "demo", "--figures", "99"), "there is no '99'. One run can be drawn as 2, 3"),
+        (("analyze", "demo", "--figures", "8"), "tl-looped compare LOOPED FEEDFORWARD"),
+        (("analyze", "demo", "--figures", "41"), "add --ablate-mlp prelude.1"),
+        (("analyze", "demo", "--ablate-mlp", "coda.2"), "there is no coda.2"),
         (("analyze", "demo", "--prompts", "gsm"), "'gsm' is neither a file nor one of bundled"),
         (("analyze", "demo", "--recurrences", "x"), "recurrences must be integers"),
         (("analyze", "demo", "--recurrences", "0"), "recurrences must be at least 1"),
@@ -95,12 +98,11 @@ def test_models_lists_all_short_names() -> None:
         (("analyze", "demo", "--metrics", "x"), "there is no 'x'"),
         (("analyze", "demo", "--dtype", "int8"), "floating point"),
         (("analyze", "demo", "--batch-size", "0"), "batch_size must be 'auto'"),
-        (("analyze", "demo", "--device", "auto"), "spread one model over several devices"),
         (("analyze", "no/such folder"), "hub"),
         (("reproduce", "--models", "huggin"), "did you mean huginn?"),
         (("run", "absent.toml"), "absent.toml cannot be read"),
         (("compare", "absent"), "absent holds no finished run"),
-        (("report", "absent"), "absent holds no finished run"),
+        (("report", "absent"), "absent is not a folder"),
     ],
 )
 def test_mistakes_are_one_message(arguments, says: str, monkeypatch, capsys, tmp_path) -> None:

@@ -289,9 +289,6 @@ def test_arguments_out_of_range(tiny, tmp_path: Path) -> None:
     for size in (0, -1, "many", True):
         with pytest.raises(InputError, match="batch_size must be 'auto' or"):
             run_experiment(SPEC, tmp_path, model=tiny, batch_size=size)
-    for device in ("auto", "balanced"):
-        with pytest.raises(InputError, match=r"spread one model.*accelerate launch"):
-            run_experiment(SPEC, tmp_path, model=tiny, device=device)
     with pytest.raises(InputError, match="says bfloat16"):
         run_experiment(replace(SPEC, dtype="bfloat16"), tmp_path, model=tiny)
     with pytest.raises(DataError, match="there is no"):

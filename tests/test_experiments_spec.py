@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from tl_looped import ConfigError, DataError, InputError
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.needs import (
+    ELSEWHERE,
     FIGURES,
-    PAPER,
-    paper_runs,
     parse_figures,
-    parse_models,
     with_needs,
 )
+from tl_looped.experiments.paper import PAPER, paper_plan, parse_models
 from tl_looped.experiments.prompts import choose, load_prompts, read_file
 from tl_looped.experiments.spec import EXTRAS, TEST_SENTENCE, Experiment, PromptSet
 
@@ -205,9 +204,13 @@ def test_the_hash_changes_with_what_decides_the_numbers_alone(tmp_path: Path) ->
 def test_figures_bring_what_they_need() -> None:
     assert parse_figures(" 2,7 ,2,") == (2, 7)
     assert parse_figures("") == ()
-    for unknown in ("99", "x", "2;4", "-2", "6"):
-        with pytest.raises(InputError, match=r"no figure that can be drawn.*2, 3, 4"):
+    for unknown in ("99", "x", "2;4", "-2"):
+        with pytest.raises(InputError, match=r"there is no .*drawn as 2, 3, 4"):
             parse_figures(unknown)
+    with pytest.raises(InputError, match=r"Fig\. 8 shows a looped run over a feedforward one"):
+        parse_figures("8")
+    with pytest.raises(InputError, match="ablate-mlp"):
+        with_needs(Experiment("demo"), (41,))
     spec = with_needs(Experiment("demo", metrics=("mixing_raw",)), (2, 4, 5))
     assert spec.metrics == ("mixing_raw", "stage", "fixed_point")
     assert spec.extras == ("pairwise", "pca")
@@ -219,13 +222,28 @@ def test_the_papers_runs_have_their_figures() -> None:
         parse_models("hugin")
     with pytest.raises(InputError, match="none was given"):
         parse_models(",")
-    runs = paper_runs("huginn", PromptSet("gsm8k"), PromptSet("hellaswag"))
+    runs = paper_plan("huginn", PromptSet("gsm8k"), PromptSet("hellaswag")).runs
     assert [run.spec.recurrences for run in runs] == [8, 32, 128, 128, 8]
-    ouro = paper_runs("ouro-1.4b", PromptSet("gsm8k"), None)
-    assert [run.spec.prompts.label for run in ouro] == ["gsm8k", "gsm8k", "sentence", "text"]
     assert "pairwise" in runs[0].spec.extras
-    assert "convergence" in runs[2].spec.extras
-    drawn = {
-        n for one in PAPER for r in paper_runs(one, PromptSet(), PromptSet()) for n in r.figures
-    }
-    assert drawn <= set(FIGURES)
+    assert "confirm" in runs[2].spec.extras
+    plan = paper_plan("ouro-1.4b", PromptSet("gsm8k"), None)
+    labels = [run.spec.prompts.label for run in plan.runs]
+    assert labels == ["gsm8k", "gsm8k", "sentence", "text", "gsm8k"]
+    assert plan.runs[-1].spec.kind == "feedforward"
+    (over,) = plan.overlays
+    assert (over.looped, over.feedforward) == (plan.runs[0].spec, plan.runs[-1].spec)
+    assert over.looped.feedforward == over.feedforward.model
+
+
+def test_every_figure_of_a_model_is_drawn_by_some_plan() -> None:
+    plans = [paper_plan(model, PromptSet(), PromptSet()) for model in PAPER]
+    alone = {number for plan in plans for run in plan.runs for number in run.figures}
+    over = {number for plan in plans for one in plan.overlays for number in one.figures}
+    assert alone == set(FIGURES)
+    assert over == {8, 40}
+    # With those of random and of trained models, the paper's figures but 1 and 53.
+    assert alone | set(ELSEWHERE) == {*range(2, 53), *range(54, 64)}
+    two_point_six = paper_plan("ouro-2.6b", PromptSet(), None)
+    assert [run.spec.recurrences for run in two_point_six.runs] == [4, None]
+    local = paper_plan("ouro-2.6b", PromptSet(), None, feedforward="some/folder")
+    assert local.overlays[0].feedforward.model == "some/folder"

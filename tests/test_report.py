@@ -22,11 +22,12 @@ from tests.toys import identity
 from tl_looped import LoopedTransformer
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import report
-from tl_looped.experiments.demo import read_prompts
 from tl_looped.experiments.mirrored import MirroringTable, Resampling
+from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import Missing, read_results
 from tl_looped.experiments.report import write_report
 from tl_looped.experiments.report_text import digits, value
+from tl_looped.experiments.spec import PromptSet
 from tl_looped.experiments.store import FORMAT
 from tl_looped.experiments.summary import Median, RunSummary, Verdicts, summarise
 from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
@@ -46,9 +47,10 @@ def result(shape: tuple[int, int, int, int] = (P, K, C, R), n: int = N, **extra:
     rng = np.random.default_rng(sum(shape))
     dims = ("effective_layer", "head", "prompt")
     values = rng.random((p + k * r + c, 2, n))
-    attributes = {"model": "toy", "format": FORMAT, "spec": '{"prompts": "words"}'}
+    attributes: dict[str, Any] = {"model": "toy", "format": FORMAT, "prompts_digest": "words"}
     attributes |= dict(zip(("n_prelude", "n_core", "n_coda", "n_recurrences"), shape, strict=True))
-    return xr.Dataset({"colsum_concentration": (dims, values)}, attrs=attributes | extra)
+    data = xr.Dataset({"colsum_concentration": (dims, values)}, attrs=attributes | extra)
+    return data.assign_coords(source_row=("prompt", range(n)))
 
 
 def feedforward(layers: int = 6, n: int = N, **extra: Any) -> xr.Dataset:
@@ -141,7 +143,7 @@ def test_an_affine_image_of_the_feedforward_curve_mirrors_it() -> None:
     score = only(data, base).mirroring.scores[0]
     assert (score.score, score.low, score.high) == pytest.approx((1, 1, 1), abs=1e-12)
     # Drawn by themselves, the prompts differ between the two.
-    unpaired = only(data, base.assign_attrs(spec='{"prompts": "others"}')).mirroring.scores[0]
+    unpaired = only(data, base.assign_attrs(prompts_digest="others")).mirroring.scores[0]
     assert not unpaired.paired
     assert unpaired.score == pytest.approx(1, abs=1e-12)
     assert unpaired.low < 0.99
@@ -187,6 +189,13 @@ def test_which_feedforward_result() -> None:
     assert isinstance(found, MirroringTable)
     assert found.against == "other1"
     assert "'other1' is not among" in only(named, base).mirroring.reason
+    # By its model, and of two the one on the same prompts.
+    by_name = data.assign_attrs(spec='{"feedforward": "base"}')
+    elsewhere = base.assign_attrs(prompts_digest="others")
+    assert (
+        only(by_name, elsewhere, base, base.assign_attrs(model="x")).mirroring.against == "other1"
+    )
+    assert only(data, elsewhere).mirroring.scores[0].paired is False
     assert only(base, data).mirroring == Missing("no loop: every layer ran once")
 
 
@@ -283,7 +292,10 @@ def test_the_report_of_a_real_run(tmp_path: Path) -> None:
     model = LoopedTransformer.from_pretrained("demo", device="cpu")
     with torch.inference_mode():
         cache = model.run_with_cache(
-            read_prompts()[0], n_recurrences=3, state_seed=0, names_filter=_keep
+            load_prompts(PromptSet("bundled")).texts[0],
+            n_recurrences=3,
+            state_seed=0,
+            names_filter=_keep,
         )[1]
         data = over_cache(cache, "stage", over="depth")
         matrix = pairwise_residual_cosine(cache.stack_activation("resid_post")).numpy()
@@ -379,9 +391,34 @@ def test_several_runs_comparisons_and_runs_to_come(tmp_path: Path) -> None:
     assert "not yet run, so not in this report: later." in page.text
     assert "fixed point: 5 of 5" in page.text
     assert "Comparisons" in page.texts
-    assert "a against b: bootstrap over 5 and 5 prompts, 1,000 resamples, seed 0" in page.text
+    said = "toy: 5 prompts, 4 recurrences, against b: bootstrap over 5 and 5 prompts, 1,000 "
+    assert said + "resamples, seed 0" in page.text
     before = path.read_bytes()
     assert write_report(tmp_path).read_bytes() == before
+
+
+def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
+    """Each number is of the run that says most; other weights are another model."""
+    dims = ("effective_layer", "other_layer")
+    matrix = np.random.default_rng(0).random((P + K * R + C,) * 2)
+    short = result(trained_recurrences=R).assign(pairwise_residual_cosine=(dims, matrix))
+    long_run = with_numbers(result((P, K, C, 9), trained_recurrences=R), verdict=[0] * N)
+    few = with_numbers(result((P, K, C, 50), n=2), verdict=[5, 5])
+    for name, data in (("r9", long_run), ("r4", short), ("r50", few), ("f", feedforward())):
+        add_run(tmp_path / name, data)
+    add_run(tmp_path / "other", result(model_identity="other weights"))
+    rows = report.summary_rows(tmp_path)
+    assert [(row.model, row.shape, len(row.runs)) for row in rows] == [
+        ("toy", f"({P}, {K} x R, {C})", 3), ("toy", f"({P}, {K} x {R}, {C})", 1),
+        ("base", "6 layers, feedforward", 1),
+    ]  # fmt: skip
+    fixed, rate, _, cyclicity, mirroring = rows[0].cells
+    assert (fixed.main, fixed.source[1]) == ("fixed point: 5 of 5", "5 prompts, 9 recurrences")
+    assert rate.missing
+    assert cyclicity.source[1] == mirroring.source[1] == "5 prompts, 4 recurrences"
+    page = Page(write_report(tmp_path))
+    assert "3 runs, listed below" in page.text
+    assert page.text.index("toy: 5 prompts, 9 recurrences") < page.text.index("base: 5 prompts")
 
 
 # -- bad files ----------------------------------------------------------------------------------

@@ -120,7 +120,9 @@ def bundle_control(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
     Returns:
         ``out``.
     """
-    training, held_out = split(read_problems(data), section51.HELD_OUT_PROBLEMS, section51.DATA_SEED)
+    training, held_out = split(
+        read_problems(data), section51.HELD_OUT_PROBLEMS, section51.DATA_SEED
+    )
     n_rows = section51.HELD_OUT_ROWS
     about, losses = _bundle(run, spec, out, training, held_out, (1,), n_rows, "demo-control")
     layers = about["shape"].k

@@ -46,6 +46,7 @@ from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.cache_size import free_bytes
 
 LARGEST_BATCH = 32
+_LARGEST_PATTERNS = 2**29
 _LIMITING_WINDOW = 64
 
 
@@ -190,6 +191,7 @@ class _Job:
         self.workers, self.watch = workers, watch
         self.folder = folder / store.PARTS
         self.rows, self.numbers, self.n_cut = tokenize(engine, prompts, spec.prompts.too_long)
+        self._check_patterns()
         n_ctx = engine.model.cfg.n_ctx
         if n_left_out := len(prompts.texts) - len(self.rows):
             watch.say(
@@ -198,6 +200,23 @@ class _Job:
             )
         if self.n_cut:
             watch.say(f"{self.n_cut} prompts were cut to the context of {n_ctx} tokens")
+
+    def _check_patterns(self) -> None:
+        """Whether the attention of the first prompt fits a result, before anything runs."""
+        if "patterns" not in self.spec.extras:
+            return
+        cfg, length = self.engine.model.cfg, len(self.rows[0])
+        layers = cfg.n_layers
+        if self.spec.kind == "looped":
+            layers = self.engine.model.loop.with_recurrences(self.spec.recurrences).n_layers
+        size = 4 * layers * cfg.n_heads * length**2
+        if size > _LARGEST_PATTERNS:
+            raise InputError(
+                f"extras: patterns of {layers} effective layers, {cfg.n_heads} heads and "
+                f"{length} tokens would take {size / 2**30:.1f} GiB of the result, where "
+                f"{_LARGEST_PATTERNS / 2**30:.1f} GiB is the most: take a shorter prompt or fewer "
+                "recurrences"
+            )
 
     # -- what is to be done -------------------------------------------------------------------
 

@@ -1,0 +1,115 @@
+"""Ablations, confirmed verdicts, patterns and the disk: against the model's own runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from tl_looped import ConfigError, InputError, LoopedTransformer
+from tl_looped.experiments import engines
+from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.spec import Experiment, PromptSet
+from tl_looped.metrics import Verdict, verdict_of_states
+
+TEXTS = ("Tom has 3 pens and 4 boxes.", "It is so, is it?", "She reads 12 pages.")
+R = 5
+SPEC = Experiment("demo", prompts=PromptSet("text", texts=TEXTS), recurrences=R)
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoopedTransformer:
+    return LoopedTransformer.from_pretrained("demo", device="cpu")
+
+
+def run(spec: Experiment, out: Path, model: LoopedTransformer | None = None) -> xr.Dataset:
+    return run_experiment(spec, out, model=model, device="cpu", batch_size=2).load()
+
+
+def test_an_ablated_layer_writes_its_attention_alone(demo, tmp_path: Path) -> None:
+    data = run(replace(SPEC, ablate_mlp=("prelude.1",)), tmp_path)
+    for prompt, text in enumerate(TEXTS):
+        _, cache = demo.run_with_cache(text, n_recurrences=R)  # without the ablation
+        mid = cache["prelude.1.hook_resid_mid"][0].norm(dim=-1).mean()
+        found = data["residual_mean"].sel(effective_layer=1, prompt=prompt)
+        assert float(found) == pytest.approx(mid.item(), rel=1e-6)
+
+
+def test_an_ablated_core_layer_is_one_without_mlp_weights(tmp_path: Path) -> None:
+    without = LoopedTransformer.from_pretrained("demo", device="cpu")
+    with torch.no_grad():
+        without.core[2].mlp.W_out.zero_()
+        without.coda[0].mlp.W_out.zero_()
+    wanted = run(replace(SPEC, extras=("pca",)), tmp_path, without)
+    spec = replace(SPEC, extras=("pca",), ablate_mlp=("core.2", "coda.0"))
+    found = run(spec, tmp_path)
+    assert set(found.data_vars) == set(wanted.data_vars)
+    for name in found.data_vars:
+        np.testing.assert_array_equal(found[name].values, wanted[name].values, err_msg=str(name))
+    plain = run(SPEC, tmp_path)
+    assert (plain["residual_mean"] != found["residual_mean"]).any("prompt").values[5:].all()
+
+
+def test_no_ablation_stays_on_a_model(demo, tmp_path: Path) -> None:
+    before = demo(TEXTS[0])
+    run(replace(SPEC, ablate_mlp=("core.0",)), tmp_path, demo)
+    assert torch.equal(demo(TEXTS[0]), before)
+
+
+@pytest.mark.parametrize("name", ["1", "blocks.1", "core.-1", "core.01", "core.", "coda.0.mlp"])
+def test_names_that_are_no_layer(name: str) -> None:
+    with pytest.raises(ConfigError, match=r'layers are named "prelude.1"'):
+        replace(SPEC, ablate_mlp=(name,))
+
+
+def test_layers_that_are_not_there(demo, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no core.4; demo has 2 prelude layers, 4 core"):
+        run(replace(SPEC, ablate_mlp=("core.4",)), tmp_path)
+
+
+def test_a_confirmed_verdict_is_that_of_the_states_of_twice_the_recurrences(
+    demo, tmp_path: Path
+) -> None:
+    data = run(replace(SPEC, extras=("confirm",)), tmp_path)
+    assert data.attrs["confirmed"] == 1
+    alone = run(replace(SPEC, extras=("convergence",)), tmp_path)
+    assert alone.attrs["confirmed"] == 0
+    for prompt, text in enumerate(TEXTS):
+        _, cache = demo.run_with_cache(text, n_recurrences=2 * R)
+        states = cache.stack_recurrences("resid_post")[:, :, 0]
+        wanted = verdict_of_states(states[:R, :, None], states[:, :, None])
+        found = data.isel(prompt=prompt)
+        assert Verdict(int(found["verdict"])) is Verdict(int(wanted.verdict))
+        assert float(found["rate"]) == pytest.approx(float(wanted.rate), rel=1e-3, nan_ok=True)
+
+
+def test_patterns_are_those_of_the_first_prompt(demo, tmp_path: Path) -> None:
+    data = run(replace(SPEC, extras=("patterns",)), tmp_path)
+    _, cache = demo.run_with_cache(TEXTS[0], n_recurrences=R)
+    wanted = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"][0] for i in range(4 + 4 * R)])
+    np.testing.assert_array_equal(data["pattern"].values, wanted.numpy())
+    assert data["pattern_token"].values.tolist() == demo.to_str_tokens(TEXTS[0])
+
+
+def test_too_many_patterns_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    long = PromptSet("text", texts=("Tom has 3 pens. " * 30,))
+    spec = replace(SPEC, prompts=long, extras=("patterns",), recurrences=2000)
+    with pytest.raises(InputError, match="patterns.*GiB.*fewer recurrences"):
+        run(spec, tmp_path)
+
+
+def test_states_on_disk_and_a_second_run_give_the_same_bits(tmp_path: Path, monkeypatch) -> None:
+    spec = replace(SPEC, extras=("confirm",))
+    on_disk = run(spec, tmp_path / "disk")
+    monkeypatch.setattr(engines, "_LARGEST_SPILL", 0)
+    assert run(spec, tmp_path / "second").identical(on_disk)
+
+
+@pytest.mark.parametrize("extra", ["confirm", "convergence", "limiting"])
+def test_verdicts_need_the_runs_own_end(extra: str) -> None:
+    with pytest.raises(ConfigError, match="leave reference_recurrences out"):
+        replace(SPEC, reference_recurrences=10, extras=(extra,))
