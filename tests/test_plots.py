@@ -28,12 +28,15 @@ from tl_looped.plots import (
     recurrence_colours,
     summary,
 )
+from tl_looped.plots.attention_maps import attention_floor_plan
 from tl_looped.plots.captions import caption_of
 from tl_looped.plots.heat_maps import stage_ticks
 from tl_looped.plots.limiting import algorithm_numbers, amplitudes
-from tl_looped.plots.overlays import block_halves
+from tl_looped.plots.overlays import block_halves, neuron_fractions
+from tl_looped.plots.summaries import name_of
 
 NAME = "colsum_concentration"
+NEURONS = ("prediction", "suppression")
 
 
 def result(p: int = 2, k: int = 3, c: int = 1, R: int = 4, seed: int = 0, prompts: int = 5):
@@ -181,7 +184,9 @@ def test_up_to_eight_recurrences_get_a_legend_more_a_colour_bar(n: int) -> None:
     else:
         bar = figure.axes[1]
         assert not figure.legends
-        assert bar.get_ylim() == (0, n - 1)
+        # A block of one unit for each recurrence, its number in the middle.
+        assert bar.get_ylim() == (-0.5, n - 0.5)
+        assert min(tick for tick in bar.get_yticks() if tick >= -0.5) == 0
         assert bar.get_ylabel() == "recurrence (0-based)"
 
 
@@ -207,6 +212,11 @@ def test_shapes_without_prelude_coda_or_loop_are_drawn(shape: tuple[int, ...]) -
     n = loop.p + loop.k + loop.c
     x = drawn_line(figure.axes[1], "recurrence 0")[0]
     assert x.tolist() == [100 * i / max(1, n - 1) for i in range(n)]
+    neurons = xr.Dataset({name: ("unique_layer", np.zeros(n)) for name in NEURONS})
+    panels.append(neuron_fractions(neurons.assign_attrs(data.attrs)))
+    here = {name for name, size in (("prelude", loop.p), ("coda", loop.c)) if size}
+    for panel in panels[1:]:
+        assert {span.label for span in panel.spans} == here
 
 
 def test_a_defined_point_between_undefined_ones_is_a_dot() -> None:
@@ -237,7 +247,7 @@ def test_axes_have_labels_with_units_and_the_caption_says_what_was_run() -> None
     assert "run of 8 recurrences" in caption_of(longer, ["fixed_point_rel"])
 
 
-def test_figures_are_free_of_pyplot_and_save_as_png_and_svg_within_their_size() -> None:
+def test_figures_are_free_of_pyplot_and_save_as_svg() -> None:
     data, _ = result()
     figure = draw_panels([over_depth(data, NAME)], "A title", caption_of(data, [NAME]))
     assert (
@@ -246,12 +256,147 @@ def test_figures_are_free_of_pyplot_and_save_as_png_and_svg_within_their_size() 
     svg = io.BytesIO()
     figure.savefig(svg, format="svg")
     assert ET.fromstring(svg.getvalue()).tag.endswith("svg")
+
+
+@pytest.mark.parametrize("R", [4, 8, 12])
+@pytest.mark.parametrize("title", ["A title", "Figure 8. A title that goes on and on " * 3])
+def test_title_caption_and_legend_stay_within_the_figure_and_apart(R: int, title: str) -> None:
+    data, _ = result(R=R)
+    base, _ = result(p=0, k=7, c=0, R=1)
+    base.attrs["model"] = "an-organisation/A-model-with-a-long-name-of-32-layers"
+    panel = over_depth(data, NAME, feedforward=base)
+    figure = draw_panels([panel], title, "Numbers 0123456789 mean WWWW and MMMM. " * 9)
+    figure.draw_without_rendering()
     box = figure.get_window_extent()
-    for text in (figure._suptitle, figure._supxlabel, *figure.axes[0].texts):
-        extent = text.get_window_extent()
+    (legend,) = figure.legends
+    for item in (figure._suptitle, figure._supxlabel, legend, *figure.axes[0].texts):
+        extent = item.get_window_extent()
         assert box.x0 <= extent.x0
         assert extent.x1 <= box.x1 + 1
-    assert not figure._suptitle.get_window_extent().overlaps(figure.legends[0].get_window_extent())
+        assert box.y0 <= extent.y0 + 1
+        assert extent.y1 <= box.y1 + 1
+    space = legend.get_window_extent()
+    assert not figure._suptitle.get_window_extent().overlaps(space)
+    for axes in figure.axes:
+        assert not axes.get_window_extent().overlaps(space)
+    assert figure.axes[0].get_window_extent().width > 5.0 * figure.dpi
+
+
+def test_the_last_trained_recurrence_is_marked_and_named_in_the_legend() -> None:
+    data, _ = result(R=6)
+    figure = draw_panels([over_recurrences(data, NAME, trained=2)], "t", "")
+    assert [t.get_text() for t in figure.legends[0].get_texts()][-1] == "last trained: r = 1"
+    dotted = [x for x in only_axes(figure).lines if x.get_linestyle() == ":"]
+    assert [x.get_xdata() for x in dotted] == [[1.0, 1.0]]
+    assert over_recurrences(data, NAME, trained=6).marked_x is None
+
+
+def test_lines_that_coincide_both_show() -> None:
+    data, _ = result()
+    for name in ("residual_max", "residual_first"):
+        data[name] = data["residual_mean"]
+    names = ("residual_mean", "residual_max", "residual_first")
+    _, largest, first = over_realised_depth(data, names, by_layer=False).lines
+    assert largest.width > first.width + 1
+    assert (largest.style, first.style) == ("-", "--")
+    neurons = xr.Dataset({name: ("unique_layer", np.zeros(3)) for name in NEURONS})
+    under, over = neuron_fractions(neurons).lines
+    assert under.width > over.width + 1
+
+
+@pytest.mark.parametrize(("low", "high", "plain"), [(4.0, 5.0, True), (2.0, 60.0, True),
+                                                    (1e-5, 1.0, False)])  # fmt: skip
+def test_short_logarithmic_axes_have_plain_numbers(low: float, high: float, plain: bool) -> None:
+    data, loop = result()
+    data["residual_mean"][:] = np.geomspace(low, high, loop.n_layers)[:, None]
+    axes = only_axes(draw_panels([over_recurrences(data, "residual_mean", log=True)], "t", ""))
+    axes.figure.savefig(io.BytesIO(), dpi=30)
+    bottom, top = axes.get_ylim()
+    ticks = [t for t in (*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks())
+             if t.label1.get_text() and bottom <= t.get_loc() <= top]  # fmt: skip
+    assert 2 <= len(ticks) <= 14
+    for tick in ticks:
+        text = tick.label1.get_text()
+        assert ("$" not in text) is plain
+        if plain:
+            assert float(text) == pytest.approx(tick.get_loc())
+
+
+def test_what_is_undefined_throughout_says_so() -> None:
+    loop, nan = LoopGeometry(1, 2, 1, 2), np.nan
+    data, _ = result()
+    data["sink_rate"][:] = nan
+    figures = [
+        layer_matrix(np.full((6, 6), nan), loop, "t", "cosine"),
+        pca_path(np.full((2, 2, 2), nan), np.full(2, nan), "t"),
+        attention_floor_plan(np.full((6, 2, 3, 3), nan, dtype=np.float32), loop, "t"),
+        draw_panels([over_recurrences(data, "sink_rate", log=True)], "t", ""),
+    ]
+    for figure in figures:
+        figure.savefig(io.BytesIO(), dpi=30)
+        assert "undefined throughout" in [t.get_text() for t in only_axes(figure).texts]
+    whole = draw_panels([over_recurrences(data, NAME)], "t", "")
+    assert "undefined throughout" not in [t.get_text() for t in only_axes(whole).texts]
+
+
+def test_models_in_folders_are_called_by_the_last_part_of_their_path() -> None:
+    data, _ = result()
+    for model, name in (("/a/b/c-7", "c-7"), ("org/name-1.4B", "org/name-1.4B"), ("demo", "demo")):
+        data.attrs["model"] = model
+        assert name_of(data) == name
+        assert f"Model {name} (2" in caption_of(data)
+        (*_, line) = over_depth(data, NAME, feedforward=data).lines
+        assert line.label == f"feedforward: {name}"
+    del data.attrs["model"]
+    assert caption_of(data).startswith("Model without a name (2")
+
+
+def test_captions_claim_no_band_that_is_not_there() -> None:
+    one, many = result(prompts=1)[0], result()[0]
+    assert "means over heads." in caption_of(one, [NAME], "sd")
+    assert "band" not in caption_of(one, [NAME], "sd")
+    assert "eans over" not in caption_of(one, ["sink_rate"], "quantiles")
+    assert "means over heads and prompts, bands mean ±" in caption_of(many, [NAME], "sd")
+    assert "heads, prompts and seeds, bands least" in caption_of([many, many], [NAME], "range")
+    assert "bands are least to largest of seeds" not in caption_of([one], ["sink_rate"], "range")
+
+
+def test_a_mean_outside_of_its_quantiles_is_explained() -> None:
+    data, _ = result(prompts=12)
+    sentence = "mean outside its band"
+    assert sentence not in caption_of(data, ["residual_mean"], "quantiles")
+    data["residual_mean"][3, 4] = 1e6
+    assert summary(data, "residual_mean", "quantiles").high[3] < 1e5
+    assert sentence in caption_of(data, ["residual_mean"], "quantiles")
+    assert sentence not in caption_of(data, ["residual_mean"], "sd")
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 32), (0, 3, 1, 1), (1, 1, 0, 60), (4, 6, 4, 8)])
+def test_towers_of_maps_hold_every_map_once_and_part_no_recurrence(shape: tuple[int, ...]) -> None:
+    loop, heads, T = LoopGeometry(*shape), 4, 3
+    # Every map has its own number, on the diagonal only.
+    number = 1 + np.arange(loop.n_layers * heads).reshape(loop.n_layers, heads)
+    patterns = (number[..., None, None] * np.eye(T)).astype(np.float32)
+    figure = attention_floor_plan(patterns, loop, "t")
+    towers = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert (len(towers) > 1) is (loop.n_layers >= 56)
+    seen, next_layer = [], 0
+    for axes in towers:
+        sheet = axes.images[0].get_array().filled(np.nan) ** 2
+        sky = int((sheet == 0).all(1).sum()) // (T + 2)
+        rows = (sheet.shape[0] + 2) // (T + 2)
+        for row in range(rows - 1, sky - 1, -1):
+            tiles = [sheet[row * 5 : row * 5 + 3, h * 5 : h * 5 + 3] for h in range(heads)]
+            seen.append([tile.trace() / T for tile in tiles])
+        place = loop.locate(next_layer)
+        assert place.layer == 0
+        next_layer += rows - sky
+    np.testing.assert_allclose(seen, number, rtol=1e-5)
+    colours = [tuple(patch.get_edgecolor()[:3]) for axes in towers for patch in axes.patches]
+    assert len(colours) == (loop.p > 0) + (loop.c > 0)
+    names = [t.get_text() for axes in towers for t in axes.get_yticklabels()]
+    assert (names[0] == "prelude") is (loop.p > 0)
+    assert (names[-1] == "coda") is (loop.c > 0)
 
 
 def test_ticks_of_a_matrix_stand_in_the_middle_and_apart() -> None:

@@ -125,7 +125,7 @@ def _draw_tower(
     """One tower, whose lowest layer stands at the bottom of ``rows`` rows."""
     heads, T = patterns.shape[1:3]
     side, first, last = T + _GAP, tower[0].first, tower[-1].last
-    sheet = np.full((rows * side, heads * side), np.nan)
+    sheet = np.full((rows * side - _GAP, heads * side - _GAP), np.nan)
     sheet[: (rows - (last - first)) * side] = 0.0  # the sky: white, where undefined is grey
     for layer, head in np.ndindex(last - first, heads):
         top, left = (rows - 1 - layer) * side, head * side

@@ -146,7 +146,7 @@ def _outside(runs: Runs, names: Sequence[str], band: Band | str) -> str:
     for name in _line_variables(as_runs(runs)[0], names):
         found = summary(runs, name, band)
         if ((found.mean > found.high) | (found.mean < found.low)).any():
-            return "a line outside its band is pulled there by fewer than a tenth of the values"
+            return "a mean outside its band is pulled there by a few values far from the others"
     return ""
 
 

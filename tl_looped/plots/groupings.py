@@ -111,7 +111,7 @@ def over_recurrences(
         lines = [Line(name.replace("_", " "), x, values, NEUTRAL)]
     marked = None
     if trained is not None and trained < loop.R:
-        marked = (trained - 1.0, f"last trained recurrence (r = {trained - 1})")
+        marked = (trained - 1.0, f"last trained: r = {trained - 1}")
     return Panel(
         title, RECURRENCE_AXIS, label_of(run, name), tuple(lines), log,
         integer_x=True, marked_x=marked,
@@ -207,7 +207,7 @@ def over_realised_depth(
     width = 0.6 if loop.n_layers > 100 else 1.3
     if len(names) == 1:
         values = summary(runs, names[0], band)
-        colour = (0.72, 0.72, 0.72) if by_layer else NEUTRAL
+        colour = (0.62, 0.62, 0.62) if by_layer else NEUTRAL
         lines.append(Line("all layers in order", x, values, colour, width=width))
         nothing = np.full(loop.n_layers, np.nan)
         for l, colour in enumerate(layer_colours(loop.k) if by_layer and loop.R else []):  # noqa: E741
@@ -218,12 +218,16 @@ def over_realised_depth(
         label = label_of(run, names[0])
     else:
         # Where lines coincide, as those of the first and of the largest token do, both show.
-        looks: tuple[tuple[Style, float], ...] = (("-", 1.0), ("-", 2.4), ("--", 1.0))
+        looks: tuple[tuple[Style, float], ...] = (
+            ("-", width),
+            ("-", width + 1.5),
+            ("--", max(width, 0.9)),
+        )
         for i, name in enumerate(names):
-            colour, (style, factor) = SEVERAL[i % len(SEVERAL)], looks[i % len(looks)]
+            colour, (style, thick) = SEVERAL[i % len(SEVERAL)], looks[i % len(looks)]
             values = summary(runs, name, band)
             label = label_of(run, name)
-            lines.append(Line(label, x, values, colour, style=style, width=width * factor))
+            lines.append(Line(label, x, values, colour, style=style, width=thick))
         label = "norm of the residual stream"
     ends = (-0.5, loop.p - 0.5, loop.n_layers - loop.c - 0.5, loop.n_layers - 0.5)
     starts = [loop.index(r, 0) - 0.5 for r in range(loop.R)] if loop.R <= 32 else []

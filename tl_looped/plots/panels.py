@@ -12,6 +12,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from tl_looped.errors import InputError
@@ -34,8 +37,7 @@ Style = Literal["-", "--", ":", "-."]
 MOST_IN_LEGEND = 8
 _MARKED = 16  # lines of so many points, and panels of so many lines, have markers
 _KEY_TITLES = {"recurrence": "recurrence", "layer": "core layer"}
-_CHARACTERS_PER_INCH = 15  # of a caption
-_TITLE_CHARACTERS = 11.5  # an inch
+_TITLE_SIZE, _CAPTION_SIZE = 11, 8  # points
 _LEGEND_LINE = 26  # characters
 _BAR_WIDTH = 0.7  # inches, with its label
 _STEPS = (1, 2, 4, 5, 10)
@@ -141,7 +143,7 @@ def draw_panels(
     grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
     every = list(grid.flat)
     for axes, panel in zip(every, panels, strict=False):
-        draw_panel(axes, panel, int(10.5 * height))
+        draw_panel(axes, panel, int(12.5 * height))
     for axes in every[len(panels) :]:
         axes.set_visible(False)
     for key, colours in bars.items():
@@ -162,14 +164,37 @@ def new_figure(
         caption: Empty for none.
         beside: Inches in the upper right corner that the title leaves to a legend.
     """
-    heading = textwrap.fill(title, max(24, int((width - beside) * _TITLE_CHARACTERS)))
-    text = textwrap.fill(caption, max(30, int(width * _CHARACTERS_PER_INCH)))
+    heading = _wrapped(title, width - beside, _TITLE_SIZE)
+    text = _wrapped(caption, width, _CAPTION_SIZE)
     extra = 0.16 * (text.count("\n") + 1) * bool(text) + 0.2 * (heading.count("\n") + 1)
     figure = Figure(figsize=(width, height + extra), layout="constrained")
-    figure.suptitle(heading, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(heading, fontsize=_TITLE_SIZE, x=0.01, ha="left")
     if text:
-        figure.supxlabel(text, fontsize=8, color="0.3", x=0.01, ha="left")
+        figure.supxlabel(text, fontsize=_CAPTION_SIZE, color="0.3", x=0.01, ha="left")
     return figure
+
+
+def _wrapped(text: str, width: float, size: int) -> str:
+    """Lines of at most ``width`` inches, as the font has it; a longer word has its own line."""
+    lines: list[str] = []
+    filled, space = 0.0, _width(" ", size)
+    for word in text.split():
+        taken = _width(word, size)
+        # Renderers round the widths of letters: a little room for that, and the margin.
+        if lines and filled + space + taken <= 0.95 * width:
+            lines[-1] += f" {word}"
+            filled += space + taken
+        else:
+            lines.append(word)
+            filled = taken
+    return "\n".join(lines)
+
+
+@lru_cache(maxsize=4096)
+def _width(text: str, size: int) -> float:
+    """Inches of a word."""
+    font = FontProperties(size=size)
+    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
 
 
 def draw_panel(axes: Axes, panel: Panel, label_width: int = 42) -> None:
@@ -190,8 +215,9 @@ def draw_panel(axes: Axes, panel: Panel, label_width: int = 42) -> None:
     for x in panel.verticals:
         axes.axvline(x, color="0.85", linewidth=0.7, zorder=0)
     log = panel.log and any(_positive(line.values.mean).any() for line in panel.lines)
+    banded = sum(bool(np.isfinite(line.values.low).any()) for line in panel.lines)
     for line in panel.lines:
-        _draw_line(axes, line, log, len(panel.lines))
+        _draw_line(axes, line, log, len(panel.lines), banded)
     if log:
         axes.set_yscale("log")
         _plain_ticks(axes)
@@ -252,7 +278,7 @@ def _positive(values: Float[np.ndarray, " n"]) -> np.ndarray:
     return np.isfinite(values) & (values > 0)
 
 
-def _draw_line(axes: Axes, line: Line, log: bool, n_lines: int) -> None:
+def _draw_line(axes: Axes, line: Line, log: bool, n_lines: int, banded: int) -> None:
     mean, low, high = (
         np.where(_positive(y), y, np.nan) if log else y
         for y in (line.values.mean, line.values.low, line.values.high)
@@ -271,7 +297,7 @@ def _draw_line(axes: Axes, line: Line, log: bool, n_lines: int) -> None:
     if alone.any() and not marker:
         axes.plot(line.x[alone], mean[alone], ".", color=line.colour, markersize=4, label="_")
     if np.isfinite(low).any():
-        alpha = min(0.16, max(0.02, 0.7 / n_lines))
+        alpha = min(0.16, max(0.02, 0.7 / banded))
         axes.fill_between(line.x, low, high, color=line.colour, alpha=alpha, linewidth=0)
 
 
@@ -304,7 +330,7 @@ def _keys(panels: Sequence[Panel]) -> tuple[list[Line2D], dict[Key, dict[int, Co
 def _legend_width(handles: Sequence[Line2D]) -> float:
     """Inches that a legend takes at 8 points."""
     words = [part for handle in handles for part in str(handle.get_label()).split("\n")]
-    return 0.6 + 0.075 * max(map(len, words))
+    return 0.55 + 0.07 * max(map(len, words))
 
 
 def _add_bar(figure: Figure, axes: list[Axes], label: str, colours: dict[int, Colour]) -> None:

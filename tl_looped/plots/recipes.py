@@ -390,7 +390,7 @@ def floor_plan(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
 
     extra = [
         f"one prompt of {patterns.shape[-1]} tokens; queries downwards, keys to the right",
-        "depth upwards; prelude framed blue, coda red",
+        "depth upwards, one tower after the other; prelude framed blue, coda red",
     ]
     caption = caption_for(request, data, extra, "prompt")
     cells = np.indices(patterns.shape).reshape(4, -1)
