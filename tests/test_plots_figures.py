@@ -331,3 +331,12 @@ def test_both_figures_of_steps_and_cosines_say_which_they_are() -> None:
         assert rows.loc[1, "mean"] == pytest.approx(np.mean(seeds))
         assert rows.loc[1, "low"] == pytest.approx(min(seeds))
         assert np.isnan(rows.loc[0, "mean"])
+
+
+def test_numbers_of_a_matrix_name_rows_and_columns(looped: xr.Dataset) -> None:
+    table = draw(2, looped)[0].numbers.set_index("effective_layer")
+    assert list(table.index) == list(table.columns)
+    assert list(table.index)[:4] == ["prelude.0", "prelude.1", "r0.l0", "r0.l1"]
+    values = looped["pairwise_attention_distance"].to_numpy()
+    assert table.loc["r1.l2", "coda.0"] == values[7, 11]
+    assert table.loc["coda.0", "r1.l2"] == values[11, 7]

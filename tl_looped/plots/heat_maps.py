@@ -87,9 +87,13 @@ def layer_matrix(
 
 
 def matrix_numbers(matrix: Float[np.ndarray, "layer layer"], loop: LoopGeometry) -> pd.DataFrame:
-    """A matrix over effective layers as a table, labelled ``prelude.0``, ``r3.l1``, ``coda.0``."""
+    """A matrix over effective layers, labelled ``prelude.0``, ``r3.l1``, ``coda.0``.
+
+    The labels of the rows are the column ``effective_layer``: files are written without an index.
+    """
     labels = loop.labels()
-    return pd.DataFrame(matrix, index=labels, columns=labels).rename_axis("effective_layer")
+    table = pd.DataFrame(matrix, index=labels, columns=labels)
+    return table.rename_axis("effective_layer").reset_index()
 
 
 def probability_map(
