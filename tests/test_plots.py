@@ -482,3 +482,15 @@ def test_wrong_results_are_named() -> None:
         summary(data, NAME, "se")
     with pytest.raises(InputError, match="no recurrence"):
         over_recurrences(data.assign_attrs(n_recurrences=0), NAME)
+
+
+def test_names_of_prelude_and_coda_stay_clear_of_the_panel_s_title() -> None:
+    data, _ = result(p=2, k=1, c=1, R=1)
+    panels = [over_depth(data, NAME, title="ColSum concentration and more")] * 2
+    figure = draw_panels(panels, "t", "")
+    figure.draw_without_rendering()
+    axes = only_axes(figure)
+    names = [text for text in axes.texts if text.get_text() in ("prelude", "coda")]
+    assert len(names) == 2
+    for name in names:
+        assert not name.get_window_extent().overlaps(axes.title.get_window_extent())

@@ -233,7 +233,8 @@ def draw_panel(axes: Axes, panel: Panel, label_width: int = 42) -> None:
             axes.set_xticks([every[0]])
     if not any(np.isfinite(line.values.mean).any() for line in panel.lines):
         say_undefined(axes)
-    axes.set_title(panel.title, fontsize=10)
+    # Above the names of prelude and coda, which wide spans bring to the middle.
+    axes.set_title(panel.title, fontsize=10, pad=13 if panel.spans else 6)
     axes.set_xlabel(panel.x_label, fontsize=9)
     axes.set_ylabel(textwrap.fill(panel.y_label, label_width), fontsize=9)
     axes.tick_params(which="both", labelsize=8)
