@@ -134,6 +134,9 @@ def test_numbers_are_those_drawn() -> None:
     for line in panel.lines:
         rows = table[table["line"] == line.label]
         np.testing.assert_array_equal(rows["mean"], line.values.mean)
+        np.testing.assert_array_equal(rows["low"], line.values.low)
+        np.testing.assert_array_equal(rows["high"], line.values.high)
+        assert (rows["low"] < rows["high"]).all()
         assert (rows["n"] == 5).all()
     assert len(table) == 4 * 6
 
