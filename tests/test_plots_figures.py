@@ -345,3 +345,10 @@ def test_numbers_of_a_matrix_name_rows_and_columns(looped: xr.Dataset) -> None:
     values = looped["pairwise_attention_distance"].to_numpy()
     assert table.loc["r1.l2", "coda.0"] == values[7, 11]
     assert table.loc["coda.0", "r1.l2"] == values[11, 7]
+
+
+def test_numbers_of_a_path_are_the_points_of_the_data(looped: xr.Dataset) -> None:
+    table = draw(5, looped)[0].numbers.set_index(["recurrence", "layer"])
+    for r, layer in ((0, 0), (2, 1), (1, 2)):
+        expected = looped["pca"].to_numpy()[r, layer]
+        np.testing.assert_array_equal(table.loc[(r, layer), ["pc1", "pc2"]], expected)
