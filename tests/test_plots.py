@@ -28,7 +28,6 @@ from tl_looped.plots import (
     recurrence_colours,
     summary,
 )
-from tl_looped.plots.attention_maps import attention_floor_plan
 from tl_looped.plots.captions import caption_of
 from tl_looped.plots.heat_maps import stage_ticks
 from tl_looped.plots.limiting import algorithm_numbers, amplitudes
@@ -261,30 +260,6 @@ def test_figures_are_free_of_pyplot_and_save_as_svg() -> None:
     assert ET.fromstring(svg.getvalue()).tag.endswith("svg")
 
 
-@pytest.mark.parametrize("R", [4, 8, 12])
-@pytest.mark.parametrize("title", ["A title", "Figure 8. A title that goes on and on " * 3])
-def test_title_caption_and_legend_stay_within_the_figure_and_apart(R: int, title: str) -> None:
-    data, _ = result(R=R)
-    base, _ = result(p=0, k=7, c=0, R=1)
-    base.attrs["model"] = "an-organisation/A-model-with-a-long-name-of-32-layers"
-    panel = over_depth(data, NAME, feedforward=base)
-    figure = draw_panels([panel], title, "Numbers 0123456789 mean WWWW and MMMM. " * 9)
-    figure.draw_without_rendering()
-    box = figure.get_window_extent()
-    (legend,) = figure.legends
-    for item in (figure._suptitle, figure._supxlabel, legend, *figure.axes[0].texts):
-        extent = item.get_window_extent()
-        assert box.x0 <= extent.x0
-        assert extent.x1 <= box.x1 + 1
-        assert box.y0 <= extent.y0 + 1
-        assert extent.y1 <= box.y1 + 1
-    space = legend.get_window_extent()
-    assert not figure._suptitle.get_window_extent().overlaps(space)
-    for axes in figure.axes:
-        assert not axes.get_window_extent().overlaps(space)
-    assert figure.axes[0].get_window_extent().width > 5.0 * figure.dpi
-
-
 def test_the_last_trained_recurrence_is_marked_and_named_in_the_legend() -> None:
     data, _ = result(R=6)
     figure = draw_panels([over_recurrences(data, NAME, trained=2)], "t", "")
@@ -292,54 +267,6 @@ def test_the_last_trained_recurrence_is_marked_and_named_in_the_legend() -> None
     dotted = [x for x in only_axes(figure).lines if x.get_linestyle() == ":"]
     assert [x.get_xdata() for x in dotted] == [[1.0, 1.0]]
     assert over_recurrences(data, NAME, trained=6).marked_x is None
-
-
-def test_lines_that_coincide_both_show() -> None:
-    data, _ = result()
-    for name in ("residual_max", "residual_first"):
-        data[name] = data["residual_mean"]
-    names = ("residual_mean", "residual_max", "residual_first")
-    _, largest, first = over_realised_depth(data, names, by_layer=False).lines
-    assert largest.width > first.width + 1
-    assert (largest.style, first.style) == ("-", "--")
-    neurons = xr.Dataset({name: ("unique_layer", np.zeros(3)) for name in NEURONS})
-    under, over = neuron_fractions(neurons).lines
-    assert under.width > over.width + 1
-
-
-@pytest.mark.parametrize(("low", "high", "plain"), [(4.0, 5.0, True), (2.0, 60.0, True),
-                                                    (1e-5, 1.0, False)])  # fmt: skip
-def test_short_logarithmic_axes_have_plain_numbers(low: float, high: float, plain: bool) -> None:
-    data, loop = result()
-    data["residual_mean"][:] = np.geomspace(low, high, loop.n_layers)[:, None]
-    axes = only_axes(draw_panels([over_recurrences(data, "residual_mean", log=True)], "t", ""))
-    axes.figure.savefig(io.BytesIO(), dpi=30)
-    bottom, top = axes.get_ylim()
-    ticks = [t for t in (*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks())
-             if t.label1.get_text() and bottom <= t.get_loc() <= top]  # fmt: skip
-    assert 2 <= len(ticks) <= 14
-    for tick in ticks:
-        text = tick.label1.get_text()
-        assert ("$" not in text) is plain
-        if plain:
-            assert float(text) == pytest.approx(tick.get_loc())
-
-
-def test_what_is_undefined_throughout_says_so() -> None:
-    loop, nan = LoopGeometry(1, 2, 1, 2), np.nan
-    data, _ = result()
-    data["sink_rate"][:] = nan
-    figures = [
-        layer_matrix(np.full((6, 6), nan), loop, "t", "cosine"),
-        pca_path(np.full((2, 2, 2), nan), np.full(2, nan), "t"),
-        attention_floor_plan(np.full((6, 2, 3, 3), nan, dtype=np.float32), loop, "t"),
-        draw_panels([over_recurrences(data, "sink_rate", log=True)], "t", ""),
-    ]
-    for figure in figures:
-        figure.savefig(io.BytesIO(), dpi=30)
-        assert "undefined throughout" in [t.get_text() for t in only_axes(figure).texts]
-    whole = draw_panels([over_recurrences(data, NAME)], "t", "")
-    assert "undefined throughout" not in [t.get_text() for t in only_axes(whole).texts]
 
 
 def test_models_in_folders_are_called_by_the_last_part_of_their_path() -> None:
@@ -372,34 +299,6 @@ def test_a_mean_outside_of_its_quantiles_is_explained() -> None:
     assert summary(data, "residual_mean", "quantiles").high[3] < 1e5
     assert sentence in caption_of(data, ["residual_mean"], "quantiles")
     assert sentence not in caption_of(data, ["residual_mean"], "sd")
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 2, 32), (0, 3, 1, 1), (1, 1, 0, 60), (4, 6, 4, 8)])
-def test_towers_of_maps_hold_every_map_once_and_part_no_recurrence(shape: tuple[int, ...]) -> None:
-    loop, heads, T = LoopGeometry(*shape), 4, 3
-    # Every map has its own number, on the diagonal only.
-    number = 1 + np.arange(loop.n_layers * heads).reshape(loop.n_layers, heads)
-    patterns = (number[..., None, None] * np.eye(T)).astype(np.float32)
-    figure = attention_floor_plan(patterns, loop, "t")
-    towers = [axes for axes in figure.axes if axes.get_xlabel()]
-    assert (len(towers) > 1) is (loop.n_layers >= 56)
-    seen, next_layer = [], 0
-    for axes in towers:
-        sheet = axes.images[0].get_array().filled(np.nan) ** 2
-        sky = int((sheet == 0).all(1).sum()) // (T + 2)
-        rows = (sheet.shape[0] + 2) // (T + 2)
-        for row in range(rows - 1, sky - 1, -1):
-            tiles = [sheet[row * 5 : row * 5 + 3, h * 5 : h * 5 + 3] for h in range(heads)]
-            seen.append([tile.trace() / T for tile in tiles])
-        place = loop.locate(next_layer)
-        assert place.layer == 0
-        next_layer += rows - sky
-    np.testing.assert_allclose(seen, number, rtol=1e-5)
-    colours = [tuple(patch.get_edgecolor()[:3]) for axes in towers for patch in axes.patches]
-    assert len(colours) == (loop.p > 0) + (loop.c > 0)
-    names = [t.get_text() for axes in towers for t in axes.get_yticklabels()]
-    assert (names[0] == "prelude") is (loop.p > 0)
-    assert (names[-1] == "coda") is (loop.c > 0)
 
 
 def test_ticks_of_a_matrix_stand_in_the_middle_and_apart() -> None:
@@ -485,15 +384,3 @@ def test_wrong_results_are_named() -> None:
         summary(data, NAME, "se")
     with pytest.raises(InputError, match="no recurrence"):
         over_recurrences(data.assign_attrs(n_recurrences=0), NAME)
-
-
-def test_names_of_prelude_and_coda_stay_clear_of_the_panel_s_title() -> None:
-    data, _ = result(p=2, k=1, c=1, R=1)
-    panels = [over_depth(data, NAME, title="ColSum concentration and more")] * 2
-    figure = draw_panels(panels, "t", "")
-    figure.draw_without_rendering()
-    axes = only_axes(figure)
-    names = [text for text in axes.texts if text.get_text() in ("prelude", "coda")]
-    assert len(names) == 2
-    for name in names:
-        assert not name.get_window_extent().overlaps(axes.title.get_window_extent())
