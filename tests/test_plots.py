@@ -31,9 +31,11 @@ from tl_looped.plots import (
 from tl_looped.plots.captions import caption_of
 from tl_looped.plots.heat_maps import stage_ticks
 from tl_looped.plots.limiting import algorithm_numbers, amplitudes
-from tl_looped.plots.overlays import block_halves
+from tl_looped.plots.overlays import block_halves, neuron_fractions
+from tl_looped.plots.summaries import name_of
 
 NAME = "colsum_concentration"
+NEURONS = ("prediction", "suppression")
 
 
 def result(p: int = 2, k: int = 3, c: int = 1, R: int = 4, seed: int = 0, prompts: int = 5):
@@ -131,6 +133,9 @@ def test_numbers_are_those_drawn() -> None:
     for line in panel.lines:
         rows = table[table["line"] == line.label]
         np.testing.assert_array_equal(rows["mean"], line.values.mean)
+        np.testing.assert_array_equal(rows["low"], line.values.low)
+        np.testing.assert_array_equal(rows["high"], line.values.high)
+        assert (rows["low"] < rows["high"]).all()
         assert (rows["n"] == 5).all()
     assert len(table) == 4 * 6
 
@@ -181,7 +186,9 @@ def test_up_to_eight_recurrences_get_a_legend_more_a_colour_bar(n: int) -> None:
     else:
         bar = figure.axes[1]
         assert not figure.legends
-        assert bar.get_ylim() == (0, n - 1)
+        # A block of one unit for each recurrence, its number in the middle.
+        assert bar.get_ylim() == (-0.5, n - 0.5)
+        assert min(tick for tick in bar.get_yticks() if tick >= -0.5) == 0
         assert bar.get_ylabel() == "recurrence (0-based)"
 
 
@@ -207,6 +214,11 @@ def test_shapes_without_prelude_coda_or_loop_are_drawn(shape: tuple[int, ...]) -
     n = loop.p + loop.k + loop.c
     x = drawn_line(figure.axes[1], "recurrence 0")[0]
     assert x.tolist() == [100 * i / max(1, n - 1) for i in range(n)]
+    neurons = xr.Dataset({name: ("unique_layer", np.zeros(n)) for name in NEURONS})
+    panels.append(neuron_fractions(neurons.assign_attrs(data.attrs)))
+    here = {name for name, size in (("prelude", loop.p), ("coda", loop.c)) if size}
+    for panel in panels[1:]:
+        assert {span.label for span in panel.spans} == here
 
 
 def test_a_defined_point_between_undefined_ones_is_a_dot() -> None:
@@ -237,7 +249,7 @@ def test_axes_have_labels_with_units_and_the_caption_says_what_was_run() -> None
     assert "run of 8 recurrences" in caption_of(longer, ["fixed_point_rel"])
 
 
-def test_figures_are_free_of_pyplot_and_save_as_png_and_svg_within_their_size() -> None:
+def test_figures_are_free_of_pyplot_and_save_as_svg() -> None:
     data, _ = result()
     figure = draw_panels([over_depth(data, NAME)], "A title", caption_of(data, [NAME]))
     assert (
@@ -246,12 +258,47 @@ def test_figures_are_free_of_pyplot_and_save_as_png_and_svg_within_their_size() 
     svg = io.BytesIO()
     figure.savefig(svg, format="svg")
     assert ET.fromstring(svg.getvalue()).tag.endswith("svg")
-    box = figure.get_window_extent()
-    for text in (figure._suptitle, figure._supxlabel, *figure.axes[0].texts):
-        extent = text.get_window_extent()
-        assert box.x0 <= extent.x0
-        assert extent.x1 <= box.x1 + 1
-    assert not figure._suptitle.get_window_extent().overlaps(figure.legends[0].get_window_extent())
+
+
+def test_the_last_trained_recurrence_is_marked_and_named_in_the_legend() -> None:
+    data, _ = result(R=6)
+    figure = draw_panels([over_recurrences(data, NAME, trained=2)], "t", "")
+    assert [t.get_text() for t in figure.legends[0].get_texts()][-1] == "last trained: r = 1"
+    dotted = [x for x in only_axes(figure).lines if x.get_linestyle() == ":"]
+    assert [x.get_xdata() for x in dotted] == [[1.0, 1.0]]
+    assert over_recurrences(data, NAME, trained=6).marked_x is None
+
+
+def test_models_in_folders_are_called_by_the_last_part_of_their_path() -> None:
+    data, _ = result()
+    for model, name in (("/a/b/c-7", "c-7"), ("org/name-1.4B", "org/name-1.4B"), ("demo", "demo")):
+        data.attrs["model"] = model
+        assert name_of(data) == name
+        assert f"Model {name} (2" in caption_of(data)
+        (*_, line) = over_depth(data, NAME, feedforward=data).lines
+        assert line.label == f"feedforward: {name}"
+    del data.attrs["model"]
+    assert caption_of(data).startswith("Model without a name (2")
+
+
+def test_captions_claim_no_band_that_is_not_there() -> None:
+    one, many = result(prompts=1)[0], result()[0]
+    assert "means over heads." in caption_of(one, [NAME], "sd")
+    assert "band" not in caption_of(one, [NAME], "sd")
+    assert "eans over" not in caption_of(one, ["sink_rate"], "quantiles")
+    assert "means over heads and prompts, bands mean ±" in caption_of(many, [NAME], "sd")
+    assert "heads, prompts and seeds, bands least" in caption_of([many, many], [NAME], "range")
+    assert "bands are least to largest of seeds" not in caption_of([one], ["sink_rate"], "range")
+
+
+def test_a_mean_outside_of_its_quantiles_is_explained() -> None:
+    data, _ = result(prompts=12)
+    sentence = "mean outside its band"
+    assert sentence not in caption_of(data, ["residual_mean"], "quantiles")
+    data["residual_mean"][3, 4] = 1e6
+    assert summary(data, "residual_mean", "quantiles").high[3] < 1e5
+    assert sentence in caption_of(data, ["residual_mean"], "quantiles")
+    assert sentence not in caption_of(data, ["residual_mean"], "sd")
 
 
 def test_ticks_of_a_matrix_stand_in_the_middle_and_apart() -> None:

@@ -63,7 +63,9 @@ def test_a_figure_has_caption_numbers_and_the_paper_s_recurrences(
 ) -> None:
     (drawn,) = draw(number, looped, prompt_set="toys")
     assert drawn.name == f"fig{number:02d}"
-    assert drawn.title.startswith(f"Fig. {number}: ")
+    assert drawn.title[0].isupper()
+    assert str(number) not in drawn.title
+    assert " ".join(drawn.figure._suptitle.get_text().split()) == f"Figure {number}. {drawn.title}"
     assert len(drawn.numbers) > 0
     assert "(2, 3 x 3, 1)" in drawn.caption
     paper = FIGURES[number].recurrences
@@ -171,8 +173,20 @@ def test_the_strongest_orbit_names_its_prompt(behaviours: xr.Dataset) -> None:
     np.testing.assert_allclose(sink["mean"], behaviours["sink_rate"].sel(prompt=6))
     assert "recurrences 64 to 127" in second.caption
     assert set(second.numbers["line"]) == {f"recurrence {r}" for r in range(64, 128)}
+    for drawn in (first, second):
+        assert "Prompt 6 has the orbit of the greatest amplitude, 0.2, at token 2" in drawn.caption
+        assert "period is 8 recurrences" in drawn.caption
+        assert "tau = 0.05, rho = 0.9, window 64" in drawn.caption
     (other,) = draw(16, behaviours, prompt=4)
     assert other.settings["prompt"] == 4
+    assert other.title == "Stage metrics of prompt 4, toy"
+    assert "orbit" not in other.caption
+    with pytest.raises(InputError, match=r"prompt must be one of \[4, 5, 6\], got 2"):
+        draw(16, behaviours, prompt=2)
+    longer = behaviours.assign_attrs(reference_recurrences=256)
+    for number in (13, 16):
+        with pytest.raises(InputError, match="leave reference_recurrences out"):
+            draw(number, longer)
     still = behaviours.copy()
     still["token_similarity"] = xr.ones_like(still["token_similarity"])
     with pytest.raises(InputError, match=r"no token of this run is an orbit.*prompt="):
@@ -192,6 +206,12 @@ def test_cooccurrence_is_the_share_of_tokens(looped: xr.Dataset) -> None:
     assert table.loc["SLIDER", "FIXED"] == 1
     assert np.isnan(table.loc["ORBIT", "FIXED"])
     assert table["tokens"].tolist() == [4, 1, 0, 0]
+    rows = [t.get_text() for t in drawn.figure.axes[0].get_yticklabels()]
+    assert rows[:2] == ["fixed\n4 tokens", "slider\n1 token"]
+    # The caption has the thresholds that the labels were made with, not those of the options.
+    assert "tau" not in drawn.caption
+    made = data.assign_attrs(tau=0.02, rho=0.8, window=32)
+    assert "tau = 0.02, rho = 0.8, window = 32" in draw(14, made, tau=0.3)[0].caption
 
 
 def _random_grid() -> dict[tuple[str, bool], list[xr.Dataset]]:
@@ -199,7 +219,8 @@ def _random_grid() -> dict[tuple[str, bool], list[xr.Dataset]]:
     layouts = ("pre", "sandwich")
     return {
         (norm, flag): [
-            run(3, GROUPS[2:], norm_layout=NormLayout(norm), seed=seed, **shape)
+            # Other weights with the flag than without: a panel of the wrong one differs.
+            run(3, GROUPS[2:], norm_layout=NormLayout(norm), seed=seed + 5 * flag, **shape)
             for seed in (range(2) if norm == "pre" else range(1, 3))
         ]
         for norm in layouts
@@ -220,6 +241,10 @@ def test_a_grid_of_conditions_has_a_panel_each_and_means_over_seeds() -> None:
     seeds = [x["fixed_point_rel"].mean("prompt")[2::4] for x in grid["sandwich", True]]
     np.testing.assert_allclose(rows["mean"], np.mean(seeds, 0))
     assert (rows["n"] == 2).all()
+    for flag, panel in ((True, titles[2]), (False, titles[5])):
+        rows = table[(table["panel"] == panel) & (table["line"] == "Ouro norm")]
+        seeds = [x["fixed_point_lowest_cosine"].mean("prompt") for x in grid["sandwich", flag]]
+        np.testing.assert_allclose(rows["mean"], np.mean(seeds, 0))
     with pytest.raises(InputError, match=r"Fig\. 6 shows 12 layers"):
         draw(6, grid)
     with pytest.raises(InputError, match=r"without a run: \[\('pre', False\)\]"):
@@ -252,3 +277,78 @@ def test_the_floor_plan_has_depth_upwards(looped: xr.Dataset) -> None:
     bottom = max(frames.items(), key=lambda item: item[1].get_y())
     assert bottom[0][2] > bottom[0][0]  # the prelude's frame is blue and at the bottom
     assert len(drawn.numbers) == 12 * 4 * 15
+
+
+def test_halves_of_the_block_are_those_of_the_data(feedforward: xr.Dataset) -> None:
+    data = run(2, "stage", n_core=5)
+    (drawn,) = draw(40, data, feedforward=feedforward)
+    # (2, 5 x 2, 1): the second recurrence is layers 7 to 11, its halves 7, 8 and 9, 10, 11.
+    for panel, name in (("sink rate", "sink_rate"), ("residual entropy", "entropy_bits")):
+        dims = [dim for dim in ("head", "prompt") if dim in data[name].dims]
+        expected = data[name].mean(dims).to_numpy()
+        table = drawn.numbers[drawn.numbers["panel"] == panel].set_index("line")
+        first = table.loc["recurrence 1, first half"]
+        second = table.loc["recurrence 1, second half"]
+        np.testing.assert_allclose(first["mean"], expected[7:9])
+        np.testing.assert_allclose(second["mean"], expected[9:12])
+        assert first["x"].tolist() == [0, 100]
+        assert second["x"].tolist() == [0, 50, 100]
+    assert "core layers 0 to 1; dashed: 2 to 4" in drawn.caption
+    assert "the 5 layers of base over their own depth" in drawn.caption
+
+
+def test_an_ablation_is_titled_as_one_and_its_baseline_is_not(looped: xr.Dataset) -> None:
+    ablated, baseline = draw(41, looped, baseline=looped)
+    assert (ablated.name, baseline.name) == ("fig41", "fig41_baseline")
+    assert ablated.title.startswith(
+        "Stage metrics over block depth, second layer's MLP output zero"
+    )
+    assert "caller's word" in ablated.caption
+    assert baseline.title.startswith("Stage metrics over block depth, nothing zeroed")
+    assert "caller's word" not in baseline.caption
+
+
+def test_neurons_of_a_feedforward_model_have_its_layers(feedforward: xr.Dataset) -> None:
+    data = feedforward.copy()
+    for i, name in enumerate(("prediction", "suppression")):
+        data[name] = ("unique_layer", (np.arange(5) + i) / 100)
+    (drawn,) = draw(32, data)
+    table = drawn.numbers.set_index("line")
+    assert table.loc["prediction", "mean"].tolist() == [0, 1, 2, 3, 4]
+    assert table.loc["suppression", "mean"].tolist() == [1, 2, 3, 4, 5]
+    assert table.loc["prediction", "x"].tolist() == [0, 25, 50, 75, 100]
+    assert "neurons of the layer's MLP (%)" in drawn.figure.axes[0].get_ylabel()
+    with pytest.raises(InputError, match="is of a looped model"):
+        draw(33, data)
+
+
+def test_both_figures_of_steps_and_cosines_say_which_they_are() -> None:
+    shape = {"n_prelude": 0, "n_coda": 0, "n_core": 12, "d_model": 16}
+    data = {("pre", True): [run(2, ("successive",), seed=seed, **shape) for seed in (0, 1)]}
+    steps, cosines = draw(29, data)
+    assert steps.title == "Steps and cosines, random weights, step norms"
+    assert cosines.title == "Steps and cosines, random weights, cosines of successive states"
+    assert steps.figure.axes[0].get_yscale() == "log"
+    assert cosines.figure.axes[0].get_yscale() == "linear"
+    for drawn, name in ((steps, "successive_abs"), (cosines, "successive_cosine")):
+        rows = drawn.numbers[drawn.numbers["line"] == "core layer 11"].set_index("x")
+        seeds = [float(x[name][23].mean()) for x in data["pre", True]]
+        assert rows.loc[1, "mean"] == pytest.approx(np.mean(seeds))
+        assert rows.loc[1, "low"] == pytest.approx(min(seeds))
+        assert np.isnan(rows.loc[0, "mean"])
+
+
+def test_numbers_of_a_matrix_name_rows_and_columns(looped: xr.Dataset) -> None:
+    table = draw(2, looped)[0].numbers.set_index("effective_layer")
+    assert list(table.index) == list(table.columns)
+    assert list(table.index)[:4] == ["prelude.0", "prelude.1", "r0.l0", "r0.l1"]
+    values = looped["pairwise_attention_distance"].to_numpy()
+    assert table.loc["r1.l2", "coda.0"] == values[7, 11]
+    assert table.loc["coda.0", "r1.l2"] == values[11, 7]
+
+
+def test_numbers_of_a_path_are_the_points_of_the_data(looped: xr.Dataset) -> None:
+    table = draw(5, looped)[0].numbers.set_index(["recurrence", "layer"])
+    for r, layer in ((0, 0), (2, 1), (1, 2)):
+        expected = looped["pca"].to_numpy()[r, layer]
+        np.testing.assert_array_equal(table.loc[(r, layer), ["pc1", "pc2"]], expected)

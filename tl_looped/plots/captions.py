@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from tl_looped.metrics.attention import SINK_THRESHOLD
-from tl_looped.plots.summaries import Band, Runs, as_runs, shape_of, summary
+from tl_looped.plots.summaries import Band, Runs, as_runs, name_of, shape_of, summary
 
 About = Literal["prompts", "prompt", "weights", "models"]
 
@@ -21,6 +21,11 @@ _BANDS = {
     "quantiles": "10 to 90 % of {}",
     "range": "least to largest of {}",
     "none": "",
+}
+_PROMPT_SETS = {
+    "bundled": "the bundled word problems",
+    "sentence": "the test sentence alone",
+    "text": "the specification",
 }
 
 
@@ -52,9 +57,10 @@ def caption_of(
         "" if about == "models" else _model(run),
         _prompts(every, prompt_set) if about in ("prompts", "models") else "",
         *([] if about == "weights" else [_recurrences(run, paper_recurrences), _start(run)]),
-        f"{seeds} seeds" if seeds else "",
+        f"{seeds} runs, one a seed" if seeds else "",
         *_of_metrics(run, names),
         _lines(band, seeds, run, names),
+        _outside(runs, names, band),
         _left_out(runs, names),
         *extra,
     ]
@@ -62,7 +68,8 @@ def caption_of(
 
 
 def _model(run: xr.Dataset) -> str:
-    text = f"model {run.attrs.get('model') or 'without a name'}"
+    name = name_of(run)
+    text = name if name.startswith("model ") else f"model {name}"
     return f"{text} {shape_of(run)}" if "n_core" in run.attrs else text
 
 
@@ -71,6 +78,7 @@ def _prompts(runs: list[xr.Dataset], prompt_set: str | None) -> str:
     if "prompt" not in run.sizes:
         return ""
     n, what = run.sizes["prompt"], prompt_set or run.attrs.get("prompt_set", "")
+    what = _PROMPT_SETS.get(what, what)
     text = f"{n} prompt{'s' * (n != 1)}" + (f" of {what}" if what else "")
     if n == 1 and "prompt" in run.coords:
         text += f" (number {run['prompt'].to_numpy()[0]})"
@@ -119,12 +127,27 @@ def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
 
 def _lines(band: Band | str, seeds: int, run: xr.Dataset, names: Sequence[str]) -> str:
     headed = any(name in run and "head" in run[name].dims for name in names)
-    over = " and ".join(["heads"] * headed + ["prompts"] + ["seeds"] * bool(seeds))
     if not _line_variables(run, names):
         return ""
-    text = f"lines are means over {over}"
+    many = run.sizes.get("prompt", 1) > 1
+    over = ["heads"] * headed + ["prompts"] * many + ["seeds"] * (seeds > 1)
+    joined = ", ".join(over[:-1]) + " and " * (len(over) > 1) + (over or [""])[-1]
+    text = f"lines are means over {joined}" if over else ""
     what = _BANDS[band].format("seeds" if seeds else "prompts")
-    return text + (f", bands {what}" if what else "")
+    if what and (seeds > 1 if seeds else many):
+        text += f", bands {what}" if text else f"bands are {what}"
+    return text
+
+
+def _outside(runs: Runs, names: Sequence[str], band: Band | str) -> str:
+    """That means lie outside of their quantiles, where a few large values do that."""
+    if band != "quantiles":
+        return ""
+    for name in _line_variables(as_runs(runs)[0], names):
+        found = summary(runs, name, band)
+        if ((found.mean > found.high) | (found.mean < found.low)).any():
+            return "a mean outside its band is pulled there by a few values far from the others"
+    return ""
 
 
 def _left_out(runs: Runs, names: Sequence[str]) -> str:

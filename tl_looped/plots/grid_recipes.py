@@ -23,6 +23,8 @@ from tl_looped.plots.recipes import (
 )
 from tl_looped.plots.summaries import Runs, as_runs, shape_of
 
+_WHAT = {"successive_abs": ", step norms", "successive_cosine": ", cosines of successive states"}
+
 
 def grid(request: Request, data: Any, layers: int) -> list[DrawnFigure]:
     """Section 4.2: the distance to the fixed point of every condition and the lowest cosine.
@@ -50,8 +52,9 @@ def grid(request: Request, data: Any, layers: int) -> list[DrawnFigure]:
         panels = condition_panels(data, name, band_of(request), log)
         columns = len({norm for norm, _ in data})
         drawn = of_panels(
-            request, first, panels, columns, extra, (3.4, 2.8), suffix=f"_{name}", several=True
-        )
+            request, first, panels, columns, extra, (3.4, 2.8), suffix=f"_{name}",
+            what=_WHAT.get(name, f", {name}"), several=True,
+        )  # fmt: skip
         out.append(drawn)
     return out
 

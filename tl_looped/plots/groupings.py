@@ -20,8 +20,16 @@ from jaxtyping import Float
 from tl_looped.errors import InputError
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.plots.colours import FEEDFORWARD, NEUTRAL, SEVERAL, layer_colours, recurrence_colours
-from tl_looped.plots.panels import Line, Panel, Span, stage_spans
-from tl_looped.plots.summaries import Band, Runs, Summary, as_runs, shape_of, summary
+from tl_looped.plots.panels import Line, Panel, Span, Style, stage_spans
+from tl_looped.plots.summaries import (
+    Band,
+    Runs,
+    Summary,
+    as_runs,
+    name_of,
+    shape_of,
+    summary,
+)
 
 STATE_OUT = "_state_out"
 RECURRENCE_AXIS = "recurrence r (0-based)"
@@ -39,6 +47,7 @@ _AXIS_LABELS = {
     "residual_first": "first token",
     "successive_abs": "step (norm)",
     "successive_rel": "step / norm of the state",
+    "successive_cosine": "cosine of successive states",
     "successive_attention": "step of the pattern (Frobenius)",
     "fixed_point_abs": "distance to the last state (norm)",
     "fixed_point_rel": "distance / norm of the last state",
@@ -102,7 +111,7 @@ def over_recurrences(
         lines = [Line(name.replace("_", " "), x, values, NEUTRAL)]
     marked = None
     if trained is not None and trained < loop.R:
-        marked = (trained - 1.0, "last trained recurrence")
+        marked = (trained - 1.0, f"last trained: r = {trained - 1}")
     return Panel(
         title, RECURRENCE_AXIS, label_of(run, name), tuple(lines), log,
         integer_x=True, marked_x=marked,
@@ -160,7 +169,7 @@ def over_depth(
 
 def _feedforward_line(runs: Runs, name: str, band: Band | str) -> Line:
     run, values = as_runs(runs)[0], summary(runs, name, band)
-    label = f"feedforward: {run.attrs.get('model') or 'no name'}"
+    label = f"feedforward: {name_of(run)}"
     x = percent_of_depth(len(values.mean))
     return Line(label, x, values, FEEDFORWARD, style="--", width=1.6)
 
@@ -168,7 +177,9 @@ def _feedforward_line(runs: Runs, name: str, band: Band | str) -> Line:
 def _spans_in_percent(loop: LoopGeometry) -> tuple[Span, ...]:
     n = loop.p + loop.k + loop.c
     step = 100.0 / max(1, n - 1)
-    return stage_spans((0.0, (loop.p - 0.5) * step, (n - loop.c - 0.5) * step, 100.0))
+    # Without a coda its span must be empty for a single layer too, where a step is the whole axis.
+    coda = (n - loop.c - 0.5) * step if loop.c else 100.0
+    return stage_spans((0.0, (loop.p - 0.5) * step, coda, 100.0))
 
 
 def over_realised_depth(
@@ -196,7 +207,7 @@ def over_realised_depth(
     width = 0.6 if loop.n_layers > 100 else 1.3
     if len(names) == 1:
         values = summary(runs, names[0], band)
-        colour = (0.72, 0.72, 0.72) if by_layer else NEUTRAL
+        colour = (0.62, 0.62, 0.62) if by_layer else NEUTRAL
         lines.append(Line("all layers in order", x, values, colour, width=width))
         nothing = np.full(loop.n_layers, np.nan)
         for l, colour in enumerate(layer_colours(loop.k) if by_layer and loop.R else []):  # noqa: E741
@@ -206,10 +217,17 @@ def over_realised_depth(
             lines.append(Line(f"core layer {l}", x[where], bare, colour, "layer", l, marker=marker))
         label = label_of(run, names[0])
     else:
+        # Where lines coincide, as those of the first and of the largest token do, both show.
+        looks: tuple[tuple[Style, float], ...] = (
+            ("-", width),
+            ("-", width + 1.5),
+            ("--", max(width, 0.9)),
+        )
         for i, name in enumerate(names):
-            colour = SEVERAL[i % len(SEVERAL)]
+            colour, (style, thick) = SEVERAL[i % len(SEVERAL)], looks[i % len(looks)]
             values = summary(runs, name, band)
-            lines.append(Line(label_of(run, name), x, values, colour, width=width))
+            label = label_of(run, name)
+            lines.append(Line(label, x, values, colour, style=style, width=thick))
         label = "norm of the residual stream"
     ends = (-0.5, loop.p - 0.5, loop.n_layers - loop.c - 0.5, loop.n_layers - 0.5)
     starts = [loop.index(r, 0) - 0.5 for r in range(loop.R)] if loop.R <= 32 else []

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from tl_looped.errors import InputError
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.plots.colours import CODA, PRELUDE
-from tl_looped.plots.panels import new_figure
+from tl_looped.plots.panels import new_figure, say_undefined
 
 _MOST_TICKS = 24
 _MOST_EDGES = 40
@@ -66,6 +66,8 @@ def layer_matrix(
         masked, cmap="viridis", interpolation="nearest", vmin=limits[0], vmax=limits[1]
     )
     axes.set_facecolor("0.8")
+    if masked.mask.all():
+        say_undefined(axes)
     if loop.R <= _MOST_EDGES:
         for r in range(loop.R + 1):
             edge = loop.p + r * loop.k - 0.5
@@ -85,9 +87,13 @@ def layer_matrix(
 
 
 def matrix_numbers(matrix: Float[np.ndarray, "layer layer"], loop: LoopGeometry) -> pd.DataFrame:
-    """A matrix over effective layers as a table, labelled ``prelude.0``, ``r3.l1``, ``coda.0``."""
+    """A matrix over effective layers, labelled ``prelude.0``, ``r3.l1``, ``coda.0``.
+
+    The labels of the rows are the column ``effective_layer``: files are written without an index.
+    """
     labels = loop.labels()
-    return pd.DataFrame(matrix, index=labels, columns=labels).rename_axis("effective_layer")
+    table = pd.DataFrame(matrix, index=labels, columns=labels)
+    return table.rename_axis("effective_layer").reset_index()
 
 
 def probability_map(

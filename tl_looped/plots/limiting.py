@@ -94,6 +94,7 @@ def algorithm_steps(
         for axes in row:
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.22)
+    figure.align_ylabels(grid)
     return figure
 
 
@@ -101,7 +102,7 @@ def _detail(found: LimitingBehaviors, i: int) -> str:
     period = float(found.period[i])
     if np.isfinite(period):
         return f", period {period:.3g} recurrences"
-    return ", late" if bool(found.late[i]) else ""
+    return " (late)" if bool(found.late[i]) else ""
 
 
 def _draw_similarity(
@@ -111,11 +112,15 @@ def _draw_similarity(
     axes.axvspan(n - 1 - window, n - 2, color="0.9", linewidth=0)
     axes.plot(np.arange(n), series, color=colour, linewidth=1.1)
     axes.axhline(1 - tau, color="0.3", linestyle="--", linewidth=0.9)
-    axes.annotate(r"$1-\tau$", (0.99, 1 - tau), fontsize=7, ha="right", va="center",
-                  xycoords=axes.get_yaxis_transform(),
-                  bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8})  # fmt: skip
+    _name_line(axes, r"$1-\tau$", 1 - tau)
     axes.set_xlabel("recurrence r (0-based); window grey", fontsize=8)
     axes.set_ylabel("similarity to the\nlast state", fontsize=8)
+
+
+def _name_line(axes: Axes, name: str, y: float) -> None:
+    """Name a horizontal line outside of the axes, where it covers no data."""
+    axes.annotate(name, (1.01, y), fontsize=7, ha="left", va="center",
+                  xycoords=axes.get_yaxis_transform(), annotation_clip=False)  # fmt: skip
 
 
 def _draw_spectrum(
@@ -123,8 +128,7 @@ def _draw_spectrum(
 ) -> None:
     axes.vlines(np.arange(len(spectrum)), 0, spectrum, color=colour, linewidth=1.4)
     axes.axhline(tau / 2, color="0.3", linestyle="--", linewidth=0.9)
-    axes.annotate(r"$\tau/2$", (0.99, tau / 2), fontsize=7, ha="right", va="bottom",
-                  xycoords=axes.get_yaxis_transform())  # fmt: skip
+    _name_line(axes, r"$\tau/2$", tau / 2)
     axes.set_ylim(0, 1.15 * max(tau / 2, float(spectrum.max())))
     axes.set_title("amplitude by frequency", fontsize=9)
     axes.set_xlabel("turns in the window", fontsize=8)

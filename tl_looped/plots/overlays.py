@@ -9,7 +9,7 @@ from tl_looped.errors import InputError
 from tl_looped.plots.colours import FEEDFORWARD, Colour, recurrence_colours
 from tl_looped.plots.groupings import label_of, percent_of_depth
 from tl_looped.plots.panels import Line, Panel, Span, Style, stage_spans
-from tl_looped.plots.summaries import Band, Runs, Summary, as_runs, shape_of, summary
+from tl_looped.plots.summaries import Band, Runs, Summary, as_runs, name_of, shape_of, summary
 
 _CLASS_COLOURS: dict[str, Colour] = {
     "prediction": (0.20, 0.45, 0.70),
@@ -48,7 +48,7 @@ def block_halves(
     base, of_base = as_runs(feedforward)[0], summary(feedforward, name, band)
     lines.append(
         Line(
-            f"feedforward: {base.attrs.get('model') or 'no name'}",
+            f"feedforward: {name_of(base)}",
             percent_of_depth(len(of_base.mean)), of_base, FEEDFORWARD, style=":", width=1.8,
         )
     )  # fmt: skip
@@ -71,8 +71,7 @@ def neuron_fractions(data: xr.Dataset, feedforward: xr.Dataset | None = None) ->
     """
     lines = _neuron_lines(data, "-", "")
     if feedforward is not None:
-        name = feedforward.attrs.get("model") or "no name"
-        lines += _neuron_lines(feedforward, "--", f", feedforward: {name}")
+        lines += _neuron_lines(feedforward, "--", f", feedforward: {name_of(feedforward)}")
     return Panel(
         "", "% of depth, each layer once", "neurons of the layer's MLP (%)", tuple(lines),
         spans=_neuron_spans(data),
@@ -80,7 +79,7 @@ def neuron_fractions(data: xr.Dataset, feedforward: xr.Dataset | None = None) ->
 
 
 def _neuron_lines(data: xr.Dataset, style: Style, suffix: str) -> list[Line]:
-    lines = []
+    lines: list[Line] = []
     for name, colour in _CLASS_COLOURS.items():
         if name not in data or data[name].ndim != 1:
             raise InputError(
@@ -90,7 +89,9 @@ def _neuron_lines(data: xr.Dataset, style: Style, suffix: str) -> list[Line]:
         nothing = np.full(len(values), np.nan)
         shown = Summary(values, nothing, nothing, np.isfinite(values).astype(np.int64), 0)
         x = percent_of_depth(len(values))
-        lines.append(Line(name + suffix, x, shown, colour, style=style, marker="o"))
+        # Where both are equal, zero mostly, the first shows on both sides of the second.
+        width = 1.1 if lines else 3.0
+        lines.append(Line(name + suffix, x, shown, colour, style=style, width=width, marker="o"))
     return lines
 
 
@@ -108,4 +109,4 @@ def _neuron_spans(data: xr.Dataset) -> tuple[Span, ...]:
         stages = [str(s) for s in data["stage"].to_numpy()] if "stage" in data.coords else []
         p, c = stages.count("prelude"), stages.count("coda")
     step = 100.0 / max(1, n - 1)
-    return stage_spans((0.0, (p - 0.5) * step, (n - c - 0.5) * step, 100.0))
+    return stage_spans((0.0, (p - 0.5) * step, (n - c - 0.5) * step if c else 100.0, 100.0))

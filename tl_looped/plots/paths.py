@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from tl_looped.errors import InputError
 from tl_looped.plots.colours import Colour, layer_colours, recurrence_colours
-from tl_looped.plots.panels import new_figure
+from tl_looped.plots.panels import new_figure, say_undefined
 
 _LEAST_FOR_LATE = 8
 
@@ -51,6 +51,7 @@ def pca_path(
         _draw(axes, coordinates, first, kind)
         _label(axes, explained)
         axes.set_title(name, fontsize=10)
+    _add_legend(every[0])
     _bar(figure, every[0], "core layer (0-based)", layer_colours(k))
     _bar(figure, every[1], "recurrence r (0-based)", recurrence_colours(R))
     return figure
@@ -81,6 +82,7 @@ def token_paths(
         _draw(axes, path, 0, "recurrence", size=5.0)
         _label(axes, explained)
         axes.set_title(token, fontsize=9)
+    _add_legend(every[0])
     for axes in every[len(tokens) :]:
         axes.set_visible(False)
     bar_of = every[: len(tokens)]
@@ -123,16 +125,23 @@ def _draw(
     R, k = path.shape[:2]
     shown = path[first:]
     x, y = shown[..., 0].ravel(), shown[..., 1].ravel()
-    axes.plot(x, y, color="0.7", linewidth=0.6, zorder=1)
+    many = len(x) > 200
+    axes.plot(x, y, color="0.7", linewidth=0.3 if many else 0.6, zorder=1)
     scale = layer_colours(k) if kind == "layer" else recurrence_colours(R)
     which = np.tile(np.arange(k), R - first) if kind == "layer" else np.arange(first, R).repeat(k)
     axes.scatter(x, y, c=[scale[i] for i in which], s=size, zorder=2, linewidths=0)
     axes.plot(x[:1], y[:1], "o", mfc="none", mec="black", markersize=8, label="first", zorder=3)
     axes.plot(x[-1:], y[-1:], "*", color="black", markersize=9, label="last", zorder=3)
-    axes.legend(fontsize=7, frameon=False)
+    if not np.isfinite(x + y).any():
+        say_undefined(axes)
     axes.set_aspect("equal", adjustable="datalim")
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.22)
+
+
+def _add_legend(axes: Axes) -> None:
+    """What the first and the last state are drawn as: once a figure, where no point is."""
+    axes.legend(fontsize=7, loc="best", framealpha=0.8, edgecolor="0.8")
 
 
 def _label(axes: Axes, explained: Float[np.ndarray, " component"]) -> None:
@@ -149,7 +158,7 @@ def _bar(figure: Figure, axes: Axes | list[Axes], label: str, colours: list[Colo
     few = n <= 16
     norm = BoundaryNorm(np.arange(n + 1) - 0.5, n) if few else Normalize(0, n - 1)
     bar = figure.colorbar(
-        ScalarMappable(norm, scale), ax=axes, orientation="vertical", fraction=0.05
+        ScalarMappable(norm, scale), ax=axes, orientation="vertical", fraction=0.05, pad=0.02
     )
     if few:
         bar.set_ticks(list(range(n)), labels=[str(i) for i in range(n)])

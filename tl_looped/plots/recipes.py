@@ -25,7 +25,7 @@ from tl_looped.plots.heat_maps import layer_matrix, matrix_numbers
 from tl_looped.plots.overlays import block_halves, neuron_fractions
 from tl_looped.plots.panels import Panel, draw_panels, numbers_of
 from tl_looped.plots.paths import path_numbers, pca_path, token_paths
-from tl_looped.plots.summaries import Runs, as_runs, shape_of
+from tl_looped.plots.summaries import Runs, as_runs, name_of, shape_of
 
 TITLES = {
     "sink_rate": "sink rate",
@@ -98,7 +98,8 @@ class DrawnFigure:
     Attributes:
         number: In the paper.
         name: For files: ``fig07``, ``fig18_depth``.
-        title: What it shows, and of which model.
+        title: What it shows, and of which model; without the number, which captions and reports
+            set before it. The figure itself is headed ``Figure 7.`` and the title.
         caption: What was run and how; see ``tl_looped.plots.captions``.
         figure: To be saved, ``figure.savefig``; never shown.
         numbers: What was drawn, as a table.
@@ -140,9 +141,11 @@ def finished(
         several: Of several models: the title names none.
     """
     run = as_runs(runs)[0]
-    model = "" if several else f", {run.attrs.get('model') or 'model without a name'}"
-    title = f"Fig. {request.number}: {request.title}{what}{model}"
-    figure = paint(title, caption if request.options.with_caption else "")
+    title = request.title + what + ("" if several else f", {name_of(run)}")
+    title = title[0].upper() + title[1:]
+    figure = paint(
+        f"Figure {request.number}. {title}", caption if request.options.with_caption else ""
+    )
     settings = {"band": band_of(request), "paper_recurrences": request.recurrences}
     if "n_recurrences" in run.attrs:
         settings["recurrences"] = int(run.attrs["n_recurrences"])
@@ -211,6 +214,7 @@ def by_recurrence_over_depth(
     feedforward: Any = None,
     suffix: str = "",
     what: str = "",
+    extra: Sequence[str] = (),
 ) -> list[DrawnFigure]:
     """Grouping R: each variable over the depth of the block, of the last recurrences or all."""
     loop, chosen = shape_of(data), request.options.recurrences
@@ -220,7 +224,9 @@ def by_recurrence_over_depth(
         over_depth(data, name, band_of(request), _title_of(request, name), chosen, feedforward)
         for name in request.variables
     ]
-    extra = [] if chosen is None else [f"shown are recurrences {_ranges(chosen)}"]
+    extra = [*extra] + ([] if chosen is None else [f"shown are recurrences {_ranges(chosen)}"])
+    if feedforward is not None:
+        extra.append(_feedforward(feedforward))
     return [of_panels(request, data, panels, extra=extra, suffix=suffix, what=what)]
 
 
@@ -228,6 +234,13 @@ def _ranges(chosen: Sequence[int]) -> str:
     if isinstance(chosen, range) and len(chosen) > 2:
         return f"{chosen[0]} to {chosen[-1]}"
     return ", ".join(map(str, chosen))
+
+
+def _feedforward(runs: Runs) -> str:
+    """What the curve of a feedforward model is, for captions."""
+    run = as_runs(runs)[0]
+    n = shape_of(run).n_layers
+    return f"feedforward: the {n} layers of {name_of(run)} over their own depth"
 
 
 def over_feedforward(request: Request, data: Runs) -> list[DrawnFigure]:
@@ -238,21 +251,24 @@ def over_feedforward(request: Request, data: Runs) -> list[DrawnFigure]:
 
 def ablated(request: Request, data: Runs) -> list[DrawnFigure]:
     """Grouping R of a run with an ablation, and of the one without it if given (Fig. 41)."""
-    out = by_recurrence_over_depth(request, data)
+    what = ", second layer's MLP output zeroed"
+    extra = ["that the output was zeroed is the caller's word: results do not record hooks"]
+    out = by_recurrence_over_depth(request, data, what=what, extra=extra)
     if request.options.baseline is not None:
         base = request.options.baseline
-        out += by_recurrence_over_depth(request, base, suffix="_baseline", what=", not ablated")
+        out += by_recurrence_over_depth(request, base, suffix="_baseline", what=", nothing zeroed")
     return out
 
 
-def realised(request: Request, data: Runs) -> list[DrawnFigure]:
+def realised(request: Request, data: Runs, extra: Sequence[str] = ()) -> list[DrawnFigure]:
     """Grouping N + L: each variable over all effective layers."""
     panels = [
         over_realised_depth(data, name, band_of(request), _title_of(request, name))
         for name in request.variables
     ]
-    return [of_panels(request, data, panels, columns=1 if shape_of(data).R > 8 else 2,
-                       size=(7.6, 2.4) if shape_of(data).R > 8 else (4.6, 3.1))]  # fmt: skip
+    long = shape_of(data).R > 8
+    columns, size = (1, (7.6, 2.4)) if long else (2, (4.6, 3.1))
+    return [of_panels(request, data, panels, columns, extra, size)]
 
 
 def magnitudes(request: Request, data: Runs) -> list[DrawnFigure]:
@@ -268,7 +284,13 @@ def halves(request: Request, data: Runs) -> list[DrawnFigure]:
         block_halves(data, base, name, band_of(request), TITLES.get(name, ""))
         for name in request.variables
     ]
-    return [of_panels(request, data, panels)]
+    k = shape_of(data).k
+    extra = [
+        f"solid: core layers 0 to {k // 2 - 1}; dashed: {k // 2} to {k - 1}, each half over its "
+        "own depth, without prelude and coda",
+        _feedforward(base),
+    ]
+    return [of_panels(request, data, panels, extra=extra)]
 
 
 def matrix(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
@@ -298,7 +320,7 @@ def path(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
         return _token_paths(request, data)
     array = points.transpose("recurrence", "layer", "component").to_numpy().astype(np.float64)
     extra = (
-        "last token of one prompt; every point is the state behind one core layer",
+        f"last token of {_first_prompt(data)}; every point is the state behind one core layer",
         "components of all points shown; grey lines join them in the order of the run",
     )
     caption = caption_for(request, data, extra, "prompt")
@@ -307,6 +329,11 @@ def path(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
         return pca_path(array, explained, title, text)
 
     return [finished(request, data, caption, paint, path_numbers(array))]
+
+
+def _first_prompt(data: xr.Dataset) -> str:
+    numbers = [int(n) for n in data["prompt"].to_numpy()] if "prompt" in data.coords else []
+    return f"the first prompt (number {numbers[0]})" if numbers else "one prompt"
 
 
 def _token_paths(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
@@ -340,8 +367,12 @@ def neurons(request: Request, data: xr.Dataset, looped: bool) -> list[DrawnFigur
         raise InputError(
             f"Fig. {request.number} is of a {kind} model, the run is not: see Fig. {other}"
         )
-    panel = neuron_fractions(data, request.options.feedforward)
-    caption = caption_for(request, data, ["of the weights alone"], "weights")
+    base = request.options.feedforward
+    panel = neuron_fractions(data, base)
+    extra = ["of the weights alone; prediction drawn wider, for where both are equal"]
+    if base is not None:
+        extra.append(f"dashed: {name_of(base)} over its own depth")
+    caption = caption_for(request, data, extra, "weights")
 
     def paint(title: str, text: str) -> Figure:
         return draw_panels([panel], title, text)
@@ -359,7 +390,7 @@ def floor_plan(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
 
     extra = [
         f"one prompt of {patterns.shape[-1]} tokens; queries downwards, keys to the right",
-        "depth upwards; prelude framed blue, coda red",
+        "depth upwards, one tower after the other; prelude framed blue, coda red",
     ]
     caption = caption_for(request, data, extra, "prompt")
     cells = np.indices(patterns.shape).reshape(4, -1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -85,6 +86,12 @@ def shape_of(runs: Runs) -> LoopGeometry:
         raise InputError(
             f"data has no attribute {error}: results of stream_metrics and over_cache have it"
         ) from error
+
+
+def name_of(run: xr.Dataset) -> str:
+    """The model's name; of a folder its last part."""
+    name = str(run.attrs.get("model") or "model without a name")
+    return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def per_prompt(data: xr.Dataset, name: str) -> Float[np.ndarray, "site prompt"]:

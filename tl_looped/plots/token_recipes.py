@@ -52,6 +52,7 @@ def limiting_steps(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
     extra = [
         *_thresholds(request),
         f"core layer {layer}; of each behaviour the token of the largest amplitude",
+        "late: within tau of the last state all through the window, in less than rho of the run",
         f"tokens: {seen}",
     ]
     rules = (options.window, options.tau, options.rho)
@@ -75,6 +76,15 @@ def _thresholds(request: Request) -> list[str]:
     ]
 
 
+def _of_labels(data: xr.Dataset) -> list[str]:
+    """Thresholds that a result's labels were made with; nothing if it does not say."""
+    rules = {name: data.attrs.get(name) for name in ("tau", "rho", "window")}
+    if None in rules.values():
+        return []
+    text = ", ".join(f"{name} = {value:g}" for name, value in rules.items())
+    return [f"labels of Algorithm 1 with {text}"]
+
+
 def cooccurring(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
     """``P(some layer shows b | some layer shows a)`` at the same token (Fig. 14)."""
     labels = data["limiting_label"].transpose("prompt", "layer", "token").to_numpy()
@@ -83,13 +93,16 @@ def cooccurring(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
     p = cooccurrence(every).numpy()[np.ix_(kinds, kinds)]
     counts = [int((labels == kind).any(1).sum()) for kind in kinds]
     real = int((labels != LimitingBehavior.UNDEFINED).any(1).sum())
-    rows = [f"{k.lower()}\n{n:,} tokens" for k, n in zip(_KINDS, counts, strict=True)]
+    rows = [
+        f"{kind.lower()}\n{n:,} token{'s' * (n != 1)}"
+        for kind, n in zip(_KINDS, counts, strict=True)
+    ]
     columns = [kind.lower() for kind in _KINDS]
 
     def paint(title: str, text: str) -> Figure:
         return probability_map(p, rows, columns, title, text)
 
-    extra = [*_thresholds(request), f"{real:,} tokens, {labels.shape[1]} core layers"]
+    extra = [*_of_labels(data), f"{real:,} tokens, {labels.shape[1]} core layers"]
     numbers = pd.DataFrame(p, index=list(_KINDS), columns=list(_KINDS)).rename_axis("given")
     caption = caption_for(request, data, extra)
     return [finished(request, data, caption, paint, numbers.assign(tokens=counts).reset_index())]
@@ -100,6 +113,11 @@ def _series(
 ) -> tuple[Float[np.ndarray, "series recurrence"], list[tuple[int, int]]]:
     """Similarities of the last core layer, one row a real token, and (prompt, token) of each."""
     window, R = request.options.window, shape_of(data).R
+    if "reference_recurrences" in data.attrs:
+        raise InputError(
+            f"Fig. {request.number} compares with the run's own last state, and the data compare "
+            "with a longer run: leave reference_recurrences out"
+        )
     if window + 1 > R:
         raise InputError(
             f"Fig. {request.number} needs {window + 1} recurrences for a window of {window} "
@@ -120,8 +138,11 @@ def _classified(request: Request, series: Float[np.ndarray, "n recurrence"]) -> 
     )
 
 
-def strongest_orbit(request: Request, data: xr.Dataset) -> int:
-    """Number of the prompt that holds the orbit of the greatest amplitude at the last core layer.
+def strongest_orbit(request: Request, data: xr.Dataset) -> tuple[int, str]:
+    """The prompt that holds the orbit of the greatest amplitude at the last core layer.
+
+    Returns:
+        Its number, and a sentence about that orbit.
 
     Raises:
         InputError: if no token is an orbit, or the run is too short to say.
@@ -134,7 +155,14 @@ def strongest_orbit(request: Request, data: xr.Dataset) -> int:
             f"Fig. {request.number} is of the prompt with the greatest orbit amplitude: no token "
             "of this run is an orbit. prompt= takes a prompt of your choice"
         )
-    return places[int(np.where(orbit, found.amplitude.numpy(), -1.0).argmax())][0]
+    at = int(np.where(orbit, found.amplitude.numpy(), -1.0).argmax())
+    prompt, token = places[at]
+    why = (
+        f"prompt {prompt} has the orbit of the greatest amplitude, {found.amplitude[at]:.3g}, at "
+        f"token {token} and core layer {data.sizes['layer'] - 1}; its period is "
+        f"{found.period[at]:.3g} recurrences"
+    )
+    return prompt, why
 
 
 def of_strongest_orbit(request: Request, data: xr.Dataset, views: str) -> list[DrawnFigure]:
@@ -147,7 +175,12 @@ def of_strongest_orbit(request: Request, data: xr.Dataset, views: str) -> list[D
     """
     number = request.options.prompt
     if number is None:
-        number = strongest_orbit(request, data)
+        number, why = strongest_orbit(request, data)
+        extra = [*_thresholds(request), why]
+    else:
+        # Whether it has an orbit is not known then.
+        request = replace(request, title=f"stage metrics of prompt {number}")
+        extra = [f"prompt {number} was asked for"]
     prompts = [int(x) for x in data["prompt"].to_numpy()]
     if number not in prompts:
         raise InputError(f"prompt must be one of {prompts}, got {number}")
@@ -155,9 +188,10 @@ def of_strongest_orbit(request: Request, data: xr.Dataset, views: str) -> list[D
     out = []
     for view in views:
         if view == "N":
-            drawn = realised(request, one)
+            drawn = realised(request, one, extra)
         else:
-            drawn = by_recurrence_over_depth(request, one, last=request.options.window)
+            last = request.options.window
+            drawn = by_recurrence_over_depth(request, one, last=last, extra=extra)
         suffix = "" if len(views) == 1 else {"N": "_depth", "R": "_block"}[view]
         out += [_renamed(x, x.name + suffix, number) for x in drawn]
     return out
