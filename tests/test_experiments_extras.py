@@ -42,8 +42,8 @@ def test_an_ablated_layer_writes_its_attention_alone(demo, tmp_path: Path) -> No
 def test_an_ablated_core_layer_is_one_without_mlp_weights(tmp_path: Path) -> None:
     without = LoopedTransformer.from_pretrained("demo", device="cpu")
     with torch.no_grad():
-        without.core[2].mlp.W_out.zero_()
-        without.coda[0].mlp.W_out.zero_()
+        without.core[2].mlp.down.zero_()
+        without.coda[0].mlp.down.zero_()
     wanted = run(replace(SPEC, extras=("pca",)), tmp_path, without)
     spec = replace(SPEC, extras=("pca",), ablate_mlp=("core.2", "coda.0"))
     found = run(spec, tmp_path)
@@ -67,7 +67,7 @@ def test_names_that_are_no_layer(name: str) -> None:
 
 
 def test_layers_that_are_not_there(demo, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no core.4; demo has 2 prelude layers, 4 core"):
+    with pytest.raises(InputError, match=r"there is no core\.4; demo has 2 prelude layers, 4 core"):
         run(replace(SPEC, ablate_mlp=("core.4",)), tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_patterns_are_those_of_the_first_prompt(demo, tmp_path: Path) -> None:
 def test_too_many_patterns_are_refused_before_anything_runs(tmp_path: Path) -> None:
     long = PromptSet("text", texts=("Tom has 3 pens. " * 30,))
     spec = replace(SPEC, prompts=long, extras=("patterns",), recurrences=2000)
-    with pytest.raises(InputError, match="patterns.*GiB.*fewer recurrences"):
+    with pytest.raises(InputError, match=r"patterns.*GiB.*fewer recurrences"):
         run(spec, tmp_path)
 
 

@@ -22,6 +22,7 @@ from tests.toys import identity
 from tl_looped import LoopedTransformer
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import report
+from tl_looped.experiments.figures import draw
 from tl_looped.experiments.mirrored import MirroringTable, Resampling
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import Missing, read_results
@@ -33,7 +34,6 @@ from tl_looped.experiments.summary import Median, RunSummary, Verdicts, summaris
 from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.mirroring import mirroring_score
-from tl_looped.plots import by_recurrence
 from tl_looped.plots.views import attention_view, write_view
 
 P, K, C, R, N = 1, 3, 2, 4, 5
@@ -302,9 +302,8 @@ def test_the_report_of_a_real_run(tmp_path: Path) -> None:
     data["pairwise_residual_cosine"] = ("effective_layer", "other_layer"), matrix
     data = data.assign_attrs(format=FORMAT, spec="{}", torch=str(torch.__version__))
     run = add_run(tmp_path / "demo", data)
-    means = data["sink_rate"].to_numpy()[2:-2].reshape(3, 4)
-    figure = by_recurrence(means, means, means, "Sink rate", "sink rate", "one prompt")
-    add_drawn(run, 1, ".svg", figure)
+    (drawn,) = draw(37, data)
+    add_drawn(run, 37, ".svg", drawn.figure)
     path = write_report(run)
     page = Page(path)
     assert path == run / "report.html"
@@ -409,10 +408,10 @@ def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
     add_run(tmp_path / "other", result(model_identity="other weights"))
     rows = report.summary_rows(tmp_path)
     assert [(row.model, row.shape, len(row.runs)) for row in rows] == [
-        ("toy", f"({P}, {K} x R, {C})", 3), ("toy", f"({P}, {K} x {R}, {C})", 1),
+        ("toy", f"({P}, {K} x {R}, {C})", 1), ("toy", f"({P}, {K} x R, {C})", 3),
         ("base", "6 layers, feedforward", 1),
     ]  # fmt: skip
-    fixed, rate, _, cyclicity, mirroring = rows[0].cells
+    fixed, rate, _, cyclicity, mirroring = rows[1].cells
     assert (fixed.main, fixed.source[1]) == ("fixed point: 5 of 5", "5 prompts, 9 recurrences")
     assert rate.missing
     assert cyclicity.source[1] == mirroring.source[1] == "5 prompts, 4 recurrences"

@@ -157,7 +157,8 @@ def _bundle(
     best = log.sort_values("held_out_loss").iloc[0]
     caption = f"seed {spec.seed}; held out: {len(held_out)} problems, {len(rows)} rows"
     tokens, train, curve = (log[n].tolist() for n in ("tokens", "train_loss", "held_out_loss"))
-    figure = loss_curve(tokens, train, curve, caption)
+    title = f"{model.cfg.model_name}: loss"
+    figure = loss_curve(tokens, train, curve, caption, title)
     write_figure(figure, out / "loss.png", dpi=100)
     write_text((run / "log.csv").read_text(encoding="utf-8"), out / "log.csv")
     cfg = model.cfg

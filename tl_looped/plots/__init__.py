@@ -6,7 +6,7 @@
 from tl_looped.plots.colours import layer_colours, recurrence_colours
 from tl_looped.plots.groupings import over_depth, over_realised_depth, over_recurrences
 from tl_looped.plots.heat_maps import layer_matrix, probability_map
-from tl_looped.plots.loop import by_recurrence, layer_heat_map, loss_curve
+from tl_looped.plots.loss import loss_curve
 from tl_looped.plots.panels import Line, Panel, draw_panels, numbers_of
 from tl_looped.plots.paths import pca_path, token_paths
 from tl_looped.plots.recipes import DrawnFigure, DrawOptions
@@ -18,10 +18,8 @@ __all__ = [
     "Line",
     "Panel",
     "Summary",
-    "by_recurrence",
     "draw_panels",
     "layer_colours",
-    "layer_heat_map",
     "layer_matrix",
     "loss_curve",
     "numbers_of",

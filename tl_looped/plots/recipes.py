@@ -199,7 +199,8 @@ def by_layer(request: Request, data: Runs, log: bool = False) -> list[DrawnFigur
     """Grouping L: each variable over the recurrences."""
     trained = request.options.trained
     if trained is None:
-        trained = as_runs(data)[0].attrs.get("trained_recurrences")
+        said = as_runs(data)[0].attrs.get("trained_recurrences")
+        trained = None if said is None else int(said)
     panels = [
         over_recurrences(data, name, band_of(request), log, _title_of(request, name), trained)
         for name in request.variables
