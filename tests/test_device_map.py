@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_looped import LoopedTransformer
 from tl_looped.errors import ConfigError, InputError
-from tl_looped.experiments.engines import find_model, load_engine
+from tl_looped.experiments.engines import load_engine
 from tl_looped.experiments.parallel import Workers
 from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import stream_metrics
 from tl_looped.model.exit_rules import ArgmaxStability, GateExit, KLDivergence, LatentDifference

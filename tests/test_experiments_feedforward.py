@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tl_looped import CheckpointError, InputError, LoopedTransformer
 from tl_looped.checkpoints import BUNDLED
 from tl_looped.experiments.compare import compare_runs, load_runs, mean_curve
-from tl_looped.experiments.engines import find_model
 from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 
 TEXTS = ("Tom has 3 pens.", "Six boxes hold 4 pens each, he says.", "It is so, is it?")

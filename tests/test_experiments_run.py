@@ -16,8 +16,8 @@ from conftest import VARIANTS, random_config
 
 from tl_looped import DataError, InputError, LoopedTransformer
 from tl_looped.experiments import store
-from tl_looped.experiments.engines import find_model
 from tl_looped.experiments.run import Watch, is_out_of_memory, run_experiment
+from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import convergence_of_result, over_cache, stream_metrics
 from tl_looped.metrics.attention import pairwise_attention_distance

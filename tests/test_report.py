@@ -18,203 +18,22 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 
+from tests.results import C, K, N, P, R, feedforward, result, with_numbers
 from tests.toys import identity
 from tl_looped import LoopedTransformer
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import report
 from tl_looped.experiments.figures import draw
-from tl_looped.experiments.mirrored import MirroringTable, Resampling
+from tl_looped.experiments.findings import read_findings
 from tl_looped.experiments.prompts import load_prompts
-from tl_looped.experiments.reading import Missing, read_results
+from tl_looped.experiments.reading import read_results
 from tl_looped.experiments.report import write_report
-from tl_looped.experiments.report_text import digits, value
 from tl_looped.experiments.spec import PromptSet
 from tl_looped.experiments.store import FORMAT
-from tl_looped.experiments.summary import Median, RunSummary, Verdicts, summarise
 from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
-from tl_looped.metrics.convergence import Verdict
-from tl_looped.metrics.mirroring import mirroring_score
 from tl_looped.plots.views import attention_view, write_view
 
-P, K, C, R, N = 1, 3, 2, 4, 5
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' & {{ 7*7 }}"
-FEW = Resampling(n_resamples=200)
-
-
-def result(shape: tuple[int, int, int, int] = (P, K, C, R), n: int = N, **extra: Any) -> xr.Dataset:
-    """A result by depth with one metric of random numbers; ``extra`` are attributes."""
-    p, k, c, r = shape
-    rng = np.random.default_rng(sum(shape))
-    dims = ("effective_layer", "head", "prompt")
-    values = rng.random((p + k * r + c, 2, n))
-    attributes: dict[str, Any] = {"model": "toy", "format": FORMAT, "prompts_digest": "words"}
-    attributes |= dict(zip(("n_prelude", "n_core", "n_coda", "n_recurrences"), shape, strict=True))
-    data = xr.Dataset({"colsum_concentration": (dims, values)}, attrs=attributes | extra)
-    return data.assign_coords(source_row=("prompt", range(n)))
-
-
-def feedforward(layers: int = 6, n: int = N, **extra: Any) -> xr.Dataset:
-    return result((0, layers, 0, 1), n, **({"model": "base"} | extra))
-
-
-def with_numbers(data: xr.Dataset, **numbers: list[float]) -> xr.Dataset:
-    return data.assign({name: ("prompt", values) for name, values in numbers.items()})
-
-
-def only(data: xr.Dataset, *others: xr.Dataset) -> RunSummary:
-    names = [f"other{i}" for i in range(len(others))]
-    return summarise({"run": data, **dict(zip(names, others, strict=True))}, FEW)[0]
-
-
-def curves(data: xr.Dataset) -> np.ndarray:
-    return data["colsum_concentration"].mean("head").to_numpy()
-
-
-# -- the numbers --------------------------------------------------------------------------------
-
-
-def test_verdicts_are_counted_over_prompts() -> None:
-    data = with_numbers(result(), verdict=[3, 0, 5, 0, 0], settled_at=[-1, 4, -1, 6, 9])
-    found = only(data).verdicts
-    assert found == Verdicts(
-        {Verdict.CONVERGED: 3, Verdict.ORBIT: 1, Verdict.NOT_CONVERGED: 1}, 5, 6.0, 3, None
-    )
-    data.attrs["confirmed"] = 0
-    assert only(data).verdicts.confirmed is False
-
-
-@pytest.mark.parametrize("bad", [7.0, -1.0, 0.5, math.nan])
-def test_a_number_that_is_no_verdict(bad: float) -> None:
-    with pytest.raises(DataError, match=re.escape(f"verdict holds {bad}")):
-        only(with_numbers(result(), verdict=[0, 0, 0, 0, bad]))
-
-
-def test_medians_over_the_prompts_that_have_the_number() -> None:
-    nan, inf = math.nan, math.inf
-    data = with_numbers(
-        result(), rate=[0.5, nan, 0.7, 1.2, nan], half_life=[1.0, nan, 2.0, inf, inf]
-    )
-    found = only(data)
-    assert found.rate == Median(0.7, 0.5, 1.2, 3, 5)
-    assert found.half_life == Median(inf, 1.0, inf, 4, 5)
-    empty = only(with_numbers(result(), rate=[nan] * 5)).rate
-    assert isinstance(empty, Missing)
-    assert "undefined for every prompt" in empty.reason
-
-
-def test_what_is_not_there_is_missing_with_its_reason() -> None:
-    found = only(result())
-    for name in ("verdicts", "rate", "half_life", "cyclicity"):
-        assert "the results hold no" in getattr(found, name).reason
-    assert found.mirroring == Missing("no feedforward result among the runs")
-
-
-def test_cyclicity_is_that_of_the_core() -> None:
-    matrix = np.random.default_rng(0).random((P + K * R + C,) * 2)
-    dims = ("effective_layer", "other_layer")
-    data = result().assign(pairwise_residual_cosine=(dims, matrix))
-    core = torch.from_numpy(matrix[P : P + K * R, P : P + K * R])
-    assert only(data).cyclicity == pytest.approx(float(cyclicity_index(core, K)), abs=1e-12)
-    for shape, said in (((0, 1, 0, 4), "4 recurrence"), ((1, 3, 1, 1), "1 recurrence")):
-        n = shape[0] + shape[1] * shape[3] + shape[2]
-        flat = result(shape).assign(pairwise_residual_cosine=(dims, np.ones((n, n))))
-        assert said in only(flat).cyclicity.reason
-
-
-def test_the_mirroring_score_is_the_metric_of_the_mean_curves() -> None:
-    data, base = result(), feedforward(7)
-    score = only(data, base).mirroring.scores[0]
-    mean, f = curves(data).mean(-1), curves(base).mean(-1)
-    each = mirroring_score(
-        mean[P : P + K * R].reshape(R, K), f, prelude=mean[:P], coda=mean[P + K * R :]
-    ).pearson
-    assert score.score == pytest.approx(each.mean(), abs=1e-9)
-    assert score.best == (int(each.argmax()), pytest.approx(each.max(), abs=1e-9))
-    assert score.low < score.score < score.high
-    assert (score.n_prompts, score.left_out, score.paired) == ((N, N), (0, 0), True)
-
-
-def test_an_affine_image_of_the_feedforward_curve_mirrors_it() -> None:
-    base = feedforward(P + K + C)
-    values = base["colsum_concentration"].to_numpy()
-    looped = np.concatenate((values[:P], *[values[P : P + K]] * R, values[P + K :]))
-    dims = base["colsum_concentration"].dims
-    data = result().assign(colsum_concentration=(dims, 3 * looped + 2))
-    score = only(data, base).mirroring.scores[0]
-    assert (score.score, score.low, score.high) == pytest.approx((1, 1, 1), abs=1e-12)
-    # Drawn by themselves, the prompts differ between the two.
-    unpaired = only(data, base.assign_attrs(prompts_digest="others")).mirroring.scores[0]
-    assert not unpaired.paired
-    assert unpaired.score == pytest.approx(1, abs=1e-12)
-    assert unpaired.low < 0.99
-
-
-def test_the_interval_has_a_seed_and_needs_two_prompts() -> None:
-    runs = {"run": result(), "base": feedforward()}
-    first, again, other = (
-        summarise(runs, Resampling(200, seed=seed))[0].mirroring.scores[0] for seed in (1, 1, 2)
-    )
-    assert first == again
-    assert (first.low, first.high) != (other.low, other.high)
-    one = only(result(n=1), feedforward(n=1)).mirroring.scores[0]
-    assert math.isfinite(one.score)
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    for bad in ({"n_resamples": 1}, {"confidence": 1.0}, {"seed": -1}):
-        with pytest.raises(InputError, match="n_resamples must be at least 2"):
-            Resampling(**bad)
-
-
-def test_prompts_with_values_that_are_not_finite_are_left_out() -> None:
-    data, base = result(), feedforward()
-    clean = only(data.isel(prompt=slice(1, None)), base.isel(prompt=slice(1, None)))
-    for bad in (math.nan, math.inf):
-        broken = data.copy(deep=True)
-        broken["colsum_concentration"][P + 1, 0, 0] = bad
-        score = only(broken, base).mirroring.scores[0]
-        assert score.score == clean.mirroring.scores[0].score
-        assert (score.n_prompts, score.left_out) == ((N - 1, N - 1), (1, 1))
-    broken["colsum_concentration"][0] = math.nan
-    assert "every prompt" in only(broken, base).mirroring.reason
-    flat = base.assign(colsum_concentration=base["colsum_concentration"] * 0 + 0.1)
-    assert "constant over depth" in only(data, flat).mirroring.reason
-
-
-def test_which_feedforward_result() -> None:
-    data, base = result(), feedforward()
-    assert "no feedforward" in only(data, base.assign_attrs(model="toy")).mirroring.reason
-    assert "2 feedforward results (other0, other1)" in only(data, base, base).mirroring.reason
-    named = data.assign_attrs(spec='{"feedforward": "other1"}')
-    found = only(named, base, base).mirroring
-    assert isinstance(found, MirroringTable)
-    assert found.against == "other1"
-    assert "'other1' is not among" in only(named, base).mirroring.reason
-    # By its model, and of two the one on the same prompts.
-    by_name = data.assign_attrs(spec='{"feedforward": "base"}')
-    elsewhere = base.assign_attrs(prompts_digest="others")
-    assert (
-        only(by_name, elsewhere, base, base.assign_attrs(model="x")).mirroring.against == "other1"
-    )
-    assert only(data, elsewhere).mirroring.scores[0].paired is False
-    assert only(base, data).mirroring == Missing("no loop: every layer ran once")
-
-
-@pytest.mark.parametrize(
-    ("x", "text"),
-    [
-        (0.75, "0.750"), (29.0, "29.0"), (123.4, "123"), (12345.0, "12300"), (-0.5, "−0.500"),
-        (0.0, "0"), (math.inf, "∞"), (-math.inf, "−∞"), (math.nan, "undefined"),
-        (1.5e-7, "1.50e−7"), (0.000123, "0.000123"),
-    ],
-)  # fmt: skip
-def test_three_digits(x: float, text: str) -> None:
-    assert digits(x) == text
-
-
-def test_settings_as_text() -> None:
-    assert value("a <b>") == "a <b>"
-    assert value(np.int64(3)) == "3"
-    assert value({"seeds": [0, 1], "é": None}) == '{"seeds": [0, 1], "é": null}'
 
 
 # -- the page -----------------------------------------------------------------------------------
@@ -390,7 +209,7 @@ def test_several_runs_comparisons_and_runs_to_come(tmp_path: Path) -> None:
     assert "not yet run, so not in this report: later." in page.text
     assert "fixed point: 5 of 5" in page.text
     assert "Comparisons" in page.texts
-    said = "toy: 5 prompts, 4 recurrences, against b: bootstrap over 5 and 5 prompts, 1,000 "
+    said = "toy: 5 prompts, 4 recurrences, against base (b): bootstrap over 5 and 5 prompts, 1,000 "
     assert said + "resamples, seed 0" in page.text
     before = path.read_bytes()
     assert write_report(tmp_path).read_bytes() == before
@@ -406,7 +225,7 @@ def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
     for name, data in (("r9", long_run), ("r4", short), ("r50", few), ("f", feedforward())):
         add_run(tmp_path / name, data)
     add_run(tmp_path / "other", result(model_identity="other weights"))
-    rows = report.summary_rows(tmp_path)
+    rows = read_findings(tmp_path).rows()
     assert [(row.model, row.shape, len(row.runs)) for row in rows] == [
         ("toy", f"({P}, {K} x {R}, {C})", 1), ("toy", f"({P}, {K} x R, {C})", 3),
         ("base", "6 layers, feedforward", 1),
@@ -418,6 +237,17 @@ def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert "3 runs, listed below" in page.text
     assert page.text.index("toy: 5 prompts, 9 recurrences") < page.text.index("base: 5 prompts")
+
+
+def test_a_feedforward_run_can_be_named_when_the_report_is_written(tmp_path: Path) -> None:
+    for name, data in (("a", result()), ("f", feedforward()), ("g", feedforward(7))):
+        add_run(tmp_path / name, data)
+    (ambiguous, *_) = read_findings(tmp_path).summaries
+    assert "tl-looped report --feedforward" in ambiguous.mirroring.reason
+    (chosen, *_) = read_findings(tmp_path, feedforward="g").summaries
+    assert chosen.mirroring.against == "g"
+    with pytest.raises(InputError, match="there are f, g"):
+        read_findings(tmp_path, feedforward="a")
 
 
 # -- bad files ----------------------------------------------------------------------------------

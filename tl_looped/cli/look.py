@@ -15,11 +15,15 @@ _DTYPES = {"float32": 4, "bfloat16": 2}
 
 def report(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")],
+    feedforward: Annotated[
+        str | None,
+        typer.Option(help="Feedforward run, or its model, for mirroring scores; if several fit."),
+    ] = None,
 ) -> None:
     """Write the HTML report of a run, or of all runs in a folder."""
     from tl_looped.cli.runs import write_reports
 
-    write_reports(folder)
+    write_reports(folder, feedforward)
 
 
 def compare(

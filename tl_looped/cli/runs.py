@@ -254,14 +254,15 @@ def _draw_overlay(overlay: Overlay, made: dict[Experiment, Run], out: Path) -> N
     compare_runs(runs).write(make_folder(out / "tables" / name))
 
 
-def write_reports(folder: Path) -> None:
+def write_reports(folder: Path, feedforward: str | None = None) -> None:
     """Write the report of a folder, and print its summary table."""
     from rich.table import Table
 
-    from tl_looped.experiments.report import summary_rows, write_report
+    from tl_looped.experiments.findings import read_findings
+    from tl_looped.experiments.report import write_report
 
-    path = write_report(folder)
-    rows = summary_rows(folder)
+    found = read_findings(folder, feedforward)
+    path, rows = write_report(found), found.rows()
     table = Table("model", *(cell.label for cell in rows[0].cells))
     for row in rows:
         cells = ["-" if cell.missing else cell.main for cell in row.cells]

@@ -10,22 +10,18 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import xarray as xr
-from huggingface_hub import snapshot_download
 from jaxtyping import Int
 from torch import Tensor
 
 from tl_looped.bridge.feedforward import load_feedforward
-from tl_looped.checkpoints import open_checkpoint
-from tl_looped.errors import CheckpointError, DataError, InputError
-from tl_looped.experiments.identity import folder_identity, module_identity
+from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.labelling import beside, neuron_fractions, pattern_variables
 from tl_looped.experiments.prompts import Prompts
+from tl_looped.experiments.sources import Source
 from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics import (
     CONVERGENCE,
@@ -78,43 +74,12 @@ class Engine(ABC):
         """Prediction and suppression fractions by unique layer."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model that has been found, not loaded.
-
-    Args:
-        identity: See ``tl_looped.experiments.identity``.
-        recurrences: What it runs if the experiment does not say.
-        folder: Of its files; None if it is in memory.
-    """
-
-    identity: str
-    recurrences: int
-    folder: Path | None
-
-
 def wanted_metrics(spec: Experiment) -> list[str]:
     """The metrics of a specification and those that its extras are computed from."""
     names = select(spec.metrics)
     names += CONVERGENCE if {"convergence", "confirm"} & set(spec.extras) else ()
     names += ("token_cosine",) if {"tokens", "limiting"} & set(spec.extras) else ()
     return list(dict.fromkeys(names))
-
-
-def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Source:
-    """Look a model up without reading its weights.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    if model is not None:
-        return Source(module_identity(model, model.cfg), model.loop.R, None)
-    if spec.kind == "feedforward":
-        folder = _feedforward_folder(spec)
-        return Source(folder_identity(folder), 1, folder)
-    found = open_checkpoint(spec.model, spec.revision)
-    recurrences = found.n_recurrences or found.config().n_recurrences
-    return Source(folder_identity(found.folder), recurrences, found.folder)
 
 
 def load_engine(
@@ -355,24 +320,3 @@ class FeedforwardEngine(Engine):
 
 def _zeros(value: Tensor, hook: Any) -> Tensor:
     return torch.zeros_like(value)
-
-
-def _feedforward_folder(spec: Experiment) -> Path:
-    if Path(spec.model).is_dir():
-        if not (Path(spec.model) / "config.json").is_file():
-            raise CheckpointError(f"{spec.model} has no config.json")
-        return Path(spec.model)
-    try:
-        return Path(
-            snapshot_download(
-                spec.model,
-                revision=spec.revision,
-                allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.txt"],
-                ignore_patterns=["*/*"],
-            )
-        )
-    except Exception as error:  # the hub's own, the network's, the name's
-        raise CheckpointError(
-            f"the feedforward model {spec.model!r} is no folder and cannot be had from the hub "
-            f"(revision {spec.revision or 'main'}): {type(error).__name__}: {error}"
-        ) from error

@@ -68,9 +68,17 @@ class Mirroring:
 
 @dataclass(frozen=True)
 class MirroringTable:
-    """Scores of one run against one feedforward run, a metric each, the summary's first."""
+    """Scores of one run against one feedforward run.
+
+    Args:
+        against: Name of the feedforward run.
+        model: Its model.
+        scores: A metric each, the summary's first.
+        without: Metrics without a score, and why.
+    """
 
     against: str
+    model: str
     scores: tuple[Mirroring, ...]
     without: dict[str, Missing]
 
@@ -119,7 +127,8 @@ def mirroring_of(
             scores.append(score)
     if not scores:
         return Missing("; ".join(dict.fromkeys(missing.reason for missing in without.values())))
-    return MirroringTable(against, tuple(scores), without)
+    model = str(other.attrs.get("model", "")) or against
+    return MirroringTable(against, model, tuple(scores), without)
 
 
 def _feedforward_of(name: str, runs: Mapping[str, xr.Dataset]) -> str | Missing:

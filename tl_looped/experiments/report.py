@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +31,9 @@ from tl_looped._version import __version__
 from tl_looped.errors import DataError
 from tl_looped.experiments import report_text
 from tl_looped.experiments.files import write_text
-from tl_looped.experiments.reading import read_results, specification
-from tl_looped.experiments.store import RESULTS
-from tl_looped.experiments.summary import RunSummary, by_model, mirrored_runs, summarise
+from tl_looped.experiments.findings import Findings, read_findings
+from tl_looped.experiments.reading import specification
+from tl_looped.experiments.summary import RunSummary, mirrored_runs
 from tl_looped.plots.views import (
     DRAW,
     MAX_BYTES,
@@ -103,13 +102,12 @@ class Section:
     tables: tuple[str, ...]
 
 
-def write_report(folder: Path, title: str | None = None) -> Path:
+def write_report(folder: Path | Findings, title: str | None = None) -> Path:
     """Write ``report.html`` of a run's folder, or of a folder of runs.
 
-    A subfolder that holds ``spec.toml`` but no results has not been run; the report says so.
-
     Args:
-        folder: A folder with ``results.nc``, or one whose subfolders have it.
+        folder: A folder with ``results.nc``, or one whose subfolders have it; or what was read of
+            it.
         title: Heading; the names of the models if None.
 
     Returns:
@@ -119,11 +117,8 @@ def write_report(folder: Path, title: str | None = None) -> Path:
         DataError: if there are no results, or a file is missing, damaged or of another format; then
             nothing is written.
     """
-    folder = Path(folder)
-    folders, waiting = _run_folders(folder)
-    data = {name: read_results(path / RESULTS) for name, path in folders.items()}
-    # Loops first; feedforward models are what they are compared with.
-    summaries = sorted(summarise(data), key=lambda summary: summary.feedforward)
+    found = folder if isinstance(folder, Findings) else read_findings(Path(folder))
+    folder, folders, summaries = found.folder, found.folders, found.summaries
     room = MAX_BYTES - len(drawing_script().encode()) if _has_views(folder, folders) else 0
     sections: list[Section] = []
     if folder not in folders.values() and any((folder / n).is_dir() for n in ("figures", "views")):
@@ -131,30 +126,11 @@ def write_report(folder: Path, title: str | None = None) -> Path:
         sections.append(section)
     for i, summary in enumerate(summaries):
         heading, path = report_text.heading(summary), folders[summary.run]
-        section, room = _section(f"run{i}", heading, path, folder, data[summary.run], room)
+        section, room = _section(f"run{i}", heading, path, folder, found.data[summary.run], room)
         sections.append(section)
-    page = _render(title or _title(summaries), summaries, sections, waiting)
+    page = _render(title or _title(summaries), found, sections)
     # A text with half of a surrogate pair (JSON can hold one) has no UTF-8.
     return write_text(page.encode("utf-8", "replace").decode("utf-8"), folder / "report.html")
-
-
-def _run_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give a run's folder, or a folder of runs")
-    if (folder / RESULTS).exists():
-        return {folder.resolve().name: folder}, []
-    inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_numbers)
-    runs = {path.name: path for path in inside if (path / RESULTS).exists()}
-    waiting = [p.name for p in inside if p.name not in runs and (p / "spec.toml").exists()]
-    if not runs:
-        more = f"; not yet run: {', '.join(waiting)}" if waiting else ""
-        raise DataError(f"{folder} holds no {RESULTS}, and no subfolder does{more}")
-    return runs, waiting
-
-
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    """Orders ``r8`` before ``r32``."""
-    return [(int(n), text) for text, n in re.findall(r"([^0-9]*)([0-9]*)", path.name + "0") if n]
 
 
 def _title(summaries: Sequence[RunSummary]) -> str:
@@ -283,28 +259,10 @@ def _view(path: Path, anchor: str, root: Path, room: int) -> tuple[Exhibit, int]
     return exhibit, room - len(content or "")
 
 
-def summary_rows(folder: Path) -> list[report_text.Row]:
-    """The rows of the summary table of a folder, a model each.
-
-    Raises:
-        DataError: as :func:`write_report`.
-    """
-    folders, _ = _run_folders(Path(folder))
-    data = {name: read_results(path / RESULTS) for name, path in folders.items()}
-    return _rows(sorted(summarise(data), key=lambda summary: summary.feedforward))
-
-
-def _rows(summaries: Sequence[RunSummary]) -> list[report_text.Row]:
-    anchors = {summary.run: f"run{i}" for i, summary in enumerate(summaries)}
-    return [report_text.row(runs, anchors) for runs in by_model(summaries)]
-
-
 # -- the page -----------------------------------------------------------------------------------
 
 
-def _render(
-    title: str, summaries: Sequence[RunSummary], sections: Sequence[Section], waiting: list[str]
-) -> str:
+def _render(title: str, found: Findings, sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -319,12 +277,12 @@ def _render(
         title=title,
         version=__version__,
         policy=content_policy(scripts),
-        rows=_rows(summaries),
-        n_runs=len(summaries),
-        mirroring=[report_text.mirroring(run) for run in mirrored_runs(summaries)],
+        rows=found.rows(),
+        n_runs=len(found.summaries),
+        mirroring=[report_text.mirroring(run) for run in mirrored_runs(found.summaries)],
         verdicts=report_text.VERDICTS.values(),
         sections=sections,
-        waiting=waiting,
+        waiting=found.waiting,
         # Ours or the package's, and safe in a script element; all else is escaped.
         scripts=[Markup(script) for script in scripts],
         view_style=Markup(VIEW_STYLE),

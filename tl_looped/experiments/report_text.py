@@ -240,7 +240,7 @@ def _mirroring(found: MirroringTable | Missing) -> Cell:
         return _missing(label, found)
     score = found.scores[0]
     name = score.label.split("(")[0].strip()
-    return Cell(label, correlation(score.score), f"{interval(score)}; {name}, {found.against}")
+    return Cell(label, correlation(score.score), f"{interval(score)}; {name}, over {found.model}")
 
 
 _COLUMNS: Mapping[str, Callable[[Any], Cell]] = {
@@ -302,8 +302,8 @@ def mirroring(summary: RunSummary) -> MirroringText:
     ]
     notes.insert(0, _clusters(summary.clusters))
     caption = (
-        f"{heading(summary)}, against {table.against}: bootstrap over {first.n_prompts[0]} and "
-        f"{first.n_prompts[1]} prompts, {first.n_resamples:,} resamples, seed {first.seed}, "
-        f"{drawn}."
+        f"{heading(summary)}, against {table.model} ({table.against}): bootstrap over "
+        f"{first.n_prompts[0]} and {first.n_prompts[1]} prompts, "
+        f"{first.n_resamples:,} resamples, seed {first.seed}, {drawn}."
     )
     return MirroringText(caption, lines, tuple(notes))

@@ -28,8 +28,6 @@ from tl_looped.experiments import store
 from tl_looped.experiments.engines import (
     PAIRWISE,
     Engine,
-    Source,
-    find_model,
     load_engine,
     tokenize,
 )
@@ -38,6 +36,7 @@ from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.joining import joined
 from tl_looped.experiments.parallel import Workers
 from tl_looped.experiments.prompts import Prompts, load_prompts
+from tl_looped.experiments.sources import Source, find_model
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.tables import write_tables
 from tl_looped.metrics import StreamOptions

@@ -1,0 +1,164 @@
+"""The summary's numbers against the metrics' own."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tests.results import C, K, N, P, R, curves, feedforward, only, result, with_numbers
+from tl_looped.errors import DataError, InputError
+from tl_looped.experiments.mirrored import MirroringTable, Resampling
+from tl_looped.experiments.reading import Missing
+from tl_looped.experiments.report_text import digits, value
+from tl_looped.experiments.summary import Median, Verdicts, summarise
+from tl_looped.metrics import cyclicity_index
+from tl_looped.metrics.convergence import Verdict
+from tl_looped.metrics.mirroring import mirroring_score
+
+
+def test_verdicts_are_counted_over_prompts() -> None:
+    data = with_numbers(result(), verdict=[3, 0, 5, 0, 0], settled_at=[-1, 4, -1, 6, 9])
+    found = only(data).verdicts
+    assert found == Verdicts(
+        {Verdict.CONVERGED: 3, Verdict.ORBIT: 1, Verdict.NOT_CONVERGED: 1}, 5, 6.0, 3, None
+    )
+    data.attrs["confirmed"] = 0
+    assert only(data).verdicts.confirmed is False
+
+
+@pytest.mark.parametrize("bad", [7.0, -1.0, 0.5, math.nan])
+def test_a_number_that_is_no_verdict(bad: float) -> None:
+    with pytest.raises(DataError, match=re.escape(f"verdict holds {bad}")):
+        only(with_numbers(result(), verdict=[0, 0, 0, 0, bad]))
+
+
+def test_medians_over_the_prompts_that_have_the_number() -> None:
+    nan, inf = math.nan, math.inf
+    data = with_numbers(
+        result(), rate=[0.5, nan, 0.7, 1.2, nan], half_life=[1.0, nan, 2.0, inf, inf]
+    )
+    found = only(data)
+    assert found.rate == Median(0.7, 0.5, 1.2, 3, 5)
+    assert found.half_life == Median(inf, 1.0, inf, 4, 5)
+    empty = only(with_numbers(result(), rate=[nan] * 5)).rate
+    assert isinstance(empty, Missing)
+    assert "undefined for every prompt" in empty.reason
+
+
+def test_what_is_not_there_is_missing_with_its_reason() -> None:
+    found = only(result())
+    for name in ("verdicts", "rate", "half_life", "cyclicity"):
+        assert "the results hold no" in getattr(found, name).reason
+    assert found.mirroring == Missing("no feedforward result among the runs")
+
+
+def test_cyclicity_is_that_of_the_core() -> None:
+    matrix = np.random.default_rng(0).random((P + K * R + C,) * 2)
+    dims = ("effective_layer", "other_layer")
+    data = result().assign(pairwise_residual_cosine=(dims, matrix))
+    core = torch.from_numpy(matrix[P : P + K * R, P : P + K * R])
+    assert only(data).cyclicity == pytest.approx(float(cyclicity_index(core, K)), abs=1e-12)
+    for shape, said in (((0, 1, 0, 4), "4 recurrence"), ((1, 3, 1, 1), "1 recurrence")):
+        n = shape[0] + shape[1] * shape[3] + shape[2]
+        flat = result(shape).assign(pairwise_residual_cosine=(dims, np.ones((n, n))))
+        assert said in only(flat).cyclicity.reason
+
+
+def test_the_mirroring_score_is_the_metric_of_the_mean_curves() -> None:
+    data, base = result(), feedforward(7)
+    score = only(data, base).mirroring.scores[0]
+    mean, f = curves(data).mean(-1), curves(base).mean(-1)
+    each = mirroring_score(
+        mean[P : P + K * R].reshape(R, K), f, prelude=mean[:P], coda=mean[P + K * R :]
+    ).pearson
+    assert score.score == pytest.approx(each.mean(), abs=1e-9)
+    assert score.best == (int(each.argmax()), pytest.approx(each.max(), abs=1e-9))
+    assert score.low < score.score < score.high
+    assert (score.n_prompts, score.left_out, score.paired) == ((N, N), (0, 0), True)
+
+
+def test_an_affine_image_of_the_feedforward_curve_mirrors_it() -> None:
+    base = feedforward(P + K + C)
+    values = base["colsum_concentration"].to_numpy()
+    looped = np.concatenate((values[:P], *[values[P : P + K]] * R, values[P + K :]))
+    dims = base["colsum_concentration"].dims
+    data = result().assign(colsum_concentration=(dims, 3 * looped + 2))
+    score = only(data, base).mirroring.scores[0]
+    assert (score.score, score.low, score.high) == pytest.approx((1, 1, 1), abs=1e-12)
+    # Drawn by themselves, the prompts differ between the two.
+    unpaired = only(data, base.assign_attrs(prompts_digest="others")).mirroring.scores[0]
+    assert not unpaired.paired
+    assert unpaired.score == pytest.approx(1, abs=1e-12)
+    assert unpaired.low < 0.99
+
+
+def test_the_interval_has_a_seed_and_needs_two_prompts() -> None:
+    runs = {"run": result(), "base": feedforward()}
+    first, again, other = (
+        summarise(runs, Resampling(200, seed=seed))[0].mirroring.scores[0] for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert (first.low, first.high) != (other.low, other.high)
+    one = only(result(n=1), feedforward(n=1)).mirroring.scores[0]
+    assert math.isfinite(one.score)
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    for bad in ({"n_resamples": 1}, {"confidence": 1.0}, {"seed": -1}):
+        with pytest.raises(InputError, match="n_resamples must be at least 2"):
+            Resampling(**bad)
+
+
+def test_prompts_with_values_that_are_not_finite_are_left_out() -> None:
+    data, base = result(), feedforward()
+    clean = only(data.isel(prompt=slice(1, None)), base.isel(prompt=slice(1, None)))
+    for bad in (math.nan, math.inf):
+        broken = data.copy(deep=True)
+        broken["colsum_concentration"][P + 1, 0, 0] = bad
+        score = only(broken, base).mirroring.scores[0]
+        assert score.score == clean.mirroring.scores[0].score
+        assert (score.n_prompts, score.left_out) == ((N - 1, N - 1), (1, 1))
+    broken["colsum_concentration"][0] = math.nan
+    assert "every prompt" in only(broken, base).mirroring.reason
+    flat = base.assign(colsum_concentration=base["colsum_concentration"] * 0 + 0.1)
+    assert "constant over depth" in only(data, flat).mirroring.reason
+
+
+def test_which_feedforward_result() -> None:
+    data, base = result(), feedforward()
+    assert "no feedforward" in only(data, base.assign_attrs(model="toy")).mirroring.reason
+    assert "2 feedforward results (other0, other1)" in only(data, base, base).mirroring.reason
+    named = data.assign_attrs(spec='{"feedforward": "other1"}')
+    found = only(named, base, base).mirroring
+    assert isinstance(found, MirroringTable)
+    assert found.against == "other1"
+    assert "'other1' is not among" in only(named, base).mirroring.reason
+    # By its model, and of two the one on the same prompts.
+    by_name = data.assign_attrs(spec='{"feedforward": "base"}')
+    elsewhere = base.assign_attrs(prompts_digest="others")
+    assert (
+        only(by_name, elsewhere, base, base.assign_attrs(model="x")).mirroring.against == "other1"
+    )
+    assert only(data, elsewhere).mirroring.scores[0].paired is False
+    assert only(base, data).mirroring == Missing("no loop: every layer ran once")
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (0.75, "0.750"), (29.0, "29.0"), (123.4, "123"), (12345.0, "12300"), (-0.5, "−0.500"),
+        (0.0, "0"), (math.inf, "∞"), (-math.inf, "−∞"), (math.nan, "undefined"),
+        (1.5e-7, "1.50e−7"), (0.000123, "0.000123"),
+    ],
+)  # fmt: skip
+def test_three_digits(x: float, text: str) -> None:
+    assert digits(x) == text
+
+
+def test_settings_as_text() -> None:
+    assert value("a <b>") == "a <b>"
+    assert value(np.int64(3)) == "3"
+    assert value({"seeds": [0, 1], "é": None}) == '{"seeds": [0, 1], "é": null}'

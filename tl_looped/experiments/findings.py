@@ -1,0 +1,87 @@
+"""What a folder of runs holds: results and their summaries, read once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import xarray as xr
+
+from tl_looped.errors import DataError, InputError
+from tl_looped.experiments import report_text
+from tl_looped.experiments.reading import is_feedforward, read_results
+from tl_looped.experiments.store import RESULTS
+from tl_looped.experiments.summary import RunSummary, by_model, summarise
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Results of a folder.
+
+    Args:
+        folder: A run, or a folder of runs.
+        folders: Of each run, by name.
+        data: Results, by name.
+        summaries: Of each run: loops first, feedforward models are what they are compared with.
+        waiting: Subfolders with a specification and no results.
+    """
+
+    folder: Path
+    folders: dict[str, Path]
+    data: dict[str, xr.Dataset]
+    summaries: list[RunSummary]
+    waiting: list[str]
+
+    def rows(self) -> list[report_text.Row]:
+        """The rows of the summary table, a model each."""
+        anchors = {summary.run: f"run{i}" for i, summary in enumerate(self.summaries)}
+        return [report_text.row(runs, anchors) for runs in by_model(self.summaries)]
+
+
+def read_findings(folder: Path, feedforward: str | None = None) -> Findings:
+    """Read and summarise a run, or a folder of runs.
+
+    A subfolder that holds ``spec.toml`` but no results has not been run.
+
+    Args:
+        folder: A folder with ``results.nc``, or one whose subfolders have it.
+        feedforward: Compare with this feedforward run, named by itself or its model, in place of
+            the one that specifications name.
+
+    Raises:
+        DataError: if there are no results, or a file is missing, damaged or of another format.
+        InputError: if no feedforward run has that name.
+    """
+    folders, waiting = _run_folders(folder)
+    data = {name: read_results(path / RESULTS) for name, path in folders.items()}
+    if feedforward is not None:
+        others = {run: d.attrs.get("model") for run, d in data.items() if is_feedforward(d)}
+        if feedforward not in {*others, *others.values()}:
+            raise InputError(
+                f"feedforward: no feedforward run in {folder} is called {feedforward!r} or of a "
+                f"model of that name; there are {', '.join(others) or 'none'}"
+            )
+        for name in data.keys() - others.keys():
+            data[name] = data[name].assign_attrs(feedforward=feedforward)
+    summaries = sorted(summarise(data), key=lambda summary: summary.feedforward)
+    return Findings(folder, folders, data, summaries, waiting)
+
+
+def _run_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give a run's folder, or a folder of runs")
+    if (folder / RESULTS).exists():
+        return {folder.resolve().name: folder}, []
+    inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_numbers)
+    runs = {path.name: path for path in inside if (path / RESULTS).exists()}
+    waiting = [p.name for p in inside if p.name not in runs and (p / "spec.toml").exists()]
+    if not runs:
+        more = f"; not yet run: {', '.join(waiting)}" if waiting else ""
+        raise DataError(f"{folder} holds no {RESULTS}, and no subfolder does{more}")
+    return runs, waiting
+
+
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """Orders ``r8`` before ``r32``."""
+    return [(int(n), text) for text, n in re.findall(r"([^0-9]*)([0-9]*)", path.name + "0") if n]
