@@ -14,7 +14,14 @@ from tl_looped import ConfigError, InputError, LoopedTransformer
 from tl_looped.experiments import engines
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.metrics import Verdict, verdict_of_states
+from tl_looped.metrics import (
+    CONVERGENCE,
+    Verdict,
+    by_recurrence,
+    convergence_of_result,
+    stream_metrics,
+    verdict_of_states,
+)
 
 TEXTS = ("Tom has 3 pens and 4 boxes.", "It is so, is it?", "She reads 12 pages.")
 R = 5
@@ -54,6 +61,16 @@ def test_an_ablated_core_layer_is_one_without_mlp_weights(tmp_path: Path) -> Non
     assert (plain["residual_mean"] != found["residual_mean"]).any("prompt").values[5:].all()
 
 
+def test_the_reference_run_of_an_ablation_is_ablated_throughout(tmp_path: Path) -> None:
+    """The first R recurrences of 2R, compared with the last of 2R: by either door."""
+    spec = replace(SPEC, metrics=("fixed_point",), ablate_mlp=("core.1",))
+    against = by_recurrence(run(replace(spec, reference_recurrences=2 * R), tmp_path))
+    whole = by_recurrence(run(replace(spec, recurrences=2 * R), tmp_path))
+    for name in ("fixed_point_abs", "fixed_point_attention"):
+        wanted = whole[name].isel(recurrence=slice(R))
+        np.testing.assert_array_equal(against[name].values, wanted.values)
+
+
 def test_no_ablation_stays_on_a_model(demo, tmp_path: Path) -> None:
     before = demo(TEXTS[0])
     run(replace(SPEC, ablate_mlp=("core.0",)), tmp_path, demo)
@@ -85,6 +102,33 @@ def test_a_confirmed_verdict_is_that_of_the_states_of_twice_the_recurrences(
         found = data.isel(prompt=prompt)
         assert Verdict(int(found["verdict"])) is Verdict(int(wanted.verdict))
         assert float(found["rate"]) == pytest.approx(float(wanted.rate), rel=1e-3, nan_ok=True)
+
+
+def test_the_longer_run_takes_the_same_kernels(demo, tmp_path: Path, monkeypatch) -> None:
+    """A chaotic loop would turn the rounding of other kernels into another way to go."""
+    seen = []
+
+    def spy(data: xr.Dataset, longer: xr.Dataset, **others: bool) -> xr.Dataset:
+        seen.append((data, longer))
+        return convergence_of_result(data, longer, **others)
+
+    monkeypatch.setattr(engines, "convergence_of_result", spy)
+    run(replace(SPEC, extras=("confirm",)), tmp_path)
+    for data, longer in seen:
+        norms = [by_recurrence(one)["residual_mean"].values for one in (data, longer)]
+        np.testing.assert_array_equal(norms[0], norms[1][:R])
+    assert sum(data.sizes["prompt"] for data, _ in seen) == len(TEXTS)
+
+
+def test_runs_that_part_for_rounding_get_a_verdict_if_their_start_is_known(demo) -> None:
+    data = stream_metrics(demo, list(TEXTS), CONVERGENCE, over="depth", n_recurrences=R)
+    longer = stream_metrics(demo, list(TEXTS), CONVERGENCE, over="depth", n_recurrences=2 * R)
+    apart = longer.assign(residual_mean=longer["residual_mean"] * 1.1)
+    with pytest.raises(InputError, match="longer belongs to another run"):
+        convergence_of_result(data, apart)
+    found = convergence_of_result(data, apart, same_start=True)
+    wanted = convergence_of_result(data, longer)
+    assert found["verdict"].equals(wanted["verdict"])
 
 
 def test_patterns_are_those_of_the_first_prompt(demo, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 from dataclasses import replace
@@ -13,9 +14,13 @@ import pytest
 import torch
 import xarray as xr
 from conftest import VARIANTS, random_config
+from filelock import FileLock
+from safetensors.torch import save_file
 
 from tl_looped import DataError, InputError, LoopedTransformer
 from tl_looped.experiments import store
+from tl_looped.experiments.identity import folder_identity
+from tl_looped.experiments.reading import specification
 from tl_looped.experiments.run import Watch, is_out_of_memory, run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
@@ -280,7 +285,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(tiny, tmp_path: Path) -> N
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (folder,) = tmp_path.iterdir()
-    assert {file.name for file in (folder / "parts").iterdir()} == {"plan.json"}
+    assert {file.name for file in (folder / "parts").iterdir()} == {"plan.json", ".lock"}
     run = run_experiment(SPEC, tmp_path, model=tiny)
     assert run.load().sizes["prompt"] == 5
 
@@ -322,3 +327,53 @@ def test_numbers_do_not_depend_on_how_a_model_comes(tiny, tmp_path: Path) -> Non
     cache = tiny.run_with_cache(TEXTS[0], n_recurrences=3)[1]
     one = over_cache(cache, "stage", over="depth")
     np.testing.assert_allclose(given["sink_rate"][:, :1], one["sink_rate"], atol=1e-6)
+
+
+def test_a_model_in_memory_is_known_by_its_tokenizer_too(tiny) -> None:
+    spec = replace(SPEC, model="in memory")
+    before = find_model(spec, tiny).identity
+    tokenizer = tiny.tokenizer
+    try:
+        tiny.tokenizer = copy.deepcopy(tokenizer)
+        assert find_model(spec, tiny).identity == before
+        tiny.tokenizer.add_tokens(["dog"])
+        assert find_model(spec, tiny).identity != before
+    finally:
+        tiny.tokenizer = tokenizer
+
+
+def test_every_tensor_of_a_large_file_is_looked_at(tmp_path: Path) -> None:
+    weights = {"large": torch.zeros(2_000_000), "small": torch.zeros(16)}
+    (tmp_path / "config.json").write_text("{}")
+    save_file(weights, tmp_path / "model.safetensors")
+    before = folder_identity(tmp_path)
+    weights["small"][7] = 1
+    save_file(weights, tmp_path / "model.safetensors")
+    assert folder_identity(tmp_path) != before
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\xff" * 2_000_000)  # damaged: still something to tell it by
+    assert len(folder_identity(tmp_path)) == 64
+
+
+def test_another_model_to_compare_with_is_written_down_and_nothing_is_run(
+    tiny, tmp_path: Path
+) -> None:
+    first = run_experiment(replace(SPEC, feedforward="a"), tmp_path, model=tiny)
+    again = run_experiment(replace(SPEC, feedforward="b"), tmp_path, model=tiny)
+    assert (first.is_new, again.is_new, again.folder) == (True, False, first.folder)
+    assert specification(again.load())["feedforward"] == "b"
+    assert Experiment.read(again.folder / "spec.toml").feedforward == "b"
+    none = run_experiment(SPEC, tmp_path, model=tiny)
+    assert "feedforward" not in specification(none.load())
+
+
+def test_two_processes_do_not_work_in_one_folder(tiny, tmp_path: Path) -> None:
+    done = run_experiment(SPEC, tmp_path, model=tiny)
+    (done.folder / "results.nc").unlink()
+    (done.folder / "parts").mkdir()
+    with (
+        FileLock(done.folder / "parts" / ".lock"),
+        pytest.raises(DataError, match="another process is running this experiment"),
+    ):
+        run_experiment(SPEC, tmp_path, model=tiny)
+    assert run_experiment(SPEC, tmp_path, model=tiny).is_new

@@ -27,7 +27,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
-    model=text,
+    model=text.filter(str.strip),
     texts=st.lists(text, min_size=1, max_size=3),
     recurrences=st.none() | st.integers(1, 10**6),
     extras=st.sets(st.sampled_from(EXTRAS)),
@@ -247,3 +247,5 @@ def test_every_figure_of_a_model_is_drawn_by_some_plan() -> None:
     assert [run.spec.recurrences for run in two_point_six.runs] == [4, None]
     local = paper_plan("ouro-2.6b", PromptSet(), None, feedforward="some/folder")
     assert local.overlays[0].feedforward.model == "some/folder"
+    moved = paper_plan("huginn", PromptSet(), None, checkpoint="my/copy")
+    assert {run.spec.model for run in moved.runs} == {"my/copy"}

@@ -308,7 +308,7 @@ def test_an_ablation_is_titled_as_one_and_its_baseline_is_not(looped: xr.Dataset
     assert "caller's word" not in baseline.caption
     layers = looped.assign_attrs(spec='{"ablate_mlp": ["prelude.1", "core.0"]}')
     (recorded,) = draw(41, layers)
-    assert "MLP output of prelude.1, core.0 is zero" in recorded.caption
+    assert "without the MLP output of prelude.1, core.0." in recorded.caption
     assert "zeroed" in recorded.title
 
 

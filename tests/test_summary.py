@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.results import C, K, N, P, R, curves, feedforward, only, result, with_numbers
+from tests.results import FEW, C, K, N, P, R, curves, feedforward, only, result, with_numbers
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.mirrored import MirroringTable, Resampling
-from tl_looped.experiments.reading import Missing
-from tl_looped.experiments.report_text import digits, value
-from tl_looped.experiments.summary import Median, Verdicts, summarise
+from tl_looped.experiments.reading import Missing, is_feedforward
+from tl_looped.experiments.report_text import digits, model_name, value
+from tl_looped.experiments.summary import Median, Verdicts, by_model, summarise
 from tl_looped.metrics import cyclicity_index
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.mirroring import mirroring_score
@@ -162,3 +162,19 @@ def test_settings_as_text() -> None:
     assert value("a <b>") == "a <b>"
     assert value(np.int64(3)) == "3"
     assert value({"seeds": [0, 1], "é": None}) == '{"seeds": [0, 1], "é": null}'
+
+
+def test_other_starts_and_dtypes_are_models_of_their_own() -> None:
+    changes = ({}, {"state_seed": 7}, {"initial_state": "zeros"}, {"dtype": "torch.bfloat16"})
+    runs = {f"run{i}": result(**change) for i, change in enumerate(changes)}
+    found = summarise(runs, FEW)
+    assert [len(one) for one in by_model(found)] == [1, 1, 1, 1]
+    assert [model_name(one) for one in found] == [
+        "toy", "toy, state seed 7", "toy, initial state zeros", "toy, bfloat16",
+    ]  # fmt: skip
+
+
+def test_a_loop_that_ran_once_is_no_feedforward_model() -> None:
+    assert is_feedforward(feedforward())
+    assert is_feedforward(feedforward(trained_recurrences=1))
+    assert not is_feedforward(feedforward(trained_recurrences=4))

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from tl_looped.cli.console import command_line, console, note
+from tl_looped.errors import InputError
 
 _DTYPES = {"float32": 4, "bfloat16": 2}
 
@@ -117,6 +118,8 @@ def info(
     ):
         console.print(line, highlight=False)
     counts = _counts(recurrences) if recurrences else [found.loop.R]
+    if min(count or 0 for count in counts) < 1:
+        raise InputError(f"recurrences must be at least 1, got {recurrences}")
     table = Table(title=f"Cache of one prompt of {tokens} tokens in float32")
     table.add_column("names_filter")
     for count in counts:

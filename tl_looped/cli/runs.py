@@ -55,11 +55,12 @@ def analyze(
         str, typer.Option(help="Further metrics and groups: all, step, mixing_raw, ...")
     ] = "",
     extras: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="confirm, convergence, limiting, neurons, pairwise, patterns, pca, tokens."
+            help="confirm, convergence, limiting, neurons, pairwise, patterns, pca, tokens; "
+            "convergence if left out, none for a feedforward model."
         ),
-    ] = "convergence",
+    ] = None,
     feedforward: Annotated[
         bool, typer.Option("--feedforward", help="A model without a loop, for comparison.")
     ] = False,
@@ -80,13 +81,14 @@ def analyze(
     from tl_looped.experiments.spec import Experiment, PromptSet
 
     numbers = parse_figures(figures)
-    wanted = () if feedforward else _names(extras)
+    if extras is None:
+        extras = "" if feedforward else "convergence"
     spec = Experiment(
         model,
         kind="feedforward" if feedforward else "looped",
         revision=revision,
         prompts=PromptSet.parse(prompts, subset=subset, seed=seed, too_long=too_long),
-        extras=wanted,
+        extras=_names(extras),
         ablate_mlp=_names(ablate_mlp),
         state_seed=state_seed,
         dtype=dtype,
@@ -131,6 +133,10 @@ def reproduce(
         str | None,
         typer.Option(help="A hub id or folder in place of the paper's feedforward model."),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="A hub id or folder in place of the one model that --models names."),
+    ] = None,
     subset: Subset = 256,
     out: Out = Path("reproduction"),
     device: Device = None,
@@ -142,12 +148,16 @@ def reproduce(
     from tl_looped.experiments.spec import PromptSet
 
     plans = []
-    for name in parse_models(models):
+    names = parse_models(models)
+    if checkpoint is not None and len(names) > 1:
+        raise InputError(f"checkpoint is for one model, and --models names {len(names)}")
+    for name in names:
         main = PromptSet.parse(prompts or ("bundled" if name == "demo" else "gsm8k"), subset=subset)
         other = None
         if name != "demo" or hellaswag is not None:
             other = PromptSet.parse(hellaswag or "hellaswag", subset=subset)
-        plans.append(paper_plan(name, main, other, dtype, feedforward))
+        plan = paper_plan(name, main, other, dtype, feedforward, checkpoint=checkpoint)
+        plans.append(plan)
     carry_out(plans, out, device, batch_size)
 
 
@@ -187,7 +197,9 @@ def run_all(
     from tl_looped.experiments.parallel import Workers
     from tl_looped.experiments.run import run_experiment
 
-    size: int | str = int(batch_size) if batch_size.isdigit() else batch_size
+    size: int | str = (
+        int(batch_size) if batch_size.isascii() and batch_size.isdecimal() else batch_size
+    )
     workers = Workers.here(device)
     done = {}
     try:
@@ -279,7 +291,7 @@ def _counts(text: str | None) -> list[int | None]:
     if text is None:
         return [None]
     items = _names(text)
-    if not items or not all(item.isdigit() for item in items):
+    if not items or not all(item.isascii() and item.isdecimal() for item in items):
         raise InputError(f"recurrences must be integers such as 8,128, got {text!r}")
     return [int(item) for item in items]
 

@@ -10,6 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from tl_looped.metrics import (
     prediction_suppression_feedforward,
     stream_batches,
 )
-from tl_looped.metrics.catalogue import select
+from tl_looped.metrics.catalogue import reads_of, select
 from tl_looped.model.config import parse_dtype
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.spreading import PLANS
@@ -163,16 +164,20 @@ class LoopedEngine(Engine):
     @contextmanager
     def _running(self, n_recurrences: int | None) -> Iterator[None]:
         """The model with so many recurrences, and the ablations of the experiment."""
-        with self.model.recurrences(n_recurrences):
-            hooks = []
-            for name in self.spec.ablate_mlp:
-                stage, layer = name.split(".")
-                runs = range(self.model.loop.R)
-                places = [f"recurrence.{r}.blocks.{layer}" for r in runs]
-                for place in places if stage == "core" else [name]:
-                    hooks.append((f"{place}.hook_mlp_out", _zeros))
-            with self.model.hooks(fwd_hooks=hooks):
-                yield
+        # Hooks at all recurrences that any run of the experiment has, the reference's included.
+        most = max(n_recurrences or self.model.loop.R, self.spec.reference_recurrences or 0)
+        hooks = []
+        for name in self.spec.ablate_mlp:
+            stage, layer = name.split(".")
+            places = [f"recurrence.{r}.blocks.{layer}" for r in range(most)]
+            for place in places if stage == "core" else [name]:
+                hooks.append((f"{place}.hook_mlp_out", _zeros))
+        with (
+            self.model.recurrences(most),
+            self.model.hooks(fwd_hooks=hooks),
+            self.model.recurrences(n_recurrences),
+        ):
+            yield
 
     def tokens(self, text: str) -> tuple[Row, bool]:
         """See :class:`Engine`."""
@@ -199,23 +204,30 @@ class LoopedEngine(Engine):
         longer = None
         if "confirm" in extras:
             assert self.spec.recurrences is not None  # resolved
-            longer = self._stream(rows, CONVERGENCE, 2 * self.spec.recurrences)
-        return beside(data, convergence_of_result(data, longer))
+            metrics = list(CONVERGENCE)
+            if "pattern" in reads_of(self.metrics):
+                metrics.append("sink_rate")  # patterns that are read take other kernels
+            longer = self._stream(rows, metrics, 2 * self.spec.recurrences)
+        return beside(data, convergence_of_result(data, longer, same_start=True))
 
     def _stream(
         self, rows: list[Row], metrics: Sequence[str], n_recurrences: int | None
     ) -> xr.Dataset:
+        options = StreamOptions(
+            n_recurrences=n_recurrences,
+            reference_recurrences=self.spec.reference_recurrences,
+            batch_size=len(rows),
+            batching=self.spec.batching,
+            **self._start,
+        )
         with self._running(n_recurrences):
-            options = StreamOptions(
-                n_recurrences=n_recurrences,
-                reference_recurrences=self.spec.reference_recurrences,
-                batch_size=len(rows),
-                batching=self.spec.batching,
-                states="disk" if self._fits_on_disk(rows) else "recompute",
-                **self._start,
-            )
-            (data,) = stream_batches(self.model, rows, metrics, options)
-        return data
+            if self._fits_on_disk(rows):
+                try:
+                    on_disk = replace(options, states="disk")
+                    return next(stream_batches(self.model, rows, metrics, on_disk))
+                except DataError:  # no room after all
+                    pass
+            return next(stream_batches(self.model, rows, metrics, options))
 
     def _fits_on_disk(self, rows: list[Row]) -> bool:
         """Whether a second run for the fixed points can be saved; the numbers are the same bits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -23,17 +24,36 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_text(text: str, path: Path) -> Path:
-    """Write a text file in UTF-8."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def write_bytes(content: bytes | memoryview, path: Path) -> Path:
+    """Write a file so that it is whole or not there, also after a loss of power.
+
+    Raises:
+        DataError: if the disk is full or the folder cannot be written to; nothing is left behind.
+    """
+    # The process number, so that two processes never write into one partial file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"{path} ({len(content)} bytes) cannot be written: {error}. What was written before "
+            "stays; make room and call again to go on from there"
+        ) from error
     return path
+
+
+def write_text(text: str, path: Path) -> Path:
+    """Write a text file in UTF-8; see :func:`write_bytes`."""
+    return write_bytes(text.encode("utf-8"), path)
 
 
 def write_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
-    """Write a figure as PNG."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=dpi, format="png")
-    os.replace(partial, path)
-    return path
+    """Write a figure as PNG; see :func:`write_bytes`."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
+    return write_bytes(content.getvalue(), path)

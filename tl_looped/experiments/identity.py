@@ -5,9 +5,9 @@ texts of the chosen prompts; not the names of models and prompt file, and not th
 size, the number of processes or the versions of libraries (these are recorded beside the results).
 Hooks that a caller has put on a model are not seen.
 
-Weights are identified by the sizes of their files, their headers, and 256 evenly spaced blocks of
-4 KiB of each file (files up to 1 MiB whole). Training, however short, changes these; an edit of a
-few numbers of a large file may escape.
+Weights are identified by the sizes of their files, their headers, and eight evenly spaced blocks of
+4 KiB of every tensor (files up to 1 MiB whole). Training, however short, changes these; an edit of
+a part of one tensor, such as a single head, may escape: save what was edited under another name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tl_looped.experiments.prompts import Prompts
 from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics.catalogue import select
 
-_BLOCK, _BLOCKS = 4096, 256
+_BLOCK, _BLOCKS, _WHOLE = 4096, 8, 1 << 20
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -47,31 +47,53 @@ def folder_identity(folder: Path) -> str:
 
 
 def _sampled(path: Path) -> bytes:
-    """The SHA-256 of a file, or of its header and evenly spaced blocks if it is large."""
+    """The SHA-256 of a file, or of its header and blocks of each tensor if it is large."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        if size <= _BLOCK * _BLOCKS or path.suffix != ".safetensors":
+        if size <= _WHOLE or path.suffix != ".safetensors":
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
             return digest.digest()
         # A safetensors file begins with the length of its header, in eight bytes.
-        digest.update(file.read(min(int.from_bytes(file.read(8), "little"), size)))
-        for n in range(_BLOCKS):
-            file.seek(n * (size - _BLOCK) // (_BLOCKS - 1))
-            digest.update(file.read(_BLOCK))
+        length = min(int.from_bytes(file.read(8), "little"), size)
+        header = file.read(length)
+        digest.update(header)
+        for begin, end in _tensors(header, size):
+            for n in range(_BLOCKS):
+                file.seek(8 + length + begin + n * max(0, end - begin - _BLOCK) // (_BLOCKS - 1))
+                digest.update(file.read(min(_BLOCK, end - begin)))
     return digest.digest()
 
 
+def _tensors(header: bytes, size: int) -> list[tuple[int, int]]:
+    """Where each tensor begins and ends behind the header; the whole file if it is damaged."""
+    try:
+        found = [v["data_offsets"] for k, v in json.loads(header).items() if k != "__metadata__"]
+        return sorted((int(begin), int(end)) for begin, end in found)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return [(0, size)]
+
+
 def module_identity(model: nn.Module, cfg: Any) -> str:
-    """SHA-256 of a model in memory: its configuration, and up to 65,536 values of each weight."""
+    """SHA-256 of a model in memory: configuration, tokenizer, 65,536 values of each weight."""
     digest = hashlib.sha256(json.dumps(cfg.to_json(), sort_keys=True, default=str).encode())
+    digest.update(_of_tokenizer(getattr(model, "tokenizer", None)))
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         step = -(-len(flat) // 65536) if len(flat) else 1
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(flat[::step].to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _of_tokenizer(tokenizer: Any) -> bytes:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return str(backend.to_str()).encode()
+    if tokenizer is None:
+        return b""
+    return json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
 
 
 def run_hash(spec: Experiment, prompts: Prompts, model_identity: str) -> str:

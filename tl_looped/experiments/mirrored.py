@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -137,7 +138,9 @@ def _feedforward_of(name: str, runs: Mapping[str, xr.Dataset]) -> str | Missing:
     others = {run: d for run, d in runs.items() if is_feedforward(d) and run != name}
     named = data.attrs.get("feedforward") or specification(data).get("feedforward")
     if isinstance(named, str) and named:
-        others = {r: d for r, d in others.items() if named in (r, d.attrs.get("model"))}
+        # A folder is named by its path, and its model by the last part of that.
+        names = {named, Path(named).name}
+        others = {r: d for r, d in others.items() if names & {r, d.attrs.get("model")}}
         if not others:
             return Missing(f"the feedforward result {named!r} is not among the runs")
     else:

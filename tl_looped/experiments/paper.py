@@ -140,6 +140,7 @@ def paper_plan(
     dtype: str = "float32",
     feedforward: str | None = None,
     batching: str = "length",
+    checkpoint: str | None = None,
 ) -> Plan:
     """The runs of one model.
 
@@ -150,13 +151,18 @@ def paper_plan(
         dtype: Of the weights.
         feedforward: A hub id or folder in place of the paper's feedforward model.
         batching: Of looped models, see ``Experiment``.
+        checkpoint: A hub id or folder in place of the one that ``model`` stands for.
     """
     paper = PAPER[model]
     base = feedforward or paper.feedforward
     few = Experiment(
-        model, prompts=prompts, recurrences=paper.loops, dtype=dtype, feedforward=base,
+        checkpoint or model,
+        prompts=prompts,
+        recurrences=paper.loops,
+        dtype=dtype,
+        feedforward=base,
         batching=batching,
-    )  # fmt: skip
+    )
     ablated = replace(few, ablate_mlp=paper.ablate_mlp, feedforward=None)
     wanted = [
         (few, paper.few, bool(paper.over) and base is not None),

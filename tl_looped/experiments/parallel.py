@@ -57,10 +57,13 @@ class Workers:
         """The processes that this one was launched with.
 
         Raises:
-            InputError: for a device that spreads the model, in a launch of several processes.
+            InputError: for a device that is not there, and for one that spreads the model in a
+                launch of several processes.
             ConfigError: in a launch of several processes without accelerate, or where accelerate
                 cannot make them work together.
         """
+        if device is not None and device not in PLANS:
+            _check_device(device)
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world <= 1:
             return cls(device=device)
@@ -106,3 +109,15 @@ class Workers:
         """End the launch; without it PyTorch warns about the process group when it exits."""
         if self.state is not None:
             self.state.destroy_process_group()
+
+
+def _check_device(device: str) -> None:
+    try:
+        # Reads a value, which a device without memory (meta) cannot give.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {device!r} cannot be used here: {reason}. There are cpu, cuda, cuda:1, mps as "
+            f"far as the machine has them, and the plans {', '.join(PLANS)}"
+        ) from error

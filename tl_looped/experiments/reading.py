@@ -41,9 +41,10 @@ def read_results(path: Path) -> xr.Dataset:
 
 
 def is_feedforward(data: xr.Dataset) -> bool:
-    """Whether a result is of a core without prelude and coda that ran once."""
+    """Whether a result is of a core without prelude and coda that ran once, as it was trained."""
     loop = geometry_of(data)
-    return loop.p == loop.c == 0 and loop.R == 1
+    trained = int(data.attrs.get("trained_recurrences", 1))
+    return loop.p == loop.c == 0 and loop.R == trained == 1
 
 
 def specification(data: xr.Dataset) -> dict[str, Any]:

@@ -114,7 +114,9 @@ def digits(x: float) -> str:
 
 def correlation(x: float) -> str:
     """Two decimals: a correlation's scale is known."""
-    return "undefined" if math.isnan(x) else f"{x:.2f}".replace("-", "−")
+    if math.isnan(x):
+        return "undefined"
+    return f"{round(x, 2) + 0.0:.2f}".replace("-", "−")  # no minus before 0.00
 
 
 def count(n: int, what: str) -> str:
@@ -139,9 +141,12 @@ def run_name(summary: RunSummary) -> str:
 
 
 def model_name(summary: RunSummary) -> str:
-    """A model, with what was taken from it."""
-    without = f", without the MLP output of {', '.join(summary.ablated)}" if summary.ablated else ""
-    return summary.model + without
+    """A model, with what was taken from it or changed."""
+    parts = [summary.model, summary.start]
+    parts += [summary.dtype] if summary.dtype not in ("", "float32") else []
+    if summary.ablated:
+        parts.append(f"without the MLP output of {', '.join(summary.ablated)}")
+    return ", ".join(filter(None, parts))
 
 
 def heading(summary: RunSummary) -> str:

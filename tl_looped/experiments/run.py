@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import xarray as xr
+from filelock import FileLock, Timeout
 
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import store
@@ -31,11 +32,12 @@ from tl_looped.experiments.engines import (
     load_engine,
     tokenize,
 )
-from tl_looped.experiments.files import make_folder
+from tl_looped.experiments.files import make_folder, write_bytes
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.joining import joined
 from tl_looped.experiments.parallel import Workers
 from tl_looped.experiments.prompts import Prompts, load_prompts
+from tl_looped.experiments.reading import specification
 from tl_looped.experiments.sources import Source, find_model
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.tables import write_tables
@@ -142,14 +144,13 @@ def run_experiment(
     is_there, problem = store.usable(results)
     workers.wait()  # before the first process touches anything
     if is_there:
-        _clean(folder, workers)
-        return Run(folder, is_new=False)
+        return _found(spec, folder, workers)
+    lock = _lock(folder) if workers.first else None
     if workers.first:
-        make_folder(folder / store.PARTS)
         if problem:
             kept = store.set_aside(results)
             watch.say(f"{problem}. It is kept as {kept.name}; the run starts anew")
-        store.write_bytes(spec.to_toml().encode(), folder / store.SPEC)
+        write_bytes(spec.to_toml().encode(), folder / store.SPEC)
     engine = load_engine(spec, source, workers.device, model)
     job = _Job(spec, engine, prompts, folder, workers, watch)
     job.plan(batch_size)
@@ -165,8 +166,45 @@ def run_experiment(
         store.write_dataset(data, results)
         write_tables(data, folder / "tables")
     _clean(folder, workers)
+    if lock is not None:
+        lock.release()
     workers.wait()
     return Run(folder, is_new=True)
+
+
+def _found(spec: Experiment, folder: Path, workers: Workers) -> Run:
+    """A run whose results are there; the model that reports compare it with is as asked for."""
+    _clean(folder, workers)
+    results = folder / store.RESULTS
+    if workers.first:
+        data = store.read_dataset(results)
+        stored = specification(data)
+        if stored and stored.get("feedforward") != spec.feedforward:
+            stored.pop("feedforward", None)
+            if spec.feedforward is not None:
+                stored["feedforward"] = spec.feedforward
+            text = json.dumps(stored, sort_keys=True, ensure_ascii=False)
+            store.write_dataset(data.assign_attrs(spec=text), results)
+            write_bytes(Experiment.from_dict(stored).to_toml().encode(), folder / store.SPEC)
+    workers.wait()
+    return Run(folder, is_new=False)
+
+
+def _lock(folder: Path) -> FileLock:
+    """Held as long as this process works in the folder; it ends with the process, however it ends.
+
+    Raises:
+        DataError: if another process holds it.
+    """
+    lock = FileLock(make_folder(folder / store.PARTS) / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DataError(
+            f"another process is running this experiment in {folder}: wait for it and call again, "
+            "or give another folder"
+        ) from error
+    return lock
 
 
 def _clean(folder: Path, workers: Workers) -> None:
@@ -224,7 +262,7 @@ class _Job:
         path = self.folder / "plan.json"
         if self.workers.first and (batch_size != "auto" or not path.exists()):
             size = batch_size if batch_size != "auto" else self._suggested_size()
-            store.write_bytes(json.dumps({"batch_size": size}).encode(), path)
+            write_bytes(json.dumps({"batch_size": size}).encode(), path)
         self.halves = batch_size == "auto"
 
     def _suggested_size(self) -> int:
@@ -271,7 +309,7 @@ class _Job:
             data = self._run_or_none(batch)
             if data is None:
                 limit = self._smaller(batch)
-                store.write_bytes(json.dumps(limit).encode(), note)
+                write_bytes(json.dumps(limit).encode(), note)
                 queue.append(batch)
                 continue
             self._save(data, batch)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from tl_looped.checkpoints import open_checkpoint
+from tl_looped.checkpoints import BUNDLED, open_checkpoint
 from tl_looped.errors import CheckpointError
 from tl_looped.experiments.identity import folder_identity, module_identity
 from tl_looped.experiments.spec import Experiment
@@ -46,6 +46,11 @@ def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Sour
 
 
 def _feedforward_folder(spec: Experiment) -> Path:
+    if spec.model in BUNDLED:
+        raise CheckpointError(
+            f"{spec.model} is a bundled looped model (demo-control: of one recurrence), not one "
+            "for TransformerBridge: leave out --feedforward"
+        )
     if Path(spec.model).is_dir():
         if not (Path(spec.model) / "config.json").is_file():
             raise CheckpointError(f"{spec.model} has no config.json")

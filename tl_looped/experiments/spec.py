@@ -172,6 +172,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
+        if not self.model.strip():
+            raise ConfigError("model is empty: name a bundled model, a hub id or a folder")
         check_choice("initial_state", self.initial_state, ("model", "zeros"))
         check_choice("batching", self.batching, ("length", "padded"))
         select(self.metrics)

@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 
 from tl_looped.errors import DataError
+from tl_looped.experiments.files import write_bytes
 
 FORMAT = 1
 """Version of the result files; another one means that their variables mean something else."""
@@ -27,29 +28,6 @@ RESULTS = "results.nc"
 SPEC = "spec.toml"
 PARTS = "parts"
 PART_SUFFIX = ".npz"
-
-
-def write_bytes(content: bytes | memoryview, path: Path) -> Path:
-    """Write a file so that it is whole or not there, also after a loss of power.
-
-    Raises:
-        DataError: if the disk is full or the folder cannot be written to; nothing is left behind.
-    """
-    # The process number, so that two processes never write into one partial file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(
-            f"{path} ({len(content)} bytes) cannot be written: {error}. What was written before "
-            "stays; make room and call again to go on from there"
-        ) from error
-    return path
 
 
 def write_dataset(data: xr.Dataset, path: Path) -> Path:

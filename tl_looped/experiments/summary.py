@@ -12,8 +12,8 @@ Decisions, ours where arXiv 2604.11791 gives none:
   :func:`tl_looped.experiments.compare.cluster_rows`, averaged over recurrences.
 - A model with several runs has one row. Each number is that of the run with the most prompts among
   those that have it; then of the run with the most recurrences, and for the mirroring score of the
-  one whose recurrences are nearest to the model's training. Another dtype, an ablation or other
-  weights are another model.
+  one whose recurrences are nearest to the model's training. Another dtype or initial state, an
+  ablation or other weights are another model.
 """
 
 from __future__ import annotations
@@ -107,8 +107,10 @@ class RunSummary:
         prompts: What the prompts are called.
         loop: Shape of the run.
         trained: Recurrences of the training; None if not known.
-        identity: What tells models apart: name, weights, dtype, ablated layers.
+        identity: What tells models apart: name, weights, dtype, initial state, ablated layers.
         ablated: Layers without the output of their MLP.
+        start: The initial state, if it is not the model's own with seed 0.
+        dtype: Of the weights.
         n_prompts: Prompts that were run.
         feedforward: Whether the model has no loop.
         verdicts, rate, half_life, cyclicity, mirroring, clusters: See the module.
@@ -121,6 +123,8 @@ class RunSummary:
     trained: int | None
     identity: tuple[str, ...]
     ablated: tuple[str, ...]
+    start: str
+    dtype: str
     n_prompts: int
     feedforward: bool
     verdicts: Verdicts | Missing
@@ -145,7 +149,10 @@ def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) 
     model = str(data.attrs.get("model", "")) or "unnamed model"
     trained = data.attrs.get("trained_recurrences")
     ablated = tuple(map(str, specification(data).get("ablate_mlp", ())))
+    start = str(data.attrs.get("initial_state", ""))
+    seed = str(data.attrs.get("state_seed", ""))
     told_apart = [str(data.attrs.get(key, "")) for key in ("model_identity", "dtype")]
+    told_apart += [start, seed, str(feedforward)]
     row = partial(
         RunSummary,
         run=name,
@@ -155,6 +162,8 @@ def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) 
         trained=None if trained is None else int(trained),
         identity=(model, *told_apart, *ablated),
         ablated=ablated,
+        start=_start(start, seed),
+        dtype=str(data.attrs.get("dtype", "")).removeprefix("torch."),
         n_prompts=data.sizes["prompt"],
         feedforward=feedforward,
     )
@@ -170,6 +179,12 @@ def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) 
         mirroring=mirrored,
         clusters=mirrored if isinstance(mirrored, Missing) else _clusters(name, mirrored, runs),
     )
+
+
+def _start(state: str, seed: str) -> str:
+    if state:
+        return f"initial state {state}"
+    return f"state seed {seed}" if seed not in ("", "0") else ""
 
 
 def by_model(summaries: Sequence[RunSummary]) -> list[list[RunSummary]]:

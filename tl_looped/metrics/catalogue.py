@@ -259,3 +259,10 @@ def select(wanted: str | Iterable[str] | None) -> list[str]:
     if not names:
         raise InputError("metrics: none was given")
     return list(dict.fromkeys(names))
+
+
+def reads_of(names: Iterable[str]) -> set[Reads]:
+    """What activations metrics are computed from; ``names`` as :func:`select` gives them."""
+    computed = {DERIVED[name].base if name in DERIVED else name for name in names}
+    found: set[Reads] = {f.reads for f in FAMILIES if computed & f.outputs.keys()}
+    return found | ({"resid_post"} if LOWEST_COSINE in computed else set())

@@ -5,6 +5,7 @@ Everything comes from the results themselves, so that a caption cannot disagree 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -70,7 +71,20 @@ def caption_of(
 def _model(run: xr.Dataset) -> str:
     name = name_of(run)
     text = name if name.startswith("model ") else f"model {name}"
-    return f"{text} {shape_of(run)}" if "n_core" in run.attrs else text
+    text = f"{text} {shape_of(run)}" if "n_core" in run.attrs else text
+    dtype = str(run.attrs.get("dtype", "")).removeprefix("torch.")
+    if dtype not in ("", "float32"):
+        text += f" in {dtype}"
+    layers = ablated_layers(run)
+    return f"{text}, without the MLP output of {', '.join(layers)}" if layers else text
+
+
+def ablated_layers(run: xr.Dataset) -> list[str]:
+    """Layers that the experiment behind a result took the MLP output from."""
+    try:
+        return list(map(str, json.loads(run.attrs.get("spec", "{}"))["ablate_mlp"]))
+    except (KeyError, TypeError, ValueError):
+        return []
 
 
 def _prompts(runs: list[xr.Dataset], prompt_set: str | None) -> str:

@@ -8,7 +8,6 @@ A recipe takes a ``Request`` (what the figure is called and shows) and results, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 
 from tl_looped.errors import InputError
 from tl_looped.plots.attention_maps import attention_floor_plan
-from tl_looped.plots.captions import About, caption_of
+from tl_looped.plots.captions import About, ablated_layers, caption_of
 from tl_looped.plots.groupings import over_depth, over_realised_depth, over_recurrences
 from tl_looped.plots.heat_maps import layer_matrix, matrix_numbers
 from tl_looped.plots.overlays import block_halves, neuron_fractions
@@ -251,21 +250,13 @@ def over_feedforward(request: Request, data: Runs) -> list[DrawnFigure]:
     return by_recurrence_over_depth(request, data, feedforward=base)
 
 
-def _ablated_layers(run: xr.Dataset) -> list[str]:
-    """Layers that the experiment behind a result took the MLP output from."""
-    try:
-        return list(map(str, json.loads(run.attrs.get("spec", "{}"))["ablate_mlp"]))
-    except (KeyError, TypeError, ValueError):
-        return []
-
-
 def ablated(request: Request, data: Runs) -> list[DrawnFigure]:
     """Grouping R of a run with an ablation, and of the one without it if given (Fig. 41)."""
     what = ", second layer's MLP output zeroed"
-    layers = _ablated_layers(as_runs(data)[0])
+    layers = ablated_layers(as_runs(data)[0])
     extra = ["that the output was zeroed is the caller's word: results do not record hooks"]
     if layers:
-        extra = [f"the MLP output of {', '.join(layers)} is zero"]
+        extra = []
         what = f", MLP output of {', '.join(layers)} zeroed"
     out = by_recurrence_over_depth(request, data, what=what, extra=extra)
     if request.options.baseline is not None:
