@@ -8,9 +8,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from tl_looped.checkpoints import BUNDLED, open_checkpoint
-from tl_looped.errors import CheckpointError
+from tl_looped.errors import CheckpointError, TLLoopedError
 from tl_looped.experiments.identity import folder_identity, module_identity
 from tl_looped.experiments.spec import Experiment
+from tl_looped.model.geometry import LoopGeometry
 from tl_looped.transformer import LoopedTransformer
 
 
@@ -46,15 +47,16 @@ def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Sour
 
 
 def _feedforward_folder(spec: Experiment) -> Path:
-    if spec.model in BUNDLED:
-        raise CheckpointError(
-            f"{spec.model} is a bundled looped model (demo-control: of one recurrence), not one "
-            "for TransformerBridge: leave out --feedforward"
-        )
-    if Path(spec.model).is_dir():
-        if not (Path(spec.model) / "config.json").is_file():
+    if spec.model in BUNDLED or Path(spec.model).is_dir():
+        folder = BUNDLED.get(spec.model, Path(spec.model))
+        if not (folder / "config.json").is_file():
             raise CheckpointError(f"{spec.model} has no config.json")
-        return Path(spec.model)
+        if loop := _shape_of_loop(folder):
+            raise CheckpointError(
+                f"{spec.model} is a looped checkpoint {loop}, also if it runs once, and not one "
+                "for TransformerBridge: leave out --feedforward"
+            )
+        return folder
     try:
         return Path(
             snapshot_download(
@@ -69,3 +71,12 @@ def _feedforward_folder(spec: Experiment) -> Path:
             f"the feedforward model {spec.model!r} is no folder and cannot be had from the hub "
             f"(revision {spec.revision or 'main'}): {type(error).__name__}: {error}"
         ) from error
+
+
+def _shape_of_loop(folder: Path) -> str:
+    """Shape of the loop if an adapter takes the folder; empty if none does."""
+    try:
+        cfg = open_checkpoint(str(folder)).config()
+    except TLLoopedError:
+        return ""
+    return str(LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences))
