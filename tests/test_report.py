@@ -220,14 +220,22 @@ def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
     dims = ("effective_layer", "other_layer")
     matrix = np.random.default_rng(0).random((P + K * R + C,) * 2)
     short = result(trained_recurrences=R).assign(pairwise_residual_cosine=(dims, matrix))
+    short = with_numbers(short, verdict=[5] * N)
+    shortest = result((P, K, C, 2), trained_recurrences=R)
     long_run = with_numbers(result((P, K, C, 9), trained_recurrences=R), verdict=[0] * N)
     few = with_numbers(result((P, K, C, 50), n=2), verdict=[5, 5])
-    for name, data in (("r9", long_run), ("r4", short), ("r50", few), ("f", feedforward())):
+    for name, data in (
+        ("r9", long_run),
+        ("r4", short),
+        ("r50", few),
+        ("r2", shortest),
+        ("f", feedforward()),
+    ):
         add_run(tmp_path / name, data)
     add_run(tmp_path / "other", result(model_identity="other weights"))
     rows = read_findings(tmp_path).rows()
     assert [(row.model, row.shape, len(row.runs)) for row in rows] == [
-        ("toy", f"({P}, {K} x {R}, {C})", 1), ("toy", f"({P}, {K} x R, {C})", 3),
+        ("toy", f"({P}, {K} x {R}, {C})", 1), ("toy", f"({P}, {K} x R, {C})", 4),
         ("base", "6 layers, feedforward", 1),
     ]  # fmt: skip
     fixed, rate, _, cyclicity, mirroring = rows[1].cells
@@ -235,7 +243,7 @@ def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
     assert rate.missing
     assert cyclicity.source[1] == mirroring.source[1] == "5 prompts, 4 recurrences"
     page = Page(write_report(tmp_path))
-    assert "3 runs, listed below" in page.text
+    assert "4 runs, listed below" in page.text
     assert page.text.index("toy: 5 prompts, 9 recurrences") < page.text.index("base: 5 prompts")
 
 

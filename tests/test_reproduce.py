@@ -70,7 +70,11 @@ def test_attention_views_are_of_the_run_that_kept_its_patterns(out: Path) -> Non
     assert view["cells"][0][-1] == [round(1000 * float(x)) for x in row]
     labels = json.loads(changing.read_text())["view"]["labels"]
     assert [label[:2] for label in labels] == ["r0", "r1"]
-    assert len({label[3:] for label in labels}) == 1
+    (name,) = {label[3:] for label in labels}
+    core = data["pattern"].values[2:-2].reshape(2, 4, 4, *data["pattern"].shape[2:])
+    change = ((core[1] - core[0]) ** 2).sum((-2, -1))
+    layer, head = divmod(int(change.argmax()), 4)
+    assert name == f"l{layer} h{head}"
     assert all(path.stat().st_size < 5_000_000 for path in out.glob("*/views/*.html"))
 
 

@@ -6,11 +6,14 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import xarray as xr
 
 from tests.results import FEW, C, K, N, P, R, curves, feedforward, only, result, with_numbers
 from tl_looped.errors import DataError, InputError
+from tl_looped.experiments.compare import FEATURES, cluster_rows
 from tl_looped.experiments.mirrored import MirroringTable, Resampling
 from tl_looped.experiments.reading import Missing, is_feedforward
 from tl_looped.experiments.report_text import digits, model_name, value
@@ -178,3 +181,22 @@ def test_a_loop_that_ran_once_is_no_feedforward_model() -> None:
     assert is_feedforward(feedforward())
     assert is_feedforward(feedforward(trained_recurrences=1))
     assert not is_feedforward(feedforward(trained_recurrences=4))
+
+
+def test_clusters_are_means_over_recurrences() -> None:
+    rng = np.random.default_rng(1)
+
+    def with_features(data: xr.Dataset) -> xr.Dataset:
+        size = data.sizes["effective_layer"]
+        return data.assign({f: (("effective_layer",), 1 + rng.random(size)) for f in FEATURES})
+
+    loop, base = with_features(result()), with_features(feedforward())
+    loop, base = (d.expand_dims(prompt=range(2)) for d in (loop.drop_dims("prompt"),
+                                                           base.drop_dims("prompt")))  # fmt: skip
+    rows = pd.DataFrame(cluster_rows("a", "b", {"a": loop, "b": base}, []))
+    assert rows["agreement"].nunique() > 1
+    found = only(loop, base).clusters
+    assert (found.agreement, found.low, found.high, found.rand_index) == pytest.approx(
+        (rows["agreement"].mean(), rows["agreement"].min(), rows["agreement"].max(),
+         rows["rand_index"].mean())
+    )  # fmt: skip
