@@ -38,7 +38,7 @@ def compare(
 ) -> None:
     """Runs side by side: curves over depth, mirroring scores, stages as clusters."""
     from tl_looped.experiments.compare import compare_runs, load_runs
-    from tl_looped.experiments.files import make_folder
+    from tl_looped.files import make_folder
 
     runs = load_runs(folders)
     found = compare_runs(runs)

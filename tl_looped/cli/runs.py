@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,7 +115,7 @@ def run(
 
 
 def _report_each(made: dict[Experiment, Run], figures: tuple[int, ...]) -> None:
-    if figures and is_first_process():
+    if figures:
         for one in made.values():
             write_reports(one.folder)
 
@@ -166,7 +166,7 @@ def carry_out(plans: list[Plan], out: Path, device: str | None, batch_size: str)
     wanted = [(one.spec, one.figures) for plan in plans for one in plan.runs]
     failed: dict[str, str] = {}
     made = run_all(wanted, out, device, batch_size, failed)
-    if made and is_first_process():
+    if made:
         for plan in plans:
             for overlay in plan.overlays:
                 _draw_overlay(overlay, made, out)
@@ -193,6 +193,9 @@ def run_all(
         device, batch_size: As on the command line.
         failed: Gets what could not be had, a model or a set of prompts, with the reason, and the
             other runs go on; the first error ends all if None.
+
+    Returns:
+        The runs, in the process that draws and reports them: the first.
     """
     from tl_looped.experiments.parallel import Workers
     from tl_looped.experiments.run import run_experiment
@@ -217,8 +220,8 @@ def run_all(
                 is_model = isinstance(error, CheckpointError)
                 failed[spec.model if is_model else spec.prompts.label] = str(error)
                 continue
-            done[spec] = made
             if workers.first:
+                done[spec] = made
                 _draw(made, figures)
     except KeyboardInterrupt:
         console.print("Stopped. What is done stays; the same command goes on from there.")
@@ -226,11 +229,6 @@ def run_all(
     finally:
         workers.close()
     return done
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that draws and writes reports."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _draw(made: Run, figures: tuple[int, ...]) -> None:
@@ -253,8 +251,8 @@ def _draw(made: Run, figures: tuple[int, ...]) -> None:
 def _draw_overlay(overlay: Overlay, made: dict[Experiment, Run], out: Path) -> None:
     """Figures and tables of a looped run over a feedforward one, if both are there."""
     from tl_looped.experiments.compare import compare_runs
-    from tl_looped.experiments.files import make_folder
     from tl_looped.experiments.overlaying import draw_over
+    from tl_looped.files import make_folder
 
     if overlay.looped not in made or overlay.feedforward not in made:
         return
@@ -297,12 +295,8 @@ def _counts(text: str | None) -> list[int | None]:
 
 
 def _at(spec: Any, recurrences: int | None) -> Any:
-    from dataclasses import replace
-
     return replace(spec, recurrences=recurrences)
 
 
 def _with_metrics(spec: Any, more: tuple[str, ...]) -> Any:
-    from dataclasses import replace
-
     return replace(spec, metrics=tuple(dict.fromkeys((*spec.metrics, *more))))

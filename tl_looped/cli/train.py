@@ -128,7 +128,7 @@ def train_demo_command(
 ) -> None:
     """Train the demo model again (about an hour on two cores)."""
     from tl_looped.experiments.bundle import bundle_demo
-    from tl_looped.experiments.files import make_folder
+    from tl_looped.files import make_folder
     from tl_looped.training.demo import SPEC, train_demo
 
     make_folder(out)

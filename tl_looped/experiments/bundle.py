@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 
 from tl_looped._version import __version__
-from tl_looped.experiments.files import make_folder, write_figure, write_text
+from tl_looped.experiments.files import write_figure
+from tl_looped.files import make_folder, write_text
 from tl_looped.plots import loss_curve
 from tl_looped.training import section51
 from tl_looped.training.corpus import pack, read_problems, split

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from tl_looped.errors import DataError, InputError
-from tl_looped.experiments.files import make_folder, write_bytes
+from tl_looped.files import make_folder, write_bytes
 
 MOST_CSV_ROWS = 20_000
 """Tables of more rows are written as parquet: Figure 63 has one row a weight."""

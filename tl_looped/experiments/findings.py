@@ -11,7 +11,7 @@ import xarray as xr
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import report_text
 from tl_looped.experiments.reading import is_feedforward, read_results
-from tl_looped.experiments.store import RESULTS
+from tl_looped.experiments.store import RESULTS, SPEC, find_runs
 from tl_looped.experiments.summary import RunSummary, by_model, summarise
 
 
@@ -71,15 +71,16 @@ def read_findings(folder: Path, feedforward: str | None = None) -> Findings:
 def _run_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a run's folder, or a folder of runs")
-    if (folder / RESULTS).exists():
+    specified = {path.parent for path in folder.glob(f"*/{SPEC}")}
+    try:
+        found = find_runs(folder)
+    except DataError as error:
+        names = ", ".join(sorted(path.name for path in specified))
+        raise DataError(f"{error}; not yet run: {names}" if names else str(error)) from error
+    if found == [folder]:
         return {folder.resolve().name: folder}, []
-    inside = sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_numbers)
-    runs = {path.name: path for path in inside if (path / RESULTS).exists()}
-    waiting = [p.name for p in inside if p.name not in runs and (p / "spec.toml").exists()]
-    if not runs:
-        more = f"; not yet run: {', '.join(waiting)}" if waiting else ""
-        raise DataError(f"{folder} holds no {RESULTS}, and no subfolder does{more}")
-    return runs, waiting
+    waiting = [path.name for path in sorted(specified - set(found), key=_by_numbers)]
+    return {path.name: path for path in sorted(found, key=_by_numbers)}, waiting
 
 
 def _by_numbers(path: Path) -> list[tuple[int, str]]:

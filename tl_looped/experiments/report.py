@@ -30,10 +30,10 @@ from markupsafe import Markup
 from tl_looped._version import __version__
 from tl_looped.errors import DataError
 from tl_looped.experiments import report_text
-from tl_looped.experiments.files import write_text
 from tl_looped.experiments.findings import Findings, read_findings
 from tl_looped.experiments.reading import specification
 from tl_looped.experiments.summary import RunSummary, mirrored_runs
+from tl_looped.files import write_text
 from tl_looped.plots.views import (
     DRAW,
     MAX_BYTES,

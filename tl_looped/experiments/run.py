@@ -32,7 +32,6 @@ from tl_looped.experiments.engines import (
     load_engine,
     tokenize,
 )
-from tl_looped.experiments.files import make_folder, write_bytes
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.joining import joined
 from tl_looped.experiments.parallel import Workers
@@ -41,6 +40,7 @@ from tl_looped.experiments.reading import specification
 from tl_looped.experiments.sources import Source, find_model
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.tables import write_tables
+from tl_looped.files import make_folder, write_bytes
 from tl_looped.metrics import StreamOptions
 from tl_looped.metrics.streaming import batches_of
 from tl_looped.transformer import LoopedTransformer
@@ -141,10 +141,10 @@ def run_experiment(
     digest = run_hash(spec, prompts, source.identity)
     folder = out / run_folder(spec, digest)
     results = folder / store.RESULTS
-    is_there, problem = store.usable(results)
+    data, problem = store.read_if_usable(results)
     workers.wait()  # before the first process touches anything
-    if is_there:
-        return _found(spec, folder, workers)
+    if data is not None:
+        return _found(spec, folder, workers, data)
     lock = _lock(folder) if workers.first else None
     if workers.first:
         if problem:
@@ -172,19 +172,17 @@ def run_experiment(
     return Run(folder, is_new=True)
 
 
-def _found(spec: Experiment, folder: Path, workers: Workers) -> Run:
+def _found(spec: Experiment, folder: Path, workers: Workers, data: xr.Dataset) -> Run:
     """A run whose results are there; the model that reports compare it with is as asked for."""
     _clean(folder, workers)
-    results = folder / store.RESULTS
     if workers.first:
-        data = store.read_dataset(results)
         stored = specification(data)
         if stored and stored.get("feedforward") != spec.feedforward:
             stored.pop("feedforward", None)
             if spec.feedforward is not None:
                 stored["feedforward"] = spec.feedforward
             text = json.dumps(stored, sort_keys=True, ensure_ascii=False)
-            store.write_dataset(data.assign_attrs(spec=text), results)
+            store.write_dataset(data.assign_attrs(spec=text), folder / store.RESULTS)
             write_bytes(Experiment.from_dict(stored).to_toml().encode(), folder / store.SPEC)
     workers.wait()
     return Run(folder, is_new=False)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tl_looped.errors import ConfigError, DataError
-from tl_looped.experiments.files import write_text
+from tl_looped.files import write_text
 from tl_looped.metrics.catalogue import select
 from tl_looped.metrics.inputs import check_choice
 from tl_looped.model.config import parse_dtype

@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.files import write_bytes
+from tl_looped.files import write_bytes
 
 FORMAT = 1
 """Version of the result files; another one means that their variables mean something else."""
@@ -122,15 +122,14 @@ def read_part(path: Path) -> xr.Dataset:
     return xr.Dataset(found[False], found[True], about["attrs"])
 
 
-def usable(path: Path) -> tuple[bool, str]:
-    """Whether a result file is there and can be read, and why not if it is there."""
+def read_if_usable(path: Path) -> tuple[xr.Dataset | None, str]:
+    """A result if it is there and can be read, and why not if it is there and cannot."""
     if not path.exists():
-        return False, ""
+        return None, ""
     try:
-        read_dataset(path)
+        return read_dataset(path), ""
     except DataError as error:
-        return False, str(error)
-    return True, ""
+        return None, str(error)
 
 
 def set_aside(path: Path) -> Path:

@@ -32,11 +32,12 @@ from jaxtyping import Float
 from tl_looped.errors import DataError
 from tl_looped.experiments.compare import N_STAGES, cluster_rows
 from tl_looped.experiments.mirrored import MirroringTable, Resampling, mirroring_of
-from tl_looped.experiments.reading import Missing, is_feedforward, specification
+from tl_looped.experiments.reading import Missing, is_feedforward
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.metrics.states import cyclicity_index
 from tl_looped.model.geometry import LoopGeometry
+from tl_looped.plots.captions import ablated_layers
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) 
     loop, feedforward = geometry_of(data), is_feedforward(data)
     model = str(data.attrs.get("model", "")) or "unnamed model"
     trained = data.attrs.get("trained_recurrences")
-    ablated = tuple(map(str, specification(data).get("ablate_mlp", ())))
+    ablated = tuple(ablated_layers(data))
     start = str(data.attrs.get("initial_state", ""))
     seed = str(data.attrs.get("state_seed", ""))
     told_apart = [str(data.attrs.get(key, "")) for key in ("model_identity", "dtype")]

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_looped.experiments.files import make_folder, write_bytes
+from tl_looped.files import make_folder, write_bytes
 
 _LAYER_COLUMNS = ("label", "stage", "in_recurrence", "layer_in_stage")
 

@@ -16,7 +16,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import DataError, InputError
+from tl_looped.files import make_folder, write_text
 
 MAX_BYTES = 5_000_000
 """Largest page of a view, the drawing script included."""
@@ -222,10 +222,10 @@ def write_view(
     page = view_page(view, max_bytes)
     about = {"number": number, "title": view.title, "caption": caption}
     about |= {"command": command, "settings": settings}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     record = folder / f"view{number:02d}.json"
-    _replace(record, json.dumps(about | {"view": json.loads(view_data(view))}))
-    _replace(record.with_suffix(".html"), page)
+    write_text(json.dumps(about | {"view": json.loads(view_data(view))}), record)
+    write_text(page, record.with_suffix(".html"))
     return record.with_suffix(".html")
 
 
@@ -369,9 +369,3 @@ def _counted(argument: str, index: int, n: int) -> int:
 def _used(row: Int[np.ndarray, " key"]) -> int:
     used = np.flatnonzero(row)
     return int(used[-1]) + 1 if len(used) else 0
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

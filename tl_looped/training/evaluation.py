@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_looped.files import write_text
 from tl_looped.training.trainer import held_out_loss
 from tl_looped.transformer import LoopedTransformer
 
@@ -43,7 +44,5 @@ def loss_by_recurrences(
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a CSV file beside its place and rename it."""
-    partial = path.with_suffix(".partial")
-    table.to_csv(partial, index=False)
-    partial.replace(path)
+    """Write a CSV file; see :func:`tl_looped.files.write_bytes`."""
+    write_text(table.to_csv(index=False), path)

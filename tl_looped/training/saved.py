@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tl_looped.errors import CheckpointError, ConfigError
+from tl_looped.files import write_text
 from tl_looped.model.config import LoopedConfig
 from tl_looped.training.spec import TrainSpec
 
@@ -28,10 +28,8 @@ RUN = "run.json"
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON beside its place and rename it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write JSON; see :func:`tl_looped.files.write_bytes`."""
+    write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", path)
 
 
 def seal(checkpoint: Path) -> None:

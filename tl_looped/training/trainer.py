@@ -16,6 +16,7 @@ devices, and PyTorch: two devices differ from one in the last digit.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import random
@@ -36,6 +37,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tl_looped.errors import DataError, DivergedError
+from tl_looped.files import write_text
 from tl_looped.training.losses import ExitWeighted, training_loss
 from tl_looped.training.optimizers import make_optimizer
 from tl_looped.training.recurrences import state_seed
@@ -389,10 +391,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def write_log(path: Path, log: list[dict[str, Any]]) -> None:
-    """Write the log beside its place and rename it."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, LOG_FIELDS)
-        writer.writeheader()
-        writer.writerows(log)
-    partial.replace(path)
+    """Write the log; see :func:`tl_looped.files.write_bytes`."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, LOG_FIELDS)
+    writer.writeheader()
+    writer.writerows(log)
+    write_text(text.getvalue(), path)
