@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def measure(
     recurrences: Sequence[int] = VERDICT_RECURRENCES,
     device: str | None = None,
     batch_size: int | str = "auto",
-    watch: Callable[[str], Watch] = lambda what: Watch(),
+    watch: Callable[[str], AbstractContextManager[Watch]] = lambda what: nullcontext(Watch()),
 ) -> Measured:
     """Run the experiments of one model, or read what is there.
 
@@ -142,14 +143,15 @@ def measure(
         prompts: What is run.
         recurrences: Of the runs with a verdict; none for a control that runs once.
         device, batch_size: As in :func:`tl_looped.experiments.run.run_experiment`.
-        watch: Called with what is being run.
+        watch: Called with what is run next; gives what is told of it.
     """
     results = {}
     for spec in experiments(trained, prompts, recurrences):
         what = f"{trained.name}, {spec.recurrences} recurrences"
-        run = run_experiment(
-            spec, out / trained.name, device=device, batch_size=batch_size, watch=watch(what)
-        )
+        with watch(what) as told:
+            run = run_experiment(
+                spec, out / trained.name, device=device, batch_size=batch_size, watch=told
+            )
         data = run.load()
         # The checkpoint's folder is called "final", whatever the model.
         results[int(data.attrs["n_recurrences"])] = data.assign_attrs(model=trained.configuration)
