@@ -138,12 +138,25 @@ def reproduce(
         typer.Option(help="A hub id or folder in place of the one model that --models names."),
     ] = None,
     subset: Subset = 256,
+    section: Annotated[
+        str | None, typer.Option(help="5.1 in place of models: small models, trained before.")
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Section 5.1: the folder of tl-looped train-section51.")
+    ] = None,
     out: Out = Path("reproduction"),
     device: Device = None,
     dtype: Dtype = "float32",
     batch_size: BatchSize = "auto",
 ) -> None:
     """Run the paper's experiments, draw its figures, and write one report of all."""
+    if section is not None:
+        if section != "5.1":
+            raise InputError(f"section must be 5.1, got {section!r}")
+        from tl_looped.cli.sections import reproduce_section51
+
+        reproduce_section51(runs, out, prompts, subset, device, batch_size)
+        return
     from tl_looped.experiments.paper import paper_plan, parse_models
     from tl_looped.experiments.spec import PromptSet
 

@@ -142,10 +142,7 @@ def _title(summaries: Sequence[RunSummary]) -> str:
 def _section(
     anchor: str, name: str, path: Path, root: Path, data: xr.Dataset | None, room: int
 ) -> tuple[Section, int]:
-    figures = tuple(
-        _figure(record, f"{anchor}-fig{i}", root)
-        for i, record in enumerate(_records(path / "figures", "fig"))
-    )
+    figures = exhibits(path / "figures", anchor, root)
     views = []
     for i, record in enumerate(_records(path / "views", "view")):
         view, room = _view(record, f"{anchor}-view{i}", root, room)
@@ -171,6 +168,23 @@ def _attributes(data: xr.Dataset) -> dict[str, str]:
 
 
 # -- figures and views --------------------------------------------------------------------------
+
+
+def exhibits(folder: Path, anchor: str, root: Path) -> tuple[Exhibit, ...]:
+    """The figures of a folder, in the order of their names.
+
+    Args:
+        folder: With ``figNN.json`` and the images.
+        anchor: Begins the ids.
+        root: Files are named from here.
+
+    Raises:
+        DataError: if a file is damaged, or an image has no record.
+    """
+    return tuple(
+        _figure(record, f"{anchor}-fig{i}", root)
+        for i, record in enumerate(_records(folder, "fig"))
+    )
 
 
 def _has_views(folder: Path, folders: dict[str, Path]) -> bool:
@@ -262,7 +276,8 @@ def _view(path: Path, anchor: str, root: Path, room: int) -> tuple[Exhibit, int]
 # -- the page -----------------------------------------------------------------------------------
 
 
-def _render(title: str, found: Findings, sections: Sequence[Section]) -> str:
+def pages() -> Environment:
+    """The templates of pages: everything is escaped, and a name that is not given is an error."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -271,20 +286,28 @@ def _render(title: str, found: Findings, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["value"] = report_text.value
+    return environment
+
+
+def _render(title: str, found: Findings, sections: Sequence[Section]) -> str:
     drawn = any(view.content is not None for section in sections for view in section.views)
     scripts = [drawing_script(), DRAW + _DRAW_WHEN_OPENED] if drawn else []
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        version=__version__,
-        policy=content_policy(scripts),
-        rows=found.rows(),
-        n_runs=len(found.summaries),
-        mirroring=[report_text.mirroring(run) for run in mirrored_runs(found.summaries)],
-        verdicts=report_text.VERDICTS.values(),
-        sections=sections,
-        waiting=found.waiting,
-        # Ours or the package's, and safe in a script element; all else is escaped.
-        scripts=[Markup(script) for script in scripts],
-        view_style=Markup(VIEW_STYLE),
-        safe_json=Markup,
+    return (
+        pages()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            version=__version__,
+            policy=content_policy(scripts),
+            rows=found.rows(),
+            n_runs=len(found.summaries),
+            mirroring=[report_text.mirroring(run) for run in mirrored_runs(found.summaries)],
+            verdicts=report_text.VERDICTS.values(),
+            sections=sections,
+            waiting=found.waiting,
+            # Ours or the package's, and safe in a script element; all else is escaped.
+            scripts=[Markup(script) for script in scripts],
+            view_style=Markup(VIEW_STYLE),
+            safe_json=Markup,
+        )
     )

@@ -167,6 +167,85 @@ def mirroring_score(
     )
 
 
+@dataclass(frozen=True)
+class PermutedScore:
+    """A mirroring score and what random orders of the core layers would give.
+
+    Attributes:
+        score: Mean over recurrences of Pearson's r; NaN if one of them is.
+        null: The same under every random order; NaN where an order has no score.
+        p: ``(1 + #{null >= score}) / (1 + N)``, ties (to 1e-12) counted.
+        n_orders: Different orders that the block has, k!; p is hardly below its inverse.
+        seed: Of the orders.
+    """
+
+    score: float
+    null: Float[np.ndarray, " permutation"]
+    p: float
+    n_orders: int
+    seed: tuple[int, ...]
+
+
+def permuted_mirroring(
+    core: Float[np.ndarray, "recurrence core"] | Float[Tensor, "recurrence core"],
+    feedforward: Float[np.ndarray, " layer"] | Float[Tensor, " layer"],
+    *,
+    prelude: Float[np.ndarray, " prelude"] | Float[Tensor, " prelude"] | None = None,
+    coda: Float[np.ndarray, " coda"] | Float[Tensor, " coda"] | None = None,
+    n_permutations: int = 1000,
+    seed: tuple[int, ...] = (0,),
+) -> PermutedScore:
+    """Mean Pearson's r over recurrences of ``[prelude, block_r, coda]``, and its permutation null.
+
+    A null order permutes the core layers in the same way at every recurrence, as these are the same
+    layers; prelude and coda stay in place. It says how much of the score any order of the block
+    would give. ``null`` allows scores of several models to be tested together.
+
+    Curves without spread, or not finite, have no score: everything is NaN. A block of one layer has
+    a score and no other order: null and p are NaN.
+
+    Args:
+        core, feedforward, prelude, coda: As in :func:`mirroring_score`.
+        n_permutations: Random orders, at least 1.
+        seed: Of the orders, non-negative integers.
+
+    Raises:
+        InputError: if a curve has fewer than two layers or an argument is out of range.
+    """
+    _check_draw(0, n_permutations, min(seed, default=-1))
+    blocks, target = as_float64(core), as_float64(feedforward)
+    ends = [np.zeros(0) if x is None else as_float64(x) for x in (prelude, coda)]
+    k = blocks.shape[1]
+    sizes = {"core with prelude and coda": sum(map(len, ends)) + k, "feedforward": len(target)}
+    for name, n in sizes.items():
+        if n < 2 or k == 0 or not len(blocks):
+            raise InputError(f"{name} must have at least two layers to be a curve, got {n}")
+    f = _resample(target[None])
+
+    def score(orders: Int[np.ndarray, "n core"]) -> Float[np.ndarray, " n"]:
+        first, last = (np.broadcast_to(x, (len(orders), len(x))) for x in ends)
+        each = [
+            _pearson(_resample(np.concatenate((first, block[orders], last), axis=1)), f)
+            for block in blocks
+        ]
+        return np.mean(each, axis=0)
+
+    observed = float(score(np.arange(k)[None])[0])
+    null, p = np.full(n_permutations, math.nan), math.nan
+    if k > 1 and not math.isnan(observed):
+        rng = np.random.default_rng(seed)
+        drawn = np.stack([rng.permutation(k) for _ in range(n_permutations)])
+        orders, which = np.unique(drawn, axis=0, return_inverse=True)  # 24 of four layers
+        null = score(orders)[which.reshape(-1)]
+        p = permutation_p(null, observed)
+    return PermutedScore(observed, null, p, math.factorial(k), seed)
+
+
+def permutation_p(null: Float[np.ndarray, " permutation"], observed: float) -> float:
+    """``(1 + #{null >= observed}) / (1 + N)``, ties to 1e-12; what is NaN counts in N alone."""
+    return _p_value(null, observed, "pearson")
+
+
 def base_layer_cosine(
     states: Float[Tensor, "*layers pos d_model"],
     base: Float[Tensor, "*base_layers base_pos base_d_model"],

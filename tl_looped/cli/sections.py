@@ -1,0 +1,68 @@
+"""``tl-looped reproduce --section``: sections of the paper that are of many small models."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import typer
+
+from tl_looped.cli.console import command_line, console, note, watched
+from tl_looped.errors import InputError
+
+STOPPED = 130
+
+
+def reproduce_section51(
+    runs: Path | None,
+    out: Path,
+    prompts: str | None = None,
+    subset: int = 256,
+    device: str | None = None,
+    batch_size: str = "auto",
+    recurrences: tuple[int, ...] | None = None,
+) -> Path:
+    """Measure the finished models of a folder of trainings, and write figures, data and page.
+
+    Args:
+        runs: Folder of ``tl-looped train-section51``.
+        out: Gets ``runs``, ``figures``, ``data`` and ``section-5.1.html``.
+        prompts, subset: As in ``analyze``; the bundled ones if None.
+        device, batch_size: As in ``analyze``.
+        recurrences: Of the runs with a verdict.
+
+    Returns:
+        The page.
+    """
+    from tl_looped.experiments.small_models import VERDICT_RECURRENCES, measure, trained_runs
+    from tl_looped.experiments.small_models_data import write_data
+    from tl_looped.experiments.small_models_page import draw_section51, write_section51
+    from tl_looped.experiments.small_models_tables import tables_of
+    from tl_looped.experiments.spec import PromptSet
+
+    if runs is None:
+        raise InputError(
+            "section 5.1 is of models that are trained first: give their folder, --runs FOLDER "
+            "(tl-looped train-section51 DATA --out FOLDER)"
+        )
+    found, missing = trained_runs(runs)
+    chosen = PromptSet.parse(prompts or "bundled", subset=subset)
+    size: int | str = (
+        int(batch_size) if batch_size.isascii() and batch_size.isdecimal() else batch_size
+    )
+    counts = VERDICT_RECURRENCES if recurrences is None else recurrences
+    try:
+        measured = [
+            measure(one, out / "runs", chosen, counts, device, size, partial(watched, first=True))
+            for one in found
+        ]
+    except KeyboardInterrupt:
+        console.print("Stopped. What is done stays; the same command goes on from there.")
+        raise typer.Exit(STOPPED) from None
+    for name, why in missing.items():
+        note(f"{name}: {why}")
+    data = write_data(tables_of(measured, missing), out / "data")
+    draw_section51(measured, data, out / "figures", command_line(), note)
+    page = write_section51(data, out)
+    console.print(f"{len(found)} models; the page is [bold]{page.resolve()}[/bold]", soft_wrap=True)
+    return page

@@ -1,0 +1,291 @@
+"""Figures and the page of Section 5.1, ``section-5.1.html``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from tl_looped.errors import InputError
+from tl_looped.experiments.drawing import save_figures
+from tl_looped.experiments.figures import draw
+from tl_looped.experiments.section_page import PagePart, figures_in, table_of, write_page
+from tl_looped.experiments.small_models import CONTROL, FIGURES_OF, Measured
+from tl_looped.experiments.small_models_data import Section51
+from tl_looped.experiments.small_models_statistics import N_PERMUTATIONS
+from tl_looped.plots.small_models import (
+    loss_by_recurrences,
+    steps_over_recurrences,
+    training_curves,
+)
+
+PAGE = "section-5.1.html"
+
+
+def draw_section51(
+    measured: Sequence[Measured],
+    found: Section51,
+    folder: Path,
+    command: str,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """Draw Figures 10, 54, 55, 57 and 60, the curves and the steps; what cannot be drawn is said.
+
+    Args:
+        measured: Results of every model and seed.
+        found: Tables of the same.
+        folder: Where figures go.
+        command: That made them.
+        say: Gets notices.
+    """
+    runs: dict[str, list[object]] = {}
+    for one in measured:
+        runs.setdefault(one.trained.configuration, []).append(one.stages)
+    control = runs.get(CONTROL)
+    models = found.models
+    most = int(models.steps["recurrences"].max()) if len(models.steps) else 0
+    long = {name: models.runs(name, most) for name in models.looped} if most else {}
+    trained = {models.about["models"][name]["recurrences"] for name in models.looped}
+    mark = trained.pop() if len(trained) == 1 else None
+    wanted: dict[str, Callable[[], object]] = {
+        "curves": lambda: [training_curves(models.curves, CONTROL)],
+        "loss": lambda: [loss_by_recurrences(models.evaluation, mark, CONTROL)],
+        "steps": lambda: [steps_over_recurrences(long)],
+        "10": lambda: draw(10, runs, control=control),
+    }
+    for number, name in FIGURES_OF.items():
+        if name in runs:
+            wanted[str(number)] = lambda n=number, c=name: draw(n, runs[c], control=control)  # type: ignore[misc]
+        else:
+            say(f"figure {number}: no model {name}")
+    images: list[Path] = []
+    for what, make in wanted.items():
+        try:
+            images += save_figures(make(), folder, command)  # type: ignore[arg-type]
+        except InputError as error:
+            say(f"figure {what}: {error}")
+    return images
+
+
+def write_section51(found: Section51, out: Path) -> Path:
+    """Write ``OUT/section-5.1.html`` of the data and of the figures in ``OUT/figures``."""
+    about = found.models.about
+    seeds = {name: len(found.models.seeds(name)) for name in found.models.configurations}
+    few, many = min(seeds.values()), max(seeds.values())
+    n = f"{few}" if few == many else f"{few} to {many}"
+    lead = (
+        f"{sum(seeds.values())} small models, {n} seeds a configuration, "
+        f"{about['architecture']['d_model']} dimensions, trained on a CPU: what Section 5.1 of "
+        "arXiv 2604.11791 shows at 512 dimensions and 3.7 billion tokens. Measured on "
+        f"{about['prompts']['run']} prompts ({about['prompts']['set']}). All models are pre-norm, "
+        "so that nothing here compares norms."
+    )
+    missing = [f"{name} ({why})" for name, why in about["missing"].items()]
+    parts = [
+        _decided(found),
+        _trained(found, out),
+        _stages(out),
+        _mirroring(found),
+        _clusters(found),
+        _convergence(found, out),
+        _contrasts(found),
+        _counts(found),
+    ]
+    title = "Section 5.1: small looped models, at the scale of a CPU"
+    return write_page(out / PAGE, title, lead, parts, missing)
+
+
+def _decided(found: Section51) -> PagePart:
+    contrasts, mirroring = found.statistics.contrasts, found.statistics.mirroring
+    yes = [*_where(contrasts, True), *_where(mirroring, True)]
+    no = [*_where(contrasts, False), *_where(mirroring, False)]
+    text = (
+        f"Of {len(contrasts)} paired contrasts between configurations, "
+        f"{int(_flags(contrasts).sum())} are decided; of {len(mirroring)} mirroring scores, "
+        f"{int(_flags(mirroring).sum())} exceed those of random layer orders. A contrast is decided "
+        "if its t-interval leaves out 0 and the exact sign-flip p is at most 0.05; with n seeds "
+        "that p cannot fall below 2 / 2^n (0.25 with three, 0.031 with six). Nothing is corrected "
+        "for the number of tests."
+    )
+    findings = (*yes, *no)
+    return PagePart("decided", "What this scale decides, and what it cannot", (text,), (), findings)
+
+
+def _flags(table: pd.DataFrame) -> pd.Series:
+    empty = pd.Series([], dtype=bool)
+    return table["decided"].astype(bool) if "decided" in table else empty
+
+
+def _where(table: pd.DataFrame, decided: bool) -> list[str]:
+    flags = _flags(table)
+    return [str(text) for text in table.loc[flags == decided, "says"]] if len(flags) else []
+
+
+def _trained(found: Section51, out: Path) -> PagePart:
+    columns = {
+        "configuration": "Configuration",
+        "shape": "Shape",
+        "models": "Models",
+        "seeds": "Seeds",
+        "parameters": "Parameters",
+        "steps": "Steps",
+        "tokens_a_model": "Tokens a model",
+        "tokens": "Tokens in all",
+    }
+    caption = "Training: the same rows in the same order for every model; the seed draws weights."
+    table = table_of(found.statistics.training, columns, caption)
+    text = (
+        "Held-out loss is lowest at the trained recurrences where nothing is injected, and rises "
+        "beyond them: see the conditions below for its mean, SD and intervals."
+        if _rises(found)
+        else "Held-out loss by recurrences is in the conditions below."
+    )
+    figures = figures_in(out / "figures", ("fig_curves", "fig_loss"), out)
+    return PagePart("training", "Training", (text,), (table,), (), figures)
+
+
+def _rises(found: Section51) -> bool:
+    """Whether every model without injection has its lowest loss at the trained recurrences."""
+    models = found.models.about["models"]
+    table = found.statistics.conditions
+    best = table[table["quantity"] == "best recurrences"].set_index("configuration")["mean"]
+    plain = [name for name in best.index if models[name]["injection"] == "none"]
+    return bool(plain) and all(best[name] == models[name]["recurrences"] for name in plain)
+
+
+def _stages(out: Path) -> PagePart:
+    names = ("fig10", *(f"fig{number}" for number in FIGURES_OF))
+    text = (
+        "Stage metrics by recurrence over [prelude, block, coda]; bands are over seeds. Figures "
+        "56, 58, 59, 61 and 62 of the paper are of shapes that are not trained here."
+    )
+    return PagePart(
+        "stages", "Stage metrics", (text,), (), (), figures_in(out / "figures", names, out)
+    )
+
+
+def _mirroring(found: Section51) -> PagePart:
+    columns = {
+        "configuration": "Configuration",
+        "metric": "Metric",
+        "curve": "Curve",
+        "mean": "Mean r",
+        "sd": "SD over seeds",
+        "t": "95 % t-interval",
+        "p_permutation": "p, permutation",
+        "least_p": "Least p",
+        "p_seeds": "p of each seed",
+        "n_seeds": "Seeds",
+    }
+    statistics = found.statistics
+    draws = f"{N_PERMUTATIONS:,} random orders of the core layers, in every seed independently"
+    caption = (
+        "Mirroring score: Pearson's r with the control of the same seed, mean over recurrences, "
+        f"then over seeds. p of the mean score against {draws}."
+    )
+    tables = [table_of(statistics.mirroring, columns, caption)]
+    if len(statistics.ceiling):
+        columns = {"metric": "Metric", "mean": "Mean r", "least": "Least", "most": "Most"}
+        columns["n_pairs"] = "Pairs"
+        text = "Ceiling: the same score between controls of two seeds, over all pairs of seeds."
+        tables.append(table_of(statistics.ceiling, columns, text))
+    text = "Curve “block” leaves out prelude and coda, whose order the null does not touch."
+    return PagePart("mirroring", "Mirroring scores", (text,), tuple(tables))
+
+
+def _clusters(found: Section51) -> PagePart:
+    columns = {
+        "configuration": "Configuration",
+        "quantity": "Quantity",
+        "mean": "Mean",
+        "sd": "SD over seeds",
+        "t": "95 % t-interval",
+        "percentile": "95 % bootstrap, seeds",
+        "n_seeds": "Seeds",
+    }
+    caption = (
+        "k-means clusters of the control's layers (K = 3), looked for in the looped models: share "
+        "of layers in the control's stage at the same depth, and adjusted Rand index (0: chance). "
+        "Means over recurrences, then over seeds."
+    )
+    return PagePart(
+        "clusters",
+        "Stages as clusters",
+        (),
+        (table_of(found.statistics.clusters, columns, caption),),
+    )
+
+
+_INTERVALS: Mapping[str, str] = {
+    "mean": "Mean",
+    "sd": "SD over seeds",
+    "hierarchical": "95 % bootstrap, seeds and prompts",
+    "percentile": "95 % bootstrap, seeds",
+    "t": "95 % t-interval",
+    "n_seeds": "Seeds",
+    "n_left_out": "Left out",
+}
+
+
+def _convergence(found: Section51, out: Path) -> PagePart:
+    columns = {
+        "configuration": "Configuration",
+        "recurrences": "Recurrences",
+        "quantity": "Quantity",
+        **_INTERVALS,
+    }
+    table = found.statistics.conditions
+    draws = "1,000" if not len(table) else f"{int(table['n_resamples'].iloc[0]):,}"
+    caption = (
+        f"Means over seeds with their intervals ({draws} resamples). Rate: a step over the one "
+        "before it. Shares: of prompts by verdict, confirmed by runs of twice the recurrences. "
+        "Losses in nats a token. Left out: prompts without a rate."
+    )
+    figures = figures_in(out / "figures", ("fig_steps",), out)
+    text = "With three seeds there are ten different resamples: bootstrap intervals are too narrow."
+    return PagePart(
+        "conditions",
+        "Convergence and losses",
+        (text,),
+        (table_of(table, columns, caption),),
+        (),
+        figures,
+    )
+
+
+def _contrasts(found: Section51) -> PagePart:
+    columns = {
+        "contrast": "Contrast",
+        "recurrences": "Recurrences",
+        "quantity": "Quantity",
+        "mean": "Mean difference",
+        "percentile": "95 % bootstrap",
+        "bca": "95 % BCa",
+        "t": "95 % t-interval",
+        "sign_flip_p": "Sign-flip p",
+        "least_p": "Least p",
+        "n_seeds": "Seeds",
+        "decided": "Decided",
+    }
+    caption = "Paired contrasts: differences between models of the same seed."
+    return PagePart(
+        "contrasts", "Contrasts", (), (table_of(found.statistics.contrasts, columns, caption),)
+    )
+
+
+def _counts(found: Section51) -> PagePart:
+    columns = {
+        "configuration": "Configuration",
+        "recurrences": "Recurrences",
+        "confirmed_at": "Confirmed at",
+        "models": "Models",
+        "prompts": "Prompts",
+        "sequences": "Sequences",
+        "forward_passes": "Forward passes",
+        "tokens_read": "Tokens read",
+    }
+    table = found.statistics.counts
+    total = int(table["forward_passes"].sum())
+    caption = f"What was run of the trained models: {total:,} forward passes of one prompt."
+    return PagePart("counts", "What was run", (), (table_of(table, columns, caption),))
