@@ -139,10 +139,20 @@ def reproduce(
     ] = None,
     subset: Subset = 256,
     section: Annotated[
-        str | None, typer.Option(help="5.1 in place of models: small models, trained before.")
+        str | None,
+        typer.Option(
+            help="4.2 (a grid of random models) or 5.1 (small models, trained before) in place of "
+            "models."
+        ),
     ] = None,
     runs: Annotated[
         Path | None, typer.Option(help="Section 5.1: the folder of tl-looped train-section51.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Section 4.2: seeds of every condition; contrasts need 6 or more.")
+    ] = 5,
+    workers: Annotated[
+        int | None, typer.Option(help="Section 4.2: processes; one a core if left out.")
     ] = None,
     out: Out = Path("reproduction"),
     device: Device = None,
@@ -151,11 +161,14 @@ def reproduce(
 ) -> None:
     """Run the paper's experiments, draw its figures, and write one report of all."""
     if section is not None:
-        if section != "5.1":
-            raise InputError(f"section must be 5.1, got {section!r}")
-        from tl_looped.cli.sections import reproduce_section51
+        from tl_looped.cli.sections import reproduce_section42, reproduce_section51
 
-        reproduce_section51(runs, out, prompts, subset, device, batch_size)
+        if section == "4.2":
+            reproduce_section42(out, seeds, workers)
+        elif section == "5.1":
+            reproduce_section51(runs, out, prompts, subset, device, batch_size)
+        else:
+            raise InputError(f"section must be 4.2 or 5.1, got {section!r}")
         return
     from tl_looped.experiments.paper import paper_plan, parse_models
     from tl_looped.experiments.spec import PromptSet

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
 import typer
 
-from tl_looped.cli.console import command_line, console, note, watched
+from tl_looped.cli.console import command_line, console, note, progress_bar, watched
 from tl_looped.errors import InputError
 
 STOPPED = 130
@@ -64,5 +65,46 @@ def reproduce_section51(
     data = write_data(tables_of(measured, missing), out / "data")
     draw_section51(measured, data, out / "figures", command_line(), note)
     page = write_section51(data, out)
+    console.print(f"{len(found)} models; the page is [bold]{page.resolve()}[/bold]", soft_wrap=True)
+    return page
+
+
+def reproduce_section42(out: Path, seeds: int = 5, workers: int | None = None) -> Path:
+    """Run the grid of random models, and write figures, tables and page.
+
+    Args:
+        out: Gets ``cells``, ``figures``, ``tables`` and ``section-4.2.html``.
+        seeds: Of every condition, 0 to ``seeds - 1``.
+        workers: Processes; one a core if None.
+
+    Returns:
+        The page.
+    """
+    from tl_looped.experiments.random_cells import CellSize, cells
+    from tl_looped.experiments.random_grid import run_grid
+    from tl_looped.experiments.random_page import draw_section42, write_section42
+    from tl_looped.experiments.random_tables import grid_tables
+
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1, got {seeds}")
+    wanted = cells(range(seeds))
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("random models", total=len(wanted))
+            found = run_grid(
+                wanted,
+                CellSize(),
+                out,
+                workers or os.cpu_count() or 1,
+                lambda n: progress.advance(task, n),
+                note,
+            )
+    except KeyboardInterrupt:
+        console.print("Stopped. What is done stays; the same command goes on from there.")
+        raise typer.Exit(STOPPED) from None
+    tables = grid_tables(found)
+    tables.write(out / "tables")
+    draw_section42(found, out / "figures", command_line(), note)
+    page = write_section42(found, tables, out)
     console.print(f"{len(found)} models; the page is [bold]{page.resolve()}[/bold]", soft_wrap=True)
     return page

@@ -70,7 +70,7 @@ class CellSize:
     d_model: int = 256
     n_tokens: int = 8
     n_recurrences: int = 128
-    n_iterations: int = 100
+    n_iterations: int = 64
 
     def __post_init__(self) -> None:
         least = {"d_model": 2, "n_tokens": 1, "n_recurrences": 4, "n_iterations": 0}
@@ -171,25 +171,24 @@ def model_of(cell: Cell, size: CellSize) -> LoopedTransformer:
     return model
 
 
-def reseeded(model: LoopedTransformer, seed: int) -> LoopedTransformer:
+def reseeded(model: LoopedTransformer, cell: Cell) -> LoopedTransformer:
     """The same model with the weights and the initial state of another seed, in place.
 
     Hook points of thousands of effective layers take longer to make than to run.
     """
-    model.cfg.seed = model.state_seed = seed
+    model.cfg.seed = model.state_seed = cell.seed
+    model.cfg.model_name = cell.name
     init_weights(model, model.cfg)
     return model
 
 
-def run_condition(
-    wanted: Sequence[Cell], size: CellSize
-) -> Iterator[tuple[Cell, xr.Dataset]]:
+def run_condition(wanted: Sequence[Cell], size: CellSize) -> Iterator[tuple[Cell, xr.Dataset]]:
     """:func:`run_cell` of cells that differ by their seed alone, on one model."""
     model = model_of(wanted[0], size)
     for cell in wanted:
         if replace(cell, seed=wanted[0].seed) != wanted[0]:
             raise InputError(f"{cell.name} and {wanted[0].name} differ by more than their seed")
-        yield cell, run_cell(cell, size, reseeded(model, cell.seed))
+        yield cell, run_cell(cell, size, reseeded(model, cell))
 
 
 @torch.no_grad()
@@ -228,7 +227,7 @@ def run_cell(cell: Cell, size: CellSize, model: LoopedTransformer | None = None)
     numbers |= _spectrum(model, tokens, states[size.n_recurrences - 1, -1], result.converged, size)
     data = data.assign({name: ("prompt", value) for name, value in numbers.items()})
     data["verdict_name"] = ("prompt", [Verdict(int(v)).name for v in result.verdict])
-    about = {**asdict(cell), **asdict(size)}
+    about = asdict(cell) | asdict(size)
     return data.assign_attrs({f"cell_{key}": value for key, value in about.items()})
 
 
@@ -256,9 +255,7 @@ def _spectrum(
     return {name: getattr(found, name).numpy() for name in names}
 
 
-def conditions(data: Iterable[xr.Dataset]) -> Iterator[tuple[Cell, xr.Dataset]]:
-    """Results of :func:`run_cell` with the cell that each belongs to."""
-    for one in data:
-        fields = {name: one.attrs[f"cell_{name}"] for name in Cell.__dataclass_fields__}
-        fields["injected"] = bool(fields["injected"])
-        yield Cell(**fields), one
+def cell_of(data: xr.Dataset) -> Cell:
+    """The cell that a result of :func:`run_cell` is of."""
+    found = {name: data.attrs[f"cell_{name}"] for name in Cell.__dataclass_fields__}
+    return Cell(**(found | {"injected": bool(found["injected"])}))

@@ -42,10 +42,12 @@ def grid(request: Request, data: Any, layers: int) -> list[DrawnFigure]:
         _check_has(request, runs, f"condition {condition}")
     first = next(iter(data.values()))
     extra = [f"random weights of shape {loop}, one model a condition and seed"]
+    added = f", {request.options.subtitle}" if request.options.subtitle else ""
     if LOWEST in request.variables:
         panels, columns = grid_panels(data, request.variables[0], band_of(request), log=True)
         extra.append("right: lowest cosine of the first layer's state to any layer's fixed point")
-        return [of_panels(request, first, panels, columns, extra, (3.4, 2.8), several=True)]
+        size = (3.4, 2.8)
+        return [of_panels(request, first, panels, columns, extra, size, what=added, several=True)]
     out = []
     for name in request.variables:
         log = "cosine" not in name
@@ -53,7 +55,7 @@ def grid(request: Request, data: Any, layers: int) -> list[DrawnFigure]:
         columns = len({norm for norm, _ in data})
         drawn = of_panels(
             request, first, panels, columns, extra, (3.4, 2.8), suffix=f"_{name}",
-            what=_WHAT.get(name, f", {name}"), several=True,
+            what=_WHAT.get(name, f", {name}") + added, several=True,
         )  # fmt: skip
         out.append(drawn)
     return out

@@ -52,6 +52,7 @@ class DrawOptions:
         prompt_set: What the prompts are, for captions.
         trained: Recurrences of the training, marked in the grouping L; the attribute
             ``trained_recurrences`` if None.
+        subtitle: Added to the titles of Figures 6 and 29 to 31, which name no model.
         with_caption: Write the caption under the figure too.
     """
 
@@ -67,6 +68,7 @@ class DrawOptions:
     rho: float = 0.9
     prompt_set: str | None = None
     trained: int | None = None
+    subtitle: str | None = None
     with_caption: bool = True
 
 

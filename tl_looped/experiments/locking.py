@@ -1,0 +1,27 @@
+"""One process works in a folder of results at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tl_looped.errors import DataError
+from tl_looped.files import make_folder
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Held as long as this process works in the folder; it ends with the process, however it ends.
+
+    Raises:
+        DataError: if another process holds it.
+    """
+    lock = FileLock(make_folder(folder) / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DataError(
+            f"another process is running this experiment in {folder}: wait for it and call again, "
+            "or give another folder"
+        ) from error
+    return lock

@@ -1,0 +1,175 @@
+"""Section 4.2: the whole grid of random models, on several processes, kept cell by cell.
+
+``OUT/cells/NAME.npz`` is one cell. What is there and undamaged is not run again, so a stopped grid
+goes on. Every process computes on one thread: the numbers do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import xarray as xr
+
+from tl_looped.errors import DataError, InputError
+from tl_looped.experiments.locking import lock_folder
+from tl_looped.experiments.random_cells import METRICS, Cell, CellSize, cell_of, run_condition
+from tl_looped.experiments.store import PART_SUFFIX, read_part, write_part
+from tl_looped.files import make_folder, write_text
+
+CELLS = "cells"
+_ABOUT = "grid.json"
+_VERSION = 1
+"""Of what a cell's numbers mean."""
+
+
+def run_grid(
+    wanted: Sequence[Cell],
+    size: CellSize,
+    out: Path,
+    workers: int,
+    advance: Callable[[int], None] = lambda n: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[Cell, xr.Dataset]:
+    """Run the cells that are not there yet, and read all.
+
+    Args:
+        wanted: The cells.
+        size: Of all cells.
+        out: Folder of the grid.
+        workers: Processes; 1 runs in this one.
+        advance: Called with the number of cells that became ready, those found first.
+        say: Gets what was damaged and is run again.
+
+    Returns:
+        The results in the order asked for.
+
+    Raises:
+        InputError: no cell, fewer than one process, or a folder with cells of another size.
+        DataError: the folder cannot be written to, or another process works in it.
+    """
+    if not wanted:
+        raise InputError("wanted: no cell was given, see random_cells.cells()")
+    if type(workers) is not int or workers < 1:
+        raise InputError(f"workers must be an integer of at least 1, got {workers!r}")
+    folder = make_folder(out / CELLS)
+    lock = lock_folder(folder)
+    try:
+        _claim(size, out)
+        found = _found(wanted, folder, say)
+        advance(len(found))
+        todo: dict[Cell, list[Cell]] = {}
+        for cell in wanted:
+            if cell not in found:
+                todo.setdefault(replace(cell, seed=0), []).append(cell)
+        for name in _carried_out(list(todo.values()), size, folder, workers):
+            advance(1)
+            found[name] = read_part(_file(name, folder))
+    finally:
+        lock.release()
+    return {cell: found[cell] for cell in wanted}
+
+
+def read_grid(out: Path) -> dict[Cell, xr.Dataset]:
+    """The cells that a folder holds.
+
+    Raises:
+        DataError: if there is none, or one is damaged.
+    """
+    files = sorted((out / CELLS).glob(f"*{PART_SUFFIX}"))
+    if not files:
+        raise DataError(f"{out} holds no cells: tl-looped reproduce --section 4.2 --out {out}")
+    found = [read_part(path) for path in files]
+    return dict(sorted((cell_of(one), one) for one in found))
+
+
+def _file(cell: Cell, folder: Path) -> Path:
+    return folder / f"{cell.name}{PART_SUFFIX}"
+
+
+def _claim(size: CellSize, out: Path) -> None:
+    """Write what the cells have in common, or compare it with what is there."""
+    mine = {"version": _VERSION, "metrics": list(METRICS), **asdict(size)}
+    path = out / _ABOUT
+    if not path.is_file():
+        write_text(json.dumps(mine, indent=2) + "\n", path)
+        return
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): restore it or remove {out}") from error
+    if theirs != mine:
+        differ = [
+            key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]
+        ]
+        raise InputError(
+            f"{out} holds a grid with another {', '.join(differ) or 'content'}: give another folder"
+        )
+
+
+def _found(
+    wanted: Sequence[Cell], folder: Path, say: Callable[[str], None]
+) -> dict[Cell, xr.Dataset]:
+    found = {}
+    for cell in wanted:
+        path = _file(cell, folder)
+        if not path.is_file():
+            continue
+        try:
+            found[cell] = read_part(path)
+        except DataError as error:
+            say(f"{error}: the cell is run again")
+    return found
+
+
+def _carried_out(
+    tasks: Sequence[Sequence[Cell]], size: CellSize, folder: Path, workers: int
+) -> Iterator[Cell]:
+    """Run conditions, and yield every cell whose file is written."""
+    if workers == 1 or len(tasks) < 2:
+        with _one_thread():
+            for task in tasks:
+                yield from _run(task, size, folder)
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start_worker
+    )
+    try:
+        futures = [pool.submit(_run_all, task, size, folder) for task in tasks]
+        for future in as_completed(futures):
+            yield from future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches every process: a worker ends without a traceback, files are never partial.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _run_all(task: Sequence[Cell], size: CellSize, folder: Path) -> list[Cell]:
+    return list(_run(task, size, folder))
+
+
+def _run(task: Sequence[Cell], size: CellSize, folder: Path) -> Iterator[Cell]:
+    for cell, data in run_condition(task, size):
+        write_part(data, _file(cell, folder))
+        yield cell
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,290 @@
+"""Figures 6 and 29 to 31 of Section 4.2, and its page, ``section-4.2.html``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from tl_looped.errors import InputError
+from tl_looped.experiments.drawing import save_figures
+from tl_looped.experiments.figures import draw
+from tl_looped.experiments.random_cells import Cell, CellSize
+from tl_looped.experiments.random_tables import GridTables, is_zero
+from tl_looped.experiments.section_page import (
+    PagePart,
+    PageTable,
+    figures_in,
+    table_of,
+    write_page,
+)
+from tl_looped.plots.grids import NORM_NAMES
+
+PAGE = "section-4.2.html"
+FIGURE_OF = {4: (30,), 12: (6, 29), 16: (31,)}
+"""Figures of a number of layers."""
+
+INIT_NAMES = {"normal": "N(0, 0.02²)", "fan_in": "N(0, 1 / fan-in)"}
+_VERDICTS = {
+    "CONVERGED": "fixed point",
+    "PROJECTIVE": "direction converges, norm grows",
+    "DEGENERATE": "one fixed point for all layers",
+    "ORBIT": "orbit",
+    "DRIFT": "drift",
+    "NOT_CONVERGED": "none",
+    "UNDEFINED": "undefined",
+}
+
+
+def draw_section42(
+    found: Mapping[Cell, xr.Dataset],
+    folder: Path,
+    command: str,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """Draw the grid's figures, one of each a kind of weights, and rate against spectral radius.
+
+    What cannot be drawn of an incomplete grid is said.
+
+    Args:
+        found: Results by cell.
+        folder: Where figures go: ``fig06_normal``, ``fig29_fan_in_successive_abs``, ...
+        command: That made them.
+        say: Gets notices.
+
+    Returns:
+        The images.
+    """
+    images: list[Path] = []
+    for init, words in INIT_NAMES.items():
+        for n_layers, numbers in FIGURE_OF.items():
+            grid: dict[tuple[str, bool], list[xr.Dataset]] = {}
+            for cell, data in sorted(found.items()):
+                if (cell.init, cell.n_layers) == (init, n_layers):
+                    grid.setdefault((cell.norm, cell.injected), []).append(data)
+            if not grid:
+                say(f"{init}, {n_layers} layers: no cell was run")
+                continue
+            for number in numbers:
+                try:
+                    drawn = draw(number, grid, subtitle=words, prompt_set=_input(grid))
+                except InputError as error:
+                    say(f"figure {number}, {init}: {error}")
+                    continue
+                named = [replace(one, name=_named(one.name, init)) for one in drawn]
+                images += save_figures(named, folder, command)
+    return images
+
+
+def _named(name: str, init: str) -> str:
+    """``fig29_successive_abs`` as ``fig29_fan_in_successive_abs``."""
+    number, _, rest = name.partition("_")
+    return "_".join(filter(None, (number, init, rest)))
+
+
+def _input(grid: Mapping[Any, list[xr.Dataset]]) -> str:
+    n = next(iter(grid.values()))[0].attrs["cell_n_tokens"]
+    return f"{n} random vectors each, others for every seed"
+
+
+def write_section42(found: Mapping[Cell, xr.Dataset], tables: GridTables, out: Path) -> Path:
+    """Write ``OUT/section-4.2.html`` of the tables and of the figures in ``OUT/figures``.
+
+    Raises:
+        DataError: if the file cannot be written.
+    """
+    cells = tables.cells
+    seeds = cells["seed"].nunique()
+    size = _size(found)
+    lead = (
+        f"{len(cells)} looped models of random weights, {seeds} seeds a condition, width "
+        f"{size.d_model}, {size.n_recurrences} recurrences of one random input of {size.n_tokens} "
+        f"tokens; verdicts are confirmed by {2 * size.n_recurrences}. It is Section 4.2 of arXiv "
+        "2604.11791, with the sizes, the initialisation and the form of injection that the paper "
+        "does not give chosen here."
+    )
+    parts = [
+        _answer(tables),
+        _verdicts(tables),
+        *(_figures(init, out) for init in INIT_NAMES if init in set(cells["init"])),
+        _spectral(tables, out),
+        _contrasts(tables),
+        _counts(tables, size),
+    ]
+    title = "Section 4.2: looped models of random weights"
+    return write_page(out / PAGE, title, lead, [part for part in parts if part is not None])
+
+
+def _size(found: Mapping[Cell, xr.Dataset]) -> CellSize:
+    data = next(iter(found.values()))
+    names = CellSize.__dataclass_fields__
+    return CellSize(**{name: int(data.attrs[f"cell_{name}"]) for name in names})
+
+
+def _answer(tables: GridTables) -> PagePart:
+    """Which conditions always, sometimes, never have a fixed point."""
+    cells, sentences = tables.cells, []
+    for init in INIT_NAMES:
+        of = cells[cells["init"] == init]
+        if not len(of):
+            continue
+        words = INIT_NAMES[init]
+        sentences.append(
+            f"Weights {words}: {int(of['fixed_point'].sum())} of {len(of)} models reach a fixed point"
+            + _by_condition(of)
+        )
+    contrasts = tables.contrasts
+    decided = int(contrasts["decided"].sum()) if len(contrasts) else 0
+    n = cells["seed"].nunique()
+    rule = (
+        f"Of {len(contrasts)} paired contrasts, {decided} are decided. A contrast is decided if its "
+        "t-interval leaves out 0 and the exact sign-flip p is at most 0.05; over "
+        f"{n} seeds that p cannot fall below {2 / 2**n:.3g}"
+        + (
+            ", so that no contrast can be: the intervals are what this scale gives, and --seeds 6 "
+            "or more would decide."
+            if 2 / 2**n > 0.05
+            else "."
+        )
+    )
+    return PagePart("answer", "Who reaches a fixed point", (rule,), (), tuple(sentences))
+
+
+def _by_condition(of: pd.DataFrame) -> str:
+    """`` (pre-norm with injection 15 of 15, ...); no other``, or nothing."""
+    kinds = of.groupby(["norm", "injection"], sort=False)["fixed_point"].agg(["sum", "count"])
+    some = [
+        f"{NORM_NAMES[norm]} {'with' if injection == 'injected' else 'without'} injection "
+        f"{int(row['sum'])} of {int(row['count'])}"
+        for (norm, injection), row in kinds.iterrows()
+        if row["sum"]
+    ]
+    return f" ({', '.join(some)}; no other)." if some else "."
+
+
+def _verdicts(tables: GridTables) -> PagePart:
+    cells = tables.cells
+    rates = tables.conditions[tables.conditions["quantity"] == "rate"]
+    keys = ["init", "layers", "norm", "injection"]
+    parts = []
+    for init, words in INIT_NAMES.items():
+        rows = []
+        for key, of in cells[cells["init"] == init].groupby(keys, sort=False):
+            rate = rates[(rates[keys] == list(key)).all(axis=1)]
+            rows.append(_verdict_row(key, of, rate.iloc[0]))
+        if rows:
+            columns = (
+                "Layers", "Norm", "Injection", "Verdict (seeds)", "Rate", "95 % bootstrap",
+                "Relative step", "Cosine", "Norm growth", "Lowest cosine of layers",
+            )  # fmt: skip
+            caption = (
+                f"Weights {words}. Means over seeds. Rate: a step over the one "
+                "before it. Relative step: the largest of any layer at the last recurrence, over "
+                "the norm of the state. Cosine: the lowest of a layer's last two states. Norm "
+                "growth: over the second half. Lowest cosine: of the first layer's last state "
+                "with any layer's; 1 is one state for all layers."
+            )
+            parts.append(PageTable(caption, columns, tuple(rows)))
+    return PagePart("verdicts", "The verdict of every cell", (), tuple(parts))
+
+
+def _verdict_row(key: tuple[object, ...], of: pd.DataFrame, rate: pd.Series) -> tuple[str, ...]:
+    _, layers, norm, injection = key
+    counts = of["verdict"].value_counts(sort=True)
+    verdict = ", ".join(f"{_VERDICTS[name]} {n}" for name, n in counts.items())
+    interval = f"{rate['percentile_low']:.3f} to {rate['percentile_high']:.3f}"
+    return (
+        str(layers),
+        NORM_NAMES[str(norm)],
+        "yes" if injection == "injected" else "no",
+        verdict,
+        f"{rate['mean']:.3f}",
+        interval,
+        f"{of['relative_step'].mean():.2g}",
+        f"{of['cosine_step'].mean():.4f}",
+        f"{of['growth'].mean():.3g}",
+        f"{of['lowest_layer_cosine'].mean():.3f}",
+    )
+
+
+def _figures(init: str, out: Path) -> PagePart:
+    names = [
+        f"fig06_{init}",
+        f"fig29_{init}_successive_abs",
+        f"fig29_{init}_successive_cosine",
+        f"fig30_{init}",
+        f"fig31_{init}",
+    ]
+    words = INIT_NAMES[init]
+    title = f"Figures, weights {words}"
+    return PagePart(f"figures-{init}", title, (), (), (), figures_in(out / "figures", names, out))
+
+
+def _spectral(tables: GridTables, out: Path) -> PagePart | None:
+    if not tables.cells["spectral_radius"].notna().any():
+        return None
+    figures = figures_in(out / "figures", ("fig_radius_against_rate",), out)
+    text = (
+        "At a fixed point, small deviations shrink in the long run by the spectral radius of the "
+        "loop's Jacobian a recurrence. The measured rate is a fit over all steps, the first ones "
+        "included."
+    )
+    return PagePart("spectral", "Spectral radius and rate", (text,), (), (), figures)
+
+
+def _contrasts(tables: GridTables) -> PagePart:
+    shown = tables.contrasts
+    zero = is_zero(shown) if len(shown) else pd.Series([], dtype=bool)
+    columns = {
+        "quantity": "Quantity",
+        "contrast": "Contrast",
+        "init": "Weights",
+        "norm": "Norm",
+        "injection": "Injection",
+        "layers": "Layers",
+        "mean": "Mean difference",
+        "percentile": "95 % bootstrap",
+        "bca": "95 % BCa",
+        "t": "95 % t-interval",
+        "sign_flip_p": "Sign-flip p",
+        "n_seeds": "Seeds",
+        "decided": "Decided",
+    }
+    kept = shown[~zero] if len(shown) else shown
+    kept = kept.assign(
+        contrast=[_spelled(text) for text in kept.get("contrast", [])],
+        norm=[_spelled(text) for text in kept.get("norm", [])],
+    )
+    columns = {name: text for name, text in columns.items() if name in kept or name in _INTERVALS}
+    text = (
+        f"Differences between models of one seed. {int(zero.sum())} of {len(shown)} contrasts, "
+        "whose difference is 0 in every seed, are left out here and kept in contrasts.csv."
+    )
+    caption = "Paired contrasts over seeds. Fixed points: difference of the shares of models."
+    return PagePart("contrasts", "Contrasts", (text,), (table_of(kept, columns, caption),))
+
+
+def _spelled(text: object) -> object:
+    """``pre - residual`` as ``pre-norm - Huginn norm``."""
+    if not isinstance(text, str):
+        return text
+    return " − ".join(NORM_NAMES.get(part, part) for part in text.split(" - "))
+
+
+_INTERVALS = ("percentile", "bca", "t")
+
+
+def _counts(tables: GridTables, size: CellSize) -> PagePart:
+    cells = tables.cells
+    passes = 2 * size.n_recurrences * int(cells["layers"].sum())
+    found = int(cells["spectral_radius"].notna().sum())
+    text = (
+        f"{len(cells)} models, one input each; {len(cells)} forward passes of "
+        f"{2 * size.n_recurrences} recurrences, {passes:,} layers in all, of {size.n_tokens} "
+        f"tokens. Spectral radius of {found} models, {size.n_iterations} iterations each."
+    )
+    return PagePart("counts", "What was run", (text,))
