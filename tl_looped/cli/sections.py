@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from tl_looped.cli.console import command_line, console, note, progress_bar, watched
 from tl_looped.errors import InputError
+
+if TYPE_CHECKING:
+    from tl_looped.experiments.random_cells import Cell, CellSize
 
 STOPPED = 130
 
@@ -69,13 +74,21 @@ def reproduce_section51(
     return page
 
 
-def reproduce_section42(out: Path, seeds: int = 5, workers: int | None = None) -> Path:
+def reproduce_section42(
+    out: Path,
+    seeds: int = 5,
+    workers: int | None = None,
+    wanted: Sequence[Cell] | None = None,
+    size: CellSize | None = None,
+) -> Path:
     """Run the grid of random models, and write figures, tables and page.
 
     Args:
         out: Gets ``cells``, ``figures``, ``tables`` and ``section-4.2.html``.
         seeds: Of every condition, 0 to ``seeds - 1``.
         workers: Processes; one a core if None.
+        wanted: Cells in place of the whole grid.
+        size: Of the models.
 
     Returns:
         The page.
@@ -87,15 +100,16 @@ def reproduce_section42(out: Path, seeds: int = 5, workers: int | None = None) -
 
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, got {seeds}")
-    wanted = cells(range(seeds))
+    wanted = cells(range(seeds)) if wanted is None else wanted
+    workers = os.cpu_count() or 1 if workers is None else workers
     try:
         with progress_bar() as progress:
             task = progress.add_task("random models", total=len(wanted))
             found = run_grid(
                 wanted,
-                CellSize(),
+                size or CellSize(),
                 out,
-                workers or os.cpu_count() or 1,
+                workers,
                 lambda n: progress.advance(task, n),
                 note,
             )

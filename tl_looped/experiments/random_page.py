@@ -14,7 +14,7 @@ from tl_looped.errors import InputError
 from tl_looped.experiments.drawing import save_figures
 from tl_looped.experiments.figures import draw
 from tl_looped.experiments.random_cells import Cell, CellSize
-from tl_looped.experiments.random_tables import GridTables, is_zero
+from tl_looped.experiments.random_tables import INJECTIONS, GridTables, is_zero
 from tl_looped.experiments.section_page import (
     PagePart,
     PageTable,
@@ -111,12 +111,11 @@ def write_section42(found: Mapping[Cell, xr.Dataset], tables: GridTables, out: P
         _answer(tables),
         _verdicts(tables),
         *(_figures(init, out) for init in INIT_NAMES if init in set(cells["init"])),
-        _spectral(tables, out),
-        _contrasts(tables),
+        *_spectral(tables, out),
+        *_contrasts(tables),
         _counts(tables, size),
     ]
-    title = "Section 4.2: looped models of random weights"
-    return write_page(out / PAGE, title, lead, [part for part in parts if part is not None])
+    return write_page(out / PAGE, "Section 4.2: looped models of random weights", lead, parts)
 
 
 def _size(found: Mapping[Cell, xr.Dataset]) -> CellSize:
@@ -134,35 +133,36 @@ def _answer(tables: GridTables) -> PagePart:
             continue
         words = INIT_NAMES[init]
         sentences.append(
-            f"Weights {words}: {int(of['fixed_point'].sum())} of {len(of)} models reach a fixed point"
-            + _by_condition(of)
+            f"Weights {words}: {int(of['fixed_point'].sum())} of {len(of)} models reach a fixed "
+            "point" + _by_condition(of)
         )
     contrasts = tables.contrasts
     decided = int(contrasts["decided"].sum()) if len(contrasts) else 0
     n = cells["seed"].nunique()
+    least = 2 / 2**n
     rule = (
-        f"Of {len(contrasts)} paired contrasts, {decided} are decided. A contrast is decided if its "
-        "t-interval leaves out 0 and the exact sign-flip p is at most 0.05; over "
-        f"{n} seeds that p cannot fall below {2 / 2**n:.3g}"
-        + (
-            ", so that no contrast can be: the intervals are what this scale gives, and --seeds 6 "
-            "or more would decide."
-            if 2 / 2**n > 0.05
-            else "."
-        )
+        f"Of {len(contrasts)} paired contrasts, {decided} are decided. A contrast is decided if "
+        "its t-interval leaves out 0 and the exact sign-flip p is at most 0.05; over "
+        f"{n} seeds that p cannot fall below {least:.3g}"
     )
+    if least > 0.05:
+        rule += (
+            ", so that no contrast can be. The intervals are what this scale gives; "
+            "--seeds 6 or more could decide"
+        )
+    rule += "."
     return PagePart("answer", "Who reaches a fixed point", (rule,), (), tuple(sentences))
 
 
 def _by_condition(of: pd.DataFrame) -> str:
     """`` (pre-norm with injection 15 of 15, ...); no other``, or nothing."""
-    kinds = of.groupby(["norm", "injection"], sort=False)["fixed_point"].agg(["sum", "count"])
-    some = [
-        f"{NORM_NAMES[norm]} {'with' if injection == 'injected' else 'without'} injection "
-        f"{int(row['sum'])} of {int(row['count'])}"
-        for (norm, injection), row in kinds.iterrows()
-        if row["sum"]
-    ]
+    some = []
+    for norm, name in NORM_NAMES.items():
+        for injection in INJECTIONS:
+            these = of[(of["norm"] == norm) & (of["injection"] == injection)]["fixed_point"]
+            if these.any():
+                how = "with" if injection == INJECTIONS[0] else "without"
+                some.append(f"{name} {how} injection {int(these.sum())} of {len(these)}")
     return f" ({', '.join(some)}; no other)." if some else "."
 
 
@@ -195,12 +195,12 @@ def _verdicts(tables: GridTables) -> PagePart:
 def _verdict_row(key: tuple[object, ...], of: pd.DataFrame, rate: pd.Series) -> tuple[str, ...]:
     _, layers, norm, injection = key
     counts = of["verdict"].value_counts(sort=True)
-    verdict = ", ".join(f"{_VERDICTS[name]} {n}" for name, n in counts.items())
+    verdict = ", ".join(f"{_VERDICTS[str(name)]} {n}" for name, n in counts.items())
     interval = f"{rate['percentile_low']:.3f} to {rate['percentile_high']:.3f}"
     return (
         str(layers),
         NORM_NAMES[str(norm)],
-        "yes" if injection == "injected" else "no",
+        "yes" if injection == INJECTIONS[0] else "no",
         verdict,
         f"{rate['mean']:.3f}",
         interval,
@@ -224,21 +224,23 @@ def _figures(init: str, out: Path) -> PagePart:
     return PagePart(f"figures-{init}", title, (), (), (), figures_in(out / "figures", names, out))
 
 
-def _spectral(tables: GridTables, out: Path) -> PagePart | None:
+def _spectral(tables: GridTables, out: Path) -> list[PagePart]:
     if not tables.cells["spectral_radius"].notna().any():
-        return None
+        return []
     figures = figures_in(out / "figures", ("fig_radius_against_rate",), out)
     text = (
         "At a fixed point, small deviations shrink in the long run by the spectral radius of the "
         "loop's Jacobian a recurrence. The measured rate is a fit over all steps, the first ones "
         "included."
     )
-    return PagePart("spectral", "Spectral radius and rate", (text,), (), (), figures)
+    return [PagePart("spectral", "Spectral radius and rate", (text,), (), (), figures)]
 
 
-def _contrasts(tables: GridTables) -> PagePart:
+def _contrasts(tables: GridTables) -> list[PagePart]:
     shown = tables.contrasts
-    zero = is_zero(shown) if len(shown) else pd.Series([], dtype=bool)
+    if not len(shown):
+        return []
+    zero = is_zero(shown)
     columns = {
         "quantity": "Quantity",
         "contrast": "Contrast",
@@ -254,10 +256,9 @@ def _contrasts(tables: GridTables) -> PagePart:
         "n_seeds": "Seeds",
         "decided": "Decided",
     }
-    kept = shown[~zero] if len(shown) else shown
+    kept = shown[~zero]
     kept = kept.assign(
-        contrast=[_spelled(text) for text in kept.get("contrast", [])],
-        norm=[_spelled(text) for text in kept.get("norm", [])],
+        contrast=kept["contrast"].map(_spelled), norm=kept["norm"].map(_spelled)
     )
     columns = {name: text for name, text in columns.items() if name in kept or name in _INTERVALS}
     text = (
@@ -265,7 +266,7 @@ def _contrasts(tables: GridTables) -> PagePart:
         "whose difference is 0 in every seed, are left out here and kept in contrasts.csv."
     )
     caption = "Paired contrasts over seeds. Fixed points: difference of the shares of models."
-    return PagePart("contrasts", "Contrasts", (text,), (table_of(kept, columns, caption),))
+    return [PagePart("contrasts", "Contrasts", (text,), (table_of(kept, columns, caption),))]
 
 
 def _spelled(text: object) -> object:
