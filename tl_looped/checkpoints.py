@@ -28,7 +28,10 @@ from tl_looped.adapters.native import native_config
 from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
 from tl_looped.model.config import LoopedConfig
 
-BUNDLED = {name: Path(__file__).parent / "data" / name for name in ("demo", "demo-control")}
+BUNDLED = {
+    name: Path(__file__).parent / "data" / name
+    for name in ("demo", "demo-base", "demo-bare", "demo-control")
+}
 _ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 

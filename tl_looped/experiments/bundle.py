@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from tl_looped._version import __version__
+from tl_looped.errors import InputError
 from tl_looped.experiments.files import write_figure
 from tl_looped.files import make_folder, write_text
 from tl_looped.plots import loss_curve
@@ -62,12 +63,27 @@ Loss of the shipped weights in fp32 on the first {rows} held-out rows, state see
 """
 
 
-_CONTROL_CARD = """# Feedforward control
+SECTION51 = {
+    "demo-base": "base4",
+    "demo-bare": "no-prelude-coda",
+    "demo-control": "feedforward",
+}
+"""Bundled models of Section 5.1, and the configuration of each."""
 
-A small model without a loop, to compare looped ones with: {layers} layers that run once, written
-as a loop of one recurrence, {shape}; {d_model} dimensions, {heads} heads, pre-norm RMSNorm,
-SwiGLU, RoPE, tied embeddings, context {context}, {parameters:,} parameters (bf16). Byte-level BPE
-tokenizer of {vocabulary:,} tokens, not that of the demo model. It is the control of Section 5.1
+_ABOUT = {
+    "demo-base": "A small looped model without injection: the loop starts from the prelude's "
+    "output.",
+    "demo-bare": "A small looped model that is all loop: no prelude, no coda, no injection.",
+    "demo-control": "A small model without a loop, to compare looped ones with: one recurrence.",
+}
+
+_SECTION51_CARD = """# {title}
+
+{what}
+
+Shape {shape}; {d_model} dimensions, {heads} heads, pre-norm RMSNorm, SwiGLU, RoPE, tied
+embeddings, context {context}, {parameters:,} parameters (bf16). Byte-level BPE tokenizer of
+{vocabulary:,} tokens, not that of the demo model. It is the {configuration} model of Section 5.1
 of arXiv 2604.11791 at the scale of a CPU.
 
 ## Training
@@ -77,15 +93,26 @@ of arXiv 2604.11791 at the scale of a CPU.
 - {tokens:,} tokens ({epochs:.1f} epochs), {steps:,} steps of {batch} rows of {context} tokens,
   AdamW, peak learning rate {rate:g}, {warmup} steps of warm-up, cosine decay, weight decay
   {decay:g}.
+- {recurrences}
 - Seed {seed}. bfloat16 matrix products. Best held-out loss {held_out:.3f} nats a token, at step
   {best_step:,} of {evaluations} evaluations. The shipped weights in fp32 arithmetic: {shipped:.3f}
   on the same {rows} held-out rows.
-- Command: `tl-looped train-section51 gsm8k_train.jsonl`, run `feedforward-seed{seed}`, with
+- Command: `tl-looped train-section51 gsm8k_train.jsonl`, run `{configuration}-seed{seed}`, with
   tl_looped {version}. Other numbers of threads or other PyTorch versions may round differently.
 
 ![loss](loss.png)
 
 `log.csv` holds every point of the curve.
+"""
+
+_OTHER_RECURRENCES = """
+## Other numbers of recurrences
+
+Loss of the shipped weights in fp32 on the same rows; it rises beyond the trained number:
+
+| recurrences | {header} |
+|---|{rule}
+| nats a token | {row} |
 """
 
 
@@ -103,32 +130,54 @@ def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
     """
     training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, spec.seed)
     about, losses = _bundle(run, spec, out, training, held_out, EVALUATED, EVALUATED_ROWS)
-    table = {
-        "header": " | ".join(map(str, EVALUATED)),
-        "rule": "---|" * len(EVALUATED),
-        "row": " | ".join(f"{loss:.3f}" for loss in losses),
-    }
-    write_text(_CARD.format(**about, **table), out / "README.md")
+    write_text(_CARD.format(**about, **_table(losses)), out / "README.md")
     return out
 
 
-def bundle_control(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
-    """Write the shipped folder of a run of Section 5.1's feedforward control.
+def bundle_section51(name: str, run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
+    """Write the shipped folder of a run of Section 5.1.
 
     Args:
+        name: Of the bundled model, a key of ``SECTION51``.
         run, data, spec, out: As :func:`bundle_demo`.
 
     Returns:
         ``out``.
+
+    Raises:
+        InputError: for another name.
     """
+    if name not in SECTION51:
+        raise InputError(f"name must be one of {', '.join(SECTION51)}, got {name!r}")
     training, held_out = split(
         read_problems(data), section51.HELD_OUT_PROBLEMS, section51.DATA_SEED
     )
+    counts = (1,) if name == "demo-control" else EVALUATED
     n_rows = section51.HELD_OUT_ROWS
-    about, losses = _bundle(run, spec, out, training, held_out, (1,), n_rows, "demo-control")
-    layers = about["shape"].k
-    write_text(_CONTROL_CARD.format(**about, layers=layers, shipped=losses[0]), out / "README.md")
+    about, losses = _bundle(run, spec, out, training, held_out, counts, n_rows, name)
+    trained = about["shape"].R
+    many = f"{trained} recurrences throughout, cross entropy of the final state."
+    card = _SECTION51_CARD.format(
+        **about,
+        title=name,
+        what=_ABOUT[name],
+        configuration=SECTION51[name],
+        recurrences="One recurrence." if trained == 1 else many,
+        shipped=losses[counts.index(trained)],
+    )
+    if len(counts) > 1:
+        card += _OTHER_RECURRENCES.format(**_table(losses))
+    write_text(card, out / "README.md")
     return out
+
+
+def _table(losses: list[float]) -> dict[str, str]:
+    """Parts of a card's table of losses by recurrences."""
+    return {
+        "header": " | ".join(map(str, EVALUATED)),
+        "rule": "---|" * len(EVALUATED),
+        "row": " | ".join(f"{loss:.3f}" for loss in losses),
+    }
 
 
 @torch.inference_mode()
