@@ -44,7 +44,7 @@ from tl_looped.training.corpus import train_tokenizer
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import train
 
-TEXTS = ("Tom has 3 pens.", "She reads.", "It is so, is it?")
+TEXTS = ("Tom has 3 pens.", "She reads.")
 R = 12
 SPEC = Experiment(
     "small",
@@ -92,7 +92,7 @@ def test_the_rate_of_an_affine_loop_is_its_spectral_radius(states, step, radius:
     assert verdict_of_states(states).rate.item() == pytest.approx(radius, rel=1e-6)
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(deadline=None, max_examples=6, derandomize=True)
 @given(st.integers(0, 10**6), st.floats(0.3, 0.9))
 def test_the_rate_of_a_normal_map_tends_to_the_radius(seed: int, radius: float) -> None:
     """A symmetric map whose other eigenvalues are at most half of the largest."""
@@ -112,27 +112,31 @@ def test_the_rate_of_a_map_far_from_normal_lies_above_its_radius_at_first() -> N
     matrix = torch.tensor([[0.8, 20.0], [0.0, 0.8]]).double()
     start = torch.tensor([[0.0, 1.0]]).double()
     rates = []
-    for n in (10, 100):
+    for n in (30, 140):
         states = iterate(lambda x: x @ matrix.T, start, n)
         rates.append(verdict_of_states(states).rate.item())
     assert rates[0] > 0.9
-    assert 0.8 < rates[1] < 0.83
+    assert 0.8 < rates[1] < 0.825
 
 
 def test_the_rate_of_a_random_model_agrees_with_its_radius() -> None:
-    """Per-prompt rates are fits over all steps, transients included: to 0.03, not exactly."""
-    changes = SMALL | {"d_model": 32, "d_head": 8, "n_heads": 4, "init_mode": "normal"}
+    """To 0.03 as a fit over all steps, transients included, and to 0.005 without the first ones."""
+    changes = VARIANTS["pre-injection"] | {"n_core": 2, "n_prelude": 1, "init_mode": "normal"}
     model = LoopedTransformer.from_config(random_config(**changes)).double()
     tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
     data = stream_metrics(model, tokens, CONVERGENCE, over="depth", n_recurrences=40)
     found = convergence_of_result(data)
-    spectrum = spectrum_of_states(model, tokens, n_recurrences=40, n_iterations=200)
+    spectrum = spectrum_of_states(model, tokens, n_recurrences=40, n_iterations=120)
+    radius = spectrum["spectral_radius"].values
     assert found["verdict"].values.tolist() == [Verdict.CONVERGED] * 3
     assert (spectrum["spectral_radius_error"] < 1e-3).all()
-    np.testing.assert_allclose(found["rate"], spectrum["spectral_radius"], atol=0.03)
+    np.testing.assert_allclose(found["rate"], radius, atol=0.03)
+    states = [model.loop_map(row[None]).run(40)[:, None, 0].detach() for row in tokens]
+    late = [verdict_of_states(one[12:]).rate.item() for one in states]
+    np.testing.assert_allclose(late, radius, atol=0.005)
     # And not because nothing differs: prompts do, and the singular value says something else.
-    assert np.ptp(spectrum["spectral_radius"].values) > 0.03
-    assert (spectrum["largest_singular_value"] > spectrum["spectral_radius"] + 0.5).all()
+    assert np.ptp(radius) > 0.1
+    assert (spectrum["largest_singular_value"] > 3).all()
 
 
 # -- spectra of states --------------------------------------------------------------------------
@@ -211,7 +215,7 @@ def test_an_ablated_map_is_the_run_with_the_mlp_output_set_to_zero(name: str) ->
     places = ["prelude.0", *(f"recurrence.{r}.blocks.1" for r in range(4))]
     hooks = [(f"{place}.hook_mlp_out", lambda x, hook: 0 * x) for place in places]
     with model.hooks(fwd_hooks=hooks):
-        _, cache = model.run_with_cache(tokens)
+        _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("state_out"))
     assert torch.equal(loop_map.run(4), cache.stack_recurrences("state_out"))
     assert not torch.equal(model.loop_map(tokens).run(4), loop_map.run(4))
     with pytest.raises(
@@ -485,7 +489,7 @@ def test_a_folder_of_results_is_drawn_at_once(small: LoopedTransformer, tmp_path
     printed = spectrum_command(tmp_path)
     assert f"without a spectrum and left out: {other.folder.name}" in printed
     record = tmp_path / "spectrum" / "figures" / "spectral_radius_against_rate.json"
-    assert "3 prompts" in json.loads(record.read_text())["caption"]
+    assert "2 prompts" in json.loads(record.read_text())["caption"]
 
 
 def test_folders_that_hold_nothing_to_draw(trained: Path, tmp_path: Path) -> None:

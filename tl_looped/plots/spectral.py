@@ -141,6 +141,11 @@ def radius_against_rate(
                 mfc=colour if full else "none", markersize=5, alpha=0.8, linestyle="",
             )  # fmt: skip
     _dress_scatter(axes, points)
+    if found["n"] >= _LEAST_POINTS:
+        axes.annotate(
+            f"Pearson {_two(found['pearson'])}, Spearman {_two(found['spearman'])}",
+            (0.97, 0.03), xycoords="axes fraction", ha="right", va="bottom", fontsize=8,
+        )  # fmt: skip
     _legend(figure, axes, styles, points)
     return DrawnFigure(
         NO_NUMBER, "spectral_radius_against_rate", title, caption, figure, points, dict(found)
