@@ -462,7 +462,8 @@ def test_a_training_run_is_measured_at_every_snapshot_and_drawn(
     assert [p.name.split("_")[0] for p in folders] == ["step-000000", "step-000003", "step-000006"]
     for name in ("spectral_radius_over_training", "spectral_radius_against_rate"):
         record = json.loads((tmp_path / "out" / "figures" / f"{name}.json").read_text())
-        assert record["caption"].startswith(f"Snapshots of the training run {trained.name}. Model")
+        start = f"3 snapshots of the training run {trained.name}, (1, 1 x 12, 1). 2 prompts of"
+        assert record["caption"].startswith(start)
         assert record["number"] == 0
         assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size > 10_000
     results = {int(p.name[5:11]): read_dataset(p / "results.nc") for p in folders}

@@ -27,7 +27,7 @@ from tl_looped.metrics.spectral import SPECTRUM
 from tl_looped.plots.captions import caption_of
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral import radius_against_rate, radius_over_training
-from tl_looped.plots.summaries import name_of
+from tl_looped.plots.summaries import name_of, shape_of
 from tl_looped.training.trainer import SNAPSHOTS, read_log
 
 RECURRENCES = 64
@@ -126,7 +126,9 @@ def draw_training(run: Path, results: Mapping[int, xr.Dataset]) -> list[DrawnFig
     """
     data = over_training(results, read_log(run / "log.csv"))
     first = next(iter(results.values()))
-    about = f"Snapshots of the training run {run.resolve().name}. {_about(first)}"
+    # Without the model's name, which is that of one snapshot.
+    shape = f"{len(results)} snapshots of the training run {run.resolve().name}, {shape_of(first)}"
+    about = f"{shape}. {caption_of(first, about='models').removesuffix('.')}"
     groups = {f"step {step}": results[step] for step in sorted(results)}
     return [
         radius_over_training(data, about),
