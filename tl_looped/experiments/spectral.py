@@ -132,7 +132,7 @@ def draw_training(run: Path, results: Mapping[int, xr.Dataset]) -> list[DrawnFig
     groups = {f"step {step}": results[step] for step in sorted(results)}
     return [
         radius_over_training(data, about),
-        radius_against_rate(groups, about, ordered=True),
+        radius_against_rate(groups, about, ordered=True, unit="points (a prompt at a step)"),
     ]
 
 

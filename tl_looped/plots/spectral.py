@@ -131,7 +131,8 @@ def radius_against_rate(
     found = agreement(points)
     caption = _scatter_caption(points, found, about, unit)
     styles = _styles(list(groups), ordered)
-    figure = new_figure(6.6 if len(groups) > 1 else 5.4, 5.0, title, caption)
+    beside = 2.3 * (len(groups) > 1)  # inches of the legend
+    figure = new_figure(5.4 + beside, 5.0, title, caption, beside)
     axes = figure.subplots()
     for name, rows in points.groupby("group", sort=False):
         colour, marker = styles[str(name)]
@@ -319,7 +320,11 @@ def _training_caption(data: xr.Dataset, about: str) -> str:
         lines = "Lines are medians over prompts, bands the middle half of the prompts"
     gone = int((~np.isfinite(data["rate"]) & np.isfinite(data["spectral_radius"])).sum())
     left = f"{gone} rates are undefined and left out (too few steps above the noise floor)"
-    return _sentences(about, _EXPLAINED, lines, left if gone else "")
+    away = ""
+    if {"verdict", "fixed_point_residual"} & set(data):
+        fixed = _at_fixed_point("data", data)
+        away = f"{int((~fixed).sum())} of {fixed.size} runs did not end at a fixed point"
+    return _sentences(about, _EXPLAINED, lines, away, left if gone else "")
 
 
 def _sentences(*parts: str) -> str:
