@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_config
+from safetensors.torch import load_file
 
 from tl_looped import (
     CheckpointError,
@@ -272,4 +273,55 @@ def test_a_very_high_learning_rate_is_caught(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_trained_on(rows, held_out, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         train(model(), rows, held_out, SPEC, tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+SNAPSHOTS = ["step-000000", "step-000008", "step-000012"]
+
+
+def test_snapshots_are_models_of_every_other_evaluation_and_change_nothing(
+    whole: Path, tmp_path: Path
+) -> None:
+    train(model(), ROWS, HELD_OUT, SPEC, tmp_path, snapshots=2)
+    kept = tmp_path / "snapshots"
+    assert sorted(os.listdir(kept)) == SNAPSHOTS
+    assert weights(tmp_path) == weights(whole)
+    assert without_times(tmp_path) == without_times(whole)
+    assert (tmp_path / "run.json").read_bytes() == (whole / "run.json").read_bytes()
+    assert not (whole / "snapshots").exists()
+    file = "model.safetensors"
+    assert (kept / "step-000012" / file).read_bytes() == weights(whole)
+    first = LoopedTransformer.from_pretrained(kept / "step-000000", device="cpu")
+    pairs = zip(first.parameters(), model().parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    checkpoint = load_file(whole / "checkpoints" / "checkpoint-8" / file)
+    then = LoopedTransformer.from_pretrained(kept / "step-000008", device="cpu")
+    assert all(torch.equal(p, checkpoint[f"model.{n}"]) for n, p in then.named_parameters())
+
+
+@pytest.mark.parametrize("step", [3, 10])
+def test_a_run_that_goes_on_has_the_same_snapshots(tmp_path: Path, step: int) -> None:
+    def stop(tick) -> None:
+        if tick.step == step:
+            raise Stop
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train(model(), ROWS, HELD_OUT, SPEC, whole, snapshots=2)
+    with pytest.raises(Stop):
+        train(model(), ROWS, HELD_OUT, SPEC, out, tick=stop, snapshots=2)
+    # What a process that was killed in the middle of saving leaves behind.
+    (out / "snapshots" / ".step-000012.partial").mkdir()
+    (out / "snapshots" / ".step-000012.partial" / "config.json").write_text("{")
+    train(model(), ROWS, HELD_OUT, SPEC, out, snapshots=2)
+    wanted, found = (
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for folder in (whole / "snapshots", out / "snapshots")
+    )
+    assert found == wanted
+
+
+@pytest.mark.parametrize("snapshots", [0, -1])
+def test_numbers_of_snapshots_that_make_no_sense(tmp_path: Path, snapshots) -> None:
+    with pytest.raises(ConfigError, match="snapshots must be an integer of at least 1"):
+        train(model(), ROWS, HELD_OUT, SPEC, tmp_path, snapshots=snapshots)
     assert os.listdir(tmp_path) == []

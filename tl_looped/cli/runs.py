@@ -57,8 +57,8 @@ def analyze(
     extras: Annotated[
         str | None,
         typer.Option(
-            help="confirm, convergence, limiting, neurons, pairwise, patterns, pca, tokens; "
-            "convergence if left out, none for a feedforward model."
+            help="confirm, convergence, limiting, neurons, pairwise, patterns, pca, spectrum, "
+            "tokens; convergence if left out, none for a feedforward model."
         ),
     ] = None,
     feedforward: Annotated[

@@ -53,6 +53,13 @@ def train_command(
     bf16: Annotated[bool, typer.Option(help="bfloat16 matrix products.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights, states, recurrences.")] = 0,
     data_seed: Annotated[int | None, typer.Option(help="Seed of the order of rows.")] = None,
+    snapshots: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep the weights at every so many evaluations, for the view over training "
+            "(tl-looped spectrum); none if left out."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train a looped model; run the same command again to go on after an interruption."""
@@ -83,7 +90,9 @@ def train_command(
     shape = Shape(prelude, core, coda, recurrences, injection, d_model, heads, context, vocabulary)
     with _training_progress() as progress:
         report, tick = _reports(progress, steps, "training")
-        log, _ = train_on_texts(data, out, shape, spec, held_out, tokenizer, device, report, tick)
+        log, _ = train_on_texts(
+            data, out, shape, spec, held_out, tokenizer, device, report, tick, snapshots
+        )
     if _is_main_process():
         _write_loss_plot(log, out, f"{data}, seed {seed}")
         console.print(f"The run is in [bold]{out.resolve()}[/bold]", soft_wrap=True)

@@ -36,9 +36,13 @@ from tl_looped.metrics import (
     stream_batches,
 )
 from tl_looped.metrics.catalogue import reads_of, select
+from tl_looped.metrics.spectral import check_silent, spectrum_of_states, without_spectrum
 from tl_looped.model.config import parse_dtype
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.spreading import PLANS
+
+MOST_SPECTRA = 32
+"""Prompts that get a spectrum, the first ones of a run: each costs hundreds of recurrences."""
 
 _LARGEST_SPILL = 2**30
 PAIRWISE = ("pairwise_attention_distance", "pairwise_residual_cosine")
@@ -61,6 +65,10 @@ class Engine(ABC):
     @abstractmethod
     def pairwise(self, row: Row) -> xr.Dataset:
         """The matrices over all pairs of layers, of one prompt."""
+
+    @abstractmethod
+    def spectrum(self, rows: Sequence[Row | None]) -> xr.Dataset:
+        """Spectra of the loop's Jacobian over ``prompt``; NaN for None."""
 
     @abstractmethod
     def path(self, row: Row) -> dict[str, Any]:
@@ -150,6 +158,8 @@ class LoopedEngine(Engine):
         self.model, self.spec = model, spec
         self.metrics = wanted_metrics(spec)
         self._check_ablation()
+        if "spectrum" in spec.extras:
+            check_silent(model)  # before anything runs
 
     def _check_ablation(self) -> None:
         sizes = {"prelude": self.model.loop.p, "core": self.model.loop.k, "coda": self.model.loop.c}
@@ -258,6 +268,23 @@ class LoopedEngine(Engine):
         """See :class:`Engine`."""
         return pairwise_over_cache(self._cache(row, ("hook_resid_post", "attn.hook_pattern")))
 
+    def spectrum(self, rows: Sequence[Row | None]) -> xr.Dataset:
+        """See :class:`Engine`; the state is the loop map's own, with the ablations of the run."""
+        found = [
+            without_spectrum(1)
+            if row is None
+            else spectrum_of_states(
+                self.model,
+                row[None],
+                n_recurrences=self.spec.recurrences,
+                without_mlp=self.spec.ablate_mlp,
+                **self._start,
+            )
+            for row in rows
+        ]
+        data = xr.concat(found, "prompt", combine_attrs="identical")
+        return data.assign_attrs(spectrum_most_prompts=MOST_SPECTRA)
+
     def patterns(self, row: Row) -> dict[str, Any]:
         """See :class:`Engine`."""
         cache = self._cache(row, ("attn.hook_pattern",))
@@ -320,6 +347,10 @@ class FeedforwardEngine(Engine):
         layers = range(self.model.cfg.n_layers)
         every = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"][0] for i in layers])
         return pattern_variables(every, self.model.to_str_tokens(row))
+
+    def spectrum(self, rows: Sequence[Row | None]) -> xr.Dataset:
+        """Refused by the specification."""
+        raise InputError("extras: a feedforward model has no loop, and so no spectrum of one")
 
     def path(self, row: Row) -> dict[str, Any]:
         """Refused by the specification."""

@@ -69,6 +69,8 @@ def joined(
           (``query``), of prompt 0
         - convergence, confirm: ``verdict``, ``settled_at``, ``rate``, ``half_life``, …
           (``prompt``), which the parts hold already; the attribute ``confirmed`` tells which
+        - spectrum: ``spectral_radius``, ``largest_singular_value``, … (``prompt``), NaN behind the
+          first ``spectrum_most_prompts`` prompts; see ``tl_looped.metrics.spectral``
         - neurons: ``prediction``, ``suppression`` (``unique_layer``)
 
     Raises:

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import store
 from tl_looped.experiments.engines import (
+    MOST_SPECTRA,
     PAIRWISE,
     Engine,
     load_engine,
@@ -34,6 +35,7 @@ from tl_looped.experiments.engines import (
 )
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.joining import joined
+from tl_looped.experiments.labelling import beside
 from tl_looped.experiments.parallel import Workers
 from tl_looped.experiments.prompts import Prompts, load_prompts
 from tl_looped.experiments.reading import specification
@@ -329,6 +331,11 @@ class _Job:
         rows = [self.rows[n] for n in batch]
         data = self.engine.run(rows)
         data = data.assign_coords(prompt=[batch[int(n)] for n in data["prompt"]])
+        if "spectrum" in self.spec.extras:
+            numbers = data["prompt"].values.tolist()
+            wanted = [self.rows[n] if n < MOST_SPECTRA else None for n in numbers]
+            spectra = self.engine.spectrum(wanted)
+            data = beside(data, spectra.assign_coords(prompt=data["prompt"]))
         if "pairwise" in self.spec.extras:
             found = [self.engine.pairwise(row) for row in rows]
             every = xr.concat([one[list(PAIRWISE)] for one in found], "prompt")

@@ -36,7 +36,17 @@ TEST_SENTENCE = "Hello! I’ve been well. I hope that you’re doing well."
 
 SOURCES = ("bundled", "sentence", "gsm8k", "hellaswag", "file", "text")
 KINDS = ("looped", "feedforward")
-EXTRAS = ("confirm", "convergence", "limiting", "neurons", "pairwise", "patterns", "pca", "tokens")
+EXTRAS = (
+    "confirm",
+    "convergence",
+    "limiting",
+    "neurons",
+    "pairwise",
+    "patterns",
+    "pca",
+    "spectrum",
+    "tokens",
+)
 _LAYER = re.compile(r"(prelude|core|coda)\.(0|[1-9][0-9]*)")
 
 DEFAULT_METRICS = (
@@ -143,7 +153,8 @@ class Experiment:
             label), ``"convergence"`` (a verdict a prompt), ``"confirm"`` (the same, and every
             prompt runs for twice the recurrences too, on which the verdict then rests),
             ``"neurons"`` (prediction and suppression), ``"patterns"`` (attention of the first
-            prompt, every layer and head).
+            prompt, every layer and head), ``"spectrum"`` (spectral radius and largest singular
+            value of the loop's Jacobian at the last state, of the first 32 prompts).
         ablate_mlp: Layers whose MLP output is set to zero wherever they run: ``"prelude.1"`` is
             the paper's ablation of massive activations (Fig. 41), ``"core.2"`` acts in every
             recurrence.

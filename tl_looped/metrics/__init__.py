@@ -84,6 +84,7 @@ from tl_looped.metrics.readouts import (
     lens_trajectory,
 )
 from tl_looped.metrics.spectra import matrix_entropy
+from tl_looped.metrics.spectral import spectrum_of_states
 from tl_looped.metrics.states import (
     cyclicity_index,
     fixed_point_distance,
@@ -172,6 +173,7 @@ __all__ = [
     "sign_flip_p",
     "sink_rate",
     "sink_score",
+    "spectrum_of_states",
     "stage_clusters",
     "state_distance",
     "step_geometry",

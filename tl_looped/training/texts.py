@@ -91,6 +91,7 @@ def train_on_texts(
     device: str = "cpu",
     report: Callable[[dict[str, Any]], None] = lambda entry: None,
     tick: Callable[[Tick], None] = lambda tick: None,
+    snapshots: int | None = None,
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     """Train a model of a shape on a corpus; called again, an interrupted run goes on.
 
@@ -106,7 +107,7 @@ def train_on_texts(
         held_out: Documents that are set aside.
         tokenizer: Folder of a tokenizer with BOS and EOS; trained on the corpus if None.
         device: Where to train.
-        report, tick: As in ``train``.
+        report, tick, snapshots: As in ``train``.
 
     Returns:
         The log and the evaluation.
@@ -120,7 +121,7 @@ def train_on_texts(
     gate = isinstance(spec.loss, ExitWeighted)
     cfg = shape.config(len(found), spec.seed, gate, device)
     model = LoopedTransformer.from_config(cfg, found)
-    log = train(model, rows, held_out_rows, spec, out, report, tick)
+    log = train(model, rows, held_out_rows, spec, out, report, tick, snapshots)
     table = loss_by_recurrences(model, held_out_rows[:EVALUATED_ROWS], EVALUATED)
     if PartialState().is_main_process:
         write_table(table, out / "evaluation.csv")

@@ -20,6 +20,7 @@ import io
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from tl_looped.errors import DataError, DivergedError
+from tl_looped.errors import ConfigError, DataError, DivergedError
 from tl_looped.files import write_text
 from tl_looped.training.losses import ExitWeighted, training_loss
 from tl_looped.training.optimizers import make_optimizer
@@ -56,6 +57,7 @@ LOG_FIELDS = (
     "seconds",
 )
 KEPT_CHECKPOINTS = 2
+SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,10 @@ class _Watch(TrainerCallback):
         out: Path,
         report: Callable[[dict[str, Any]], None],
         tick: Callable[[Tick], None],
+        snapshots: int | None,
     ) -> None:
         self.objective, self.data, self.held_out, self.out = objective, data, held_out, out
-        self.report, self.tick = report, tick
+        self.report, self.tick, self.snapshots = report, tick, snapshots
         self.log: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self.first = 0
@@ -153,6 +156,8 @@ class _Watch(TrainerCallback):
         self.log = [e for e in before if e["step"] <= self.first]
         self.seconds_before = self.log[-1]["seconds"] if self.log else 0.0
         self.started = time.perf_counter()
+        if self.first == 0 and state.is_world_process_zero:
+            self._keep_snapshot(0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the objective its step."""
@@ -186,6 +191,9 @@ class _Watch(TrainerCallback):
                 step, f"the mean training loss rose from {best:.3f} to {mean:.3f} nats"
             )
         self._evaluate(step, mean, state.is_world_process_zero)
+        if state.is_world_process_zero:
+            # Before the checkpoint: a run that ends in between evaluates and keeps this step again.
+            self._keep_snapshot(step)
         control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -216,6 +224,20 @@ class _Watch(TrainerCallback):
                 model.save_pretrained(self.out / "best")
             write_log(self.out / "log.csv", self.log)
             self.report(entry)
+
+    def _keep_snapshot(self, step: int) -> None:
+        """The weights in a folder of their own, if it is time; whole or not there."""
+        spec = self.objective.spec
+        if self.snapshots is None:
+            return
+        if step % (self.snapshots * spec.evaluate_every) and step != spec.steps:
+            return
+        folder = self.out / SNAPSHOTS / snapshot_name(step)
+        partial = folder.with_name(f".{folder.name}.partial")
+        for left_over in (partial, folder):
+            shutil.rmtree(left_over, ignore_errors=True)
+        self.objective.model.save_pretrained(partial)
+        os.replace(partial, folder)
 
     def _speed(self, step: int) -> float:
         done = (step - self.first) * self.objective.spec.batch_size * self.data.rows.shape[1]
@@ -277,11 +299,15 @@ def train(
     out: Path,
     report: Callable[[dict[str, Any]], None] = lambda entry: None,
     tick: Callable[[Tick], None] = lambda tick: None,
+    snapshots: int | None = None,
 ) -> list[dict[str, Any]]:
     """Train, or go on where the folder's newest checkpoint stands; the weights are the same.
 
     ``out`` gets ``run.json`` (spec, model, digest of the rows), ``log.csv``, ``checkpoints/`` (the
-    two newest), ``best`` (by held-out loss, at the model's own recurrences) and ``final``.
+    two newest), ``best`` (by held-out loss, at the model's own recurrences) and ``final``. With
+    ``snapshots`` it also gets ``snapshots/step-000000``, ..., each a model that ``from_pretrained``
+    loads: what a run looked like on its way. They change nothing in the run and are no part of its
+    spec.
 
     Args:
         model: Changed in place; holds the last step's weights at the end, in evaluation mode.
@@ -291,17 +317,25 @@ def train(
         out: Folder of the run.
         report: Called with every entry of the log.
         tick: Called after every step.
+        snapshots: Keep the weights of every so many evaluations, those before the first step and
+            those of the last one; none if None. A run that goes on keeps those that are there;
+            steps that it made without this argument have none.
 
     Returns:
         The log: one entry an evaluation, with the fields of ``LOG_FIELDS``.
 
     Raises:
-        ConfigError: the spec does not fit the model, or the folder holds another run.
+        ConfigError: the spec does not fit the model, the folder holds another run, or
+            ``snapshots`` is below 1.
         CheckpointError: the newest checkpoint is damaged; nothing is overwritten.
         DataError: no rows, or an unreadable log.
         DivergedError: the loss diverged; the last good checkpoint stays.
     """
     spec.check(model.cfg)
+    if snapshots is not None and (type(snapshots) is not int or snapshots < 1):
+        raise ConfigError(
+            f"snapshots must be an integer of at least 1, or None for none, got {snapshots!r}"
+        )
     for name, value in (("rows", rows), ("held_out", held_out)):
         if value.ndim != 2 or len(value) == 0 or value.shape[1] < 2:
             raise DataError(
@@ -316,7 +350,7 @@ def train(
     objective = Objective(model, spec)
     seed = spec.seed if spec.data_seed is None else spec.data_seed
     data = RowsInOrder(rows, spec.steps * spec.batch_size, seed)
-    watch = _Watch(objective, data, held_out, out, report, tick)
+    watch = _Watch(objective, data, held_out, out, report, tick, snapshots)
     with _kept_generators():
         trainer = _make_trainer(objective, data, watch, out)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -356,6 +390,11 @@ def _make_trainer(objective: Objective, data: RowsInOrder, watch: _Watch, out: P
     trainer = _Trainer(objective, watch, args=arguments, train_dataset=data)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def snapshot_name(step: int) -> str:
+    """The folder of a snapshot, ``step-000100``."""
+    return f"step-{step:06d}"
 
 
 @contextmanager

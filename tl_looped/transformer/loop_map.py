@@ -2,11 +2,13 @@
 
 ``S(x)`` is one recurrence: the injection of the prelude's output, the core's layers, the loop norm
 where the family has one (Ouro). It maps a ``hook_state_out`` to the next one. No hook of the model
-fires inside, so it can be iterated, differentiated and started anywhere.
+fires inside, so it can be iterated, differentiated and started anywhere. The one intervention that
+it knows is that of an ablated layer, ``without_mlp``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.model.block import Block
 from tl_looped.model.config import Injection
 from tl_looped.model.context import RunContext
 from tl_looped.model.devices import beside
@@ -39,6 +42,7 @@ class LoopMap:
         skips_first_adapter: The model's own first recurrence does not pass through the adapter
             (``InitialState.PRELUDE_SKIP_ADAPTER``, no state given). Calling the map always does;
             :meth:`run` without a state starts as the model does.
+        core: The core's layers, without the model's hooks.
         model: The model.
     """
 
@@ -47,6 +51,7 @@ class LoopMap:
     mask: Bool[Tensor, "batch pos"] | None
     context: RunContext
     skips_first_adapter: bool
+    core: Sequence[Block]
     model: LoopMapMixin
 
     def __call__(self, state: Stream) -> Stream:
@@ -104,7 +109,7 @@ class LoopMap:
         return self.model.injection(torch.cat(both, -1))
 
     def _layers(self, x: Stream) -> Stream:
-        for block in self.model._silent_blocks("core"):
+        for block in self.core:
             x = block(x, self.context)
         x = rms_norm(x, self.model.final_norm) if self.model.cfg.loop_norm else x
         return beside(x, self.initial_state)
@@ -121,6 +126,7 @@ class LoopMapMixin(LoopMixin):
         padding_side: str | None = None,
         initial_state: Tensor | str | None = None,
         state_seed: int | None = None,
+        without_mlp: Iterable[str] = (),
     ) -> LoopMap:
         """The loop of a prompt as a map from state to state.
 
@@ -133,11 +139,14 @@ class LoopMapMixin(LoopMixin):
             prepend_bos, padding_side: For text.
             initial_state: Where ``initial_state`` of the map starts, or ``"zeros"``.
             state_seed: Seed of a random one.
+            without_mlp: Layers whose MLP writes nothing, ``"prelude.1"``, ``"core.0"``; what a hook
+                that sets their ``hook_mlp_out`` to zero at every recurrence does to a run.
 
         Raises:
-            InputError: as in ``forward``.
+            InputError: as in ``forward``; a name in ``without_mlp`` that is no layer.
         """
         self._check_borrowed()
+        prelude, core, _ = self._blocks_without_mlp(without_mlp)
         inference = torch.is_inference_mode_enabled()
         # Tensors made in inference mode could not be differentiated through later.
         gradients = torch.is_grad_enabled() and not inference
@@ -148,7 +157,7 @@ class LoopMapMixin(LoopMixin):
             run: LoopRun = self._new_run(
                 x, mask, None, initial_state, state_seed, None, enters_loop=True
             )
-            for block in self._silent_blocks("prelude"):
+            for block in prelude:
                 x = block(x, run.context)
             run.prelude_output = x = self._home(x)
             start = self._start(x, run)
@@ -158,5 +167,25 @@ class LoopMapMixin(LoopMixin):
             mask=None if mask is None or bool(mask.all()) else mask,
             context=run.context,
             skips_first_adapter=self._skips_first_adapter(run),
+            core=core,
             model=self,
         )
+
+    def _blocks_without_mlp(self, layers: Iterable[str]) -> list[list[Block]]:
+        """The layers of prelude, core and coda without hooks; the named ones write no MLP output.
+
+        Only those that are named are blocks of their own: the others serve every map.
+        """
+        stages = {stage: list(self._silent_blocks(stage)) for stage in ("prelude", "core", "coda")}
+        places = {f"{stage}.{i}": (stage, i) for stage in stages for i in range(len(stages[stage]))}
+        for name in layers:
+            if name not in places:
+                raise InputError(
+                    f"without_mlp: there is no layer {name!r}; there are {', '.join(places)}"
+                )
+            stage, i = places[name]
+            shared = stages[stage][i]
+            own = Block(self.cfg, shared.weights, shared.location)
+            own.hook_mlp_out.add_hook(lambda x, hook: torch.zeros_like(x))
+            stages[stage][i] = own
+        return list(stages.values())
