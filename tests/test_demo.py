@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 from tl_looped import LoopedTransformer
 from tl_looped.checkpoints import BUNDLED
 from tl_looped.cli import app, main
+from tl_looped.experiments.bundle import SECTION51
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.spec import PromptSet
 from tl_looped.training.demo import demo_config
+from tl_looped.training.section51 import section51_config
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,30 @@ def test_the_bundles_are_small_and_complete(name: str) -> None:
     assert sum(files.values()) < 5 * 2**20
 
 
-def test_the_control_is_a_feedforward_model_that_has_learned(prompts: list[str]) -> None:
-    control = LoopedTransformer.from_pretrained("demo-control", device="cpu")
-    assert str(control.loop) == "(0, 12 x 1, 0)"
-    card = (BUNDLED["demo-control"] / "README.md").read_text(encoding="utf-8")
+def test_all_bundles_together_are_small() -> None:
+    sizes = [path.stat().st_size for folder in BUNDLED.values() for path in folder.iterdir()]
+    assert len(BUNDLED) == 4
+    assert sum(sizes) < 15e6
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("demo-base", "(2, 4 x 4, 2)"),
+        ("demo-bare", "(0, 4 x 4, 0)"),
+        ("demo-control", "(0, 12 x 1, 0)"),
+    ],
+)
+def test_the_models_of_section_51_have_learned(name: str, shape: str, prompts: list[str]) -> None:
+    model = LoopedTransformer.from_pretrained(name, device="cpu")
+    assert str(model.loop) == shape
+    assert model.cfg.injection.value == "none"
+    expected = section51_config(SECTION51[name], len(model.tokenizer), seed=0).to_json()
+    stored = model.cfg.to_json() | {"model_name": expected["model_name"]}
+    assert {k: v for k, v in stored.items() if v != expected[k]} == {}
+    card = (BUNDLED[name] / "README.md").read_text(encoding="utf-8")
     held_out = float(re.search(r"held-out loss ([\d.]+) nats", card)[1])
-    losses = [control(prompt, return_type="loss").item() for prompt in prompts]
+    losses = [model(prompt, return_type="loss").item() for prompt in prompts]
     assert np.mean(losses) < held_out + 1.0 < math.log(1024) - 2
 
 

@@ -31,7 +31,7 @@ from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
 from tl_looped.metrics import over_cache, verdict_of_states
 from tl_looped.metrics.convergence import Verdict
-from tl_looped.metrics.dynamics import loop_jacobian_spectrum
+from tl_looped.metrics.spectral import SPECTRUM, spectrum_of_states, without_spectrum
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout
 from tl_looped.model.init import init_weights
 from tl_looped.transformer import LoopedTransformer
@@ -63,14 +63,14 @@ class CellSize:
         d_model: Width; heads are 64 wide, or one head of the width if that is less.
         n_tokens: Of the input.
         n_recurrences: Of the curves; the verdict is confirmed by a run of twice as many.
-        n_iterations: Of the power iteration for the spectral radius, see
-            :func:`tl_looped.metrics.dynamics.loop_jacobian_spectrum`; 0 leaves it out.
+        n_iterations: For the spectral radius, where there is a fixed point; see
+            :func:`tl_looped.metrics.spectral.spectrum_of_states`. 0 leaves it out.
     """
 
     d_model: int = 256
     n_tokens: int = 8
     n_recurrences: int = 128
-    n_iterations: int = 64
+    n_iterations: int = 200
 
     def __post_init__(self) -> None:
         least = {"d_model": 2, "n_tokens": 1, "n_recurrences": 4, "n_iterations": 0}
@@ -204,9 +204,8 @@ def run_cell(cell: Cell, size: CellSize, model: LoopedTransformer | None = None)
         ``METRICS`` by depth of the first ``n_recurrences``, and
         over ``prompt``: ``verdict`` and its numbers as
         :func:`tl_looped.metrics.verdict_of_states` gives them, ``lowest_layer_cosine`` (the lowest
-        cosine of two layers' last states with the first's), ``spectral_radius``,
-        ``spectral_radius_error`` and ``largest_singular_value`` of the loop's Jacobian at the
-        reached state: NaN where there is no fixed point.
+        cosine of a layer's last state with the first's), and the variables of
+        :data:`tl_looped.metrics.spectral.SPECTRUM`, which are NaN where there is no fixed point.
     """
     model = model_of(cell, size) if model is None else model
     tokens = torch.arange(size.n_tokens)[None]
@@ -246,13 +245,11 @@ def _spectrum(
     has_fixed_point: torch.Tensor,
     size: CellSize,
 ) -> dict[str, Any]:
-    names = ("spectral_radius", "spectral_radius_error", "largest_singular_value")
     if size.n_iterations == 0 or not bool(has_fixed_point.all()):
-        return {name: [float("nan")] * len(tokens) for name in names}
-    found = loop_jacobian_spectrum(
-        model.loop_map(tokens), state, n_iterations=size.n_iterations, seed=0
-    )
-    return {name: getattr(found, name).numpy() for name in names}
+        found = without_spectrum(len(tokens))
+    else:
+        found = spectrum_of_states(model, tokens, state, n_iterations=size.n_iterations)
+    return {name: found[name].values for name in SPECTRUM}
 
 
 def cell_of(data: xr.Dataset) -> Cell:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -22,7 +23,9 @@ from tl_looped.experiments.section_page import (
     table_of,
     write_page,
 )
-from tl_looped.plots.grids import NORM_NAMES
+from tl_looped.plots.grids import NORM_NAMES, condition_name
+from tl_looped.plots.recipes import DrawnFigure
+from tl_looped.plots.spectral import radius_against_rate
 
 PAGE = "section-4.2.html"
 FIGURE_OF = {4: (30,), 12: (6, 29), 16: (31,)}
@@ -77,7 +80,28 @@ def draw_section42(
                     continue
                 named = [replace(one, name=_named(one.name, init)) for one in drawn]
                 images += save_figures(named, folder, command)
+    images += save_figures(_radii(found), folder, command)
     return images
+
+
+def _radii(found: Mapping[Cell, xr.Dataset]) -> list[DrawnFigure]:
+    """Rate over spectral radius, a point a model, of the conditions with any fixed point."""
+    groups: dict[str, list[xr.Dataset]] = {}
+    for cell, data in sorted(found.items()):
+        if np.isfinite(data["spectral_radius"]).any():
+            name = f"{condition_name((cell.norm, cell.injected))}, {INIT_NAMES[cell.init]}"
+            names = ("spectral_radius", "spectral_radius_error", "rate", "verdict", "settled_at")
+            groups.setdefault(name, []).append(data[list(names)])
+    if not groups:
+        return []
+    joined = {name: xr.concat(runs, "model") for name, runs in groups.items()}
+    n = sum(map(len, groups.values()))
+    about = (
+        f"Section 4.2: {n} of {len(found)} models of random weights, those that reach a fixed "
+        "point; 4 to 16 layers, one input each"
+    )
+    drawn = radius_against_rate(joined, about, unit="models")
+    return [replace(drawn, name=f"fig_{drawn.name}")]
 
 
 def _named(name: str, init: str) -> str:
@@ -227,7 +251,7 @@ def _figures(init: str, out: Path) -> PagePart:
 def _spectral(tables: GridTables, out: Path) -> list[PagePart]:
     if not tables.cells["spectral_radius"].notna().any():
         return []
-    figures = figures_in(out / "figures", ("fig_radius_against_rate",), out)
+    figures = figures_in(out / "figures", ("fig_spectral_radius_against_rate",), out)
     text = (
         "At a fixed point, small deviations shrink in the long run by the spectral radius of the "
         "loop's Jacobian a recurrence. The measured rate is a fit over all steps, the first ones "
@@ -257,9 +281,7 @@ def _contrasts(tables: GridTables) -> list[PagePart]:
         "decided": "Decided",
     }
     kept = shown[~zero]
-    kept = kept.assign(
-        contrast=kept["contrast"].map(_spelled), norm=kept["norm"].map(_spelled)
-    )
+    kept = kept.assign(contrast=kept["contrast"].map(_spelled), norm=kept["norm"].map(_spelled))
     columns = {name: text for name, text in columns.items() if name in kept or name in _INTERVALS}
     text = (
         f"Differences between models of one seed. {int(zero.sum())} of {len(shown)} contrasts, "
