@@ -37,6 +37,7 @@ from tl_looped.metrics.mirroring import PermutedScore, permutation_p, permuted_m
 
 BASE = "base4"
 N_PERMUTATIONS = 1000
+WORDS = "{quantity} at {recurrences} recurrences, {contrast}"
 FACTORS = ("configuration", "recurrences", "quantity")
 
 
@@ -92,7 +93,7 @@ def statistics_of(models: SmallModels, resampling: Resampling | None = None) -> 
         clusters=clusters,
         clusters_seeds=clusters_seeds,
         conditions=pd.concat([t for t in tables if len(t)], ignore_index=True),
-        contrasts=contrast_table(values, contrasts=contrasts, **arguments),
+        contrasts=contrast_table(values, contrasts=contrasts, words=WORDS, **arguments),
         training=_training(models),
         counts=_counts(models),
     )
@@ -165,7 +166,9 @@ def _mirroring(models: SmallModels, resampling: Resampling) -> tuple[pd.DataFram
                     }
                     for seed, one in found.items()
                 ]
-                over_seeds.append(about | _together(found, f"{name}, {metric}", resampling))
+                over_seeds.append(
+                    about | _together(found, f"{name}, {metric}, {form} curve", resampling)
+                )
     return pd.DataFrame(seeds), pd.DataFrame(over_seeds)
 
 
