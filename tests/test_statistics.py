@@ -24,6 +24,7 @@ from tl_looped.metrics import mirroring_score, paired_contrast
 from tl_looped.metrics.mirroring import permutation_p, permuted_mirroring
 
 NAN = math.nan
+FEW = Resampling(n_resamples=50)
 
 
 def grid(**values: list[float]) -> pd.DataFrame:
@@ -89,7 +90,7 @@ def test_prompts_are_drawn_once_for_all_seeds_where_all_ran_the_same() -> None:
 def test_factors_that_do_not_tell_rows_apart_are_refused() -> None:
     table = grid(a=[1, 2]).assign(block=4)
     both = pd.concat([table, table.assign(block=8)])
-    with pytest.raises(InputError, match="two rows for .*'a'"):
+    with pytest.raises(InputError, match=r"two rows for .*'a'"):
         condition_table(both, ["name"])
     assert len(condition_table(both, ["name", "block"])) == 2
     with pytest.raises(InputError, match="must have the columns norm"):
@@ -143,7 +144,7 @@ def test_a_main_effect_leaves_out_seeds_that_lack_a_combination() -> None:
         contrast_table(table, ["name", "other"], [Contrast("other", "p", "q")], over=["other"])
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=20, derandomize=True)
 @given(
     st.lists(st.integers(-50, 50), min_size=2, max_size=6),
     st.lists(st.integers(-50, 50), min_size=6, max_size=6),
@@ -151,7 +152,7 @@ def test_a_main_effect_leaves_out_seeds_that_lack_a_combination() -> None:
 def test_swapping_a_contrast_changes_its_sign_alone(a: list[int], b: list[int]) -> None:
     table = grid(a=list(map(float, a)), b=[float(x) for x in b[: len(a)]])
     there, back = (
-        contrast_table(table, ["name"], [Contrast("name", *names)]).iloc[0]
+        contrast_table(table, ["name"], [Contrast("name", *names)], resampling=FEW).iloc[0]
         for names in (("a", "b"), ("b", "a"))
     )
     assert there["mean"] == pytest.approx(-back["mean"])
