@@ -14,6 +14,7 @@ from tl_looped.experiments.section_page import PagePart, figures_in, table_of, w
 from tl_looped.experiments.small_models import CONTROL, FIGURES_OF, Measured
 from tl_looped.experiments.small_models_data import Section51
 from tl_looped.experiments.small_models_statistics import N_PERMUTATIONS
+from tl_looped.plots.recipes import TITLES
 from tl_looped.plots.small_models import (
     loss_by_recurrences,
     steps_over_recurrences,
@@ -206,14 +207,19 @@ def _mirroring(found: Section51) -> PagePart:
         "Mirroring score: Pearson's r with the control of the same seed, mean over recurrences, "
         f"then over seeds. p of the mean score against {draws}."
     )
-    tables = [table_of(statistics.mirroring, columns, caption)]
+    tables = [table_of(_titled(statistics.mirroring), columns, caption)]
     if len(statistics.ceiling):
         columns = {"metric": "Metric", "mean": "Mean r", "least": "Least", "most": "Most"}
         columns["n_pairs"] = "Pairs"
         text = "Ceiling: the same score between controls of two seeds, over all pairs of seeds."
-        tables.append(table_of(statistics.ceiling, columns, text))
+        tables.append(table_of(_titled(statistics.ceiling), columns, text))
     text = "Curve “block” leaves out prelude and coda, whose order the null does not touch."
     return PagePart("mirroring", "Mirroring scores", (text,), tuple(tables))
+
+
+def _titled(table: pd.DataFrame) -> pd.DataFrame:
+    """Metrics by the titles that figures have."""
+    return table.replace({"metric": TITLES}) if "metric" in table else table
 
 
 def _clusters(found: Section51) -> PagePart:
