@@ -188,7 +188,7 @@ def test_a_difference_is_decided_only_if_interval_and_exact_test_agree(
     x = np.array(differences)
     found = decision("a - b", paired_contrast(x, np.zeros_like(x)))
     assert found[0] is decided
-    assert found[1].startswith("a - b: ")
+    assert found[1].startswith(f"a - b (mean {x.mean():+.3g}): ")
     assert says in found[1]
     assert ("this scale cannot decide" in found[1]) is not decided
 

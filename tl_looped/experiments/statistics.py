@@ -181,6 +181,7 @@ def decision(what: str, found: BootstrapCI) -> tuple[bool, str]:
         found: Of :func:`tl_looped.metrics.paired_contrast`.
     """
     n, alpha, least = found.n, 1 - found.confidence, 2 / 2**found.n
+    what = f"{what} (mean {found.mean:+.3g})"
     undecided = f"{what}: this scale cannot decide whether there is a difference"
     if n == 1:
         return False, f"{undecided}; one seed says nothing about how seeds vary."
