@@ -11,7 +11,11 @@ READY_TL3 := $(VENV_TL3)/.ready
 TESTS_TL3 := tests/compat tests/test_golden_parity.py tests/test_transformerlens_cache.py \
 	tests/test_transformerlens_patching.py tests/test_transformerlens_tools.py tests/test_tokens.py
 
-.PHONY: demo test compat bench bench-metrics bench-slow check lint types layers install clean
+# Section 5.1 of finished trainings (tl-looped train-section51), and what is shipped of it.
+RUNS51 ?= runs/section51
+OUT51 ?= reproduction-section51
+
+.PHONY: demo test compat section51 bench bench-metrics bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -28,6 +32,11 @@ $(READY): pyproject.toml constraints.txt
 # The main job on the bundled model; prints where the report is.
 demo: install
 	$(BIN)/tl-looped demo --out demo-report
+
+section51: install
+	$(BIN)/tl-looped reproduce --section 5.1 --runs $(RUNS51) --out $(OUT51)
+	rm -rf tl_looped/data/section51
+	cp -r $(OUT51)/data tl_looped/data/section51
 
 # One thread a worker: the models are small, and two workers fill two cores.
 test: install

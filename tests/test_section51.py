@@ -17,10 +17,16 @@ from typer.testing import CliRunner
 
 from tl_looped import DataError, InputError, LoopedTransformer
 from tl_looped.cli import app
-from tl_looped.cli.sections import reproduce_section51
 from tl_looped.experiments.compare import mean_curve
-from tl_looped.experiments.small_models import experiments, trained_runs
+from tl_looped.experiments.small_models import (
+    FIGURES_OF,
+    Measured,
+    experiments,
+    measure,
+    trained_runs,
+)
 from tl_looped.experiments.small_models_data import Section51, read_data, shipped, write_data
+from tl_looped.experiments.small_models_page import draw_section51, write_section51
 from tl_looped.experiments.small_models_statistics import statistics_of, values_of
 from tl_looped.experiments.small_models_tables import tables_of
 from tl_looped.experiments.spec import PromptSet
@@ -32,10 +38,10 @@ from tl_looped.training.section51 import section51_config
 TEXTS = [f"{a} plus {b}\nis {a + b}" for a in range(10) for b in range(10)]
 PROMPTS = ("1 plus 2\nis 3", "7 plus 5\nis 12 and more", "9 plus 9")
 MODELS = [
-    ("base4", 0), ("base4", 1), ("base8", 0), ("injection", 0), ("injection", 1),
+    ("base4", 0), ("base4", 1), ("injection", 0), ("injection", 1),
     ("no-prelude-coda", 0), ("feedforward", 0), ("feedforward", 1),
 ]  # fmt: skip
-LONGER = (5, 6)
+LONGER = (6,)
 
 
 def finished_run(folder: Path, name: str, seed: int) -> None:
@@ -70,6 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Made:
     out: Path
     prompts: Path
+    models: list[Measured]
     data: Section51
 
 
@@ -78,8 +85,11 @@ def made(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     out = tmp_path_factory.mktemp("section51")
     prompts = out / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"question": text}) + "\n" for text in PROMPTS))
-    reproduce_section51(runs, out, str(prompts), device="cpu", recurrences=LONGER)
-    return Made(out, prompts, read_data(out / "data"))
+    found, missing = trained_runs(runs)
+    chosen = PromptSet.parse(str(prompts))
+    models = [measure(one, out / "runs", chosen, LONGER) for one in found]
+    write_data(tables_of(models, missing), out / "data")
+    return Made(out, prompts, models, read_data(out / "data"))
 
 
 # -- what is there ------------------------------------------------------------------------------
@@ -92,7 +102,7 @@ def test_finished_runs_are_found_and_the_others_named_with_the_reason(runs: Path
     assert missing["base8-seed2"] == "not trained"
     assert len(missing) == 15 - len(MODELS)
     by_name = {one.name: one for one in found}
-    assert by_name["base8-seed0"].shape == (2, 8, 2)
+    assert by_name["no-prelude-coda-seed0"].shape == (0, 4, 0)
     assert by_name["feedforward-seed0"].recurrences == 1
 
 
@@ -142,30 +152,33 @@ def test_tables_hold_the_means_of_the_results(made: Made) -> None:
 
 def test_verdicts_and_rates_are_those_of_the_results(made: Made) -> None:
     prompts = made.data.models.prompts
-    assert len(prompts) == 6 * len(LONGER) * len(PROMPTS)
+    assert len(prompts) == 5 * len(PROMPTS)
     assert prompts["confirmed"].all()
     here = (prompts["configuration"] == "base4") & (prompts["seed"] == 1)
-    mine = prompts[here & (prompts["recurrences"] == 5)]
-    (path,) = (made.out / "runs" / "base4-seed1").glob("*_r5_*/results.nc")
+    mine = prompts[here & (prompts["recurrences"] == 6)]
+    (path,) = (made.out / "runs" / "base4-seed1").glob("*_r6_*/results.nc")
     data = read_dataset(path)
     assert mine["rate"].to_numpy() == pytest.approx(data["rate"].values, rel=1e-7)
     assert mine["verdict"].tolist() == data["verdict_name"].values.tolist()
 
 
 def test_an_unknown_run_is_refused_with_what_there_is(made: Made) -> None:
-    with pytest.raises(InputError, match=r"'base8', seed 1.*seeds \[0\]"):
-        made.data.models.dataset("base8", 1)
+    with pytest.raises(InputError, match=r"'no-prelude-coda', seed 1.*seeds \[0\]"):
+        made.data.models.dataset("no-prelude-coda", 1)
     with pytest.raises(InputError, match="7 recurrences"):
-        made.data.models.dataset("base8", 0, 7)
+        made.data.models.dataset("base4", 0, 7)
 
 
 def test_losses_of_the_evaluation_are_read_off_where_they_belong(made: Made) -> None:
-    values = values_of(made.data.models).set_index(["configuration", "seed", "quantity"])["value"]
+    values = values_of(made.data.models).set_index(
+        ["configuration", "seed", "quantity", "recurrences"]
+    )
+    values = values["value"]
     # 4 + seed + |r - 4| / 2 at r = 1 to 8.
-    assert values["base4", 1, "loss rise"].tolist() == [2.0]
-    assert values["base4", 1, "best recurrences"].tolist() == [4.0]
-    assert values["base4", 1, "held-out loss"].tolist() == [5.0, 7.0]
-    assert values["feedforward", 0, "held-out loss"].tolist() == [5.5]
+    assert values["base4", 1, "loss rise", 8] == 2
+    assert values["base4", 1, "best recurrences", 8] == 4
+    assert [values["base4", 1, "held-out loss", n] for n in (4, 8)] == [5, 7]
+    assert values["feedforward", 0, "held-out loss", 4] == 5.5
 
 
 # -- statistics ---------------------------------------------------------------------------------
@@ -183,7 +196,7 @@ def test_a_contrast_is_the_difference_of_its_conditions_seed_by_seed(made: Made)
     assert row["seeds"] == "0 1"
     assert row["sign_flip_p"] in (0.5, 1.0)
     assert not row["decided"]
-    one = rates[rates["contrast"] == "base8 - base4"].iloc[0]
+    one = rates[rates["contrast"] == "no-prelude-coda - base4"].iloc[0]
     assert one["seeds"] == "0"
     assert "one seed says nothing" in one["says"]
 
@@ -207,7 +220,10 @@ def test_mirroring_is_that_of_the_metric_against_the_control_of_the_same_seed(ma
     assert row["score"] == pytest.approx(score.pearson.mean(), rel=1e-6)
     assert row["n_orders"] == 24
     over = made.data.statistics.mirroring
-    assert set(over["n_seeds"]) == {1, 2}
+    # Untrained heads attend evenly, so that the sink rate has no curve.
+    seeds = over.groupby("metric")["n_seeds"].agg(lambda n: sorted(set(n)))
+    assert seeds.pop("sink_rate") == [0]
+    assert seeds.tolist() == [[1, 2]] * 3
     bare = over[over["configuration"] == "no-prelude-coda"]
     assert set(bare["curve"]) == {"whole"}
 
@@ -220,7 +236,7 @@ def test_counts_say_what_was_run(made: Made) -> None:
     assert counts.loc[("feedforward", 1), "sequences"] == 2 * 3
     training = made.data.statistics.training.set_index("configuration")
     assert training.loc["base4", "tokens"] == 2 * 1280
-    assert training.loc["base8", "seeds"] == "0"
+    assert training.loc["no-prelude-coda", "seeds"] == "0"
     # Embedding (tied), a final gain, and a block of attention, gated MLP and two gains each.
     block, vocabulary = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16, len(train_tokenizer(TEXTS, 280))
     assert training.loc["feedforward", "parameters"] == vocabulary * 16 + 16 + 12 * block
@@ -247,12 +263,18 @@ def test_a_control_alone_has_counts_and_curves(runs: Path, made: Made, tmp_path:
 # -- files --------------------------------------------------------------------------------------
 
 
-def test_nothing_is_run_again_and_the_same_data_are_written(runs: Path, made: Made) -> None:
+def test_nothing_is_run_again_and_the_same_data_are_written(
+    runs: Path, made: Made, tmp_path: Path
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.out.glob("runs/*/*/results.nc")}
-    texts = {path: path.read_bytes() for path in made.out.glob("data/**/*") if path.is_file()}
-    reproduce_section51(runs, made.out, str(made.prompts), device="cpu", recurrences=LONGER)
+    found, missing = trained_runs(runs)
+    prompts = PromptSet.parse(str(made.prompts))
+    models = [measure(one, made.out / "runs", prompts, LONGER) for one in found]
+    assert len(before) == 2 * 5 + 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert {path: path.read_bytes() for path in texts} == texts
+    write_data(tables_of(models, missing), tmp_path)
+    for path in tmp_path.rglob("*.*"):
+        assert path.read_bytes() == (made.out / "data" / path.relative_to(tmp_path)).read_bytes()
 
 
 def test_statistics_can_be_made_again_from_the_files(made: Made) -> None:
@@ -274,27 +296,27 @@ def test_the_files_name_no_folder_of_the_machine(made: Made, runs: Path) -> None
             assert str(runs).encode() not in content
 
 
-def test_the_page_stands_alone_and_shows_figures_and_sentences(made: Made) -> None:
-    page = (made.out / "section-5.1.html").read_text()
-    for text in ("Figure 10.", "Figure 54.", "Figure 55.", "Figure 57.", "Figure 60.",
-                 "Training curves", "cannot decide", "base8-seed2 (not trained)"):  # fmt: skip
-        assert text in page
-    assert page.count('<img src="data:image/') == 8
-    assert "<script" not in page
-    assert "http://" not in page.replace("http://www.w3.org", "")
-
-
-def test_figures_of_the_control_are_drawn_beside_the_models(made: Made) -> None:
+def test_figures_and_page_of_what_there_is(made: Made) -> None:
+    some = [one for one in made.models if one.trained.configuration in ("base4", "feedforward")]
+    said: list[str] = []
+    draw_section51(some, made.data, made.out / "figures", "a command", said.append)
+    assert said == [f"figure {n}: no model {FIGURES_OF[n]}" for n in (55, 57, 60)]
     numbers = pd.read_csv(made.out / "figures" / "fig54.csv")
     assert any("feedforward" in line for line in numbers["line"].unique())
     numbers = pd.read_csv(made.out / "figures" / "fig_loss.csv").set_index(["line", "x"])
     assert numbers.loc[("base4", 4.0), "mean"] == pytest.approx(4.5)
     assert numbers.loc[("base4", 4.0), "high"] == pytest.approx(4.5 + math.sqrt(0.5), rel=1e-5)
-    assert math.isnan(numbers.loc[("base8", 4.0), "high"])
+    assert math.isnan(numbers.loc[("no-prelude-coda", 4.0), "high"])
+    page = write_section51(made.data, made.out).read_text()
+    for text in ("Figure 10.", "Figure 54.", "Training curves", "cannot decide",
+                 "7 small models, 1 to 2 seeds", "base8-seed2 (not trained)"):  # fmt: skip
+        assert text in page
+    assert page.count('<img src="data:image/') == 5
+    assert "<script" not in page
 
 
 def test_damaged_data_are_refused(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not hold the data of Section 5.1"):
+    with pytest.raises(DataError, match="does not hold the data of Section"):
         read_data(tmp_path)
     write_data(made.data.models, tmp_path)
     about = json.loads((tmp_path / "manifest.json").read_text()) | {"format": 99}
@@ -304,8 +326,6 @@ def test_damaged_data_are_refused(made: Made, tmp_path: Path) -> None:
 
 
 def test_models_on_other_prompts_do_not_share_a_table(made: Made, runs: Path) -> None:
-    from tl_looped.experiments.small_models import Measured
-
     found = {one.name: one for one in trained_runs(runs)[0]}
     one = found["feedforward-seed0"]
     (path,) = (made.out / "runs" / one.name).glob("*/results.nc")

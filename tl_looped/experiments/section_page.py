@@ -51,6 +51,7 @@ class PagePart:
         paragraphs: Before the rest.
         tables: In order.
         findings: Sentences, as a list.
+        more: Further sentences, behind a fold.
         figures: Of :func:`tl_looped.experiments.report.exhibits`.
     """
 
@@ -59,6 +60,7 @@ class PagePart:
     paragraphs: tuple[str, ...] = ()
     tables: tuple[PageTable, ...] = ()
     findings: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
     figures: tuple[Exhibit, ...] = ()
 
 

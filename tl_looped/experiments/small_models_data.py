@@ -134,7 +134,7 @@ def shipped() -> Section51:
 
 def _read_csv(path: Path, texts: tuple[str, ...] = ()) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(texts, str), float_precision="round_trip")
+        table = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
     except pd.errors.EmptyDataError:  # a table without rows or columns
         return pd.DataFrame()
     for name in table.columns.intersection(list(texts)):

@@ -14,6 +14,7 @@ from tl_looped.experiments.section_page import PagePart, figures_in, table_of, w
 from tl_looped.experiments.small_models import CONTROL, FIGURES_OF, Measured
 from tl_looped.experiments.small_models_data import Section51
 from tl_looped.experiments.small_models_statistics import N_PERMUTATIONS
+from tl_looped.plots.recipes import TITLES
 from tl_looped.plots.small_models import (
     loss_by_recurrences,
     steps_over_recurrences,
@@ -98,28 +99,50 @@ def write_section51(found: Section51, out: Path) -> Path:
 
 def _decided(found: Section51) -> PagePart:
     contrasts, mirroring = found.statistics.contrasts, found.statistics.mirroring
-    yes = [*_where(contrasts, True), *_where(mirroring, True)]
-    no = [*_where(contrasts, False), *_where(mirroring, False)]
     text = (
         f"Of {len(contrasts)} paired contrasts between configurations, "
-        f"{int(_flags(contrasts).sum())} are decided; of {len(mirroring)} mirroring scores, "
-        f"{int(_flags(mirroring).sum())} exceed those of random layer orders. A contrast is decided "
-        "if its t-interval leaves out 0 and the exact sign-flip p is at most 0.05; with n seeds "
-        "that p cannot fall below 2 / 2^n (0.25 with three, 0.031 with six). Nothing is corrected "
-        "for the number of tests."
+        f"{_decided_in(contrasts)} are decided; of {len(mirroring)} mirroring scores, "
+        f"{_decided_in(mirroring)} exceed those of random layer orders. A contrast is decided if "
+        "its t-interval leaves out 0 and the exact sign-flip p is at most 0.05; with n seeds that "
+        "p cannot fall below 2 / 2^n (0.25 with three, 0.031 with six). Nothing is corrected for "
+        "the number of tests."
     )
-    findings = (*yes, *no)
-    return PagePart("decided", "What this scale decides, and what it cannot", (text,), (), findings)
+    both = [*_sentences(contrasts), *_sentences(mirroring)]
+    first = [sentence for sentence, shown in both if shown]
+    more = [sentence for sentence, shown in both if not shown]
+    return PagePart(
+        "decided",
+        "What this scale decides, and what it cannot",
+        (text,),
+        findings=tuple(first),
+        more=tuple(more),
+    )
 
 
-def _flags(table: pd.DataFrame) -> pd.Series:
-    empty = pd.Series([], dtype=bool)
-    return table["decided"].astype(bool) if "decided" in table else empty
+def _decided_in(table: pd.DataFrame) -> int:
+    return int(table["decided"].astype(bool).sum()) if len(table) else 0
 
 
-def _where(table: pd.DataFrame, decided: bool) -> list[str]:
-    flags = _flags(table)
-    return [str(text) for text in table.loc[flags == decided, "says"]] if len(flags) else []
+def _sentences(table: pd.DataFrame) -> list[tuple[str, bool]]:
+    """The sentence of every row, and whether it stands before the fold.
+
+    These are what is decided, the rate at the most recurrences, the loss as trained, and the ColSum
+    concentration, which is what the paper's Figure 10 compares.
+    """
+    if not len(table):
+        return []
+    shown = table["decided"].astype(bool)
+    if "quantity" in table:
+        rate = table["quantity"] == "rate"
+        longest = table.loc[rate, "recurrences"].max()
+        loss = table["quantity"] == "held-out loss"
+        trained = table.loc[loss, "recurrences"].min()
+        shown |= rate & (table["recurrences"] == longest)
+        shown |= loss & (table["recurrences"] == trained)
+    else:
+        shown |= (table["metric"] == "colsum_concentration") & (table["curve"] == "whole")
+    order = table.assign(shown=shown).sort_values("decided", ascending=False, kind="stable")
+    return list(zip(order["says"].astype(str), order["shown"].astype(bool), strict=True))
 
 
 def _trained(found: Section51, out: Path) -> PagePart:
@@ -142,7 +165,7 @@ def _trained(found: Section51, out: Path) -> PagePart:
         else "Held-out loss by recurrences is in the conditions below."
     )
     figures = figures_in(out / "figures", ("fig_curves", "fig_loss"), out)
-    return PagePart("training", "Training", (text,), (table,), (), figures)
+    return PagePart("training", "Training", (text,), (table,), figures=figures)
 
 
 def _rises(found: Section51) -> bool:
@@ -161,7 +184,7 @@ def _stages(out: Path) -> PagePart:
         "56, 58, 59, 61 and 62 of the paper are of shapes that are not trained here."
     )
     return PagePart(
-        "stages", "Stage metrics", (text,), (), (), figures_in(out / "figures", names, out)
+        "stages", "Stage metrics", (text,), figures=figures_in(out / "figures", names, out)
     )
 
 
@@ -184,14 +207,23 @@ def _mirroring(found: Section51) -> PagePart:
         "Mirroring score: Pearson's r with the control of the same seed, mean over recurrences, "
         f"then over seeds. p of the mean score against {draws}."
     )
-    tables = [table_of(statistics.mirroring, columns, caption)]
+    tables = [table_of(_titled(statistics.mirroring), columns, caption)]
     if len(statistics.ceiling):
         columns = {"metric": "Metric", "mean": "Mean r", "least": "Least", "most": "Most"}
         columns["n_pairs"] = "Pairs"
         text = "Ceiling: the same score between controls of two seeds, over all pairs of seeds."
-        tables.append(table_of(statistics.ceiling, columns, text))
-    text = "Curve “block” leaves out prelude and coda, whose order the null does not touch."
+        tables.append(table_of(_titled(statistics.ceiling), columns, text))
+    text = (
+        "Curve “block” leaves out prelude and coda, whose order the null does not touch. Residual "
+        "entropy rises with depth in most models, and two rising curves correlate whatever they "
+        "mean. A t-interval that leaves −1 to 1 says that so few seeds say nothing."
+    )
     return PagePart("mirroring", "Mirroring scores", (text,), tuple(tables))
+
+
+def _titled(table: pd.DataFrame) -> pd.DataFrame:
+    """Metrics by the titles that figures have."""
+    return table.replace({"metric": TITLES}) if "metric" in table else table
 
 
 def _clusters(found: Section51) -> PagePart:
@@ -249,8 +281,7 @@ def _convergence(found: Section51, out: Path) -> PagePart:
         "Convergence and losses",
         (text,),
         (table_of(table, columns, caption),),
-        (),
-        figures,
+        figures=figures,
     )
 
 

@@ -7,7 +7,7 @@ Everything is computed from :class:`tl_looped.experiments.small_models_tables.Sm
   control, averaged over recurrences. Null: random orders of the core layers, the same at every
   recurrence. Over seeds the layers are permuted in every seed independently, and the mean score is
   compared with the means so drawn, ``p = (1 + #{null >= observed}) / (1 + N)``: one test of the
-  mean, valid whatever the scores' distribution, where p values of single seeds cannot fall much
+  mean, valid whatever the scores' distribution, where p values of single seeds cannot fall
   below 1 / k!. It asks about the order of the block's layers, not whether seeds vary.
 - ``ceiling``: the same score between controls of two seeds, the mean over all pairs: how alike two
   trainings of one architecture are.
@@ -34,9 +34,11 @@ from tl_looped.experiments.statistics import Contrast, condition_table, contrast
 from tl_looped.metrics import bootstrap_ci
 from tl_looped.metrics.catalogue import STAGE
 from tl_looped.metrics.mirroring import PermutedScore, permutation_p, permuted_mirroring
+from tl_looped.plots.recipes import TITLES
 
 BASE = "base4"
 N_PERMUTATIONS = 1000
+WORDS = "{quantity} at {recurrences} recurrences, {contrast}"
 FACTORS = ("configuration", "recurrences", "quantity")
 
 
@@ -92,7 +94,7 @@ def statistics_of(models: SmallModels, resampling: Resampling | None = None) -> 
         clusters=clusters,
         clusters_seeds=clusters_seeds,
         conditions=pd.concat([t for t in tables if len(t)], ignore_index=True),
-        contrasts=contrast_table(values, contrasts=contrasts, **arguments),
+        contrasts=contrast_table(values, contrasts=contrasts, words=WORDS, **arguments),
         training=_training(models),
         counts=_counts(models),
     )
@@ -165,7 +167,9 @@ def _mirroring(models: SmallModels, resampling: Resampling) -> tuple[pd.DataFram
                     }
                     for seed, one in found.items()
                 ]
-                over_seeds.append(about | _together(found, f"{name}, {metric}", resampling))
+                over_seeds.append(
+                    about | _together(found, f"{name}, {TITLES[metric]}, {form} curve", resampling)
+                )
     return pd.DataFrame(seeds), pd.DataFrame(over_seeds)
 
 
@@ -205,13 +209,14 @@ def _together(
             seed=resampling.seed,
         )
         null = np.mean([one.null for one in good.values()], axis=0)
+        p = permutation_p(null, ci.mean) if n > 1 else next(iter(good.values())).p
         orders = math.prod(one.n_orders for one in good.values())
         row |= {
             "mean": ci.mean,
             "sd": float(scores.std(ddof=1)) if n > 1 else math.nan,
             "t_low": ci.t.low,
             "t_high": ci.t.high,
-            "p_permutation": permutation_p(null, ci.mean),
+            "p_permutation": p,
             "least_p": max(1 / orders, 1 / (1 + N_PERMUTATIONS)),
         }
     row |= {

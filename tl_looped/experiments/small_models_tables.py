@@ -137,7 +137,10 @@ def tables_of(models: Sequence[Measured], missing: Mapping[str, str]) -> SmallMo
             [_layers(m, m.trained.recurrences, np.float64) for m in models], ignore_index=True
         ),
         steps=_joined(steps, [*OF_MODEL, "recurrences", *PLACES]),
-        prompts=_joined([_prompts(m, n) for m in models for n in _loops(m)], [*OF_MODEL]),
+        prompts=_joined(
+            [_prompts(m, n) for m in models for n in _loops(m)],
+            [*OF_MODEL, "recurrences", "prompt", *_OF_PROMPT, "verdict", "confirmed"],
+        ),
         about=_about(models, missing),
     )
 

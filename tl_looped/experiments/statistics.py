@@ -127,6 +127,7 @@ def contrast_table(
     value: str = "value",
     over: Sequence[str] = (),
     resampling: Resampling | None = None,
+    words: str = "",
 ) -> pd.DataFrame:
     """Paired contrasts over seeds, for every combination of the other factors.
 
@@ -136,6 +137,8 @@ def contrast_table(
         values, factors, value, resampling: As in :func:`condition_table`.
         contrasts: What is compared.
         over: Factors to average over first, for a main effect.
+        words: How sentences call a row, ``"{quantity}, {contrast}"``; ``contrast`` and the other
+            factors are filled in. The values one after the other if empty.
 
     Returns:
         A row a contrast and combination: ``contrast``, the other factors; ``mean`` of
@@ -162,10 +165,11 @@ def contrast_table(
             seeds = sorted(set(pair[0].index) & set(pair[1].index))
             if seeds:
                 first, second = (one.loc[seeds].to_numpy() for one in pair)
-                what = ", ".join([contrast.name, *(str(v) for _, v in key)])
+                named = {"contrast": contrast.name, **dict(key)}
+                what = words.format(**named) if words else ", ".join(map(str, named.values()))
                 row = _contrast(first, second, what, resampling)
                 seeds_text = " ".join(map(str, seeds))
-                rows.append({"contrast": contrast.name, **dict(key), "seeds": seeds_text, **row})
+                rows.append({**named, "seeds": seeds_text, **row})
     return pd.DataFrame(rows)
 
 
@@ -177,6 +181,7 @@ def decision(what: str, found: BootstrapCI) -> tuple[bool, str]:
         found: Of :func:`tl_looped.metrics.paired_contrast`.
     """
     n, alpha, least = found.n, 1 - found.confidence, 2 / 2**found.n
+    what = f"{what} (mean {found.mean:+.3g})"
     undecided = f"{what}: this scale cannot decide whether there is a difference"
     if n == 1:
         return False, f"{undecided}; one seed says nothing about how seeds vary."

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, Literal
 
 import numpy as np
@@ -174,8 +175,9 @@ class PermutedScore:
     Attributes:
         score: Mean over recurrences of Pearson's r; NaN if one of them is.
         null: The same under every random order; NaN where an order has no score.
-        p: ``(1 + #{null >= score}) / (1 + N)``, ties (to 1e-12) counted.
-        n_orders: Different orders that the block has, k!; p is hardly below its inverse.
+        p: ``(1 + #{null >= score}) / (1 + N)``, ties (to 1e-12) counted. Exact, over all other
+            orders, where there are no more than the random ones; never below ``1 / n_orders``.
+        n_orders: Different orders that the block has, k!.
         seed: Of the orders.
     """
 
@@ -238,6 +240,9 @@ def permuted_mirroring(
         orders, which = np.unique(drawn, axis=0, return_inverse=True)  # 24 of four layers
         null = score(orders)[which.reshape(-1)]
         p = permutation_p(null, observed)
+        if math.factorial(k) <= n_permutations + 1:
+            every = np.array(list(permutations(range(k))))  # the first is the given one
+            p = permutation_p(score(every[1:]), observed)
     return PermutedScore(observed, null, p, math.factorial(k), seed)
 
 
