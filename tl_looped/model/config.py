@@ -130,6 +130,8 @@ class LoopedConfig(TransformerLensConfig):
         seed: Seed of random weights.
         n_devices: How many devices the weights are on, as in TransformerLens. The model sets it;
             ``device`` is that of the embedding, where tokens go in and results come out.
+        source_layers: Of a model made from a feedforward one: which of its layers became
+            ``"prelude"``, ``"core"`` and ``"coda"``, and its name as ``"model"``. For the record.
         use_attn_in: TransformerLens's flag for ``hook_attn_in``.
         use_hook_mlp_in: TransformerLens's flag for ``hook_mlp_in``.
     """
@@ -166,6 +168,7 @@ class LoopedConfig(TransformerLensConfig):
     n_key_value_heads: int | None = None
     device: str | None = None
     n_devices: int = 1
+    source_layers: dict[str, Any] | None = None
 
     # The same for every supported family; TransformerLens's tools read these fields.
     normalization_type: str | None = "RMS"
@@ -260,6 +263,8 @@ class LoopedConfig(TransformerLensConfig):
             raise ConfigError(f"init_mode must be 'normal' or 'fan_in', got {self.init_mode!r}")
         if self.act_fn != "silu" or not self.gated_mlp:
             raise ConfigError("only gated SiLU MLPs are supported (act_fn='silu', gated_mlp=True)")
+        if not isinstance(self.source_layers, (dict, type(None))):
+            raise ConfigError(f"source_layers must be a dict or None, got {self.source_layers!r}")
         self._validate_rope()
 
     def _validate_rope(self) -> None:
