@@ -119,6 +119,8 @@ def _holds_looped_model(folder: Path) -> bool:
 
 def _save(looped: LoopedTransformer, out: Path, format: FormatName) -> str:
     """Save, and leave no empty folder behind where that fails; the format that was taken."""
+    from safetensors import SafetensorError
+
     from tl_looped.checkpoints import in_original_format
     from tl_looped.errors import ConfigError
 
@@ -133,10 +135,12 @@ def _save(looped: LoopedTransformer, out: Path, format: FormatName) -> str:
     is_new = not out.exists()
     try:
         looped.save_pretrained(out, format=chosen)
-    except BaseException:
+    except BaseException as error:
         if is_new:
             with suppress(OSError):
                 out.rmdir()  # only if it is empty
+        if isinstance(error, SafetensorError):
+            raise CheckpointError(f"{out} cannot be written: {error}") from error
         raise
     return chosen
 

@@ -138,6 +138,7 @@ def _load(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told here, with names
         )
     except Exception as error:  # whatever transformers raises about a config or a file
         raise CheckpointError(
@@ -145,7 +146,7 @@ def _load(
         ) from error
     wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if wrong:
-        # transformers would fill in what is missing with random values.
+        # transformers has filled these in with random values, or left them out.
         listed = "; ".join(f"{kind}: {names}" for kind, names in wrong.items())
         raise CheckpointError(
             f"{text} does not hold the tensors of a {raw['model_type']}: {listed}"
