@@ -14,6 +14,10 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 N_LAYERS = 7
@@ -38,11 +42,9 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-LLAMA, OLMO, MISTRAL = (
-    (LlamaConfig, LlamaForCausalLM),
-    (Olmo2Config, Olmo2ForCausalLM),
-    (MistralConfig, MistralForCausalLM),
-)
+LLAMA, OLMO = (LlamaConfig, LlamaForCausalLM), (Olmo2Config, Olmo2ForCausalLM)
+MISTRAL = (MistralConfig, MistralForCausalLM)
+QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LLAMA, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama-grouped-scaled-rope": (LLAMA, {"rope_parameters": LLAMA3_ROPE}),
@@ -50,6 +52,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "olmo2": (OLMO, {"num_key_value_heads": 4}),
     "olmo2-grouped": (OLMO, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "mistral": (MISTRAL, {"sliding_window": None}),
+    "qwen2": (QWEN2, {"tie_word_embeddings": True}),
+    "qwen3": (QWEN3, {"head_dim": 16}),
     "mistral-wide-heads": (MISTRAL, {"sliding_window": 100, "head_dim": 16}),
 }
 

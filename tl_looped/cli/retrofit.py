@@ -34,7 +34,7 @@ class FormatName(str, Enum):
 
 def retrofit(
     model: Annotated[
-        str, typer.Argument(help="Hub id or folder of a Llama, TinyLlama, OLMo-2 or Mistral.")
+        str, typer.Argument(help="Hub id or folder of a Llama, OLMo-2, Mistral or Qwen2/3.")
     ],
     out: Annotated[Path, typer.Argument(help="New folder for the looped model.")],
     core: Annotated[str, typer.Option(help="Layers of the loop: 6-11, or 6,8-10.")],

@@ -111,8 +111,11 @@ class LoopedConfig(TransformerLensConfig):
         exit_gate: The model has an exit gate, read at the end of every recurrence (Ouro).
         exit_threshold: Cumulative exit probability at which a token leaves the loop, the default
             of ``model.exits(...)``. The model's own logits are always the last recurrence's.
-        qk_bias: Queries and keys have a bias (Huginn).
+        qk_bias: Queries and keys have a bias (Huginn, Qwen2).
+        v_bias: Values have a bias (Qwen2).
         qk_norm: RMSNorm on the whole flattened query and key vectors (OLMo-2).
+        qk_norm_per_head: That norm is on each head by itself, with one gain for all heads of a
+            layer (Qwen3).
         rotary_style: See :class:`RotaryStyle`.
         rotary_base: Rotary theta.
         rope_scaling: Llama 3 frequency scaling, as in ``transformers`` configs, or None.
@@ -150,7 +153,9 @@ class LoopedConfig(TransformerLensConfig):
     exit_gate: bool = False
     exit_threshold: float = 1.0
     qk_bias: bool = False
+    v_bias: bool = False
     qk_norm: bool = False
+    qk_norm_per_head: bool = False
     rotary_style: RotaryStyle = RotaryStyle.HALF
     rotary_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -259,6 +264,10 @@ class LoopedConfig(TransformerLensConfig):
             )
         if self.pre_coda_norm and (self.loop_norm or self.n_coda == 0):
             raise ConfigError("pre_coda_norm needs a coda, and excludes loop_norm")
+        if self.qk_norm_per_head and not self.qk_norm:
+            raise ConfigError(
+                "qk_norm_per_head says where qk_norm stands: set qk_norm=True with it"
+            )
         if self.init_mode not in ("normal", "fan_in"):
             raise ConfigError(f"init_mode must be 'normal' or 'fan_in', got {self.init_mode!r}")
         if self.act_fn != "silu" or not self.gated_mlp:

@@ -70,8 +70,9 @@ def retrofit(
     ``model.save_pretrained(folder)`` in tl_looped's own.
 
     Args:
-        model_or_id: A hub id or folder (Llama, TinyLlama, OLMo-2, Mistral), a transformers model,
-            or a TransformerBridge whose weights were not processed. Its weights are copied.
+        model_or_id: A hub id or folder (Llama, TinyLlama, OLMo-2, Mistral, Qwen2, Qwen3), a
+            transformers model, or a TransformerBridge whose weights were not processed. Its weights
+            are copied.
         core: Layers of the loop, 0-based and increasing: a list, a range.
         prelude: Layers before it; all before the first core layer if None.
         coda: Layers after it; all after the last core layer if None.
@@ -140,6 +141,10 @@ def _parts(
     cfg, tied = looped.cfg, bool(source.model.config.tie_word_embeddings)
     sources = feedforward_sources(cfg, source.family, plan, tied)
     tensors = source.tensors()
+    for name, tensor in tensors.items():
+        # Biases of queries, keys and values are stored by head here.
+        if name.endswith("_proj.bias") and len(tensor) % cfg.d_head == 0:
+            tensors[name] = tensor.unflatten(0, (-1, cfg.d_head))
     dropped = tuple(f"model.layers.{layer}." for layer in plan.dropped)
     optional = {name for name in tensors if name.startswith(dropped)}
     if cfg.injection is Injection.LINEAR:

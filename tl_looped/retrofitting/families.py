@@ -72,6 +72,23 @@ FAMILIES: dict[str, Family] = {
     ),
     # Its block is Llama's, and so is the format of its retrofits.
     "mistral": Family("MistralForCausalLM", "retrofit-llama", NormLayout.PRE, _PRE, True),
+    # No published format has biases, or norms on single heads: these are saved in tl_looped's own.
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        "retrofit-qwen2",
+        NormLayout.PRE,
+        _PRE,
+        False,
+        {"qk_bias": True, "v_bias": True},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        "retrofit-qwen3",
+        NormLayout.PRE,
+        _PRE,
+        False,
+        {"qk_norm": True, "qk_norm_per_head": True},
+    ),
 }
 """By ``model_type``."""
 
@@ -181,6 +198,9 @@ def feedforward_sources(
             out[f"{ours}.mlp.down"] = Source((f"{theirs}.mlp.down_proj.weight",))
             for our_norm, their_norm in family.norms.items():
                 out[f"{ours}.{our_norm}.w"] = Source((f"{theirs}.{their_norm}.weight",))
+            biases = "qk" * cfg.qk_bias + "v" * cfg.v_bias
+            for x in biases:
+                out[f"{ours}.attn.{x}_bias"] = Source((f"{theirs}.self_attn.{x}_proj.bias",))
             if cfg.qk_norm:
                 for norm in ("q_norm", "k_norm"):
                     out[f"{ours}.attn.{norm}.w"] = Source((f"{theirs}.self_attn.{norm}.weight",))
