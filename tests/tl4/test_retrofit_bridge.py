@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from feedforwards import feedforward, logits_of, random_tokens, with_layers
+from test_attention_switches import KINDS as SWITCHES
+from test_attention_switches import make
 from test_checkpoints import small_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -33,3 +35,18 @@ def test_bridge_gives_its_weights_and_its_tokenizer(kind: str, tmp_path: Path) -
         bridge.enable_compatibility_mode()
         with pytest.raises(InputError, match="processed by enable_compatibility_mode"):
             retrofit(bridge, **STAGES, device="cpu")
+
+
+@pytest.mark.parametrize("kind", list(SWITCHES))
+def test_bridge_of_a_model_with_biases_or_head_norms_has_its_numbers(
+    kind: str, tokens: torch.Tensor
+) -> None:
+    model = make(kind)
+    bridge = model.to_bridge(n_recurrences=3)
+    logits, cache = model.run_with_cache(tokens, n_recurrences=3)
+    found, theirs = bridge.run_with_cache(tokens)
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+    for name in ("hook_pattern", "hook_z", "hook_v"):
+        expected = cache[f"blocks.4.attn.{name}"]
+        other = theirs[f"blocks.4.attn.{name}"].reshape(expected.shape)
+        torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5)
