@@ -56,7 +56,7 @@ def retrofit(
     prelude: Any = None,
     coda: Any = None,
     mode: Mode | str = Mode.RETROFIT,
-    n_recurrences: Any = 4,
+    n_recurrences: int = 4,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: Any = None,
@@ -64,10 +64,12 @@ def retrofit(
 ) -> LoopedTransformer:
     """Make a looped model of a feedforward one.
 
-    The result is checked against its source at one recurrence before it is returned. Save a
+    The result is checked against its source at one recurrence before it is returned. Both are in
+    memory at that time. Save a
     retrofit with ``model.save_pretrained(folder, format="original")`` in the format of the
     published retrofits (Llama, TinyLlama, OLMo-2, Mistral), anything with
-    ``model.save_pretrained(folder)`` in tl_looped's own.
+    ``model.save_pretrained(folder)`` in tl_looped's own. Qwen's biases and norms on single heads
+    have no place in the former.
 
     Args:
         model_or_id: A hub id or folder (Llama, TinyLlama, OLMo-2, Mistral, Qwen2, Qwen3), a
@@ -117,7 +119,7 @@ def retrofit(
                 "looped model of shapes only"
             )
         give_values(looped, sources, tensors.__getitem__, target, wanted)
-        looped._note_devices()
+        looped.to(target)  # they are there; cfg learns of it
         check_against_source(looped, source, plan)
     return looped.eval()
 
