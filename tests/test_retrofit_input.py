@@ -36,6 +36,12 @@ def source() -> Any:
     return small_llama()
 
 
+@pytest.fixture
+def folder(tmp_path: Path, source: Any) -> Path:
+    source.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
 # -- layers -----------------------------------------------------------------------------------
 
 
@@ -74,14 +80,13 @@ def test_wrong_layers_are_named(layers: dict[str, Any], message: str, source: An
         retrofit(source, **layers, device="cpu")
 
 
-def test_layers_may_be_any_iterable_of_integers() -> None:
+def test_layers_may_be_any_iterable_of_integers(folder: Path) -> None:
     core = torch.tensor([2, 3])
     plan = plan_layers(6, iter([0]), core, (i for i in (4, 5)))
     assert plan.stages() == {"prelude": (0,), "core": (2, 3), "coda": (4, 5)}
     assert (plan.kept, plan.dropped) == ((0, 2, 3, 4, 5), (1,))
-    looped = retrofit(
-        small_llama(), prelude=iter([0]), core=iter([2]), coda=iter([4]), device="cpu"
-    )
+    # From a folder, where layers are looked at before and after the weights are read.
+    looped = retrofit(folder, prelude=iter([0]), core=iter([2]), coda=iter([4]), device="cpu")
     assert (looped.loop.p, looped.loop.k, looped.loop.c) == (1, 1, 1)
 
 
@@ -256,12 +261,6 @@ def test_weights_that_are_no_numbers_are_noticed() -> None:
 
 
 # -- folders ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path, source: Any) -> Path:
-    source.save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
 
 
 @pytest.mark.parametrize("text", ["nowhere", "demo", "./no/where", "a/b/c", "~/x"])
