@@ -4,6 +4,8 @@
 effective layers, every one also addressable as (recurrence, layer).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from tl_looped._version import __version__
 from tl_looped.adapters import (
     Adapter,
@@ -52,6 +54,9 @@ from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.transformer import LoopedTransformer
+
+if TYPE_CHECKING:
+    from tl_looped.retrofitting import retrofit
 
 __all__ = [
     "Acceleration",
@@ -102,5 +107,15 @@ __all__ = [
     "exit_steps",
     "known_adapters",
     "register_adapter",
+    "retrofit",
     "unregister_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is used: it loads transformers' model classes.
+    if name == "retrofit":
+        from tl_looped.retrofitting import retrofit
+
+        return retrofit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

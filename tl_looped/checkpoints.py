@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from tl_looped._version import __version__
-from tl_looped.adapters import Adapter, Source, all_aliases, find_adapter
+from tl_looped.adapters import (
+    Adapter,
+    all_aliases,
+    find_adapter,
+    get_adapter,
+    known_adapters,
+)
+from tl_looped.adapters.mapping import give_values, problems, stored_tensors
 from tl_looped.adapters.native import native_config
 from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
 from tl_looped.model.config import LoopedConfig
@@ -33,7 +40,8 @@ BUNDLED = {
     for name in ("demo", "demo-base", "demo-bare", "demo-control")
 }
 _ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-
+_NOT_OF_THE_FORMAT = ("dtype", "model_name", "init_mode", "initializer_range", "seed")
+"""Fields of the machine, of the name, and of how random weights were once drawn."""
 
 REOPEN_AFTER = 2**27
 """Bytes after which a file is opened anew while a checkpoint is read."""
@@ -77,22 +85,12 @@ class Checkpoint:
         return cfg
 
     def tokenizer(self) -> Any:
-        """The folder's ``tokenizer.json`` with the family's special tokens; None without one.
-
-        ``tokenizer.json`` is read as it is: the ``Auto`` classes may rebuild it or ask for the
-        checkpoint's code.
-        """
-        if not (self.folder / "tokenizer.json").is_file():
-            return None
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
-        except Exception as error:
-            raise CheckpointError(
-                f"{self.folder}/tokenizer.json cannot be read: {error}"
-            ) from error
-        for kind, token_id in self.adapter.special_token_ids.items():
-            if token_id < len(tokenizer):
-                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
+        """The folder's tokenizer with the family's special tokens; None without one."""
+        tokenizer = read_tokenizer(self.folder)
+        if tokenizer is not None:
+            for kind, token_id in self.adapter.special_token_ids.items():
+                if token_id < len(tokenizer):
+                    setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
         return tokenizer
 
     def load_into(
@@ -115,9 +113,14 @@ class Checkpoint:
         """
         cfg = self.config()
         sources, duplicates = self.adapter.sources(cfg), self.adapter.duplicates(cfg)
-        parameters = dict(model.named_parameters())
-        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        self._check(sources, shapes, self.adapter.ignored(cfg) | set(duplicates))
+        targets = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        optional = self.adapter.ignored(cfg) | set(duplicates)
+        found = problems(sources, targets, self.shapes, optional)
+        if found:
+            listed = "\n  ".join(found)
+            raise CheckpointError(
+                f"{self.name} does not hold the tensors of a {self.adapter.name} model:\n  {listed}"
+            )
         with _Reader(self.files) as read:
             for extra, original in duplicates.items():
                 if extra in self.shapes and not torch.equal(read(extra), read(original)):
@@ -125,46 +128,7 @@ class Checkpoint:
                         f"{self.name}: {extra} is stored and differs from {original}, "
                         "but the config says that the two are tied"
                     )
-            for name, parameter in parameters.items():
-                place = device[name] if isinstance(device, Mapping) else device
-                value = torch.empty(parameter.shape, device=place, dtype=dtype)
-                _fill(value, sources[name], read)
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-
-    def _check(
-        self,
-        sources: dict[str, Source],
-        targets: dict[str, tuple[int, ...]],
-        optional: frozenset[str],
-    ) -> None:
-        problems: list[str] = []
-        absent = sorted(set(targets) - set(sources))
-        if absent:
-            problems.append(f"the adapter {self.adapter.name!r} has no source for {absent}")
-        used: set[str] = set()
-        for target, shape in targets.items():
-            source = sources.get(target)
-            if source is None:
-                continue  # among the absent
-            used |= set(source.names)
-            rows = source.rows or (shape[0],)
-            for name, n in zip(source.names, rows, strict=True):
-                found = self.shapes.get(name)
-                want = (n, *shape[1:])
-                if found is None:
-                    problems.append(f"missing: {name} {list(want)}")
-                elif (found[len(source.index) :] if source.index else found) != want:
-                    problems.append(f"shape: {name} is {list(found)}, expected {list(want)}")
-        problems += [
-            f"unexpected: {name} {list(self.shapes[name])}"
-            for name in sorted(set(self.shapes) - used - optional)
-        ]
-        if problems:
-            listed = "\n  ".join(dict.fromkeys(problems))
-            raise CheckpointError(
-                f"{self.name} does not hold the tensors of a {self.adapter.name} model:\n  {listed}"
-            )
+            give_values(model, sources, read, device, dtype)
 
 
 class _Reader:
@@ -200,14 +164,6 @@ class _Reader:
         return tensor
 
 
-def _fill(value: Tensor, source: Source, read: _Reader) -> None:
-    """Copy a parameter's parts from their files, converted, with no copy between."""
-    rows = source.rows or (value.shape[0],)
-    for name, part in zip(source.names, value.split(rows), strict=True):
-        stored = read(name)
-        part.copy_((stored[source.index] if source.index else stored).reshape(part.shape))
-
-
 def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint and match it with its adapter, without reading any tensor.
 
@@ -230,13 +186,13 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     elif name in BUNDLED:
         folder = BUNDLED[name]
     elif alias is not None:
-        folder = _download(alias.hub_id, revision)
+        folder = download(alias.hub_id, revision)
     elif Path(name).is_dir():
         folder = Path(name)
     elif Path(name).exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder with config.json in it")
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = _download(name, revision)
+        folder = download(name, revision)
     else:
         known = ", ".join(sorted([*BUNDLED, *all_aliases()]))
         raise CheckpointError(
@@ -244,8 +200,8 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
         )
     if revision is not None and (folder in BUNDLED.values() or Path(name).is_dir()):
         raise CheckpointError(f"revision={revision!r} is for the hub, but {name} is a folder")
-    raw = _read_config(folder)
-    files = _tensor_files(folder)
+    raw = read_config(folder)
+    files = tensor_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     where: dict[str, Path] = {}
     for path in files:
@@ -258,7 +214,8 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     return Checkpoint(folder, name, raw, shapes, where, adapter, recurrences)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def download(hub_id: str, revision: str | None) -> Path:
+    """The local copy of a hub checkpoint: config, safetensors and tokenizer, nothing else."""
     try:
         found = snapshot_download(
             hub_id, revision=revision, allow_patterns=_ALLOWED, ignore_patterns=["*/*"]
@@ -272,7 +229,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's ``config.json``."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
@@ -285,8 +243,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    """The index's files; else ``model.safetensors``; else every safetensors file there is."""
+def read_tokenizer(folder: Path) -> Any:
+    """A folder's ``tokenizer.json`` as it is, or None without one.
+
+    The ``Auto`` classes may rebuild it or ask for the checkpoint's code.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{folder}/tokenizer.json cannot be read: {error}") from error
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """Files of the weights: the index's, else ``model.safetensors``, else every safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -326,20 +297,82 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
-def save(model: nn.Module, cfg: LoopedConfig, tokenizer: Any, folder: Path) -> None:
-    """Write a model in the native format: all files aside first, then each renamed into place."""
+def save(
+    model: nn.Module, cfg: LoopedConfig, tokenizer: Any, folder: Path, format: str = "native"
+) -> None:
+    """Write a model: all files aside first, then each renamed into place.
+
+    Args:
+        model: Its parameters are written.
+        cfg: Its configuration.
+        tokenizer: Written too, unless it is None.
+        folder: Made if need be.
+        format: ``"native"``, or ``"original"`` for that of the family ``cfg.architecture``.
+
+    Raises:
+        CheckpointError: no values, no such format, a folder that cannot be written to.
+        ConfigError: the family's format cannot hold the model.
+    """
     if any(p.device.type == "meta" for p in model.parameters()):
         raise CheckpointError("a model on the meta device has no values to save")
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    if format == "native":
+        raw = native_config(cfg, __version__)
+    elif format == "original":
+        raw, state = in_original_format(cfg, state)
+    else:
+        raise CheckpointError(f"format must be 'native' or 'original', got {format!r}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise CheckpointError(f"{folder} is a file; a checkpoint is saved as a folder") from error
+    _write(raw, state, tokenizer, folder)
+
+
+def in_original_format(
+    cfg: LoopedConfig, parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``config.json`` and tensors of a model in the format of its family.
+
+    Whether the format can hold the model is not a list of rules: the configuration is read back and
+    compared, field by field.
+
+    Args:
+        cfg: Its ``architecture`` names the family.
+        parameters: By name.
+
+    Raises:
+        ConfigError: no such family, none that can be written, or a field that is lost.
+    """
+    instead = "save_pretrained(folder) keeps everything, in tl_looped's own format"
+    if cfg.architecture not in known_adapters():
+        raise ConfigError(
+            f"there is no checkpoint format of {cfg.architecture!r} models; {instead}"
+        )
+    adapter = get_adapter(cfg.architecture)
+    raw = adapter.raw_config(cfg)
+    if raw is None:
+        raise ConfigError(f"the format of {cfg.architecture!r} is only read; {instead}")
+    wanted, again = cfg.to_json(), adapter.config(raw).to_json()
+    lost = [
+        f"{name}={wanted[name]!r} would be read back as {again[name]!r}"
+        for name in wanted
+        if name not in _NOT_OF_THE_FORMAT and wanted[name] != again[name]
+    ]
+    if lost:
+        raise ConfigError(
+            f"the format of {cfg.architecture!r} cannot hold this model: {'; '.join(lost)}. "
+            + instead
+        )
+    return raw, stored_tensors(adapter.sources(cfg), parameters)
+
+
+def _write(raw: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        state = {name: p.detach() for name, p in model.named_parameters()}
-        save_torch_state_dict(state, aside)
-        text = json.dumps(native_config(cfg, __version__), indent=2) + "\n"
+        save_torch_state_dict(tensors, aside)
+        text = json.dumps(raw, indent=2) + "\n"
         (Path(aside) / "config.json").write_text(text, encoding="utf-8")
         made = sorted(os.listdir(aside))
         mode = (Path(aside) / "config.json").stat().st_mode

@@ -7,6 +7,7 @@ from tl_looped.adapters.ouro import OuroAdapter
 from tl_looped.adapters.registry import (
     all_aliases,
     find_adapter,
+    get_adapter,
     known_adapters,
     register_adapter,
     unregister_adapter,
@@ -25,6 +26,7 @@ __all__ = [
     "Source",
     "all_aliases",
     "find_adapter",
+    "get_adapter",
     "known_adapters",
     "register_adapter",
     "unregister_adapter",

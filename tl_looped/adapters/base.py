@@ -64,6 +64,13 @@ class Adapter(ABC):
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """For every parameter of the model, by its ``named_parameters`` name, its source."""
 
+    def raw_config(self, cfg: LoopedConfig) -> dict[str, Any] | None:
+        """The inverse of :meth:`config`: a ``config.json``; None if the family is only read.
+
+        It need not ask whether ``cfg`` fits the format: what it loses is found by reading it back.
+        """
+        return None
+
     def ignored(self, cfg: LoopedConfig) -> frozenset[str]:
         """Tensors that a checkpoint may hold and the model does not need, such as rotary tables."""
         return frozenset()

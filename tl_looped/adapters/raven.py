@@ -75,11 +75,95 @@ def raven_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
         "injection": Injection.LINEAR,
         "initial_state": _STATE_MODES[mode],
         "initial_state_std": require(init_values, "std")[0],
+        "source_layers": config.get("source_layers"),
         "tie_embeddings": bool(
             config.get("tie_embeddings", config.get("tie_word_embeddings", False))
         ),
     }
     return LoopedConfig(**(values | family))
+
+
+PUBLISHED: dict[str, Any] = {
+    "activation_checkpoint_impl": "per-iteration",
+    "architecture_class_name": "RecurrentGPT",
+    "architectures": ["RavenForCausalLM"],
+    "bias": False,
+    "block_class_name": "SandwichBlock",
+    "block_size": 4096,
+    "effective_expected_depth": 132,
+    "init_orthogonal": False,
+    "init_strategy": "takase",
+    "injection_type": "linear",
+    "mean_backprop_depth": 8,
+    "mlp_class_name": "GatedMLP",
+    "model_type": "huginn_raven",
+    "nonlin_name": "SiLU",
+    "norm_class_name": "RMSNorm_llama",
+    "padding_multiple": 4096,
+    "rope_base": 500000.0,
+    "sampling_scheme": "poisson-lognormal-filling",
+    "state_init": "like-init",
+    "test_time_noise": 0,
+    "test_time_noise_type": "fixed",
+}
+"""What all published retrofits say alike, also where it is stale and the reference ignores it."""
+# Both inherited from Huginn's width, sqrt(2 / (5 * 5280)), and not computed from the model's own.
+PUBLISHED_STD = 0.008703882797784892
+_PUBLISHED_OUT_STD = 0.0005356869554443541
+
+
+def raven_raw_config(cfg: LoopedConfig, module: str) -> dict[str, Any]:
+    """The ``config.json`` of a retrofit, with every key that the published ones have.
+
+    Args:
+        cfg: The model's configuration.
+        module: The reference's module of this family. It is named as in the published files, and
+            not copied: whoever runs the model with the reference code puts that into the folder.
+    """
+    if cfg.n_heads * cfg.d_head != cfg.d_model:
+        raise ConfigError(
+            f"the format of {cfg.architecture!r} needs n_heads * d_head = d_model, got "
+            f"{cfg.n_heads} * {cfg.d_head} and {cfg.d_model}; save_pretrained(folder) keeps "
+            "everything, in tl_looped's own format"
+        )
+    modes = {mode: name for name, mode in _STATE_MODES.items()}
+    init_values = {
+        "embed_scale": cfg.embed_scale,
+        "embedding": PUBLISHED_STD,
+        "out_proj": _PUBLISHED_OUT_STD,
+        "std": cfg.initial_state_std,
+    }
+    out = PUBLISHED | {
+        "auto_map": {
+            "AutoConfig": "raven_config_minimal.RavenConfig",
+            "AutoModelForCausalLM": f"{module}.RavenForCausalLM",
+        },
+        "head_dim": cfg.d_head,
+        "init_values": init_values,
+        "initial_state_mode": modes[cfg.initial_state],
+        "intermediate_size": cfg.d_mlp,
+        "max_position_embeddings": cfg.n_ctx,
+        "mean_recurrence": cfg.n_recurrences,
+        "n_embd": cfg.d_model,
+        "n_heads": cfg.n_heads,
+        "n_layers": cfg.n_prelude + cfg.n_core + cfg.n_coda,
+        "n_layers_in_coda": cfg.n_coda,
+        "n_layers_in_prelude": cfg.n_prelude,
+        "n_layers_in_recurrent_block": cfg.n_core,
+        "norm_eps": cfg.eps,
+        "num_key_value_heads": cfg.n_kv_heads,
+        "padded_vocab_size": cfg.d_vocab,
+        "qk_bias": cfg.qk_bias,
+        "rope_theta": cfg.rotary_base,
+        "tie_embeddings": cfg.tie_embeddings,
+        "torch_dtype": str(cfg.dtype).removeprefix("torch."),
+        "vocab_size": cfg.d_vocab,
+    }
+    if cfg.rope_scaling is not None:
+        out["rope_scaling"] = cfg.rope_scaling
+    if cfg.source_layers is not None:
+        out["source_layers"] = cfg.source_layers  # not of the reference, which keeps unknown keys
+    return dict(sorted(out.items()))
 
 
 def raven_sources(cfg: LoopedConfig, norms: Mapping[str, str]) -> dict[str, Source]:

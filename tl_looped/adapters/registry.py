@@ -41,6 +41,17 @@ def unregister_adapter(name: str) -> None:
         raise RegistryError(f"no adapter named {name!r}; known: {known_adapters()}")
 
 
+def get_adapter(name: str) -> Adapter:
+    """The family of that name.
+
+    Raises:
+        RegistryError: if there is none.
+    """
+    if name not in _ADAPTERS:
+        raise RegistryError(f"no adapter named {name!r}; known: {known_adapters()}")
+    return _ADAPTERS[name]
+
+
 def known_adapters() -> list[str]:
     """Names of all registered families, sorted."""
     return sorted(_ADAPTERS)

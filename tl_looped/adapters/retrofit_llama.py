@@ -15,6 +15,7 @@ from tl_looped.adapters.raven import (
     is_raven,
     raven_config,
     raven_duplicates,
+    raven_raw_config,
     raven_sources,
 )
 from tl_looped.adapters.registry import register_adapter
@@ -72,6 +73,10 @@ class RetrofitLlamaAdapter(Adapter):
             norm_layout=NormLayout.PRE,
             default_prepend_bos=True,
         )
+
+    def raw_config(self, cfg: LoopedConfig) -> dict[str, Any]:
+        """As the published files have it."""
+        return raven_raw_config(cfg, "raven_modeling_minimal_llama")
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """norm_1 and norm_2 stand before the sublayers."""

@@ -9,7 +9,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tl_looped.adapters.base import Adapter, Source
-from tl_looped.adapters.raven import has_tensor, is_raven, raven_duplicates, raven_sources
+from tl_looped.adapters.raven import (
+    has_tensor,
+    is_raven,
+    raven_duplicates,
+    raven_raw_config,
+    raven_sources,
+)
 from tl_looped.adapters.registry import register_adapter
 from tl_looped.adapters.retrofit_llama import retrofit_aliases, retrofit_config
 from tl_looped.model.config import LoopedConfig, NormLayout
@@ -35,6 +41,10 @@ class RetrofitOlmoAdapter(Adapter):
             qk_norm=True,
             default_prepend_bos=False,
         )
+
+    def raw_config(self, cfg: LoopedConfig) -> dict[str, Any]:
+        """As the published files have it."""
+        return raven_raw_config(cfg, "raven_modeling_minimal_olmo")
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """norm_1 and norm_2 stand on the sublayers' outputs."""

@@ -66,7 +66,8 @@ class UnrolledAttention(nn.Module):
         q_bias, k_bias = ("q_bias", "k_bias") if cfg.qk_bias else (None, None)
         self.q_proj = TiedLinear(weights, "qkv", 0, n_q * d, q_bias)
         self.k_proj = TiedLinear(weights, "qkv", n_q * d, (n_q + n_kv) * d, k_bias)
-        self.v_proj = TiedLinear(weights, "qkv", (n_q + n_kv) * d)
+        v_bias = "v_bias" if cfg.v_bias else None
+        self.v_proj = TiedLinear(weights, "qkv", (n_q + n_kv) * d, None, v_bias)
         self.o_proj = TiedLinear(weights, "out")
         if cfg.qk_norm:
             self.q_norm = TiedNorm(weights.q_norm)

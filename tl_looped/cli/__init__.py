@@ -15,6 +15,7 @@ from tl_looped._version import __version__
 from tl_looped.cli.console import DISK_ERRORS, console, errors
 from tl_looped.cli.demo import demo
 from tl_looped.cli.look import compare, info, models, report
+from tl_looped.cli.retrofit import retrofit
 from tl_looped.cli.runs import analyze, reproduce, run
 from tl_looped.cli.spectrum import spectrum
 from tl_looped.cli.train import train_command, train_demo_command, train_section51_command
@@ -46,7 +47,8 @@ def options(
     """Looped language models in TransformerLens."""
 
 
-for command in (demo, analyze, run, reproduce, report, compare, spectrum, models, info):
+VERBS = (demo, analyze, run, reproduce, report, compare, spectrum, models, info, retrofit)
+for command in VERBS:
     app.command()(command)
 app.command("train")(train_command)
 app.command("train-demo")(train_demo_command)

@@ -31,7 +31,9 @@ class AttentionWeights(nn.Module):
         qkv: ``[(n_heads + 2 n_kv_heads) d_head, d_model]``, rows in order q, k, v.
         out: ``[d_model, n_heads d_head]``.
         q_bias, k_bias: ``[heads, d_head]``, only with ``cfg.qk_bias``.
-        q_norm, k_norm: RMSNorm over all heads together, only with ``cfg.qk_norm``.
+        v_bias: ``[n_kv_heads, d_head]``, only with ``cfg.v_bias``.
+        q_norm, k_norm: RMSNorm over all heads together, or over each with
+            ``cfg.qk_norm_per_head``; only with ``cfg.qk_norm``.
     """
 
     def __init__(self, cfg: LoopedConfig) -> None:
@@ -44,9 +46,12 @@ class AttentionWeights(nn.Module):
         if cfg.qk_bias:
             self.q_bias = nn.Parameter(torch.zeros(self.n_heads, self.d_head, dtype=dtype))
             self.k_bias = nn.Parameter(torch.zeros(self.n_kv_heads, self.d_head, dtype=dtype))
+        if cfg.v_bias:
+            self.v_bias = nn.Parameter(torch.zeros(self.n_kv_heads, self.d_head, dtype=dtype))
         if cfg.qk_norm:
-            self.q_norm = NormWeights(q_size, cfg.eps, dtype)
-            self.k_norm = NormWeights(kv_size, cfg.eps, dtype)
+            sizes = (self.d_head,) * 2 if cfg.qk_norm_per_head else (q_size, kv_size)
+            self.q_norm = NormWeights(sizes[0], cfg.eps, dtype)
+            self.k_norm = NormWeights(sizes[1], cfg.eps, dtype)
 
     def head_weights(self, which: str) -> Float[Tensor, "head d_head d_model"]:
         """Rows of ``qkv`` that make the ``"q"``, ``"k"`` or ``"v"`` heads, as a view."""
@@ -89,8 +94,9 @@ class Attention(QuickModule):
         self.hook_k = LoopedHookPoint(per_head)
         self.hook_v = LoopedHookPoint(per_head)
         if cfg.qk_norm:
-            self.q_norm = HookedRMSNorm(weights.q_norm)
-            self.k_norm = HookedRMSNorm(weights.k_norm)
+            pos_dim = per_head if cfg.qk_norm_per_head else -2
+            self.q_norm = HookedRMSNorm(weights.q_norm, pos_dim)
+            self.k_norm = HookedRMSNorm(weights.k_norm, pos_dim)
         self.hook_rot_q = LoopedHookPoint(per_head)
         self.hook_rot_k = LoopedHookPoint(per_head)
         self.hook_attn_scores = LoopedHookPoint()
@@ -142,8 +148,12 @@ class Attention(QuickModule):
         weights = self._weights
         if self.cfg.qk_bias:
             q, k = q + weights.q_bias, k + weights.k_bias
+        if self.cfg.v_bias:
+            v = v + weights.v_bias
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        if self.cfg.qk_norm:
+        if self.cfg.qk_norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.cfg.qk_norm:
             q = self.q_norm(q.flatten(-2)).unflatten(-1, q.shape[-2:])
             k = self.k_norm(k.flatten(-2)).unflatten(-1, k.shape[-2:])
         q = self.hook_rot_q(rotate(q, run.rotation))
@@ -224,17 +234,24 @@ class Attention(QuickModule):
         """Key bias, zero where the model has none, repeated for each query head."""
         if not self.cfg.qk_bias:
             return self._zeros()
-        return self._weights.k_bias.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, 0)
+        return self._for_query_heads(self._weights.k_bias)
 
     @property
     def b_V(self) -> Float[Tensor, "n_heads d_head"]:
-        """Value bias: zero."""
-        return self._zeros()
+        """Value bias, zero where the model has none, repeated for each query head."""
+        if not self.cfg.v_bias:
+            return self._zeros()
+        return self._for_query_heads(self._weights.v_bias)
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias: zero."""
         return self._weights.out.new_zeros(self.cfg.d_model)
+
+    def _for_query_heads(
+        self, x: Float[Tensor, "n_kv_heads d_head"]
+    ) -> Float[Tensor, "n_heads d_head"]:
+        return x.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, 0)
 
     def _zeros(self) -> Float[Tensor, "n_heads d_head"]:
         return self._weights.out.new_zeros(self.cfg.n_heads, self.cfg.d_head)

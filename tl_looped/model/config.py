@@ -111,8 +111,11 @@ class LoopedConfig(TransformerLensConfig):
         exit_gate: The model has an exit gate, read at the end of every recurrence (Ouro).
         exit_threshold: Cumulative exit probability at which a token leaves the loop, the default
             of ``model.exits(...)``. The model's own logits are always the last recurrence's.
-        qk_bias: Queries and keys have a bias (Huginn).
+        qk_bias: Queries and keys have a bias (Huginn, Qwen2).
+        v_bias: Values have a bias (Qwen2).
         qk_norm: RMSNorm on the whole flattened query and key vectors (OLMo-2).
+        qk_norm_per_head: That norm is on each head by itself, with one gain for all heads of a
+            layer (Qwen3).
         rotary_style: See :class:`RotaryStyle`.
         rotary_base: Rotary theta.
         rope_scaling: Llama 3 frequency scaling, as in ``transformers`` configs, or None.
@@ -130,6 +133,8 @@ class LoopedConfig(TransformerLensConfig):
         seed: Seed of random weights.
         n_devices: How many devices the weights are on, as in TransformerLens. The model sets it;
             ``device`` is that of the embedding, where tokens go in and results come out.
+        source_layers: Of a model made from a feedforward one: which of its layers became
+            ``"prelude"``, ``"core"`` and ``"coda"``, and its name as ``"model"``. For the record.
         use_attn_in: TransformerLens's flag for ``hook_attn_in``.
         use_hook_mlp_in: TransformerLens's flag for ``hook_mlp_in``.
     """
@@ -148,7 +153,9 @@ class LoopedConfig(TransformerLensConfig):
     exit_gate: bool = False
     exit_threshold: float = 1.0
     qk_bias: bool = False
+    v_bias: bool = False
     qk_norm: bool = False
+    qk_norm_per_head: bool = False
     rotary_style: RotaryStyle = RotaryStyle.HALF
     rotary_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -166,6 +173,7 @@ class LoopedConfig(TransformerLensConfig):
     n_key_value_heads: int | None = None
     device: str | None = None
     n_devices: int = 1
+    source_layers: dict[str, Any] | None = None
 
     # The same for every supported family; TransformerLens's tools read these fields.
     normalization_type: str | None = "RMS"
@@ -256,10 +264,16 @@ class LoopedConfig(TransformerLensConfig):
             )
         if self.pre_coda_norm and (self.loop_norm or self.n_coda == 0):
             raise ConfigError("pre_coda_norm needs a coda, and excludes loop_norm")
+        if self.qk_norm_per_head and not self.qk_norm:
+            raise ConfigError(
+                "qk_norm_per_head says where qk_norm stands: set qk_norm=True with it"
+            )
         if self.init_mode not in ("normal", "fan_in"):
             raise ConfigError(f"init_mode must be 'normal' or 'fan_in', got {self.init_mode!r}")
         if self.act_fn != "silu" or not self.gated_mlp:
             raise ConfigError("only gated SiLU MLPs are supported (act_fn='silu', gated_mlp=True)")
+        if not isinstance(self.source_layers, (dict, type(None))):
+            raise ConfigError(f"source_layers must be a dict or None, got {self.source_layers!r}")
         self._validate_rope()
 
     def _validate_rope(self) -> None:

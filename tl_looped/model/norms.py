@@ -47,15 +47,15 @@ class HookedRMSNorm(QuickModule):
 
     weights: NormWeights
 
-    def __init__(self, weights: NormWeights) -> None:
+    def __init__(self, weights: NormWeights, pos_dim: int = -2) -> None:
         super().__init__()
         # Past nn.Module.__setattr__: a borrowed module must not be registered a second time.
         object.__setattr__(self, "weights", weights)
         # Whether the gain counts as part of the weights behind the norm, see
         # `enable_compatibility_mode`.
         self.folded = False
-        self.hook_scale = LoopedHookPoint()
-        self.hook_normalized = LoopedHookPoint()
+        self.hook_scale = LoopedHookPoint(pos_dim)
+        self.hook_normalized = LoopedHookPoint(pos_dim)
 
     @property
     def w(self) -> Float[Tensor, " d"]:

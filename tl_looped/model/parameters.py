@@ -10,6 +10,7 @@ def parameter_names(cfg: LoopedConfig) -> list[str]:
     names = ["embed.W_E"]
     block = ["attn.qkv", "attn.out"]
     block += ["attn.q_bias", "attn.k_bias"] if cfg.qk_bias else []
+    block += ["attn.v_bias"] if cfg.v_bias else []
     block += ["attn.q_norm.w", "attn.k_norm.w"] if cfg.qk_norm else []
     block += ["mlp.gate_up", "mlp.down"]
     block += [f"{norm}.w" for norm in cfg.norm_layout.norm_names]

@@ -155,13 +155,22 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         model._note_devices()
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, format: str = "native") -> None:
         """Write a folder that :meth:`from_pretrained` reads: config, safetensors, tokenizer.
 
         Files are written beside their place and renamed, so that an interrupted save leaves no
         partial file.
+
+        Args:
+            folder: Where to.
+            format: ``"native"``, which holds every model; or ``"original"``, the format of the
+                published checkpoints of the model's family (``cfg.architecture``), which the
+                authors' own code reads. The latter is for the retrofits.
+
+        Raises:
+            ConfigError: the family has no format that can be written, or it cannot hold this model.
         """
-        checkpoints.save(self, self.cfg, self.tokenizer, Path(folder))
+        checkpoints.save(self, self.cfg, self.tokenizer, Path(folder), format)
 
     def to_bridge(self, n_recurrences: int | None = None, state_seed: int | None = None) -> Any:
         """A TransformerLens bridge over this model's weights, for tools that insist on one.

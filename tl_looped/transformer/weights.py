@@ -151,7 +151,7 @@ class WeightsMixin(CachingMixin):
 
     @property
     def b_V(self) -> Float[Tensor, "n_layers n_heads d_head"]:
-        """Value biases: zero."""
+        """Value biases, repeated for each query head."""
         return self.stack_weights("b_V")
 
     @property
@@ -210,7 +210,7 @@ class WeightsMixin(CachingMixin):
         stream or the loop have no weights behind them to be folded into.
 
         Centring is not done: RMSNorm does not allow it for writing weights, and centring W_U would
-        shift the logits. There are no value biases.
+        shift the logits. Value biases stay where they are.
 
         Args:
             disable_warnings: There are none.

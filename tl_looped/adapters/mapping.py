@@ -1,0 +1,115 @@
+"""What an adapter's sources say, carried out: checking, reading and writing tensors.
+
+A :class:`Source` tells where a parameter is stored. Reading follows it, and :func:`stored_tensors`
+follows it backwards, so that a format's tensor names are written down once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tl_looped.adapters.base import Source
+
+
+def problems(
+    sources: Mapping[str, Source],
+    targets: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Collection[str],
+) -> list[str]:
+    """Every difference between the tensors that there are and those that a model needs.
+
+    Args:
+        sources: Of the parameters.
+        targets: Shape of every parameter.
+        shapes: Shape of every tensor that there is.
+        optional: Tensors that may be there and are not needed.
+
+    Returns:
+        One line a difference, each once.
+    """
+    out: list[str] = []
+    absent = sorted(set(targets) - set(sources))
+    if absent:
+        out.append(f"the adapter has no source for {absent}")
+    used: set[str] = set()
+    for target, shape in targets.items():
+        source = sources.get(target)
+        if source is None:
+            continue  # among the absent
+        used |= set(source.names)
+        rows = source.rows or (shape[0],)
+        for name, n in zip(source.names, rows, strict=True):
+            found = shapes.get(name)
+            want = (n, *shape[1:])
+            if found is None:
+                out.append(f"missing: {name} {list(want)}")
+            elif (found[len(source.index) :] if source.index else found) != want:
+                out.append(f"shape: {name} is {list(found)}, expected {list(want)}")
+    out += [
+        f"unexpected: {name} {list(shapes[name])}"
+        for name in sorted(set(shapes) - used - set(optional))
+    ]
+    return list(dict.fromkeys(out))
+
+
+def give_values(
+    model: nn.Module,
+    sources: Mapping[str, Source],
+    read: Callable[[str], Tensor],
+    device: torch.device | Mapping[str, torch.device],
+    dtype: torch.dtype,
+) -> None:
+    """Replace a model's parameters by what is stored, each straight on its device.
+
+    Args:
+        model: On the meta device.
+        sources: Of all its parameters, found in order by :func:`problems`.
+        read: Gives a stored tensor by name.
+        device: Of all parameters, or of each by name.
+        dtype: Of all of them.
+    """
+    for name, parameter in dict(model.named_parameters()).items():
+        place = device[name] if isinstance(device, Mapping) else device
+        value = torch.empty(parameter.shape, device=place, dtype=dtype)
+        source = sources[name]
+        for stored_name, part in zip(source.names, value.split(_rows(source, value)), strict=True):
+            stored = read(stored_name).detach()
+            part.copy_((stored[source.index] if source.index else stored).reshape(part.shape))
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+def stored_tensors(
+    sources: Mapping[str, Source], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: the inverse of reading it.
+
+    Args:
+        sources: Of the parameters.
+        parameters: By name; not changed. A tensor that is stored as it is shares its memory.
+    """
+    out: dict[str, Tensor] = {}
+    indexed: dict[str, dict[tuple[int, ...], Tensor]] = {}
+    for parameter_name, source in sources.items():
+        value = parameters[parameter_name].detach()
+        parts = value.split(_rows(source, value))
+        for name, part in zip(source.names, parts, strict=True):
+            if source.index:
+                indexed.setdefault(name, {})[source.index] = part
+            else:
+                out[name] = value if len(parts) == 1 else part.clone()
+    for name, by_index in indexed.items():
+        leading = [1 + max(places) for places in zip(*by_index, strict=True)]
+        first = next(iter(by_index.values()))
+        out[name] = first.new_empty(*leading, *first.shape)
+        for index, part in by_index.items():
+            out[name][index] = part
+    return out
+
+
+def _rows(source: Source, value: Tensor) -> list[int]:
+    return list(source.rows or (value.shape[0],))

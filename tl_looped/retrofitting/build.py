@@ -1,0 +1,169 @@
+"""``tl_looped.retrofit``: a feedforward checkpoint becomes a looped model.
+
+After McLeish et al., "Teaching Pretrained Language Models to Think Deeper with Retrofitted
+Recurrence". Some layers become the prelude, some the loop, some the coda; the others are dropped.
+Before each recurrence an adapter maps the state and the prelude's output to the loop's input,
+``x = W [state; e]``. It starts as ``W = [0 | I]``, which takes ``e`` alone: at one recurrence the
+model is the feedforward one without its dropped layers, and every further recurrence repeats the
+first until training moves ``W``.
+
+The second mode has no adapter: the core is simply run again on its own output, a "virtual loop". At
+n recurrences that is the feedforward model in which the core layers stand n times in a row.
+
+Decisions. The unembedding of a retrofit is a copy of its own, as in the published checkpoints, also
+where the source ties it. The random initial state has their standard deviation, which they took
+over from Huginn; with ``[0 | I]`` it has no effect. Layers keep their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_looped._compat import get_device
+from tl_looped.adapters import Source
+from tl_looped.adapters.mapping import give_values, problems
+from tl_looped.errors import CheckpointError, InputError
+from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
+from tl_looped.retrofitting.families import feedforward_sources, looped_config
+from tl_looped.retrofitting.feedforward import Feedforward, open_feedforward
+from tl_looped.retrofitting.layers import LayerPlan, plan_layers
+from tl_looped.retrofitting.probe import check_against_source
+from tl_looped.transformer import LoopedTransformer
+
+_ADAPTER = "[0 | I]"
+
+
+class Mode(str, Enum):
+    """How the loop is closed.
+
+    - ``RETROFIT``: through an adapter ``[0 | I]`` that sees the state and the prelude's output.
+    - ``VIRTUAL_LOOP``: the core's output is its next input.
+    """
+
+    RETROFIT = "retrofit"
+    VIRTUAL_LOOP = "virtual-loop"
+
+
+def retrofit(
+    model_or_id: Any,
+    *,
+    core: Any,
+    prelude: Any = None,
+    coda: Any = None,
+    mode: Mode | str = Mode.RETROFIT,
+    n_recurrences: int = 4,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+) -> LoopedTransformer:
+    """Make a looped model of a feedforward one.
+
+    The result is checked against its source at one recurrence before it is returned. Both are in
+    memory at that time. Save a
+    retrofit with ``model.save_pretrained(folder, format="original")`` in the format of the
+    published retrofits (Llama, TinyLlama, OLMo-2, Mistral), anything with
+    ``model.save_pretrained(folder)`` in tl_looped's own. Qwen's biases and norms on single heads
+    have no place in the former.
+
+    Args:
+        model_or_id: A hub id or folder (Llama, TinyLlama, OLMo-2, Mistral, Qwen2, Qwen3), a
+            transformers model, or a TransformerBridge whose weights were not processed. Its weights
+            are copied.
+        core: Layers of the loop, 0-based and increasing: a list, a range.
+        prelude: Layers before it; all before the first core layer if None.
+        coda: Layers after it; all after the last core layer if None.
+        mode: See :class:`Mode`.
+        n_recurrences: How often the loop runs, until it is set otherwise. 4 is the smallest number
+            that the published retrofits were trained for.
+        device: TransformerLens's default device if None. ``"meta"`` gives shapes and no values.
+        dtype: fp32 if None, as in ``from_pretrained``.
+        tokenizer: In place of the source's own. A transformers model in memory has none.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        A model in evaluation mode. ``cfg.source_layers`` says where its layers came from.
+
+    Raises:
+        InputError: layers that do not exist, overlap or are out of order; a wrong mode or number.
+        CheckpointError: a checkpoint that cannot be read, or tensors of other shapes or names.
+        ConfigError: a family, or a field of its config, that a looped model cannot honour.
+    """
+    mode = _checked_mode(mode)
+    if type(n_recurrences) is not int or n_recurrences < 1:
+        raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences!r}")
+    wanted = parse_dtype(torch.float32 if dtype is None else dtype)
+    prelude, core, coda = (_as_list(layers) for layers in (prelude, core, coda))
+
+    def plan_of(n_layers: int) -> LayerPlan:
+        return plan_layers(n_layers, prelude, core, coda)
+
+    source = open_feedforward(model_or_id, wanted, tokenizer, revision, plan_of)
+    plan = plan_of(source.n_layers)
+    cfg = looped_config(
+        source.model.config, plan, source.name, mode is Mode.RETROFIT, n_recurrences
+    )
+    cfg.dtype = wanted
+    looped = LoopedTransformer(cfg, source.tokenizer)
+    sources, tensors = _parts(looped, source, plan)
+    target = torch.device(get_device() if device is None else device)
+    if target.type != "meta":
+        if source.on_meta:
+            raise InputError(
+                f"{source.name} is on the meta device and has no values; device='meta' makes a "
+                "looped model of shapes only"
+            )
+        give_values(looped, sources, tensors.__getitem__, target, wanted)
+        looped.to(target)  # they are there; cfg learns of it
+        check_against_source(looped, source, plan)
+    return looped.eval()
+
+
+def _as_list(layers: Any) -> Any:
+    """An iterator is read once, and its layers are looked at twice."""
+    return list(layers) if isinstance(layers, Iterator) else layers
+
+
+def _checked_mode(mode: Mode | str) -> Mode:
+    try:
+        return Mode(mode)
+    except ValueError:
+        raise InputError(f"mode must be one of {[m.value for m in Mode]}, got {mode!r}") from None
+
+
+def _parts(
+    looped: LoopedTransformer, source: Feedforward, plan: LayerPlan
+) -> tuple[dict[str, Source], dict[str, Tensor]]:
+    """Where every parameter comes from, and the tensors, which are exactly those expected."""
+    cfg, tied = looped.cfg, bool(source.model.config.tie_word_embeddings)
+    sources = feedforward_sources(cfg, source.family, plan, tied)
+    tensors = source.tensors()
+    for name, tensor in tensors.items():
+        # Biases of queries, keys and values are stored by head here.
+        if name.endswith("_proj.bias") and len(tensor) % cfg.d_head == 0:
+            tensors[name] = tensor.unflatten(0, (-1, cfg.d_head))
+    dropped = tuple(f"model.layers.{layer}." for layer in plan.dropped)
+    optional = {name for name in tensors if name.startswith(dropped)}
+    if cfg.injection is Injection.LINEAR:
+        sources["injection.weight"] = Source((_ADAPTER,))
+        tensors[_ADAPTER] = _identity_adapter(cfg)
+    targets = {name: tuple(p.shape) for name, p in looped.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = problems(sources, targets, shapes, optional)
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise CheckpointError(
+            f"{source.name} does not hold the tensors that its config implies:\n  {listed}"
+        )
+    return sources, tensors
+
+
+def _identity_adapter(cfg: LoopedConfig) -> Tensor:
+    """``[0 | I]``, ``[d_model, 2 d_model]``: the state is dropped, the prelude's output kept."""
+    d = cfg.d_model
+    return torch.cat((torch.zeros(d, d), torch.eye(d)), 1)
