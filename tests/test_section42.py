@@ -307,6 +307,8 @@ def test_the_page_shows_every_condition(tmp_path: Path) -> None:
     # 8 models of 4 layers and 12 recurrences.
     assert "384 layers in all" in text
     assert (tmp_path / "figures" / "fig30_normal.png").is_file()
+    assert text.count("<figure") >= 1
+    assert "Figure 30." in text
     assert not list((tmp_path / "figures").glob("fig06*"))  # of 12 layers
     table = pd.read_csv(tmp_path / "tables" / "cells.csv")
     assert sorted(table["seed"]) == [0] * 4 + [1] * 4

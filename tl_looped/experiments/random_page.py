@@ -175,7 +175,8 @@ def _answer(tables: GridTables) -> PagePart:
             "--seeds 6 or more could decide"
         )
     rule += "."
-    return PagePart("answer", "Who reaches a fixed point", (rule,), (), tuple(sentences))
+    title = "Who reaches a fixed point"
+    return PagePart("answer", title, (rule,), findings=tuple(sentences))
 
 
 def _by_condition(of: pd.DataFrame) -> str:
@@ -245,7 +246,7 @@ def _figures(init: str, out: Path) -> PagePart:
     ]
     words = INIT_NAMES[init]
     title = f"Figures, weights {words}"
-    return PagePart(f"figures-{init}", title, (), (), (), figures_in(out / "figures", names, out))
+    return PagePart(f"figures-{init}", title, figures=figures_in(out / "figures", names, out))
 
 
 def _spectral(tables: GridTables, out: Path) -> list[PagePart]:
@@ -257,7 +258,7 @@ def _spectral(tables: GridTables, out: Path) -> list[PagePart]:
         "loop's Jacobian a recurrence. The measured rate is a fit over all steps, the first ones "
         "included."
     )
-    return [PagePart("spectral", "Spectral radius and rate", (text,), (), (), figures)]
+    return [PagePart("spectral", "Spectral radius and rate", (text,), figures=figures)]
 
 
 def _contrasts(tables: GridTables) -> list[PagePart]:
