@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from tl_looped import DataError, InputError, LoopedTransformer
 from tl_looped.cli import app
 from tl_looped.experiments.compare import mean_curve
+from tl_looped.experiments.mirrored import Resampling
 from tl_looped.experiments.small_models import (
     FIGURES_OF,
     Measured,
@@ -42,6 +43,7 @@ MODELS = [
     ("no-prelude-coda", 0), ("feedforward", 0), ("feedforward", 1),
 ]  # fmt: skip
 LONGER = (6,)
+FEW = Resampling(n_resamples=50)
 
 
 def finished_run(folder: Path, name: str, seed: int) -> None:
@@ -88,7 +90,7 @@ def made(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     found, missing = trained_runs(runs)
     chosen = PromptSet.parse(str(prompts))
     models = [measure(one, out / "runs", chosen, LONGER) for one in found]
-    write_data(tables_of(models, missing), out / "data")
+    write_data(tables_of(models, missing), out / "data", FEW)
     return Made(out, prompts, models, read_data(out / "data"))
 
 
@@ -272,13 +274,13 @@ def test_nothing_is_run_again_and_the_same_data_are_written(
     models = [measure(one, made.out / "runs", prompts, LONGER) for one in found]
     assert len(before) == 2 * 5 + 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    write_data(tables_of(models, missing), tmp_path)
+    write_data(tables_of(models, missing), tmp_path, FEW)
     for path in tmp_path.rglob("*.*"):
         assert path.read_bytes() == (made.out / "data" / path.relative_to(tmp_path)).read_bytes()
 
 
 def test_statistics_can_be_made_again_from_the_files(made: Made) -> None:
-    again = statistics_of(made.data.models)
+    again = statistics_of(made.data.models, FEW)
     for name, table in made.data.statistics.tables().items():
         other = getattr(again, name)
         assert list(other.columns) == list(table.columns), name
@@ -318,7 +320,7 @@ def test_figures_and_page_of_what_there_is(made: Made) -> None:
 def test_damaged_data_are_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not hold the data of Section"):
         read_data(tmp_path)
-    write_data(made.data.models, tmp_path)
+    write_data(made.data.models, tmp_path, FEW)
     about = json.loads((tmp_path / "manifest.json").read_text()) | {"format": 99}
     (tmp_path / "manifest.json").write_text(json.dumps(about))
     with pytest.raises(DataError, match="format 99"):
@@ -356,7 +358,7 @@ def test_shipped_data_say_what_they_are_and_their_statistics_follow() -> None:
     for name in data.models.looped:
         for seed in data.models.seeds(name):
             assert data.models.dataset(name, seed, 128)["successive_rel"].notnull().any()
-    again = statistics_of(data.models).conditions
+    again = statistics_of(data.models, FEW).conditions
     assert again["mean"].to_numpy() == pytest.approx(
         data.statistics.conditions["mean"].to_numpy(), rel=1e-6, nan_ok=True
     )
