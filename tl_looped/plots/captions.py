@@ -58,7 +58,7 @@ def caption_of(
         "" if about == "models" else _model(run),
         _prompts(every, prompt_set) if about in ("prompts", "models") else "",
         *([] if about == "weights" else [_recurrences(run, paper_recurrences), _start(run)]),
-        f"{seeds} runs, one a seed" if seeds else "",
+        f"{seeds} run{'s' * (seeds != 1)}, one a seed" if seeds and about != "models" else "",
         *_of_metrics(run, names),
         _lines(band, seeds, run, names),
         _outside(runs, names, band),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from tl_looped.errors import InputError
@@ -41,7 +42,7 @@ def grid(request: Request, data: Any, layers: int) -> list[DrawnFigure]:
     for condition, runs in data.items():
         _check_has(request, runs, f"condition {condition}")
     first = next(iter(data.values()))
-    extra = [f"random weights of shape {loop}, one model a condition and seed"]
+    extra = [f"random weights of shape {loop}, {_seeds(data.values())} a condition"]
     added = f", {request.options.subtitle}" if request.options.subtitle else ""
     if LOWEST in request.variables:
         panels, columns = grid_panels(data, request.variables[0], band_of(request), log=True)
@@ -70,7 +71,9 @@ def small_models(request: Request, data: Any) -> list[DrawnFigure]:
     for name, runs in {**models, "control": control}.items():
         _check_has(request, runs, name)
     panels = model_panels(models, request.variables[0], band_of(request), control)
-    shapes = "; ".join(f"{name} {shape_of(runs)}" for name, runs in models.items())
+    shapes = "; ".join(
+        f"{name} {shape_of(runs)}, {_seeds([runs])}" for name, runs in models.items()
+    )
     first = next(iter(models.values()))
     extra = [f"models: {shapes}", "dashed: the feedforward control over its own depth"]
     return [of_panels(request, first, panels, 3, extra, (3.6, 3.0), True, several=True)]
@@ -80,6 +83,13 @@ def small_model(request: Request, data: Runs, block: int, bare: bool | None) -> 
     """Figs 54 to 62: the stage metrics of one small model, with the control if given."""
     check_block(data, block, bare, f"Fig. {request.number}")
     return by_recurrence_over_depth(request, data, feedforward=request.options.control)
+
+
+def _seeds(models: Iterable[Runs]) -> str:
+    """``"3 seeds"``, or ``"2 to 3 seeds"``."""
+    found = sorted({len(as_runs(runs)) for runs in models})
+    text = " to ".join(map(str, dict.fromkeys((found[0], found[-1]))))
+    return f"{text} seed{'s' * (found[-1] != 1)}"
 
 
 def _check_has(request: Request, runs: Runs, what: str) -> None:
