@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from tl_looped.experiments.random_cells import (
     run_condition,
 )
 from tl_looped.experiments.random_grid import read_grid, run_grid
-from tl_looped.experiments.random_tables import grid_tables, is_zero
+from tl_looped.experiments.random_tables import grid_tables, is_zero, read_tables, shipped
 from tl_looped.metrics import convergence_of_result, stream_metrics
 from tl_looped.metrics.of_result import CONVERGENCE
 from tl_looped.transformer import LoopedTransformer
@@ -282,6 +282,29 @@ def test_tables_of_a_grid_by_hand() -> None:
     counts = tables.verdicts.set_index("injection")
     assert counts.loc["injected", "CONVERGED"] == counts.loc["none", "NOT_CONVERGED"] == 2
     assert counts.loc["none", "CONVERGED"] == 0
+
+
+def test_tables_are_read_as_they_were_written(
+    grid: tuple[Path, dict[Cell, xr.Dataset]], tmp_path: Path
+) -> None:
+    tables = grid_tables(grid[1])
+    tables.write(tmp_path)
+    again = read_tables(tmp_path)
+    for name in ("cells", "conditions", "verdicts", "contrasts"):
+        mine, theirs = getattr(tables, name), getattr(again, name)
+        pd.testing.assert_frame_equal(mine, theirs, check_dtype=False, rtol=1e-7)
+    assert again.about == tables.about
+    (tmp_path / "cells.csv").unlink()
+    with pytest.raises(DataError, match=r"does not hold the tables of Section 4\.2"):
+        read_tables(tmp_path)
+
+
+def test_the_shipped_grid_is_whole() -> None:
+    tables = shipped()
+    assert len(tables.cells) == len(cells())
+    assert tables.about["size"] == asdict(CellSize())
+    assert not tables.cells["verdict"].eq("UNDEFINED").any()
+    assert set(tables.verdicts.iloc[:, 4:].sum(axis=1)) == {5}
 
 
 def test_cell_tables_are_the_numbers_of_the_last_recurrence(

@@ -119,6 +119,6 @@ def reproduce_section42(
     tables = grid_tables(found)
     tables.write(out / "tables")
     draw_section42(found, out / "figures", command_line(), note)
-    page = write_section42(found, tables, out)
+    page = write_section42(tables, out)
     console.print(f"{len(found)} models; the page is [bold]{page.resolve()}[/bold]", soft_wrap=True)
     return page

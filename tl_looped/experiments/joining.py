@@ -145,7 +145,11 @@ def _attributes(
         "prompts_run": len(numbers),
         "prompts_too_long": len(prompts.texts) - len(numbers),
         "prompts_truncated": n_cut,
-        "tl_looped": __version__,
-        "python": platform.python_version(),
-        **{name.replace("-", "_"): version(name) for name in _LIBRARIES},
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that numbers depend on."""
+    libraries = {name.replace("-", "_"): version(name) for name in _LIBRARIES}
+    return {"tl_looped": __version__, "python": platform.python_version(), **libraries}

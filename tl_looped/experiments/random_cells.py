@@ -19,7 +19,7 @@ final norm ends the recurrences of the Ouro layout, no queries are normed in the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -250,6 +250,13 @@ def _spectrum(
     else:
         found = spectrum_of_states(model, tokens, state, n_iterations=size.n_iterations)
     return {name: found[name].values for name in SPECTRUM}
+
+
+def size_of(found: Mapping[Cell, xr.Dataset]) -> CellSize:
+    """The size that the results of a grid share."""
+    data = next(iter(found.values()))
+    names = CellSize.__dataclass_fields__
+    return CellSize(**{name: int(data.attrs[f"cell_{name}"]) for name in names})
 
 
 def cell_of(data: xr.Dataset) -> Cell:

@@ -115,7 +115,7 @@ def _input(grid: Mapping[Any, list[xr.Dataset]]) -> str:
     return f"{n} random vectors each, others for every seed"
 
 
-def write_section42(found: Mapping[Cell, xr.Dataset], tables: GridTables, out: Path) -> Path:
+def write_section42(tables: GridTables, out: Path) -> Path:
     """Write ``OUT/section-4.2.html`` of the tables and of the figures in ``OUT/figures``.
 
     Raises:
@@ -123,7 +123,7 @@ def write_section42(found: Mapping[Cell, xr.Dataset], tables: GridTables, out: P
     """
     cells = tables.cells
     seeds = cells["seed"].nunique()
-    size = _size(found)
+    size = CellSize(**tables.about["size"])
     lead = (
         f"{len(cells)} looped models of random weights, {seeds} seeds a condition, width "
         f"{size.d_model}, {size.n_recurrences} recurrences of one random input of {size.n_tokens} "
@@ -140,12 +140,6 @@ def write_section42(found: Mapping[Cell, xr.Dataset], tables: GridTables, out: P
         _counts(tables, size),
     ]
     return write_page(out / PAGE, "Section 4.2: looped models of random weights", lead, parts)
-
-
-def _size(found: Mapping[Cell, xr.Dataset]) -> CellSize:
-    data = next(iter(found.values()))
-    names = CellSize.__dataclass_fields__
-    return CellSize(**{name: int(data.attrs[f"cell_{name}"]) for name in names})
 
 
 def _answer(tables: GridTables) -> PagePart:

@@ -9,24 +9,35 @@ over the numbers of layers where those are not what is compared.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from tl_looped.errors import DataError
+from tl_looped.experiments.joining import versions
 from tl_looped.experiments.mirrored import Resampling
-from tl_looped.experiments.random_cells import INITS, LAYERS, NORMS, Cell
+from tl_looped.experiments.random_cells import INITS, LAYERS, NORMS, Cell, size_of
 from tl_looped.experiments.statistics import Contrast, condition_table, contrast_table
+from tl_looped.experiments.tables import read_table
 from tl_looped.files import make_folder, write_text
 from tl_looped.metrics import by_recurrence
 
+SHIPPED = Path(__file__).parents[1] / "data" / "section42"
+MANIFEST = "manifest.json"
+FORMAT = 1
+TABLES = ("cells", "conditions", "verdicts", "contrasts")
 FACTORS = ("init", "layers", "norm", "injection")
 QUANTITIES = {"fixed_point": "has a fixed point", "rate": "rate"}
 INJECTIONS = ("injected", "none")
+# Texts that may look like numbers, or be empty.
+_TEXTS = ("seeds", "n_prompts", "differences")
 _CELL_NUMBERS = (
     "settled_at",
     "rate",
@@ -55,6 +66,7 @@ class GridTables:
         contrasts: Paired contrasts; see
             :func:`tl_looped.experiments.statistics.contrast_table`. ``layers`` is ``"all"`` where
             it was averaged over.
+        about: Sizes of the models, resampling, and the versions that made the tables.
     """
 
     cells: pd.DataFrame
@@ -62,13 +74,44 @@ class GridTables:
     verdicts: pd.DataFrame
     contrasts: pd.DataFrame
 
+    about: dict[str, Any]
+
     def write(self, folder: Path) -> Path:
-        """Write ``NAME.csv`` of each table into a folder."""
+        """Write ``NAME.csv`` of each table into a folder, and ``manifest.json``, which comes last.
+
+        Raises:
+            DataError: if a file cannot be written.
+        """
         make_folder(folder)
-        for field in fields(self):
-            text = getattr(self, field.name).to_csv(index=False, float_format="%.8g")
-            write_text(text, folder / f"{field.name}.csv")
+        for name in TABLES:
+            text = getattr(self, name).to_csv(index=False, float_format="%.8g")
+            write_text(text, folder / f"{name}.csv")
+        write_text(json.dumps(self.about, indent=1) + "\n", folder / MANIFEST)
         return folder
+
+
+def read_tables(folder: Path) -> GridTables:
+    """Read what :meth:`GridTables.write` wrote.
+
+    Raises:
+        DataError: if a file is missing or damaged, or of another format.
+    """
+    try:
+        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise DataError(f"{folder} is of format {about['format']}, this version reads {FORMAT}")
+        tables = {name: read_table(folder / f"{name}.csv", _TEXTS) for name in TABLES}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{folder} does not hold the tables of Section 4.2, or is damaged "
+            f"({type(error).__name__}: {error}): tl-looped reproduce --section 4.2 writes them"
+        ) from error
+    return GridTables(**tables, about=about)
+
+
+def shipped() -> GridTables:
+    """The tables of the whole grid that the package ships."""
+    return read_tables(SHIPPED)
 
 
 def grid_tables(
@@ -94,6 +137,12 @@ def grid_tables(
         pd.concat(conditions, ignore_index=True),
         counts.rename_axis(columns=None).reset_index(),
         pd.concat(contrasts, ignore_index=True),
+        {
+            "format": FORMAT,
+            "size": asdict(size_of(found)),
+            "resampling": asdict(resampling),
+            "versions": versions(),
+        },
     )
 
 

@@ -23,6 +23,7 @@ from tl_looped.experiments.small_models_statistics import (
     statistics_of,
 )
 from tl_looped.experiments.small_models_tables import SmallModels
+from tl_looped.experiments.tables import read_table
 from tl_looped.files import make_folder, write_bytes, write_text
 
 SHIPPED = Path(__file__).parents[1] / "data" / "section51"
@@ -110,13 +111,13 @@ def read_data(folder: Path) -> Section51:
             name: (
                 pd.read_parquet(folder / f"{name}.parquet")
                 if kind == "parquet"
-                else _read_csv(folder / f"{name}.csv")
+                else read_table(folder / f"{name}.csv")
             )
             for name, kind in _MEASURED.items()
         }
         names = Statistics.__dataclass_fields__
         statistics = {
-            name: _read_csv(folder / "statistics" / f"{name}.csv", _TEXTS) for name in names
+            name: read_table(folder / "statistics" / f"{name}.csv", _TEXTS) for name in names
         }
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
@@ -130,13 +131,3 @@ def read_data(folder: Path) -> Section51:
 def shipped() -> Section51:
     """The data that the package ships."""
     return read_data(SHIPPED)
-
-
-def _read_csv(path: Path, texts: tuple[str, ...] = ()) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
-    except pd.errors.EmptyDataError:  # a table without rows or columns
-        return pd.DataFrame()
-    for name in table.columns.intersection(list(texts)):
-        table[name] = table[name].fillna("")
-    return table

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,19 @@ def write_tables(data: xr.Dataset, folder: Path) -> list[Path]:
         if not table.empty
         for path in write_table(table, folder / name)
     ]
+
+
+def read_table(path: Path, texts: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a table that was written as CSV; one without rows and columns is empty.
+
+    Args:
+        path: The file.
+        texts: Columns whose texts may look like numbers or be empty.
+    """
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    for name in table.columns.intersection(list(texts)):
+        table[name] = table[name].fillna("")
+    return table
