@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from tl_looped import DataError, InputError, LoopedTransformer
 from tl_looped.experiments import store
 from tl_looped.experiments.identity import folder_identity
+from tl_looped.experiments.jobs import Watch, is_out_of_memory
 from tl_looped.experiments.reading import specification
-from tl_looped.experiments.run import Watch, is_out_of_memory, run_experiment
+from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import convergence_of_result, over_cache, stream_metrics

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from tl_looped import ConfigError, DataError, InitialState, InputError, LoopedTransformer
 from tl_looped.cli import app
-from tl_looped.experiments import run as running
+from tl_looped.experiments import jobs as running
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.experiments.spectral import find_snapshots, over_training

@@ -39,7 +39,7 @@ def progress_bar() -> Progress:
 @contextmanager
 def watched(description: str, first: bool) -> Iterator[Any]:
     """A watch over a run that shows a bar of its prompts; silent in all but the first process."""
-    from tl_looped.experiments.run import Watch
+    from tl_looped.experiments.jobs import Watch
 
     if not first:
         yield Watch()

@@ -23,7 +23,8 @@ import pandas as pd
 import xarray as xr
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.run import Watch, run_experiment
+from tl_looped.experiments.jobs import Watch
+from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics.of_result import CONVERGENCE
 from tl_looped.training.section51 import CONFIGURATIONS, SEEDS
