@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tl_looped import (
-    TLLoopedError,
-)
+from tl_looped import TLLoopedError
+from tl_looped.cli import main
 
 FAMILY = {
     "ConfigError": ValueError,
@@ -36,3 +35,16 @@ def refused(kind: type[TLLoopedError], *parts: str) -> Iterator[None]:
     assert type(caught.value) is kind
     assert isinstance(caught.value, FAMILY[kind.__name__])
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def command_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> str:
+    """What the command line says instead of a traceback, as one line."""
+    monkeypatch.setattr("sys.argv", ["tl-looped", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return " ".join(printed.split())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from refusals import command_refused
 from typer.testing import CliRunner
 
 from tl_looped import cli
@@ -19,16 +20,6 @@ def run(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())
-
-
-def refused(monkeypatch, capsys, *arguments: object) -> str:
-    monkeypatch.setattr("sys.argv", ["tl-looped", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    return " ".join(printed.split())
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +107,14 @@ def test_models_lists_all_short_names() -> None:
 def test_mistakes_are_one_message(arguments, says: str, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert says in refused(monkeypatch, capsys, *arguments)
+    assert says in command_refused(monkeypatch, capsys, *arguments)
 
 
 def test_an_empty_prompt_file(monkeypatch, capsys, tmp_path: Path) -> None:
     (tmp_path / "e.txt").write_text("\n")
-    printed = refused(monkeypatch, capsys, "analyze", "demo", "--prompts", tmp_path / "e.txt")
+    printed = command_refused(
+        monkeypatch, capsys, "analyze", "demo", "--prompts", tmp_path / "e.txt"
+    )
     assert "e.txt is empty" in printed
 
 
@@ -135,7 +128,7 @@ def test_the_disks_errors_are_messages_and_others_are_not(monkeypatch, capsys) -
         return app
 
     monkeypatch.setattr(cli, "app", fails_with(errno.ENOSPC))
-    assert "the system's words" in refused(monkeypatch, capsys)
+    assert "the system's words" in command_refused(monkeypatch, capsys)
     monkeypatch.setattr(cli, "app", fails_with(errno.EBADF))
     with pytest.raises(OSError, match="the system's words"):
         main()

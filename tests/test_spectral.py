@@ -226,8 +226,11 @@ def test_an_ablated_map_is_the_run_with_the_mlp_output_set_to_zero(name: str) ->
 
 def test_what_cannot_be_asked_for(small: LoopedTransformer) -> None:
     tokens = torch.tensor([[3, 1, 4]])
-    with pytest.raises(InputError, match="states must be"):
-        spectrum_of_states(small, tokens, torch.zeros(1, 2, 8))
+    for shape in ((1, 2, 8), (1, 3, 9)):
+        with pytest.raises(InputError, match=r"states must have shape \(1, 3, 8\)"):
+            spectrum_of_states(small, tokens, torch.zeros(shape))
+    with pytest.raises(InputError, match=r"without_mlp must be a list of layers, got 'core.0'"):
+        small.loop_map(tokens, without_mlp="core.0")
     with pytest.raises(InputError, match="attention_mask must be like tokens"):
         spectrum_of_states(small, tokens, attention_mask=torch.tensor([[0, 0, 0]]))
     with pytest.raises(InputError, match="n_iterations"):
@@ -333,8 +336,8 @@ def test_the_caption_counts_every_point_and_the_correlation_is_of_the_full_ones(
         "where the radius has an error above 1 %. Over the 4 full ones: Pearson 1.00, Spearman "
         "1.00, median |rate - radius| 0.100" in drawn.caption
     )
-    assert "1 prompts have no rate" in drawn.caption
-    assert "1 prompts have no radius" in drawn.caption
+    assert "1 without a rate" in drawn.caption
+    assert "1 without a radius" in drawn.caption
     shapes = {line.get_markerfacecolor() for line in drawn.figure.axes[0].lines[:3]}
     assert "none" in shapes
     assert len(drawn.numbers) == 9
@@ -394,6 +397,7 @@ def test_lines_over_training_are_medians_and_quartiles() -> None:
     assert table.loc[("measured rate", 0), "mean"] == pytest.approx(0.26)
     assert table.loc[("held-out loss", 50), "mean"] == 3.5
     assert "1 rates are undefined" in drawn.caption
+    assert "1 radii were not computed" in drawn.caption
     assert drawn.settings == {"steps": [0, 50]}
 
 

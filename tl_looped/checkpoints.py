@@ -205,7 +205,7 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     shapes: dict[str, tuple[int, ...]] = {}
     where: dict[str, Path] = {}
     for path in files:
-        for tensor_name, shape in _read_shapes(path).items():
+        for tensor_name, shape in read_shapes(path).items():
             if tensor_name in where:
                 raise CheckpointError(f"{tensor_name} is in both {where[tensor_name]} and {path}")
             shapes[tensor_name], where[tensor_name] = shape, path
@@ -287,7 +287,12 @@ def tensor_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no safetensors file")
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a file, from its header alone.
+
+    Raises:
+        CheckpointError: if the file is damaged or cut off.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

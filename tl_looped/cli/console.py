@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_STOPPED = 130
 
 console = Console()
 errors = Console(stderr=True)
@@ -34,6 +37,16 @@ def progress_bar() -> Progress:
     """A bar with a count and the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C ends the command with a sentence and the status of a stopped one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("Stopped. What is done stays; the same command goes on from there.")
+        raise typer.Exit(_STOPPED) from None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tl_looped.cli.console import console, note
-from tl_looped.errors import CheckpointError
+from tl_looped.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from tl_looped import LoopedTransformer
@@ -75,6 +75,11 @@ def retrofit(
     --coda 12-15
     """
     _check_out(out, overwrite)
+    if mode is ModeName.VIRTUAL_LOOP and format is FormatName.ORIGINAL:
+        raise ConfigError(
+            "format original is that of retrofits, and a virtual loop has no adapter: --format "
+            "native, or leave it out"
+        )
     from tl_looped import retrofit as make
     from tl_looped.retrofitting import parse_layers
 
@@ -122,7 +127,6 @@ def _save(looped: LoopedTransformer, out: Path, format: FormatName) -> str:
     from safetensors import SafetensorError
 
     from tl_looped.checkpoints import in_original_format
-    from tl_looped.errors import ConfigError
 
     chosen = format.value
     if format is FormatName.AUTO:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tl_looped.cli.console import command_line, console, note, watched
+from tl_looped.cli.console import command_line, console, note, stoppable, watched
 from tl_looped.errors import CheckpointError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ Subset = Annotated[int, typer.Option(help="How many prompts, chosen by seed; 0 f
 TooLong = Annotated[
     str, typer.Option(help="What to do with prompts beyond the context: skip or truncate.")
 ]
-STOPPED = 130
 
 
 def analyze(
@@ -232,26 +231,26 @@ def run_all(
     workers = Workers.here(device)
     done = {}
     try:
-        for spec, figures in wanted:
-            what = f"{spec.model}, {spec.prompts.label}"
-            if failed and {spec.model, spec.prompts.label} & set(failed):
-                continue
-            what += f", process 1 of {workers.world}" if workers.world > 1 else ""
-            try:
-                with watched(what, workers.first) as watch:
-                    made = run_experiment(spec, out, device=device, batch_size=size, watch=watch)
-            except (CheckpointError, DataError) as error:
-                if failed is None:
-                    raise
-                is_model = isinstance(error, CheckpointError)
-                failed[spec.model if is_model else spec.prompts.label] = str(error)
-                continue
-            if workers.first:
-                done[spec] = made
-                _draw(made, figures)
-    except KeyboardInterrupt:
-        console.print("Stopped. What is done stays; the same command goes on from there.")
-        raise typer.Exit(STOPPED) from None
+        with stoppable():
+            for spec, figures in wanted:
+                what = f"{spec.model}, {spec.prompts.label}"
+                if failed and {spec.model, spec.prompts.label} & set(failed):
+                    continue
+                what += f", process 1 of {workers.world}" if workers.world > 1 else ""
+                try:
+                    with watched(what, workers.first) as watch:
+                        made = run_experiment(
+                            spec, out, device=device, batch_size=size, watch=watch
+                        )
+                except (CheckpointError, DataError) as error:
+                    if failed is None:
+                        raise
+                    is_model = isinstance(error, CheckpointError)
+                    failed[spec.model if is_model else spec.prompts.label] = str(error)
+                    continue
+                if workers.first:
+                    done[spec] = made
+                    _draw(made, figures)
     finally:
         workers.close()
     return done

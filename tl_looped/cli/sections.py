@@ -8,15 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from tl_looped.cli.console import command_line, console, note, progress_bar, watched
+from tl_looped.cli.console import command_line, console, note, progress_bar, stoppable, watched
 from tl_looped.errors import InputError
 
 if TYPE_CHECKING:
     from tl_looped.experiments.random_cells import Cell, CellSize
-
-STOPPED = 130
 
 
 def reproduce_section51(
@@ -57,14 +53,11 @@ def reproduce_section51(
         int(batch_size) if batch_size.isascii() and batch_size.isdecimal() else batch_size
     )
     counts = VERDICT_RECURRENCES if recurrences is None else recurrences
-    try:
+    with stoppable():
         measured = [
             measure(one, out / "runs", chosen, counts, device, size, partial(watched, first=True))
             for one in found
         ]
-    except KeyboardInterrupt:
-        console.print("Stopped. What is done stays; the same command goes on from there.")
-        raise typer.Exit(STOPPED) from None
     for name, why in missing.items():
         note(f"{name}: {why}")
     data = write_data(tables_of(measured, missing), out / "data")
@@ -102,20 +95,11 @@ def reproduce_section42(
         raise InputError(f"seeds must be at least 1, got {seeds}")
     wanted = cells(range(seeds)) if wanted is None else wanted
     workers = os.cpu_count() or 1 if workers is None else workers
-    try:
-        with progress_bar() as progress:
-            task = progress.add_task("random models", total=len(wanted))
-            found = run_grid(
-                wanted,
-                size or CellSize(),
-                out,
-                workers,
-                lambda n: progress.advance(task, n),
-                note,
-            )
-    except KeyboardInterrupt:
-        console.print("Stopped. What is done stays; the same command goes on from there.")
-        raise typer.Exit(STOPPED) from None
+    with stoppable(), progress_bar() as progress:
+        task = progress.add_task("random models", total=len(wanted))
+        found = run_grid(
+            wanted, size or CellSize(), out, workers, lambda n: progress.advance(task, n), note
+        )
     tables = grid_tables(found)
     tables.write(out / "tables")
     draw_section42(found, out / "figures", command_line(), note)

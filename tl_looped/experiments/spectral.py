@@ -53,7 +53,8 @@ def find_snapshots(run: Path) -> dict[int, Path]:
     if not found:
         raise DataError(
             f"{run} has no snapshot in {SNAPSHOTS}/: train with --snapshots 1, which keeps the "
-            "weights of every evaluation"
+            "weights of every evaluation from then on (a finished run has none to add: train "
+            "into a new folder)"
         )
     return dict(sorted(found.items()))
 

@@ -154,11 +154,14 @@ def _spectral_radius(push: Step, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _smooth_mean(x: Float[Tensor, "n *batch"]) -> Float[Tensor, "*batch"]:
-    """Mean under the bump ``exp(-1 / (t (1 - t)))``; -inf if any value is."""
+    """Mean under the bump ``exp(-1 / (t (1 - t)))``; -inf if any value is.
+
+    The ends of a long bump underflow to zero, and are no part of it: zero times -inf is NaN.
+    """
     t = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device) / (len(x) + 1)
     weight = (-1 / (t * (1 - t))).exp()
     weight = (weight / weight.sum()).reshape(-1, *[1] * (x.ndim - 1))
-    return (weight * x).sum(0)
+    return torch.where(weight > 0, weight * x, 0.0).sum(0)
 
 
 def _largest_singular_value(

@@ -104,6 +104,11 @@ def spectrum_of_states(
         InputError: wrong shapes, a model with hooks or on several devices, too few iterations.
     """
     check_silent(model)
+    if tokens.ndim != 2:
+        raise InputError(
+            f"tokens must be [prompt, pos], got shape {tuple(tokens.shape)}: one prompt is "
+            "tokens[None]"
+        )
     real = torch.ones_like(tokens, dtype=torch.bool)
     if attention_mask is not None:
         real = torch.atleast_2d(attention_mask) != 0
@@ -112,11 +117,9 @@ def spectrum_of_states(
             f"attention_mask must be like tokens, {tuple(tokens.shape)}, with a real token for "
             f"every prompt, got shape {tuple(real.shape)}"
         )
-    if states is not None and states.shape[:2] != tokens.shape:
-        raise InputError(
-            f"states must be [prompt, pos, d_model] for tokens of shape {tuple(tokens.shape)}, "
-            f"got {tuple(states.shape)}"
-        )
+    wanted = (*tokens.shape, model.cfg.d_model)
+    if states is not None and tuple(states.shape) != wanted:
+        raise InputError(f"states must have shape {wanted}, got {tuple(states.shape)}")
     found: dict[str, list[float]] = {name: [] for name in SPECTRUM}
     for i, row in enumerate(tokens):
         keep = real[i].to(row.device)

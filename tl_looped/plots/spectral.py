@@ -306,9 +306,9 @@ def _scatter_caption(points: pd.DataFrame, found: dict[str, float], about: str, 
         )
     missing = []
     if without := int((radius & ~rate).sum()):
-        missing.append(f"{without} {unit} have no rate (too few steps above the noise floor)")
+        missing.append(f"{without} without a rate (too few steps above the noise floor)")
     if without := int((~radius).sum()):
-        missing.append(f"{without} {unit} have no radius (not computed, or not finite)")
+        missing.append(f"{without} without a radius (not computed, or not finite)")
     left = f"Not drawn: {'; '.join(missing)}" if missing else ""
     return _sentences(about, _EXPLAINED, "On the dashed line both agree", numbers, left)
 
@@ -320,11 +320,17 @@ def _training_caption(data: xr.Dataset, about: str) -> str:
         lines = "Lines are medians over prompts, bands the middle half of the prompts"
     gone = int((~np.isfinite(data["rate"]) & np.isfinite(data["spectral_radius"])).sum())
     left = f"{gone} rates are undefined and left out (too few steps above the noise floor)"
+    missing = int((~np.isfinite(data["spectral_radius"])).sum())
+    radii = f"{missing} radii were not computed, or are not finite: they are over fewer prompts"
     away = ""
     if {"verdict", "fixed_point_residual"} & set(data):
         fixed = _at_fixed_point("data", data)
+        if "verdict" not in data:  # known where it was computed
+            fixed = fixed[np.isfinite(_flat(data, "fixed_point_residual"))]
         away = f"{int((~fixed).sum())} of {fixed.size} runs did not end at a fixed point"
-    return _sentences(about, _EXPLAINED, lines, away, left if gone else "")
+    return _sentences(
+        about, _EXPLAINED, lines, away, left if gone else "", radii if missing else ""
+    )
 
 
 def _sentences(*parts: str) -> str:

@@ -157,6 +157,11 @@ def _parts(
     wrong = problems(sources, targets, shapes, optional)
     if wrong:
         listed = "\n  ".join(wrong)
+        if tied and "lm_head.weight" in shapes:
+            listed += (
+                "\n  (the config says that embedding and unembedding are tied, and a stored "
+                "lm_head.weight differs: set tie_word_embeddings to false if it counts)"
+            )
         raise CheckpointError(
             f"{source.name} does not hold the tensors that its config implies:\n  {listed}"
         )

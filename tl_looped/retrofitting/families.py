@@ -2,8 +2,9 @@
 
 A family is a row of :data:`FAMILIES`: where its norms stand, which switches it turns on and which
 fields may have one value only. What a field does to the forward pass is known for every field that
-is listed here; any other field that differs from its class's default is refused, not ignored. Two
-more nets are under this one: the tensors must be exactly those that are expected, and the finished
+is listed here; any other field of transformers' class that differs from its default is refused, not
+ignored. Fields that transformers' class does not have, it ignores, and so is it here. Two more nets
+are under this one: the tensors must be exactly those that are expected, and the finished
 model is run against its source (``tl_looped.retrofitting.probe``).
 
 Mistral's sliding window changes nothing for as many tokens as it is wide, and the looped model has

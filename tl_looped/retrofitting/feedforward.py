@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tl_looped.checkpoints import download, read_config, read_tokenizer, tensor_files
+from tl_looped.checkpoints import download, read_config, read_shapes, read_tokenizer, tensor_files
 from tl_looped.errors import CheckpointError, ConfigError, InputError
 from tl_looped.retrofitting.families import Family, family_of
 
@@ -129,7 +129,8 @@ def _load(
     family = family_of(raw.get("model_type"), name)
     if type(raw.get("num_hidden_layers")) is int:
         check_layers(raw["num_hidden_layers"])
-    tensor_files(folder)  # says what is wrong with a folder of pickles
+    for file in tensor_files(folder):  # says what is wrong with a folder of pickles
+        read_shapes(file)  # and with a file that is cut off
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,

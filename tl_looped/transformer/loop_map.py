@@ -176,6 +176,8 @@ class LoopMapMixin(LoopMixin):
 
         Only those that are named are blocks of their own: the others serve every map.
         """
+        if isinstance(layers, str):
+            raise InputError(f"without_mlp must be a list of layers, got {layers!r}: [{layers!r}]")
         stages = {stage: list(self._silent_blocks(stage)) for stage in ("prelude", "core", "coda")}
         places = {f"{stage}.{i}": (stage, i) for stage in stages for i in range(len(stages[stage]))}
         for name in layers:
