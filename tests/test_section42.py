@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -349,3 +350,26 @@ def test_the_command_names_what_is_wrong(arguments: list[str], match: str, tmp_p
     result = CliRunner().invoke(app, ["reproduce", *arguments, "--out", str(tmp_path)])
     assert isinstance(result.exception, InputError)
     assert match in str(result.exception)
+
+
+def test_a_dead_process_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tl_looped.experiments.random_grid._start_worker", _die)
+    with pytest.raises(DataError, match=r"a process of the grid in .* ended before"):
+        run_grid(FEW, SMALL, tmp_path, 2)
+    assert len(run_grid(FEW[:1], SMALL, tmp_path, 1)) == 1  # the lock is free again
+
+
+def _die(stop: object) -> None:
+    os._exit(1)
+
+
+def test_a_copied_cell_is_not_taken_for_another(tmp_path: Path) -> None:
+    run_grid(FEW[:1], SMALL, tmp_path, 1)
+    first, second = (tmp_path / "cells" / f"{cell.name}.npz" for cell in FEW[:2])
+    second.write_bytes(first.read_bytes())
+    said: list[str] = []
+    found = run_grid(FEW[:2], SMALL, tmp_path, 1, say=said.append)
+    assert FEW[0].name in said[0]
+    assert found[FEW[1]].identical(run_cell(FEW[1], SMALL))

@@ -14,6 +14,7 @@ from scipy import stats
 
 from tl_looped import InputError
 from tl_looped.experiments.mirrored import Resampling
+from tl_looped.experiments.small_models_statistics import joint_permutation_p
 from tl_looped.experiments.statistics import (
     Contrast,
     condition_table,
@@ -128,8 +129,31 @@ def test_contrasts_are_made_within_every_combination_of_the_other_factors() -> N
     assert found["says"].str.startswith("pre: injected True - False").tolist() == [True, False]
     main = contrast_table(table, ["norm", "injected"], contrast, over=["norm"])
     assert main["differences"].tolist() == ["10 11"]
+    assert main["norm"].tolist() == ["post pre"]
     means = seed_table(table, ["norm", "injected"], over=["injected"])
     assert means["value"].tolist() == [5, 6.5, 105, 106.5]
+
+
+def test_a_main_effect_compares_the_same_combinations() -> None:
+    """Pre has 4 and 12 layers, post 4 alone, or 12 in one seed of two: 4 is what both have."""
+    rows = [("pre", n, s, n + s) for n in (4, 12) for s in (0, 1)]
+    rows += [("post", 4, 0, 1.0), ("post", 4, 1, 3.0)]
+    columns = ["norm", "layers", "seed", "value"]
+    contrast = [Contrast("norm", "pre", "post")]
+    found = contrast_table(
+        pd.DataFrame(rows, columns=columns), columns[:2], contrast, over=["layers"]
+    )
+    assert found["differences"].tolist() == ["3 2"]
+    assert found["layers"].tolist() == ["4"]
+    more = pd.DataFrame([*rows, ("post", 12, 1, 5.0)], columns=columns)
+    found = contrast_table(more, columns[:2], contrast, over=["layers"])
+    # Seed 1 alone has both: (5 + 13) / 2 - (3 + 5) / 2.
+    assert found["seeds"].tolist() == ["1"]
+    assert found["differences"].tolist() == ["5"]
+    assert found["layers"].tolist() == ["4 12"]
+    gap = pd.DataFrame([*rows, ("post", 12, 1, float("nan"))], columns=columns)
+    found = contrast_table(gap, columns[:2], contrast, over=["layers"])
+    assert found["differences"].tolist() == ["3 2"]
 
 
 def test_a_main_effect_leaves_out_seeds_that_lack_a_combination() -> None:
@@ -258,3 +282,31 @@ def test_curves_without_spread_and_blocks_without_orders_have_no_p() -> None:
 def test_ties_count_and_nan_does_not() -> None:
     null = np.array([0.5, 0.5 + 1e-14, 0.4, NAN])
     assert permutation_p(null, 0.5) == pytest.approx(3 / 5)
+
+
+def test_a_block_whose_layers_are_alike_has_a_score_and_no_order() -> None:
+    found = permuted_mirroring(
+        np.full((2, 4), 0.5), np.arange(4.0), prelude=np.array([0.0]), coda=np.array([1.0])
+    )
+    assert found.score > 0.5
+    assert math.isnan(found.p)
+    assert np.isnan(found.null).all()
+
+
+def test_the_joint_p_of_few_orders_is_exact() -> None:
+    rng = np.random.default_rng(0)
+    control = np.array([0.0, 1.0, 3.0, 2.0, 5.0])
+    cores = rng.standard_normal((2, 1, 3)) + np.arange(3)
+    found = [permuted_mirroring(core, control) for core in cores]
+    p, least = joint_permutation_p(found, float(np.mean([one.score for one in found])))
+    pairs = [
+        np.mean([permuted_mirroring(core[:, list(order)], control).score
+                 for core, order in zip(cores, orders, strict=True)])
+        for orders in itertools.product(itertools.permutations(range(3)), repeat=2)
+    ]  # fmt: skip
+    assert len(pairs) == 36
+    assert p == pytest.approx(np.mean(np.array(pairs) >= pairs[0] - 1e-12))
+    assert least == 1 / 36
+    alone, least = joint_permutation_p(found[:1], found[0].score)
+    assert alone == found[0].p
+    assert least == 1 / 6

@@ -11,9 +11,11 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import xarray as xr
@@ -123,9 +125,14 @@ def _found(
         if not path.is_file():
             continue
         try:
-            found[cell] = read_part(path)
+            data = read_part(path)
         except DataError as error:
             say(f"{error}: the cell is run again")
+            continue
+        if cell_of(data) == cell:
+            found[cell] = data
+        else:
+            say(f"{path} holds {cell_of(data).name}: the cell is run again")
     return found
 
 
@@ -138,25 +145,44 @@ def _carried_out(
             for task in tasks:
                 yield from _run(task, size, folder)
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), multiprocessing.get_context("spawn"), _start_worker
-    )
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (stop,))
     try:
         futures = [pool.submit(_run_all, task, size, folder) for task in tasks]
         for future in as_completed(futures):
             yield from future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a process of the grid in {folder.parent} ended before its cells were done: killed, "
+            "or out of memory. What is done stays; call again to go on, with fewer workers if "
+            "memory is short"
+        ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Whoever stops waits for the cells that are running, so that no process writes afterwards.
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+_stop: Any = None
+"""In a worker: the event that ends it before its next cell."""
+
+
+def _start_worker(stop: Any) -> None:
+    global _stop
+    _stop = stop
     torch.set_num_threads(1)
     # Ctrl-C reaches every process: a worker ends without a traceback, files are never partial.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _run_all(task: Sequence[Cell], size: CellSize, folder: Path) -> list[Cell]:
-    return list(_run(task, size, folder))
+    done = []
+    for cell in _run(task, size, folder):
+        done.append(cell)
+        if _stop.is_set():
+            break
+    return done
 
 
 def _run(task: Sequence[Cell], size: CellSize, folder: Path) -> Iterator[Cell]:

@@ -23,6 +23,7 @@ from tl_looped.experiments.section_page import (
     table_of,
     write_page,
 )
+from tl_looped.files import make_folder
 from tl_looped.plots.grids import NORM_NAMES, condition_name
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral import radius_against_rate
@@ -35,7 +36,7 @@ INIT_NAMES = {"normal": "N(0, 0.02²)", "fan_in": "N(0, 1 / fan-in)"}
 _VERDICTS = {
     "CONVERGED": "fixed point",
     "PROJECTIVE": "direction converges, norm grows",
-    "DEGENERATE": "one fixed point for all layers",
+    "DEGENERATE": "one limit for all layers",
     "ORBIT": "orbit",
     "DRIFT": "drift",
     "NOT_CONVERGED": "none",
@@ -139,6 +140,7 @@ def write_section42(tables: GridTables, out: Path) -> Path:
         *_contrasts(tables),
         _counts(tables, size),
     ]
+    make_folder(out)
     return write_page(out / PAGE, "Section 4.2: looped models of random weights", lead, parts)
 
 
@@ -201,10 +203,11 @@ def _verdicts(tables: GridTables) -> PagePart:
                 "Relative step", "Cosine", "Norm growth", "Lowest cosine of layers",
             )  # fmt: skip
             caption = (
-                f"Weights {words}. Means over seeds. Rate: a step over the one "
-                "before it. Relative step: the largest of any layer at the last recurrence, over "
-                "the norm of the state. Cosine: the lowest of a layer's last two states. Norm "
-                "growth: over the second half. Lowest cosine: of the first layer's last state "
+                f"Weights {words}. Means over seeds. Rate: the factor by "
+                "which steps shrink, a fit over all above the noise floor. Relative step: the "
+                "largest of any layer at the last recurrence, over the norm of the state. Cosine: "
+                "the lowest of a layer's last two states. Norm growth: over "
+                "the second half. Lowest cosine: of the first layer's last state "
                 "with any layer's; 1 is one state for all layers."
             )
             parts.append(PageTable(caption, columns, tuple(rows)))
@@ -215,7 +218,8 @@ def _verdict_row(key: tuple[object, ...], of: pd.DataFrame, rate: pd.Series) -> 
     _, layers, norm, injection = key
     counts = of["verdict"].value_counts(sort=True)
     verdict = ", ".join(f"{_VERDICTS[str(name)]} {n}" for name, n in counts.items())
-    interval = f"{rate['percentile_low']:.3f} to {rate['percentile_high']:.3f}"
+    ends = [rate["percentile_low"], rate["percentile_high"]]
+    interval = " to ".join(f"{end:.3f}" for end in ends) if np.isfinite(ends).all() else "–"
     return (
         str(layers),
         NORM_NAMES[str(norm)],
@@ -276,7 +280,8 @@ def _contrasts(tables: GridTables) -> list[PagePart]:
         "decided": "Decided",
     }
     kept = shown[~zero]
-    kept = kept.assign(contrast=kept["contrast"].map(_spelled), norm=kept["norm"].map(_spelled))
+    named = [name for name in ("contrast", "norm") if name in kept]
+    kept = kept.assign(**{name: kept[name].map(_spelled) for name in named})
     columns = {name: text for name, text in columns.items() if name in kept or name in _INTERVALS}
     text = (
         f"Differences between models of one seed. {int(zero.sum())} of {len(shown)} contrasts, "

@@ -2,9 +2,10 @@
 
 A condition is an initialisation, a number of layers, a norm layout and whether the input is
 injected; its models differ by their seed. Numbers a seed: whether the loop has a fixed point (0 or
-1), and the rate at which its steps shrink, which is 1 where they do not. Contrasts pair models of
-one seed, which share the input and as many weights as they can (see ``random_cells``), and average
-over the numbers of layers where those are not what is compared.
+1), and the rate at which its steps shrink, a fit over all steps above the noise floor (near 1 for a
+drift or an orbit). Contrasts pair models of one seed, which share the input and as many weights as
+they can (see ``random_cells``), and average over the numbers of layers where those are not what is
+compared.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FACTORS = ("init", "layers", "norm", "injection")
 QUANTITIES = {"fixed_point": "has a fixed point", "rate": "rate"}
 INJECTIONS = ("injected", "none")
 # Texts that may look like numbers, or be empty.
-_TEXTS = ("seeds", "n_prompts", "differences")
+_TEXTS = {"conditions": ("seeds", "n_prompts"), "contrasts": ("seeds", "differences", "layers")}
 _CELL_NUMBERS = (
     "settled_at",
     "rate",
@@ -64,8 +65,8 @@ class GridTables:
             :func:`tl_looped.experiments.statistics.condition_table`.
         verdicts: A row a condition: how many of its seeds have each verdict.
         contrasts: Paired contrasts; see
-            :func:`tl_looped.experiments.statistics.contrast_table`. ``layers`` is ``"all"`` where
-            it was averaged over.
+            :func:`tl_looped.experiments.statistics.contrast_table`. ``layers`` are those that were
+            averaged over, ``"4 12 16"``.
         about: Sizes of the models, resampling, and the versions that made the tables.
     """
 
@@ -100,7 +101,7 @@ def read_tables(folder: Path) -> GridTables:
         about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise DataError(f"{folder} is of format {about['format']}, this version reads {FORMAT}")
-        tables = {name: read_table(folder / f"{name}.csv", _TEXTS) for name in TABLES}
+        tables = {name: read_table(folder / f"{name}.csv", _TEXTS.get(name, ())) for name in TABLES}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{folder} does not hold the tables of Section 4.2, or is damaged "
@@ -179,9 +180,7 @@ def _contrasts(cells: pd.DataFrame, quantity: str, resampling: Resampling) -> pd
     ]
     between_layers = [Contrast("layers", b, a) for a, b in combinations(layers, 2)]
     tables = [
-        contrast_table(cells, FACTORS, over_layers, quantity, ["layers"], resampling).assign(
-            layers="all"
-        ),
+        contrast_table(cells, FACTORS, over_layers, quantity, ["layers"], resampling),
         contrast_table(cells, FACTORS, between_layers, quantity, (), resampling),
     ]
     return pd.concat([one for one in tables if len(one)] or [pd.DataFrame()], ignore_index=True)

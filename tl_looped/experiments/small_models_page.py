@@ -20,6 +20,7 @@ from tl_looped.plots.small_models import (
     steps_over_recurrences,
     training_curves,
 )
+from tl_looped.training.section51 import HELD_OUT_ROWS
 
 PAGE = "section-5.1.html"
 
@@ -102,8 +103,10 @@ def _decided(found: Section51) -> PagePart:
     text = (
         f"Of {len(contrasts)} paired contrasts between configurations, "
         f"{_decided_in(contrasts)} are decided; of {len(mirroring)} mirroring scores, "
-        f"{_decided_in(mirroring)} exceed those of random layer orders. A contrast is decided if "
-        "its t-interval leaves out 0 and the exact sign-flip p is at most 0.05; with n seeds that "
+        f"{_decided_in(mirroring)} exceed those of random layer orders, "
+        f"{_of_one_seed(mirroring)} of them of one seed, which says nothing about other "
+        "trainings. A contrast is decided if its t-interval leaves out 0 and the exact "
+        "sign-flip p is at most 0.05; with n seeds that "
         "p cannot fall below 2 / 2^n (0.25 with three, 0.031 with six). Nothing is corrected for "
         "the number of tests."
     )
@@ -121,6 +124,10 @@ def _decided(found: Section51) -> PagePart:
 
 def _decided_in(table: pd.DataFrame) -> int:
     return int(table["decided"].astype(bool).sum()) if len(table) else 0
+
+
+def _of_one_seed(mirroring: pd.DataFrame) -> int:
+    return int((mirroring["decided"].astype(bool) & (mirroring["n_seeds"] == 1)).sum())
 
 
 def _sentences(table: pd.DataFrame) -> list[tuple[str, bool]]:
@@ -159,22 +166,25 @@ def _trained(found: Section51, out: Path) -> PagePart:
     caption = "Training: the same rows in the same order for every model; the seed draws weights."
     table = table_of(found.statistics.training, columns, caption)
     text = (
-        "Held-out loss is lowest at the trained recurrences where nothing is injected, and rises "
-        "beyond them: see the conditions below for its mean, SD and intervals."
+        "Held-out loss is lowest at the trained recurrences in every looped model. "
         if _rises(found)
-        else "Held-out loss by recurrences is in the conditions below."
+        else ""
+    )
+    rows = int(found.models.evaluation["rows"].max())
+    text += (
+        "How much it rises beyond them is in the conditions below. Losses by recurrences are of "
+        f"the first {rows} held-out rows; the curves during training are of {HELD_OUT_ROWS}."
     )
     figures = figures_in(out / "figures", ("fig_curves", "fig_loss"), out)
     return PagePart("training", "Training", (text,), (table,), figures=figures)
 
 
 def _rises(found: Section51) -> bool:
-    """Whether every model without injection has its lowest loss at the trained recurrences."""
+    """Whether every looped model has its lowest loss at the trained recurrences."""
     models = found.models.about["models"]
     table = found.statistics.conditions
     best = table[table["quantity"] == "best recurrences"].set_index("configuration")["mean"]
-    plain = [name for name in best.index if models[name]["injection"] == "none"]
-    return bool(plain) and all(best[name] == models[name]["recurrences"] for name in plain)
+    return len(best) > 0 and all(best[name] == models[name]["recurrences"] for name in best.index)
 
 
 def _stages(out: Path) -> PagePart:
@@ -239,7 +249,8 @@ def _clusters(found: Section51) -> PagePart:
     caption = (
         "k-means clusters of the control's layers (K = 3), looked for in the looped models: share "
         "of layers in the control's stage at the same depth, and adjusted Rand index (0: chance). "
-        "Means over recurrences, then over seeds."
+        "Between recurrences it is of the core alone, and 1 also where the core lies in one stage "
+        "at each of them, the same one or not. Means over recurrences, then over seeds."
     )
     return PagePart(
         "clusters",
@@ -270,12 +281,16 @@ def _convergence(found: Section51, out: Path) -> PagePart:
     table = found.statistics.conditions
     draws = "1,000" if not len(table) else f"{int(table['n_resamples'].iloc[0]):,}"
     caption = (
-        f"Means over seeds with their intervals ({draws} resamples). Rate: a step over the one "
-        "before it. Shares: of prompts by verdict, confirmed by runs of twice the recurrences. "
+        f"Means over seeds with their intervals ({draws} resamples). Rate: the factor by "
+        "which steps shrink, a fit over all above the noise floor. Shares: of prompts by verdict, "
+        "confirmed by runs of twice the recurrences. "
         "Losses in nats a token. Left out: prompts without a rate."
     )
     figures = figures_in(out / "figures", ("fig_steps",), out)
-    text = "With three seeds there are ten different resamples: bootstrap intervals are too narrow."
+    text = (
+        "n seeds have few different resamples, ten for three: bootstrap intervals over so few are "
+        "too narrow. The control runs once, and its loss is compared with the others' as trained."
+    )
     return PagePart(
         "conditions",
         "Convergence and losses",

@@ -18,7 +18,7 @@ Everything is computed from :class:`tl_looped.experiments.small_models_tables.Sm
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
@@ -38,6 +38,7 @@ from tl_looped.plots.recipes import TITLES
 
 BASE = "base4"
 N_PERMUTATIONS = 1000
+_MOST_COMBINATIONS = 20_000
 WORDS = "{quantity} at {recurrences} recurrences, {contrast}"
 FACTORS = ("configuration", "recurrences", "quantity")
 
@@ -87,13 +88,16 @@ def statistics_of(models: SmallModels, resampling: Resampling | None = None) -> 
         condition_table(values[with_prompts], **arguments),
         condition_table(values[~with_prompts].drop(columns="prompt"), **arguments),
     ]
+    conditions = pd.concat([t for t in tables if len(t)], ignore_index=True)
+    # What it is compared at is not what it ran with.
+    conditions.loc[conditions["configuration"] == CONTROL, "recurrences"] = 1
     return Statistics(
         mirroring=over_seeds,
         mirroring_seeds=seeds,
         ceiling=_ceiling(models),
         clusters=clusters,
         clusters_seeds=clusters_seeds,
-        conditions=pd.concat([t for t in tables if len(t)], ignore_index=True),
+        conditions=conditions,
         contrasts=contrast_table(values, contrasts=contrasts, words=WORDS, **arguments),
         training=_training(models),
         counts=_counts(models),
@@ -195,8 +199,13 @@ def _scores(
 def _together(
     found: Mapping[int, PermutedScore], what: str, resampling: Resampling
 ) -> dict[str, Any]:
-    """One row over seeds, with the permutation p of the mean score."""
-    good = {seed: one for seed, one in found.items() if not math.isnan(one.score)}
+    """One row over seeds, with the permutation p of the mean score.
+
+    Seeds without a p (no score, or a block whose layers all have the same value, which no order
+    changes) are left out of everything and counted, unless none has one.
+    """
+    scored = {seed: one for seed, one in found.items() if not math.isnan(one.score)}
+    good = {seed: one for seed, one in scored.items() if not math.isnan(one.p)} or scored
     scores = np.array([one.score for one in good.values()])
     n = len(scores)
     row: dict[str, Any] = dict.fromkeys(("mean", "sd", "t_low", "t_high"), math.nan)
@@ -208,16 +217,14 @@ def _together(
             confidence=resampling.confidence,
             seed=resampling.seed,
         )
-        null = np.mean([one.null for one in good.values()], axis=0)
-        p = permutation_p(null, ci.mean) if n > 1 else next(iter(good.values())).p
-        orders = math.prod(one.n_orders for one in good.values())
+        p, least = joint_permutation_p(list(good.values()), ci.mean)
         row |= {
             "mean": ci.mean,
             "sd": float(scores.std(ddof=1)) if n > 1 else math.nan,
             "t_low": ci.t.low,
             "t_high": ci.t.high,
             "p_permutation": p,
-            "least_p": max(1 / orders, 1 / (1 + N_PERMUTATIONS)),
+            "least_p": least,
         }
     row |= {
         "n_seeds": n,
@@ -229,6 +236,25 @@ def _together(
         "permutation_seed": resampling.seed,
     }
     return row | dict(zip(("decided", "says"), _says(what, row), strict=True))
+
+
+def joint_permutation_p(scores: Sequence[PermutedScore], mean: float) -> tuple[float, float]:
+    """P of a mean score over seeds, and the least that it can be.
+
+    Each seed's block has an order of its own. Where all combinations of them are few, p is exact.
+    """
+    if len(scores) == 1:
+        one = scores[0]
+        return one.p, 1 / one.n_orders if one.every is not None else 1 / (1 + len(one.null))
+    every = [one.every for one in scores if one.every is not None]
+    n = math.prod(map(len, every))
+    if len(every) == len(scores) and n <= _MOST_COMBINATIONS:
+        sums = every[0]
+        for other in every[1:]:
+            sums = np.add.outer(sums, other).ravel()
+        return permutation_p(sums[1:] / len(scores), mean), 1 / n  # the first is the given one
+    null = np.mean([one.null for one in scores], axis=0)
+    return permutation_p(null, mean), 1 / (1 + len(null))
 
 
 def _says(what: str, row: Mapping[str, Any]) -> tuple[bool, str]:
@@ -268,7 +294,7 @@ def _ceiling(models: SmallModels) -> pd.DataFrame:
 def _clusters(models: SmallModels, resampling: Resampling) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows: list[dict[str, Any]] = []
     columns = {"agreement": "agreement with the control", "rand_index": "Rand, with the control"}
-    columns["rand_index_recurrences"] = "Rand, between recurrences"
+    columns["rand_index_recurrences"] = "Rand, core between recurrences"
     for name in models.looped:
         for seed in sorted({*models.seeds(name)} & {*models.seeds(CONTROL)}):
             pair = {one: models.dataset(one, seed).expand_dims("prompt") for one in (name, CONTROL)}

@@ -131,7 +131,9 @@ def contrast_table(
 ) -> pd.DataFrame:
     """Paired contrasts over seeds, for every combination of the other factors.
 
-    The seeds of a contrast are those that have a value under both levels.
+    The seeds of a contrast are those that have a value under both levels. Where factors are
+    averaged over, it is over the combinations of them that some seed has under *both* levels, and
+    a seed that lacks one of these is left out: both sides are means of the same combinations.
 
     Args:
         values, factors, value, resampling: As in :func:`condition_table`.
@@ -141,7 +143,8 @@ def contrast_table(
             factors are filled in. The values one after the other if empty.
 
     Returns:
-        A row a contrast and combination: ``contrast``, the other factors; ``mean`` of
+        A row a contrast and combination: ``contrast``, the other factors; the levels of ``over``
+        that were averaged over, as text (``"4 12 16"``); ``mean`` of
         ``first - second`` over seeds, ``sd``, ``percentile_*``, ``bca_*``, ``t_*``,
         ``sign_flip_p``, ``least_p`` (``2 / 2^n``), ``n_seeds``, ``seeds``, ``differences`` (a
         seed each), ``decided``, ``says``, and the settings of the resamples.
@@ -150,7 +153,9 @@ def contrast_table(
         InputError: as :func:`seed_table`, or for a factor that is not there.
     """
     resampling = resampling or Resampling()
-    means = seed_table(values, factors, value, over)
+    means = seed_table(values, factors, value)
+    if not set(over) <= set(factors):
+        raise InputError(f"over must be among the factors {list(factors)}, got {list(over)}")
     left = [name for name in factors if name not in over]
     rows = []
     for contrast in contrasts:
@@ -158,18 +163,14 @@ def contrast_table(
             raise InputError(f"contrast of {contrast.factor!r}: the factors are {left}")
         others = [name for name in left if name != contrast.factor]
         for key, part in _groups(means, others):
-            pair = [
-                part[part[contrast.factor] == level].set_index(SEED)[value]
-                for level in (contrast.first, contrast.second)
-            ]
-            seeds = sorted(set(pair[0].index) & set(pair[1].index))
-            if seeds:
-                first, second = (one.loc[seeds].to_numpy() for one in pair)
+            pair, levels = _paired(part, contrast, value, over)
+            if len(pair):
+                seeds, first, second = pair.index, pair["first"], pair["second"]
                 named = {"contrast": contrast.name, **dict(key)}
                 what = words.format(**named) if words else ", ".join(map(str, named.values()))
-                row = _contrast(first, second, what, resampling)
+                row = _contrast(first.to_numpy(), second.to_numpy(), what, resampling)
                 seeds_text = " ".join(map(str, seeds))
-                rows.append({**named, "seeds": seeds_text, **row})
+                rows.append({**named, **levels, "seeds": seeds_text, **row})
     return pd.DataFrame(rows)
 
 
@@ -201,6 +202,23 @@ def decision(what: str, found: BootstrapCI) -> tuple[bool, str]:
 
 
 # -- parts --------------------------------------------------------------------------------------
+
+
+def _paired(
+    part: pd.DataFrame, contrast: Contrast, value: str, over: Sequence[str]
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """``first`` and ``second`` by seed, means of the same levels of ``over``; and these levels."""
+    keys = [SEED, *over]
+    sides = [
+        part[part[contrast.factor] == level][[*keys, value]].rename(columns={value: name})
+        for name, level in (("first", contrast.first), ("second", contrast.second))
+    ]
+    both = sides[0].merge(sides[1], on=keys)
+    n_combinations = len(both.drop_duplicates(list(over))) if over else 1
+    grouped = both.groupby(SEED, sort=True)
+    whole = grouped.size() == n_combinations
+    levels = {name: " ".join(map(str, sorted(both[name].unique()))) for name in over}
+    return grouped[["first", "second"]].mean()[whole], levels
 
 
 def _checked(values: pd.DataFrame, factors: Sequence[str], value: str) -> pd.DataFrame:

@@ -178,6 +178,7 @@ class PermutedScore:
         p: ``(1 + #{null >= score}) / (1 + N)``, ties (to 1e-12) counted. Exact, over all other
             orders, where there are no more than the random ones; never below ``1 / n_orders``.
         n_orders: Different orders that the block has, k!.
+        every: The score of every order, the given one first, where p is exact; None otherwise.
         seed: Of the orders.
     """
 
@@ -185,6 +186,7 @@ class PermutedScore:
     null: Float[np.ndarray, " permutation"]
     p: float
     n_orders: int
+    every: Float[np.ndarray, " order"] | None
     seed: tuple[int, ...]
 
 
@@ -204,7 +206,8 @@ def permuted_mirroring(
     would give. ``null`` allows scores of several models to be tested together.
 
     Curves without spread, or not finite, have no score: everything is NaN. A block of one layer has
-    a score and no other order: null and p are NaN.
+    a score and no other order, and so has one whose layers all have the same value: null and p are
+    NaN.
 
     Args:
         core, feedforward, prelude, coda: As in :func:`mirroring_score`.
@@ -233,17 +236,17 @@ def permuted_mirroring(
         return np.mean(each, axis=0)
 
     observed = float(score(np.arange(k)[None])[0])
-    null, p = np.full(n_permutations, math.nan), math.nan
-    if k > 1 and not math.isnan(observed):
+    null, p, every = np.full(n_permutations, math.nan), math.nan, None
+    if not _constant(blocks).all() and not math.isnan(observed):
         rng = np.random.default_rng(seed)
         drawn = np.stack([rng.permutation(k) for _ in range(n_permutations)])
         orders, which = np.unique(drawn, axis=0, return_inverse=True)  # 24 of four layers
         null = score(orders)[which.reshape(-1)]
         p = permutation_p(null, observed)
         if math.factorial(k) <= n_permutations + 1:
-            every = np.array(list(permutations(range(k))))  # the first is the given one
-            p = permutation_p(score(every[1:]), observed)
-    return PermutedScore(observed, null, p, math.factorial(k), seed)
+            every = score(np.array(list(permutations(range(k)))))  # the first is the given one
+            p = permutation_p(every[1:], observed)
+    return PermutedScore(observed, null, p, math.factorial(k), every, seed)
 
 
 def permutation_p(null: Float[np.ndarray, " permutation"], observed: float) -> float:

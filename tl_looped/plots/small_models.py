@@ -86,7 +86,7 @@ def steps_over_recurrences(runs: Mapping[str, Sequence[xr.Dataset]]) -> DrawnFig
     axis = "step of the last core layer, relative to the norm"
     panel = Panel("", "recurrence (0-based)", axis, tuple(lines), log=True, integer_x=True)
     n = "; ".join(f"{name}: {len(seeds)}" for name, seeds in runs.items())
-    caption = f"Steps beyond the trained recurrences. {_BANDS}. Seeds: {n}."
+    caption = f"Steps of the loop, those of the training and beyond. {_BANDS}. Seeds: {n}."
     return _drawn("fig_steps", "Steps of the loop", caption, [panel], {"band": "sd"})
 
 
