@@ -31,4 +31,5 @@ def test_the_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str
     assert "CONVERGED" in printed[4] or "ORBIT" in printed[4] or "DRIFT" in printed[4]
     assert names["depth"].sizes["effective_layer"] == 2 + 4 * 32 + 2
     assert names["found"].steps.shape == names["found"].output.shape[:2]
+    assert "(4, 6 x 4, 4) [6, 7, 8, 9, 10, 11]" in printed[-2]
     assert len(names["bridge"].blocks) == 2 + 4 * 8 + 2
