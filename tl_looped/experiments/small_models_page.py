@@ -127,6 +127,8 @@ def _decided_in(table: pd.DataFrame) -> int:
 
 
 def _of_one_seed(mirroring: pd.DataFrame) -> int:
+    if not len(mirroring):
+        return 0
     return int((mirroring["decided"].astype(bool) & (mirroring["n_seeds"] == 1)).sum())
 
 
