@@ -93,31 +93,14 @@ def condition_table(
     return pd.DataFrame(rows)
 
 
-def seed_table(
-    values: pd.DataFrame, factors: Sequence[str], value: str = "value", over: Sequence[str] = ()
-) -> pd.DataFrame:
-    """One value a condition and seed: the mean over prompts, then over the factors ``over``.
-
-    Columns ``factors`` without ``over``, ``seed``, ``value``. Each level of ``over`` counts the
-    same; a seed that lacks one of the combinations that others have is left out.
+def seed_table(values: pd.DataFrame, factors: Sequence[str], value: str = "value") -> pd.DataFrame:
+    """One value a condition and seed, the mean over prompts: columns ``factors``, ``seed``, value.
 
     Raises:
-        InputError: as :func:`condition_table`, or if ``over`` is not among the factors.
+        InputError: as :func:`condition_table`.
     """
     table = _checked(values, factors, value).dropna(subset=[value])
-    if not set(over) <= set(factors):
-        raise InputError(f"over must be among the factors {list(factors)}, got {list(over)}")
-    means = table.groupby([*factors, SEED], sort=False, dropna=False)[value].mean().reset_index()
-    if not over:
-        return means
-    rest = [name for name in factors if name not in over]
-    rows = []
-    for key, part in _groups(means, rest):
-        full = part.drop_duplicates(list(over)).shape[0]
-        for seed, mine in part.groupby(SEED, sort=True):
-            if len(mine) == full:
-                rows.append(dict(key) | {SEED: seed, value: mine[value].mean()})
-    return pd.DataFrame(rows, columns=[*rest, SEED, value])
+    return table.groupby([*factors, SEED], sort=False, dropna=False)[value].mean().reset_index()
 
 
 def contrast_table(
@@ -150,7 +133,7 @@ def contrast_table(
         seed each), ``decided``, ``says``, and the settings of the resamples.
 
     Raises:
-        InputError: as :func:`seed_table`, or for a factor that is not there.
+        InputError: as :func:`condition_table`, or for a factor that is not there.
     """
     resampling = resampling or Resampling()
     means = seed_table(values, factors, value)
