@@ -343,6 +343,9 @@ def test_the_page_shows_every_condition(tmp_path: Path) -> None:
     [
         (["--section", "4.3"], "section must be 4.2 or 5.1, got '4.3'"),
         (["--section", "4.2", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--section", "4.2", "--models", "huginn"], "--models changes nothing with --section 4.2"),
+        (["--section", "5.1", "--dtype", "bfloat16"], "--dtype changes nothing with --section 5.1"),
+        (["--seeds", "6"], "--seeds changes nothing without --section"),
         (["--section", "4.2", "--workers", "0"], "workers must be an integer of at least 1"),
     ],
 )

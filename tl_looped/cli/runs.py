@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,6 +120,15 @@ def _report_each(made: dict[Experiment, Run], figures: tuple[int, ...]) -> None:
             write_reports(one.folder)
 
 
+_OF_SECTION = {
+    None: ("models", "prompts", "hellaswag", "feedforward", "checkpoint", "subset", "out",
+           "device", "dtype", "batch_size"),
+    "4.2": ("section", "seeds", "workers", "out"),
+    "5.1": ("section", "runs", "prompts", "subset", "out", "device", "batch_size"),
+}  # fmt: skip
+"""Options of ``reproduce`` that count, by section."""
+
+
 def reproduce(
     models: Annotated[str, typer.Option(help="demo, names from the paper, or all.")] = "demo",
     prompts: Annotated[
@@ -159,15 +169,14 @@ def reproduce(
     batch_size: BatchSize = "auto",
 ) -> None:
     """Run the paper's experiments, draw its figures, and write one report of all."""
+    _refuse_idle_options(section, dict(locals()))
     if section is not None:
         from tl_looped.cli.sections import reproduce_section42, reproduce_section51
 
         if section == "4.2":
             reproduce_section42(out, seeds, workers)
-        elif section == "5.1":
-            reproduce_section51(runs, out, prompts, subset, device, batch_size)
         else:
-            raise InputError(f"section must be 4.2 or 5.1, got {section!r}")
+            reproduce_section51(runs, out, prompts, subset, device, batch_size)
         return
     from tl_looped.experiments.paper import paper_plan, parse_models
     from tl_looped.experiments.spec import PromptSet
@@ -184,6 +193,23 @@ def reproduce(
         plan = paper_plan(name, main, other, dtype, feedforward, checkpoint=checkpoint)
         plans.append(plan)
     carry_out(plans, out, device, batch_size)
+
+
+def _refuse_idle_options(section: str | None, values: dict[str, Any]) -> None:
+    """An option that would change nothing is a mistake, and not to be passed over in silence."""
+    if section not in _OF_SECTION:
+        raise InputError(f"section must be 4.2 or 5.1, got {section!r}")
+    defaults = {name: one.default for name, one in signature(reproduce).parameters.items()}
+    given = [name for name, value in values.items() if value != defaults[name]]
+    idle = [_option(name) for name in given if name not in _OF_SECTION[section]]
+    if idle:
+        what = "without --section" if section is None else f"with --section {section}"
+        known = ", ".join(map(_option, _OF_SECTION[section]))
+        raise InputError(f"{', '.join(idle)} changes nothing {what}, where there are {known}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def carry_out(plans: list[Plan], out: Path, device: str | None, batch_size: str) -> None:
