@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN
+from feedforwards import LLAMA3_ROPE
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
@@ -24,14 +25,6 @@ SIZES = {
     "vocab_size": 61,
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
 }
 
 
