@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -205,6 +206,23 @@ def test_an_unreadable_record_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises((CheckpointError, ConfigError), match=re.escape(str(tmp_path))):
         train(model(), ROWS, HELD_OUT, SPEC, tmp_path)
     assert (tmp_path / "run.json").read_text() == text
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Its record lacks the model's newer fields; one that is not at its default is another run."""
+    train(model(), ROWS, HELD_OUT, replace(SPEC, steps=4), tmp_path)
+    path = tmp_path / "run.json"
+    record = json.loads(path.read_text())
+    for name in ("v_bias", "qk_norm_per_head", "source_layers"):
+        del record["model"][name]
+    path.write_text(json.dumps(record))
+    train(model(), ROWS, HELD_OUT, replace(SPEC, steps=4), tmp_path)
+    del record["model"]["norm_layout"]
+    record["model"]["seed"] = 5
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"differs in model\.seed") as caught:
+        train(model(), ROWS, HELD_OUT, replace(SPEC, steps=4), tmp_path)
+    assert "norm_layout" not in str(caught.value)  # pre is the default, and the model's
 
 
 def poison(out: Path, at: int, change) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,17 @@ def rows_digest(rows: Tensor) -> str:
 
 
 def _differences(before: dict[str, Any], run: dict[str, Any]) -> list[str]:
-    """Names of what differs, with both values where they are short."""
+    """Names of what differs, with both values where they are short.
+
+    A record of an earlier version lacks the fields that the model has got since; it was trained as
+    their defaults say.
+    """
     out = []
-    for part in ("spec", "model"):
+    since = {field.name: field.default for field in fields(LoopedConfig)}
+    for part, defaults in (("spec", {}), ("model", since)):
         for key in sorted({*before[part], *run[part]} if part in before else run[part]):
-            old, new = before.get(part, {}).get(key), run[part].get(key)
+            old = before.get(part, {}).get(key, defaults.get(key))
+            new = run[part].get(key)
             if old != new:
                 out.append(f"{part}.{key} ({old!r} there, {new!r} here)")
     return out + [part for part in ("rows", "held_out") if before.get(part) != run[part]]
