@@ -39,6 +39,11 @@ def progress_bar() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
+def parse_batch_size(text: str) -> int | str:
+    """``"8"`` as a number; other texts as they are, for the runner to take or to refuse."""
+    return int(text) if text.isascii() and text.isdecimal() else text
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Ctrl-C ends the command with a sentence and the status of a stopped one."""

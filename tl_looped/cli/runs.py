@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tl_looped.cli.console import command_line, console, note, stoppable, watched
+from tl_looped.cli.console import (
+    command_line,
+    console,
+    note,
+    parse_batch_size,
+    stoppable,
+    watched,
+)
 from tl_looped.errors import CheckpointError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -251,9 +258,7 @@ def run_all(
     from tl_looped.experiments.parallel import Workers
     from tl_looped.experiments.run import run_experiment
 
-    size: int | str = (
-        int(batch_size) if batch_size.isascii() and batch_size.isdecimal() else batch_size
-    )
+    size = parse_batch_size(batch_size)
     workers = Workers.here(device)
     done = {}
     try:

@@ -8,7 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tl_looped.cli.console import command_line, console, note, progress_bar, stoppable, watched
+from tl_looped.cli.console import (
+    command_line,
+    console,
+    note,
+    parse_batch_size,
+    progress_bar,
+    stoppable,
+    watched,
+)
 from tl_looped.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,9 +57,7 @@ def reproduce_section51(
         )
     found, missing = trained_runs(runs)
     chosen = PromptSet.parse(prompts or "bundled", subset=subset)
-    size: int | str = (
-        int(batch_size) if batch_size.isascii() and batch_size.isdecimal() else batch_size
-    )
+    size = parse_batch_size(batch_size)
     counts = VERDICT_RECURRENCES if recurrences is None else recurrences
     with stoppable():
         measured = [

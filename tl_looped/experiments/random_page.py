@@ -24,7 +24,7 @@ from tl_looped.experiments.section_page import (
     write_page,
 )
 from tl_looped.files import make_folder
-from tl_looped.plots.grids import NORM_NAMES, condition_name
+from tl_looped.plots.grids import NORM_NAMES, Condition, condition_name
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral import radius_against_rate
 
@@ -64,12 +64,13 @@ def draw_section42(
         The images.
     """
     images: list[Path] = []
+    grids: dict[tuple[str, int], dict[Condition, list[xr.Dataset]]] = {}
+    for cell, data in sorted(found.items()):
+        grid = grids.setdefault((cell.init, cell.n_layers), {})
+        grid.setdefault((cell.norm, cell.injected), []).append(data)
     for init, words in INIT_NAMES.items():
         for n_layers, numbers in FIGURE_OF.items():
-            grid: dict[tuple[str, bool], list[xr.Dataset]] = {}
-            for cell, data in sorted(found.items()):
-                if (cell.init, cell.n_layers) == (init, n_layers):
-                    grid.setdefault((cell.norm, cell.injected), []).append(data)
+            grid = grids.get((init, n_layers), {})
             if not grid:
                 say(f"{init}, {n_layers} layers: no cell was run")
                 continue

@@ -128,10 +128,9 @@ def grid_tables(
     resampling = resampling or Resampling()
     conditions, contrasts = [], []
     for quantity, label in QUANTITIES.items():
-        of = cells.assign(**{quantity: cells[quantity].astype(float)})
-        table = condition_table(of, FACTORS, quantity, resampling)
+        table = condition_table(cells, FACTORS, quantity, resampling)
         conditions.append(table.assign(quantity=label))
-        contrasts.append(_contrasts(of, quantity, resampling).assign(quantity=label))
+        contrasts.append(_contrasts(cells, quantity, resampling).assign(quantity=label))
     counts = cells.groupby([*FACTORS, "verdict"], sort=False).size().unstack(fill_value=0)
     return GridTables(
         cells,

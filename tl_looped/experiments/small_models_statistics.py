@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from typing import Any
 
@@ -211,12 +211,7 @@ def _together(
     row: dict[str, Any] = dict.fromkeys(("mean", "sd", "t_low", "t_high"), math.nan)
     row |= {"p_permutation": math.nan, "least_p": math.nan}
     if n:
-        ci = bootstrap_ci(
-            scores,
-            n_resamples=resampling.n_resamples,
-            confidence=resampling.confidence,
-            seed=resampling.seed,
-        )
+        ci = bootstrap_ci(scores, **asdict(resampling))
         p, least = joint_permutation_p(list(good.values()), ci.mean)
         row |= {
             "mean": ci.mean,

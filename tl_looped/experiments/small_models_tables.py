@@ -25,12 +25,12 @@ from safetensors import safe_open
 
 from tl_looped.errors import InputError
 from tl_looped.experiments.compare import mean_curve
+from tl_looped.experiments.joining import versions
 from tl_looped.experiments.small_models import CONTROL, Measured
 from tl_looped.metrics.convergence import Verdict
 
 PLACES = ("effective_layer", "label", "stage", "in_recurrence", "layer_in_stage")
 OF_MODEL = ("configuration", "seed")
-VERSIONS = ("tl_looped", "python", "torch", "transformers", "transformer_lens", "numpy", "xarray")
 
 _OF_PROMPT = ("source_row", "n_tokens", "settled_at", "rate", "half_life", "period", "bound")
 
@@ -182,7 +182,7 @@ def _prompts(model: Measured, n: int) -> pd.DataFrame:
 
 def _about(models: Sequence[Measured], missing: Mapping[str, str]) -> dict[str, Any]:
     first = models[0].stages.attrs
-    out: dict[str, Any] = {"format": 1, "models": {}, "missing": dict(missing)}
+    out: dict[str, Any] = {"models": {}, "missing": dict(missing)}
     for model in models:
         trained = model.trained
         one = out["models"].setdefault(
@@ -215,7 +215,7 @@ def _about(models: Sequence[Measured], missing: Mapping[str, str]) -> dict[str, 
         "tokens": int(models[0].stages["n_tokens"].sum()),
         "too_long": int(first["prompts_too_long"]),
     }
-    out["versions"] = {name: str(first[name]) for name in VERSIONS}
+    out["versions"] = {name: str(first[name]) for name in versions()}
     return out
 
 

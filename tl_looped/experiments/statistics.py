@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -247,21 +247,17 @@ def _condition(
     seeds: dict[Any, pd.Series], n_rows: int, prompts: bool, resampling: Resampling
 ) -> dict[str, Any]:
     rows = [row.to_numpy(dtype=np.float64) for row in seeds.values()]
-    draws: dict[str, Any] = {
-        "n_resamples": resampling.n_resamples,
-        "confidence": resampling.confidence,
-    }
     out: dict[str, Any] = {"mean": math.nan, "sd": math.nan}
     edges = ["hierarchical", "percentile", "bca", "t"]
     out |= {f"{edge}_{end}": math.nan for edge in edges for end in ("low", "high")}
     shared = prompts and len({tuple(row.index) for row in seeds.values()}) == 1
     if rows:
         means = np.array([row.mean() for row in rows])
-        over_seeds = bootstrap_ci(means, seed=resampling.seed, **draws)
+        over_seeds = bootstrap_ci(means, **asdict(resampling))
         out |= {"mean": over_seeds.mean, "sd": _sd(means)} | _edges(over_seeds)
         if prompts:
             both = hierarchical_bootstrap_ci(
-                rows, shared_prompts=shared, seed=resampling.seed, **draws
+                rows, shared_prompts=shared, **asdict(resampling)
             ).percentile
             out |= {"hierarchical_low": both.low, "hierarchical_high": both.high}
     return out | {
@@ -270,7 +266,8 @@ def _condition(
         "n_prompts": " ".join(str(len(row)) for row in rows) if prompts else "",
         "n_left_out": n_rows - sum(map(len, rows)),
         "shared_prompts": shared,
-        **draws,
+        "n_resamples": resampling.n_resamples,
+        "confidence": resampling.confidence,
         "resampling_seed": resampling.seed,
     }
 
@@ -281,13 +278,7 @@ def _contrast(
     what: str,
     resampling: Resampling,
 ) -> dict[str, Any]:
-    found = paired_contrast(
-        first,
-        second,
-        n_resamples=resampling.n_resamples,
-        confidence=resampling.confidence,
-        seed=resampling.seed,
-    )
+    found = paired_contrast(first, second, **asdict(resampling))
     decided, says = decision(what, found)
     return {
         "mean": found.mean,

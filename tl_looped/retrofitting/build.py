@@ -64,12 +64,11 @@ def retrofit(
 ) -> LoopedTransformer:
     """Make a looped model of a feedforward one.
 
-    The result is checked against its source at one recurrence before it is returned. Both are in
-    memory at that time. Save a
-    retrofit with ``model.save_pretrained(folder, format="original")`` in the format of the
-    published retrofits (Llama, TinyLlama, OLMo-2, Mistral), anything with
-    ``model.save_pretrained(folder)`` in tl_looped's own. Qwen's biases and norms on single heads
-    have no place in the former.
+    The result is checked against its source at one recurrence before it is returned; both are in
+    memory at that time. ``model.save_pretrained(folder, format="original")`` saves a retrofit in
+    the format of the published ones (Llama, TinyLlama, OLMo-2, Mistral);
+    ``model.save_pretrained(folder)`` saves anything in tl_looped's own. Qwen's biases and norms on
+    single heads have no place in the former.
 
     Args:
         model_or_id: A hub id or folder (Llama, TinyLlama, OLMo-2, Mistral, Qwen2, Qwen3), a
