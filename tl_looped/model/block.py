@@ -116,6 +116,17 @@ class Block(QuickModule):
         if present:
             self.add_module(name, HookedRMSNorm(getattr(self.weights, name)))
 
+    def borrow(self, weights: BlockWeights) -> None:
+        """Run with another layer's weights from now on; hook points, names and place stay."""
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self.attn, "_weights", weights.attn)
+        object.__setattr__(self.mlp, "_weights", weights.mlp)
+        for name in self.cfg.norm_layout.norm_names:
+            object.__setattr__(getattr(self, name), "weights", getattr(weights, name))
+        if self.cfg.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                object.__setattr__(getattr(self.attn, name), "weights", getattr(weights.attn, name))
+
     @property
     def submodules(self) -> dict[str, nn.Module]:
         """Components by name, as TransformerLens's edge methods read them, see `hook_aliases`."""

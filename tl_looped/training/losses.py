@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_looped.errors import ConfigError
 from tl_looped.model.exit_gate import exit_distribution
 from tl_looped.transformer import LoopedTransformer
-from tl_looped.transformer.loop import LoopRun
+from tl_looped.transformer.loop_run import LoopRun
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_looped.errors import InputError
 from tl_looped.model.exit_rules import ExitRule, ExitTracker
 from tl_looped.transformer.lenses import LensesMixin
-from tl_looped.transformer.loop import LoopRun
+from tl_looped.transformer.loop_run import LoopRun
 
 
 class ExitingMixin(LensesMixin):

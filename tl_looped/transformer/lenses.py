@@ -22,7 +22,8 @@ from tl_looped.errors import InputError
 from tl_looped.model.context import RunContext
 from tl_looped.model.exit_gate import ExitReadout
 from tl_looped.model.norms import rms_norm
-from tl_looped.transformer.loop import LoopMixin, LoopRun
+from tl_looped.transformer.loop import LoopMixin
+from tl_looped.transformer.loop_run import LoopRun
 
 
 class LensesMixin(LoopMixin):

@@ -9,7 +9,6 @@ the two compose to the whole run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import cast
 
@@ -25,32 +24,12 @@ from tl_looped.model.devices import beside
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import NormWeights
-from tl_looped.transformer.inputs import InputsMixin
+from tl_looped.transformer.intervening import InterveningMixin
+from tl_looped.transformer.loop_run import LoopRun, Stream
 from tl_looped.transformer.pool import RecurrenceHooks
 
-Stream = Float[Tensor, "batch pos d_model"]
 
-
-@dataclass
-class LoopRun:
-    """What one forward pass carries besides the residual stream.
-
-    Args:
-        context: Positions, rotation and mask.
-        initial_state: The state that recurrence 0 starts from; None draws or derives it.
-        state_seed: Seed of a random initial state.
-        prelude_output: ``e``, what is injected; set when the loop is entered.
-        gate: Gate logits of the newest recurrence, in models with a gate.
-    """
-
-    context: RunContext
-    initial_state: Stream | None
-    state_seed: int
-    prelude_output: Stream | None = None
-    gate: Float[Tensor, "batch pos 1"] | None = None
-
-
-class LoopMixin(InputsMixin):
+class LoopMixin(InterveningMixin):
     """Blocks, loop boundaries and the head."""
 
     injection: nn.Linear
@@ -61,6 +40,7 @@ class LoopMixin(InputsMixin):
         self, tokens: Int[Tensor, "batch pos"], state_seed: int
     ) -> tuple[Stream, LoopRun]:
         """The embedding of tokens without padding and a run for it, for :meth:`unroll`."""
+        self._refuse_interventions("a run step by step (training)")
         tokens = self._check_tokens(tokens)
         if tokens.shape[1] > self.cfg.n_ctx:
             raise InputError(
@@ -138,7 +118,12 @@ class LoopMixin(InputsMixin):
     def _start(self, e: Stream, run: LoopRun) -> Stream:
         """The initial state of a run, as no hook has seen it yet."""
         if run.initial_state is not None:
-            return run.initial_state.to(e)
+            if run.initial_state.shape[0] not in (1, e.shape[0]):
+                raise InputError(
+                    f"the initial state has {run.initial_state.shape[0]} rows, the run "
+                    f"{e.shape[0]}: give one a row, or one for all"
+                )
+            return run.initial_state.to(e).expand(e.shape)
         if self.cfg.initial_state is InitialState.RANDOM:
             return self.random_initial_state(run)
         return e
@@ -156,12 +141,15 @@ class LoopMixin(InputsMixin):
         assert run.prelude_output is not None
         return state.to(run.prelude_output).expand(run.prelude_output.shape)
 
-    def _enter_recurrence(self, r: int, state: Stream, run: LoopRun) -> Stream:
+    def _enter_recurrence(
+        self, r: int, state: Stream, run: LoopRun, once_more: bool = False
+    ) -> Stream:
+        """The start of recurrence ``r``; ``once_more`` if it is repeated."""
         hooks = self._recurrence_hooks(r)
         state = hooks.hook_state_in(state)
         if self.cfg.injection is Injection.NONE:
             return state
-        if r == 0 and self._skips_first_adapter(run):
+        if r == 0 and not once_more and self._skips_first_adapter(run):
             return hooks.hook_injected(state)
         if run.prelude_output is None:
             raise InputError(
@@ -171,8 +159,11 @@ class LoopMixin(InputsMixin):
         if self.cfg.n_devices > 1:
             weight = self.injection.weight
             state, run.prelude_output = beside(state, weight), beside(run.prelude_output, weight)
+        e = run.prelude_output
+        if r in run.injection_factors:
+            e = e * run.injection_factors[r]
         # One product over the concatenation, as the reference rounds it in half precision.
-        injected = self.injection(torch.cat((state, run.prelude_output), -1))
+        injected = self.injection(torch.cat((state, e), -1))
         return hooks.hook_injected(injected)
 
     def _skips_first_adapter(self, run: LoopRun) -> bool:
@@ -180,7 +171,17 @@ class LoopMixin(InputsMixin):
         return skip and run.initial_state is None
 
     def _leave_recurrence(self, r: int, x: Stream, run: LoopRun) -> Stream:
-        """The end of recurrence ``r``."""
+        """The end of recurrence ``r``, and of its repetitions."""
+        x = self._close_recurrence(r, x, run)
+        first = self.loop.p + r * self.loop.k
+        for _ in range(run.repeats.get(r, 0)):
+            x = self._enter_recurrence(r, x, run, once_more=True)
+            x = self._run_layers(x, run, first, first + self.loop.k, enter_first=False)
+            x = self._close_recurrence(r, x, run)
+        return x
+
+    def _close_recurrence(self, r: int, x: Stream, run: LoopRun) -> Stream:
+        """Loop norm, state and gate at the end of recurrence ``r``."""
         hooks = self._recurrence_hooks(r)
         if self._ends_in_loop_norm and r == self.loop.R - 1:
             # The state has the gain, also where the unembedding shows it as its own.

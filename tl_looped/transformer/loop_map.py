@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from tl_looped.errors import InputError
@@ -23,9 +23,8 @@ from tl_looped.model.context import RunContext
 from tl_looped.model.devices import beside
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import rms_norm
-from tl_looped.transformer.loop import LoopMixin, LoopRun
-
-Stream = Float[Tensor, "batch pos d_model"]
+from tl_looped.transformer.loop import LoopMixin
+from tl_looped.transformer.loop_run import LoopRun, Stream
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,7 @@ class LoopMapMixin(LoopMixin):
             InputError: as in ``forward``; a name in ``without_mlp`` that is no layer.
         """
         self._check_borrowed()
+        self._refuse_interventions("loop_map")
         prelude, core, _ = self._blocks_without_mlp(without_mlp)
         inference = torch.is_inference_mode_enabled()
         # Tensors made in inference mode could not be differentiated through later.
@@ -154,9 +154,7 @@ class LoopMapMixin(LoopMixin):
             tokens, mask = self._tokens_and_mask(input, attention_mask, prepend_bos, padding_side)
             x = self.embed(tokens)
             mask = self._check_mask(mask, x.shape[0], x.shape[1])
-            run: LoopRun = self._new_run(
-                x, mask, None, initial_state, state_seed, None, enters_loop=True
-            )
+            run: LoopRun = self._new_run(x, mask, None, initial_state, state_seed, None)
             for block in prelude:
                 x = block(x, run.context)
             run.prelude_output = x = self._home(x)

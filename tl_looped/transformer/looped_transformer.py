@@ -8,6 +8,7 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 from __future__ import annotations
 
 import importlib.metadata
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tl_looped import checkpoints
 from tl_looped._compat import get_device, lm_cross_entropy_loss
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
-from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
+from tl_looped.model.config import InitialState, Injection, LoopedConfig, parse_dtype
 from tl_looped.model.context import RunContext
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
@@ -30,8 +31,8 @@ from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
 from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.generation import GenerationMixin
-from tl_looped.transformer.loop import LoopRun
 from tl_looped.transformer.loop_map import LoopMapMixin
+from tl_looped.transformer.loop_run import LoopRun
 from tl_looped.transformer.spreading import (
     DeviceMap,
     by_parameter,
@@ -188,6 +189,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                 over several devices.
             RecurrenceCountError: as :meth:`set_recurrences`.
         """
+        self._refuse_interventions("a bridge")
         installed = importlib.metadata.version("transformer-lens")
         if int(installed.split(".")[0]) < 4:
             raise ConfigError(
@@ -302,26 +304,31 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             rows_continue = past_kv_cache is not None and past_kv_cache.length > 0
             x, mask = self._stream(input, tokens, mask, start, rows_continue)
             kv = self._kv_run(past_kv_cache, x, mask)
-            run = self._new_run(x, mask, kv, initial_state, state_seed, prelude_output, enters)
-            if start is None:
-                x = self.hook_embed(x)
-            if exit_rule is not None:
-                logits, steps = self._run_with_exits(x, run, exit_rule, mask)
-                if kv is not None:
-                    kv.commit(self.loop.R)
-                result = self._result(logits, tokens, mask, return_type, loss_per_token)
-                return ExitResult(result, steps)
-            n = self.loop.n_layers
-            end = n if stop is None else stop
-            x = self._run_layers(x, run, start or 0, end, enter_first=start is None)
-            if stop is not None:
-                # Nothing was entered yet if there was nothing to run.
-                entered = stop == n or (start is not None and stop == start)
-                return self._home(x if entered else self._enter_layer(stop, x, run))
-            logits = self._head(x, run)
+            run = self._new_run(x, mask, kv, initial_state, state_seed, prelude_output)
+            with self._intervened(run) if self.interventions else nullcontext():
+                self._note_run(run, mask, enters)
+                if start is None:
+                    x = self.hook_embed(x)
+                if stop is not None:
+                    return self._home(self._run_part(x, run, start, stop))
+                steps = None
+                if exit_rule is None:
+                    n = self.loop.n_layers
+                    x = self._run_layers(x, run, start or 0, n, enter_first=start is None)
+                    logits = self._head(x, run)
+                else:
+                    logits, steps = self._run_with_exits(x, run, exit_rule, mask)
             if kv is not None:
                 kv.commit(self.loop.R)
-            return self._result(logits, tokens, mask, return_type, loss_per_token)
+            result = self._result(logits, tokens, mask, return_type, loss_per_token)
+            return result if steps is None else ExitResult(result, steps)
+
+    def _run_part(self, x: Tensor, run: LoopRun, start: int | None, stop: int) -> Tensor:
+        """What layer ``stop`` would have received."""
+        x = self._run_layers(x, run, start or 0, stop, enter_first=start is None)
+        # Nothing was entered yet if there was nothing to run.
+        entered = stop == self.loop.n_layers or (start is not None and stop == start)
+        return x if entered else self._enter_layer(stop, x, run)
 
     def loss_fn(
         self,
@@ -387,7 +394,6 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         initial_state: Tensor | str | None,
         state_seed: int | None,
         prelude_output: Tensor | None,
-        enters_loop: bool,
     ) -> LoopRun:
         seed = self._checked_seed(state_seed)
         if isinstance(initial_state, (list, np.ndarray)):
@@ -406,13 +412,6 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                     f"{name} must have shape [batch, pos, d_model] = {tuple(x.shape)}, "
                     f"got {tuple(state.shape)}"
                 )
-        if self._records and not self._records[-1].filled:
-            record = self._records[-1]
-            random = initial_state is None and self.cfg.initial_state.value == "random"
-            record.state_seed = seed if random and enters_loop else None
-            record.state_given, record.filled = initial_state is not None, True
-            record.attention_mask = None if mask is None or bool(mask.all()) else mask
-            record.n_pos = x.shape[1]
         mask = mask if kv is None else kv.mask
         length = x.shape[1] if mask is None else int(mask.sum(-1).max())
         if length > self.cfg.n_ctx:
@@ -422,6 +421,18 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         context = RunContext.build(self.cfg, x.shape[1], mask, x.device, x.dtype, kv)
         given = None if prelude_output is None else prelude_output.to(x)
         return LoopRun(context, initial_state, seed, given)
+
+    def _note_run(self, run: LoopRun, mask: Tensor | None, enters_loop: bool) -> None:
+        """Tell a cache that is being made what run it is of."""
+        if not self._records or self._records[-1].filled:
+            return
+        record = self._records[-1]
+        given = run.initial_state is not None
+        random = not given and self.cfg.initial_state is InitialState.RANDOM
+        record.state_seed = run.state_seed if random and enters_loop else None
+        record.state_given, record.filled = given, True
+        record.attention_mask = None if mask is None or bool(mask.all()) else mask
+        record.n_pos = run.context.positions.shape[-1]
 
 
 def _no_padding_after(tokens: Any) -> Tensor | None:

@@ -1,0 +1,175 @@
+"""Heads, neurons and whole MLP outputs taken out, in chosen recurrences only.
+
+``by="zero"`` writes zeros; ``"mean"`` the mean of reference prompts over prompts and real tokens,
+at the same recurrence and layer; ``"resample"`` the activation of another prompt at the same
+recurrence, layer and position, a row of the reference drawn from the seed for each row of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tl_looped.cache import LoopedActivationCache
+from tl_looped.errors import InputError
+from tl_looped.interventions.layers import write_nothing
+from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer.intervening import Changes, Edit, Intervention
+from tl_looped.transformer.loop_run import LoopRun
+
+By: TypeAlias = Literal["zero", "mean", "resample"]
+
+
+@dataclass(frozen=True, eq=False)
+class _AblateUnits(Intervention):
+    """Units, the last axis but what belongs to each, of one activation of core layers."""
+
+    units: Mapping[int, Recurrences]
+    recurrences: Recurrences = None
+    by: By = "zero"
+    reference: LoopedActivationCache | None = None
+    seed: int = 0
+
+    _hook: ClassVar[str]
+    _unit: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.by not in ("zero", "mean", "resample"):
+            raise InputError(f"by must be 'zero', 'mean' or 'resample', got {self.by!r}")
+        if (self.by == "zero") != (self.reference is None):
+            raise InputError(
+                f"by={self.by!r} and reference={'None' if self.reference is None else 'a cache'}: "
+                "'mean' and 'resample' need the cache of reference prompts "
+                f"(run_with_cache(prompts, names_filter=...)) with {self._hook!r}, 'zero' none"
+            )
+        if not isinstance(self.units, Mapping) or not self.units:
+            raise InputError(
+                f"{self._unit}s must be a dict from core layer to {self._unit}s, such as "
+                f"{{1: [0, 3]}}, or {{1: None}} for all, got {self.units!r}"
+            )
+        if type(self.seed) is not int or self.seed < 0:
+            raise InputError(f"seed must be an integer of at least 0, got {self.seed!r}")
+
+    def __repr__(self) -> str:
+        shown = f"{type(self).__name__}({dict(self.units)}, {self.recurrences}, by={self.by!r}"
+        return f"{shown}, seed={self.seed})" if self.by == "resample" else f"{shown})"
+
+    def _n_units(self, model: Any) -> int:
+        raise NotImplementedError
+
+    def changes(self, model: Any, run: LoopRun) -> Changes:
+        """Overwrite the units."""
+        loop, n, changes = model.loop, self._n_units(model), Changes()
+        for layer, wanted in self.units.items():
+            (place,) = members(layer, loop.k, "core layer", self)
+            chosen = members(wanted, n, self._unit, self)
+            for r in members(self.recurrences, loop.R, "recurrence", self):
+                name = f"recurrence.{r}.blocks.{place}.{self._hook}"
+                changes.edits.append((name, self._edit(chosen, r, place)))
+        return changes
+
+    def _edit(self, chosen: list[int], r: int, layer: int) -> Edit:
+        given = None if self.reference is None else self._given(self.reference, r, layer)
+
+        def ablate(x: Tensor, hook: LoopedHookPoint) -> Tensor:
+            if given is None:
+                x[:, :, chosen] = 0
+            elif self.by == "mean":
+                x[:, :, chosen] = _mean_over_tokens(given, self._mask())[chosen].to(x)
+            else:
+                x[:, :, chosen] = self._resampled(given, x)[:, :, chosen].to(x)
+            return x
+
+        return ablate
+
+    def _given(self, reference: LoopedActivationCache, r: int, layer: int) -> Tensor:
+        """The reference's activation, ``[batch, pos, unit, ...]``."""
+        found = reference[f"recurrence.{r}.blocks.{layer}.{self._hook}"]
+        return found if reference.has_batch_dim else found[None]
+
+    def _mask(self) -> Tensor | None:
+        assert self.reference is not None
+        mask = self.reference.attention_mask
+        return None if mask is None else torch.atleast_2d(mask).bool()
+
+    def _resampled(self, given: Tensor, x: Tensor) -> Tensor:
+        if given.shape[1] != x.shape[1] or self._mask() is not None:
+            raise InputError(
+                f"{self}: the reference has {given.shape[1]} positions"
+                f"{'' if self._mask() is None else ', some of them padding'}, the run "
+                f"{x.shape[1]}: resampling takes prompts of equal length without padding"
+            )
+        rows = np.random.default_rng(self.seed).integers(given.shape[0], size=x.shape[0])
+        return given[torch.from_numpy(rows).to(given.device)]
+
+
+class AblateHeads(_AblateUnits):
+    """Overwrite the output ``z`` of attention heads, ``[batch, pos, head, d_head]``.
+
+    Args:
+        units: Core layer -> its query heads (an integer, several, or None for all).
+        recurrences: In which recurrences.
+        by: ``"zero"``, ``"mean"`` or ``"resample"``, see the module.
+        reference: Cache of reference prompts with ``attn.hook_z``, for the last two; with at least
+            the recurrences that are named.
+        seed: Of the rows that ``"resample"`` draws, with replacement.
+
+    Raises:
+        InputError, LayerIndexError, MissingActivationError: where something named does not exist.
+    """
+
+    _hook = "attn.hook_z"
+    _unit = "head"
+
+    def _n_units(self, model: Any) -> int:
+        return int(model.cfg.n_heads)
+
+
+class AblateNeurons(_AblateUnits):
+    """Overwrite neurons of MLPs, ``mlp.hook_post`` ``[batch, pos, d_mlp]``.
+
+    Args:
+        units: Core layer -> its neurons.
+        recurrences, by, reference, seed: As :class:`AblateHeads`; the reference has
+            ``mlp.hook_post``.
+    """
+
+    _hook = "mlp.hook_post"
+    _unit = "neuron"
+
+    def _n_units(self, model: Any) -> int:
+        return int(model.cfg.d_mlp)
+
+
+@dataclass(frozen=True)
+class AblateMassiveActivations(Intervention):
+    """The MLP of one early layer writes nothing (Figure 41 of arXiv 2604.11791).
+
+    The layer that writes the massive activations of the first token in a retrofitted Llama is the
+    second, ``prelude.1`` of a (4, 6, 4) model; ``mlp_out`` is set to zero at every position. No
+    weight changes.
+
+    Args:
+        layer: Effective layer; the second one, 1, by default.
+    """
+
+    layer: int = 1
+
+    def changes(self, model: Any, run: LoopRun) -> Changes:
+        """Zero ``hook_mlp_out``."""
+        (i,) = members(self.layer, model.loop.n_layers, "effective layer", self)
+        return Changes(edits=[(f"blocks.{i}.hook_mlp_out", write_nothing)])
+
+
+def _mean_over_tokens(given: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over prompts and real positions, in fp32 or better."""
+    wide = given if given.dtype == torch.float64 else given.float()
+    if mask is None:
+        return wide.mean((0, 1))
+    return wide[mask.to(wide.device)].mean(0)

@@ -1,0 +1,65 @@
+"""Attention that stays as it was at one recurrence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tl_looped.errors import InputError, LayerIndexError
+from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer.intervening import Changes, Intervention
+from tl_looped.transformer.loop_run import LoopRun
+
+
+@dataclass(frozen=True)
+class FreezeAttention(Intervention):
+    """After recurrence r, heads attend as they did there.
+
+    ``pattern[r', l] = pattern[r, l]`` for every r' > r. Values are still those of the moment: what
+    a model loses by this is what it gains from moving its attention after r. In generation each new
+    token keeps its own row.
+
+    Args:
+        recurrence: r, the last one whose patterns are computed.
+        layers: Core layers; all if None.
+        heads: Query heads; all if None.
+
+    Raises:
+        LayerIndexError: where there is no such recurrence, layer or head, or none behind r.
+        InputError: in a run that starts behind r (``start_at_layer``).
+    """
+
+    recurrence: int
+    layers: Recurrences = None
+    heads: Recurrences = None
+
+    def changes(self, model: Any, run: LoopRun) -> Changes:
+        """Read the patterns of r, write them into all later recurrences."""
+        loop, cfg = model.loop, model.cfg
+        (last,) = members(self.recurrence, loop.R, "recurrence", self)
+        if last == loop.R - 1:
+            raise LayerIndexError(
+                f"{self}: the run has recurrences 0..{last} and nothing behind {last} to freeze"
+            )
+        heads = members(self.heads, cfg.n_heads, "head", self)
+        kept: dict[int | None, Tensor] = {}
+
+        def keep(x: Tensor, hook: LoopedHookPoint) -> None:
+            kept[hook.layer_in_stage] = x
+
+        def hold(x: Tensor, hook: LoopedHookPoint) -> Tensor:
+            if hook.layer_in_stage not in kept:
+                raise InputError(f"{self}: the run starts behind recurrence {last}")
+            x[:, heads] = kept[hook.layer_in_stage][:, heads].to(x)
+            return x
+
+        changes = Changes()
+        for layer in members(self.layers, loop.k, "core layer", self):
+            changes.readers.append((f"recurrence.{last}.blocks.{layer}.attn.hook_pattern", keep))
+            for r in range(last + 1, loop.R):
+                name = f"recurrence.{r}.blocks.{layer}.attn.hook_pattern"
+                changes.edits.append((name, hold))
+        return changes

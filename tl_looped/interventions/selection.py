@@ -1,0 +1,56 @@
+"""Which recurrences, layers, heads: what the arguments of interventions may be, checked."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from tl_looped.errors import InputError, LayerIndexError
+
+Recurrences: TypeAlias = int | slice | Sequence[int] | None
+"""An integer, a slice, several integers, or None for all; negative ones count from the end."""
+
+
+def members(wanted: Recurrences, n: int, what: str, who: object) -> list[int]:
+    """The numbers that a selection means among ``n``, in ascending order, each once.
+
+    Args:
+        wanted: The selection.
+        n: How many there are.
+        what: Their name, for the message: ``"recurrence"``.
+        who: The intervention, for the message.
+
+    Raises:
+        LayerIndexError: for a number outside ``-n`` to ``n - 1``, or a slice that selects none.
+        InputError: for anything else.
+    """
+    if wanted is None:
+        return list(range(n))
+    if isinstance(wanted, slice):
+        chosen = sorted(range(*wanted.indices(n)))
+        if not chosen:
+            raise LayerIndexError(f"{who}: {wanted} selects no {what} of the {n} that the run has")
+        return chosen
+    try:
+        numbers = [operator.index(i) for i in _several(wanted)]
+    except TypeError:
+        raise InputError(
+            f"{who}: a {what} is an integer, a slice or several integers, got {wanted!r}"
+        ) from None
+    if not numbers:
+        raise InputError(f"{who}: no {what} is given; None means all of them")
+    for i in numbers:
+        if not -n <= i < n:
+            raise LayerIndexError(
+                f"{who}: {what} {i} is out of range: the run has 0..{n - 1}"
+                if n
+                else f"{who}: the run has no {what}"
+            )
+    return sorted({i % n for i in numbers})
+
+
+def _several(wanted: int | Iterable[int]) -> Iterable[int]:
+    if isinstance(wanted, str):
+        raise TypeError
+    return wanted if isinstance(wanted, Iterable) else [wanted]

@@ -1,0 +1,285 @@
+"""The grid of a cross-recurrence patching: its cells, their places, its labelled result.
+
+Effects are TransformerLens's: ``(patched - corrupted) / (clean - corrupted)``, 1 where the patch
+restores the clean run and 0 where it does nothing; NaN where clean and corrupted differ by less
+than 1e-6, as they do when a run is patched with itself. ``difference``, ``patched - corrupted``, is
+always defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_looped.cache import LoopedActivationCache
+from tl_looped.errors import InputError
+from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.metrics.labels import run_attributes
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM
+
+Metric: TypeAlias = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
+"""Logits of the prompts to one number, as in TransformerLens's patching."""
+
+Selection: TypeAlias = Literal["each"] | Sequence[int] | None
+"""``"each"`` one, those that are listed, or None: all of them together, in one cell."""
+
+_LEAST = 1e-6
+_PATTERNS = ("hook_pattern", "hook_attn_scores")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where position and head stand in an activation, counted from the right; None if nowhere."""
+
+    pos: int
+    head: int | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything that the cells of one grid share.
+
+    Args:
+        activation, layer_type: Name as in ``cache[activation, layer, layer_type]``.
+        sources, targets: Recurrences of the clean and of the corrupted run.
+        layers: ``(source, target)`` core layers; ``(None, None)`` for the loop's own activations.
+        positions, heads: One entry a cell along the axis; ``[None]`` for all at once.
+        axes: Of the activation.
+    """
+
+    activation: str
+    layer_type: str | None
+    sources: list[int]
+    targets: list[int]
+    layers: list[tuple[int | None, int | None]]
+    positions: list[int | None]
+    heads: list[int | None]
+    axes: Axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Source recurrence, target recurrence, layer, position, head."""
+        return tuple(
+            map(len, (self.sources, self.targets, self.layers, self.positions, self.heads))
+        )
+
+    def donor(
+        self, cache: LoopedActivationCache, r: int, layer: int | None
+    ) -> Float[Tensor, "batch ..."]:
+        """What the clean run had at a source."""
+        found = cache[place_name(self.activation, r, layer, self.layer_type)]
+        return found if cache.has_batch_dim else found[None]
+
+    def target(self, model: Any, r: int, layer: int | None) -> str:
+        """Canonical name of the hook that is overwritten."""
+        return str(model.hook_name(place_name(self.activation, r, layer, self.layer_type)))
+
+    def part(self, ndim: int, pos: int | None, head: int | None) -> tuple[Any, ...]:
+        """Index of a cell's part of an activation of so many dimensions."""
+        index: list[Any] = [slice(None)] * ndim
+        if pos is not None:
+            index[self.axes.pos] = pos
+        if head is not None:
+            assert self.axes.head is not None
+            index[self.axes.head] = head
+        return tuple(index)
+
+
+def make_grid(
+    model: Any,
+    cache: LoopedActivationCache,
+    length: int,
+    activation: str,
+    layer_type: str | None,
+    source_recurrences: Recurrences,
+    target_recurrences: Recurrences,
+    layers: Sequence[int | tuple[int, int]] | None,
+    positions: Selection,
+    heads: Selection,
+) -> Grid:
+    """The grid of a call's arguments, at the model's present number of recurrences.
+
+    Raises:
+        LayerIndexError, HookNameError, GatedHookError, InputError: for what does not exist.
+    """
+    loop = model.loop
+    if loop.R == 0 or cache.loop.R == 0:
+        raise InputError("a run without recurrences has nothing to patch across them")
+    if not isinstance(activation, str):
+        raise InputError(
+            f"activation_name must be a name such as 'resid_post', 'z' or 'state_out', got "
+            f"{activation!r}; the layers go into layers="
+        )
+    if is_loop_activation(model, activation):
+        if layers is not None:
+            raise InputError(
+                f"{activation!r} belongs to the loop and has no layers: leave them out"
+            )
+        pairs: list[tuple[int | None, int | None]] = [(None, None)]
+    else:
+        pairs = [_pair(layer, loop.k) for layer in (range(loop.k) if layers is None else layers)]
+        if not pairs:
+            raise InputError("layers is empty; None means all core layers")
+    name = model.hook_name(place_name(activation, 0, pairs[0][1], layer_type))
+    axes, point = _axes(model, name), f"activation {activation!r}"
+    if heads is not None and axes.head is None:
+        raise InputError(f"{point} has no heads: leave heads out")
+    what = "patch_recurrences"
+    n_heads = model.cfg.n_kv_heads if name.endswith(_KEYS) else model.cfg.n_heads
+    grid = Grid(
+        activation,
+        layer_type,
+        members(source_recurrences, cache.loop.R, "source recurrence", what),
+        members(target_recurrences, loop.R, "target recurrence", what),
+        pairs,
+        _along(positions, length, "position"),
+        _along(heads, n_heads, "head"),
+        axes,
+    )
+    for r in grid.sources:
+        for source, _ in pairs:
+            _check_donor(grid, cache, r, source, length)
+    return grid
+
+
+_KEYS = ("hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input")
+
+
+def is_loop_activation(model: Any, activation: str) -> bool:
+    """Whether a name belongs to the loop (``state_out``), not to blocks."""
+    return place_name(activation, 0, None, None) in dict.keys(model.hook_dict)
+
+
+def place_name(activation: str, r: int, layer: int | None, layer_type: str | None) -> Any:
+    """A name for ``model.hook_name`` and ``cache[...]``."""
+    if layer is not None:
+        return (activation.removeprefix("hook_"), (r, layer), layer_type)
+    plain = "." in activation or activation.startswith("hook_")
+    return f"recurrence.{r}.{activation if plain else f'hook_{activation}'}"
+
+
+def normalised_effect(
+    difference: Float[np.ndarray, "..."], clean: float, corrupted: float
+) -> Float[np.ndarray, "..."]:
+    """``difference / (clean - corrupted)``; NaN where these two differ by less than 1e-6."""
+    span = clean - corrupted
+    if not abs(span) >= _LEAST:
+        return np.full_like(difference, np.nan)
+    return difference / span
+
+
+def as_number(value: Any) -> float:
+    """A metric's result as a number.
+
+    Raises:
+        InputError: if it is more than one.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise InputError(
+            f"the metric must give one number for all prompts, got shape {tuple(value.shape)}: take "
+            "a mean"
+        )
+    return float(value)
+
+
+def clean_value(cache: LoopedActivationCache, metric: Metric, given: float | None) -> float:
+    """The metric of the clean run: as given, or of the logits in its cache.
+
+    Raises:
+        InputError: if there are neither.
+    """
+    if given is not None:
+        return float(given)
+    if "unembed.hook_out" not in cache.cache_dict:
+        raise InputError(
+            "the clean cache holds no logits ('unembed.hook_out') to compute the metric of: pass "
+            "clean_metric=float(metric(clean_logits))"
+        )
+    logits = cache["unembed.hook_out"]
+    with torch.no_grad():
+        return as_number(metric(logits if cache.has_batch_dim else logits[None]))
+
+
+def labelled(
+    grid: Grid,
+    model: Any,
+    cache: LoopedActivationCache,
+    difference: Float[np.ndarray, "source target layer pos head"],
+    clean: float,
+    corrupted: float,
+    attributes: dict[str, Any],
+) -> xr.Dataset:
+    """The grid's result; axes that have no choice are left out."""
+    coords: dict[str, Any] = {
+        "source_recurrence": grid.sources,
+        "target_recurrence": grid.targets,
+    }
+    named = (("layer", grid.layers), ("pos", grid.positions), ("head", grid.heads))
+    dims = ["source_recurrence", "target_recurrence"]
+    for dim, entries in named:
+        axis = len(dims)
+        if entries == [None] or entries == [(None, None)]:
+            difference = difference.squeeze(axis)
+            continue
+        dims.append(dim)
+        if dim != "layer":
+            coords[dim] = entries
+            continue
+        coords["layer"] = [target for _, target in grid.layers]
+        coords["source_layer"] = ("layer", [source for source, _ in grid.layers])
+    data = {
+        "difference": (dims, difference),
+        "effect": (dims, normalised_effect(difference, clean, corrupted)),
+    }
+    loop = cache.loop
+    source = {"source_shape": str(loop), "source_n_recurrences": loop.R}
+    if cache.state_seed is not None:
+        source["source_state_seed"] = str(cache.state_seed)
+    attrs = run_attributes(model, model.loop) | source | attributes
+    attrs |= {"activation": grid.activation, "clean": clean, "corrupted": corrupted}
+    return xr.Dataset(data, coords, attrs)
+
+
+def _pair(layer: Any, k: int) -> tuple[int, int]:
+    both = layer if isinstance(layer, (tuple, list)) else (layer, layer)
+    if len(both) != 2:
+        raise InputError(f"a layer is a number or (source layer, target layer), got {layer!r}")
+    (source,), (target,) = (members(i, k, "core layer", "layers") for i in both)
+    return source, target
+
+
+def _axes(model: Any, name: str) -> Axes:
+    if name.endswith(_PATTERNS):
+        return Axes(-2, -3)
+    pos = model.hook_dict[name].pos_dim
+    # The loop's and the stream's activations have no heads, and neither do norms over all of them.
+    has_heads = pos == PER_HEAD_POS_DIM
+    return Axes(pos, -2 if has_heads else None)
+
+
+def _along(wanted: Selection, n: int, what: str) -> list[int | None]:
+    if wanted is None:
+        return [None]
+    if isinstance(wanted, str):
+        if wanted != "each":
+            raise InputError(f"{what}s must be 'each', a list or None, got {wanted!r}")
+        return list(range(n))
+    return list(members(wanted, n, what, "patch_recurrences"))
+
+
+def _check_donor(
+    grid: Grid, cache: LoopedActivationCache, r: int, layer: int | None, length: int
+) -> None:
+    donor = grid.donor(cache, r, layer)
+    if donor.shape[grid.axes.pos] != length:
+        raise InputError(
+            f"the clean run has {donor.shape[grid.axes.pos]} positions of {grid.activation!r}, the "
+            f"corrupted one {length}: patching by position needs prompts of equal length"
+        )

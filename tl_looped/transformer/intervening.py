@@ -1,0 +1,142 @@
+"""Interventions: changes to every run of a model while a context lasts.
+
+An :class:`Intervention` says what it changes once a run is known: its number of recurrences, its
+positions, its seed. So the same intervention fits runs of any number of recurrences, reaches the
+recurrences that a run grows by, and is refused *before* the run where it names one that does not
+exist. Nothing stays on the model between runs: hooks are attached when a run begins and are gone
+when it ends, also by an error, whatever ``reset_hooks`` does in between.
+
+At one hook point the outermost intervention acts first, then the inner ones, then the hooks of
+``run_with_hooks`` and ``add_hook``; a cache holds what they left.
+
+Not under interventions: lenses, ``loop_map`` and training. The first never run the loop, the others
+refuse while any is active.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from tl_looped.errors import InputError
+from tl_looped.model.block import Block, BlockWeights
+from tl_looped.model.hook_points import LoopedHookPoint, Reader
+from tl_looped.transformer.hooking import HookName
+from tl_looped.transformer.inputs import InputsMixin
+from tl_looped.transformer.loop_run import LoopRun
+
+Edit: TypeAlias = Callable[[Tensor, LoopedHookPoint], Tensor | None]
+
+
+@dataclass
+class Changes:
+    """What an intervention does to one run.
+
+    Args:
+        edits: ``(hook name, function)``; a function gets the activation and the hook point, and
+            returns the new activation, or None if it edited in place or leaves it.
+        readers: The same for functions that only look; they see what all hooks left.
+        weights: Blocks that run with another layer's weights.
+    """
+
+    edits: list[tuple[HookName, Edit]] = field(default_factory=list)
+    readers: list[tuple[HookName, Reader]] = field(default_factory=list)
+    weights: list[tuple[Block, BlockWeights]] = field(default_factory=list)
+
+
+class Intervention(ABC):
+    """A change to every run of a model, for :meth:`InterveningMixin.intervening`."""
+
+    @abstractmethod
+    def changes(self, model: Any, run: LoopRun) -> Changes:
+        """What to do to this run; called when it begins, its number of recurrences set.
+
+        The run itself (its initial state, repeats, factors) is changed in place.
+
+        Raises:
+            LayerIndexError: if it names a recurrence or a layer that the run does not have.
+            InputError: if it cannot be done to this run.
+        """
+
+
+class InterveningMixin(InputsMixin):
+    """``model.intervening``."""
+
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """Those that are active now, outermost first."""
+        return tuple(self.__dict__.get("_interventions", ()))
+
+    @contextmanager
+    def intervening(self, *interventions: Intervention) -> Iterator[Any]:
+        """Change every run while the context lasts; contexts nest, and clean up after errors.
+
+        Args:
+            *interventions: From ``tl_looped.interventions``, or one's own; applied in this order.
+
+        Yields:
+            The model.
+
+        Raises:
+            InputError: for anything that is no intervention.
+        """
+        for given in interventions:
+            if not isinstance(given, Intervention):
+                raise InputError(
+                    f"an intervention is an object such as interventions.SkipRecurrences(2), got "
+                    f"{given!r}"
+                )
+        active: list[Intervention] = self.__dict__.setdefault("_interventions", [])
+        active.extend(interventions)
+        try:
+            yield self
+        finally:
+            for given in reversed(interventions):
+                # By identity, from the end: the same object may be active twice.
+                last = max(i for i, other in enumerate(active) if other is given)
+                del active[last]
+
+    @contextmanager
+    def _intervened(self, run: LoopRun) -> Iterator[None]:
+        """Apply the active interventions to one run."""
+        with ExitStack() as stack:
+            edits: list[tuple[LoopedHookPoint, Edit]] = []
+            readers: list[tuple[HookName, Reader]] = []
+            for intervention in self.interventions:
+                changes = intervention.changes(self, run)
+                # At once: a later intervention finds the layers in the order that this one left.
+                for block, weights in changes.weights:
+                    stack.callback(block.borrow, block.weights)
+                    block.borrow(weights)
+                edits += [
+                    (self.hook_dict[name], edit)
+                    for wanted, edit in changes.edits
+                    for name in self._selected(wanted)
+                ]
+                readers += changes.readers
+            stack.enter_context(self.readers(readers))
+            # Each is put before all that are there, so the first one last.
+            for point, edit in reversed(edits):
+                handle = point.register_forward_hook(_as_torch_hook(edit), prepend=True)
+                stack.callback(handle.remove)
+            yield
+
+    def _refuse_interventions(self, what: str) -> None:
+        """Raise if any is active, for what they do not reach."""
+        if self.interventions:
+            raise InputError(
+                f"{what} takes no interventions, and active are {list(self.interventions)}: leave "
+                "their contexts first"
+            )
+
+
+def _as_torch_hook(edit: Edit) -> Callable[[Any, Any, Tensor], Tensor | None]:
+    def hook(point: Any, _: Any, activation: Tensor) -> Tensor | None:
+        return edit(activation, point)
+
+    return hook

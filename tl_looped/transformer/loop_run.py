@@ -1,0 +1,35 @@
+"""What one forward pass carries besides the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_looped.model.context import RunContext
+
+Stream = Float[Tensor, "batch pos d_model"]
+
+
+@dataclass
+class LoopRun:
+    """What one forward pass carries besides the residual stream.
+
+    Args:
+        context: Positions, rotation and mask.
+        initial_state: The state that recurrence 0 starts from; None draws or derives it.
+        state_seed: Seed of a random initial state.
+        prelude_output: ``e``, what is injected; set when the loop is entered.
+        gate: Gate logits of the newest recurrence, in models with a gate.
+        repeats: How many times more a recurrence is run; none where it is missing.
+        injection_factors: Factor on ``e`` where a recurrence injects it; one where it is missing.
+    """
+
+    context: RunContext
+    initial_state: Stream | None
+    state_seed: int
+    prelude_output: Stream | None = None
+    gate: Float[Tensor, "batch pos 1"] | None = None
+    repeats: dict[int, int] = field(default_factory=dict)
+    injection_factors: dict[int, float] = field(default_factory=dict)
