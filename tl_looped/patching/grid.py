@@ -21,7 +21,6 @@ from torch import Tensor
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members
-from tl_looped.metrics.labels import run_attributes
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
@@ -66,9 +65,8 @@ class Grid:
     @property
     def shape(self) -> tuple[int, ...]:
         """Source recurrence, target recurrence, layer, position, head."""
-        return tuple(
-            map(len, (self.sources, self.targets, self.layers, self.positions, self.heads))
-        )
+        sizes = (len(self.sources), len(self.targets), len(self.layers))
+        return (*sizes, len(self.positions), len(self.heads))
 
     def donor(
         self, cache: LoopedActivationCache, r: int, layer: int | None
@@ -183,8 +181,8 @@ def as_number(value: Any) -> float:
     """
     if isinstance(value, Tensor) and value.numel() != 1:
         raise InputError(
-            f"the metric must give one number for all prompts, got shape {tuple(value.shape)}: take "
-            "a mean"
+            f"the metric must give one number for all prompts, got shape {tuple(value.shape)}: "
+            "take a mean"
         )
     return float(value)
 
@@ -209,14 +207,21 @@ def clean_value(cache: LoopedActivationCache, metric: Metric, given: float | Non
 
 def labelled(
     grid: Grid,
-    model: Any,
     cache: LoopedActivationCache,
     difference: Float[np.ndarray, "source target layer pos head"],
     clean: float,
     corrupted: float,
     attributes: dict[str, Any],
 ) -> xr.Dataset:
-    """The grid's result; axes that have no choice are left out."""
+    """The grid's result; axes that have no choice are left out.
+
+    Args:
+        grid: The grid.
+        cache: The clean run's.
+        difference: Patched minus corrupted.
+        clean, corrupted: The metric of both runs.
+        attributes: Of the corrupted run.
+    """
     coords: dict[str, Any] = {
         "source_recurrence": grid.sources,
         "target_recurrence": grid.targets,
@@ -238,12 +243,10 @@ def labelled(
         "difference": (dims, difference),
         "effect": (dims, normalised_effect(difference, clean, corrupted)),
     }
-    loop = cache.loop
-    source = {"source_shape": str(loop), "source_n_recurrences": loop.R}
+    attrs = attributes | {"activation": grid.activation, "clean": clean, "corrupted": corrupted}
+    attrs["source_n_recurrences"] = cache.loop.R
     if cache.state_seed is not None:
-        source["source_state_seed"] = str(cache.state_seed)
-    attrs = run_attributes(model, model.loop) | source | attributes
-    attrs |= {"activation": grid.activation, "clean": clean, "corrupted": corrupted}
+        attrs["source_state_seed"] = str(cache.state_seed)
     return xr.Dataset(data, coords, attrs)
 
 
