@@ -229,8 +229,8 @@ def contracting() -> LoopedTransformer:
     model = LoopedTransformer.from_config(
         random_config(**VARIANTS["pre-injection"], dtype=torch.float64)
     )
-    d = model.cfg.d_model
-    model.injection.weight[:, :d] *= 0.1 / model.injection.weight[:, :d].norm(2)
+    of_state = model.injection.weight.detach()[:, : model.cfg.d_model]
+    of_state *= 0.1 / of_state.norm(2)
     return model
 
 

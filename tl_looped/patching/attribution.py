@@ -23,10 +23,10 @@ from tl_looped.interventions.selection import Recurrences
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.patching.exact import as_tokens, run_record
 from tl_looped.patching.grid import (
+    Baseline,
     Grid,
     Metric,
     Selection,
-    as_number,
     clean_value,
     labelled,
     make_grid,
@@ -101,7 +101,7 @@ def _gradients(
     metric: Metric,
     names: list[str],
     run: dict[str, Any],
-) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Baseline, dict[str, Tensor], dict[str, Tensor]]:
     """The metric, the activations and the metric's gradients with respect to them."""
     leaves: dict[str, Tensor] = {}
     activations: dict[str, Tensor] = {}
@@ -113,8 +113,9 @@ def _gradients(
         activations[hook.name] = x.detach().clone()
         return x + leaves[hook.name]
 
-    value = metric(model.run_with_hooks(tokens, fwd_hooks=[(n, watch) for n in names], **run))
-    corrupted = as_number(value.detach() if isinstance(value, Tensor) else value)
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(n, watch) for n in names], **run)
+    value = metric(logits)
+    corrupted = Baseline.of(logits, value.detach() if isinstance(value, Tensor) else value)
     if not isinstance(value, Tensor) or not value.requires_grad:
         raise InputError(
             "the metric has no gradient: it must be a tensor that is computed from the logits "

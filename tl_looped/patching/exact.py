@@ -24,6 +24,7 @@ from tl_looped.metrics.labels import run_attributes
 from tl_looped.model.config import InitialState
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.patching.grid import (
+    Baseline,
     Grid,
     Metric,
     Selection,
@@ -98,7 +99,8 @@ def patch_recurrences(
             target_recurrences, layers, positions, heads,
         )  # fmt: skip
         clean = clean_value(clean_cache, patching_metric, clean_metric)
-        corrupted = as_number(patching_metric(model(tokens, **run)))
+        logits = model(tokens, **run)
+        corrupted = Baseline.of(logits, patching_metric(logits))
         patched = np.empty(grid.shape)
         cells = list(np.ndindex(*grid.shape))
         size = max(1, batch_size // len(tokens))
@@ -110,7 +112,7 @@ def patch_recurrences(
                     patched[cell] = as_number(patching_metric(rows))
                 bar.update(len(some))
         record = run_record(model, run) | {"method": "activation patching"}
-        return labelled(grid, clean_cache, patched - corrupted, clean, corrupted, record)
+        return labelled(grid, clean_cache, patched - corrupted.value, clean, corrupted, record)
 
 
 def as_tokens(model: Any, prompts: Any, prepend_bos: bool | None) -> Int[Tensor, "batch pos"]:

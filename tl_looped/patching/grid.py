@@ -1,9 +1,10 @@
 """The grid of a cross-recurrence patching: its cells, their places, its labelled result.
 
 Effects are TransformerLens's: ``(patched - corrupted) / (clean - corrupted)``, 1 where the patch
-restores the clean run and 0 where it does nothing; NaN where clean and corrupted differ by less
-than 1e-6, as they do when a run is patched with itself. ``difference``, ``patched - corrupted``, is
-always defined.
+restores the clean run and 0 where it does nothing. It is NaN where clean and corrupted differ by
+less than 1e-6 (of the largest logit, if that is above 1: two runs of the same prompts differ by so
+much in the order of their additions), as when a run is patched with itself. ``difference``,
+``patched - corrupted``, is always defined.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def make_grid(
     axes, point = _axes(model, name), f"activation {activation!r}"
     if heads is not None and axes.head is None:
         raise InputError(f"{point} has no heads: leave heads out")
-    what = "patch_recurrences"
+    what = "the grid"
     n_heads = model.cfg.n_kv_heads if name.endswith(_KEYS) else model.cfg.n_heads
     grid = Grid(
         activation,
@@ -164,11 +165,11 @@ def place_name(activation: str, r: int, layer: int | None, layer_type: str | Non
 
 
 def normalised_effect(
-    difference: Float[np.ndarray, "..."], clean: float, corrupted: float
+    difference: Float[np.ndarray, "..."], clean: float, corrupted: float, largest_logit: float = 1.0
 ) -> Float[np.ndarray, "..."]:
-    """``difference / (clean - corrupted)``; NaN where these two differ by less than 1e-6."""
+    """``difference / (clean - corrupted)``; NaN where these two are the same but for rounding."""
     span = clean - corrupted
-    if not abs(span) >= _LEAST:
+    if not abs(span) >= _LEAST * max(1.0, largest_logit):
         return np.full_like(difference, np.nan)
     return difference / span
 
@@ -185,6 +186,19 @@ def as_number(value: Any) -> float:
             "take a mean"
         )
     return float(value)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The metric of the corrupted run, and the size of its largest logit."""
+
+    value: float
+    largest: float
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "batch pos d_vocab"], value: Any) -> Baseline:
+        """From the run's logits and what the metric gave for them."""
+        return cls(as_number(value), float(logits.detach().abs().max()))
 
 
 def clean_value(cache: LoopedActivationCache, metric: Metric, given: float | None) -> float:
@@ -210,7 +224,7 @@ def labelled(
     cache: LoopedActivationCache,
     difference: Float[np.ndarray, "source target layer pos head"],
     clean: float,
-    corrupted: float,
+    corrupted: Baseline,
     attributes: dict[str, Any],
 ) -> xr.Dataset:
     """The grid's result; axes that have no choice are left out.
@@ -219,7 +233,8 @@ def labelled(
         grid: The grid.
         cache: The clean run's.
         difference: Patched minus corrupted.
-        clean, corrupted: The metric of both runs.
+        clean: The metric of the clean run.
+        corrupted: That of the corrupted run.
         attributes: Of the corrupted run.
     """
     coords: dict[str, Any] = {
@@ -241,9 +256,10 @@ def labelled(
         coords["source_layer"] = ("layer", [source for source, _ in grid.layers])
     data = {
         "difference": (dims, difference),
-        "effect": (dims, normalised_effect(difference, clean, corrupted)),
+        "effect": (dims, normalised_effect(difference, clean, corrupted.value, corrupted.largest)),
     }
-    attrs = attributes | {"activation": grid.activation, "clean": clean, "corrupted": corrupted}
+    attrs = attributes | {"activation": grid.activation, "clean": clean}
+    attrs["corrupted"] = corrupted.value
     attrs["source_n_recurrences"] = cache.loop.R
     if cache.state_seed is not None:
         attrs["source_state_seed"] = str(cache.state_seed)
@@ -274,7 +290,7 @@ def _along(wanted: Selection, n: int, what: str) -> list[int | None]:
         if wanted != "each":
             raise InputError(f"{what}s must be 'each', a list or None, got {wanted!r}")
         return list(range(n))
-    return list(members(wanted, n, what, "patch_recurrences"))
+    return list(members(wanted, n, what, "the grid"))
 
 
 def _check_donor(
