@@ -11,6 +11,9 @@ Differences have as many digits as give the largest of them three, at most six: 
 the noise of fp32, and shown as 0. Maps are on one scale within a view. Weights are white to violet,
 differences blue (less than before), white (unchanged), red (more); blue and red are told apart by
 colour-blind readers too.
+
+circuitsvis draws every cell by itself, some thousand a second: 16 maps of 110 tokens keep a browser
+busy for many seconds. ``recurrences=`` shows fewer of them.
 """
 
 from __future__ import annotations
@@ -82,13 +85,15 @@ class AttentionView(View):
             InputError: if the page would be larger than ``max_bytes``.
             DataError: if the package circuitsvis or its script is missing.
         """
+        n, length = self.whole.shape[:2]
         page = whole_page(
             self.title,
-            _BODY.format(data=json_in_html(self.data()), drawing=packed_drawing()),
+            _BODY.format(
+                data=json_in_html(self.data()), drawing=packed_drawing(), n=n, length=length
+            ),
             [UNPACK + DRAW + _DRAW_ALL],
             [drawing_script()],
         )
-        n, length = self.whole.shape[:2]
         drawing = len(packed_drawing()) / 1e6
         return check_size(
             self.title, page, max_bytes,
@@ -305,7 +310,7 @@ _BODY = """<p>Rows are the tokens that attend (destination), columns the tokens 
 (source). Point at a small map to see it large, click to keep it; point at a cell for its
 numbers.</p>
 <noscript><p>The maps are drawn by JavaScript inside this page; it is switched off.</p></noscript>
-<div class="view" id="view"></div>
+<div class="view" id="view">Drawing {n} maps of {length} tokens …</div>
 <script type="application/json" id="view-data">{data}</script>
 <script type="text/plain" id="drawing">{drawing}</script>
 """

@@ -211,7 +211,7 @@ VIEW_STYLE = """
 .view h2, .view h4 { background: #1d2327 !important; white-space: nowrap; overflow: hidden; }
 .legend { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 8px; font-size: 13px;
   margin: 0 0 10px; }
-.legend .scale { width: 90px; height: 14px; border: 1px solid #8c8f94; }
+.legend .scale { display: inline-block; width: 90px; height: 14px; border: 1px solid #8c8f94; }
 """
 
 _PAGE = """<!doctype html>
