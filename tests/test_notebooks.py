@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot  # closed below, whether a notebook imports it or not
 import pytest
 import torch
 

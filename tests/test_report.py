@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import math
@@ -30,8 +31,9 @@ from tl_looped.experiments.reading import read_results
 from tl_looped.experiments.report import write_report
 from tl_looped.experiments.spec import PromptSet
 from tl_looped.experiments.store import FORMAT
+from tl_looped.experiments.viewing import write_view
 from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
-from tl_looped.plots.views import attention_view, write_view
+from tl_looped.viz import attention_view
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' & {{ 7*7 }}"
 
@@ -179,7 +181,7 @@ def test_the_page_needs_no_network_and_runs_no_script_but_its_own(run: Path) -> 
     assert "default-src 'none'; img-src data:;" in policy
     assert re.findall("'sha256-([^']+)'", policy) == [
         base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        for script in page.scripts[1:]
+        for script in (gzip.decompress(base64.b64decode(page.scripts[1])).decode(), page.scripts[2])
     ]
     assert json.loads(page.scripts[0])["cells"] == [[[1000], [0, 1000]]]
 
@@ -188,7 +190,7 @@ def test_views_that_find_no_room_stay_files(run: Path, monkeypatch: pytest.Monke
     view = attention_view(identity(2)[None], ["a", "b"], ["r0 l0 h0"], "t")
     for number in (1, 2):
         write_view(view, run / "views", number, caption="c", command="x", settings={})
-    script = len(report.drawing_script().encode())
+    script = len(report.packed_drawing())
     monkeypatch.setattr(report, "MAX_BYTES", script + 100)  # a view takes 66 bytes
     page = Page(write_report(run))
     assert len(page.scripts) == 3

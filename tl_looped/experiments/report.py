@@ -7,8 +7,8 @@ allows the two scripts that draw attention, and nothing else. Every text from a 
 
 What is read, for each run: ``results.nc``; ``figures/figNN.json`` with ``figNN.svg`` or
 ``figNN.png`` (the SVG if both are there); ``views/viewNN.json`` as
-:func:`tl_looped.plots.views.write_view` writes them; names in ``tables``. A folder of several runs
-may have ``figures`` and ``views`` of its own, shown as comparisons.
+:func:`tl_looped.experiments.viewing.write_view` writes them; names in ``tables``. A folder of
+several runs may have ``figures`` and ``views`` of its own, shown as comparisons.
 
 The same files give the same report, byte for byte: it holds no date.
 """
@@ -34,18 +34,21 @@ from tl_looped.experiments.findings import Findings, read_findings
 from tl_looped.experiments.reading import specification
 from tl_looped.experiments.summary import RunSummary, mirrored_runs
 from tl_looped.files import write_text
-from tl_looped.plots.views import (
-    DRAW,
+from tl_looped.viz.attention import DRAW
+from tl_looped.viz.page import (
     MAX_BYTES,
+    UNPACK,
     VIEW_STYLE,
     content_policy,
     drawing_script,
     json_in_html,
+    packed_drawing,
 )
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 _DRAW_WHEN_OPENED = """
+whenUnpacked(() => {
 for (const box of document.querySelectorAll("details.attention")) {
   const draw = () => {
     if (!box.open || box.dataset.drawn) return;
@@ -56,6 +59,7 @@ for (const box of document.querySelectorAll("details.attention")) {
   box.addEventListener("toggle", draw);
   draw();  // a browser may have opened it again before this script ran
 }
+});
 """
 
 
@@ -119,7 +123,7 @@ def write_report(folder: Path | Findings, title: str | None = None) -> Path:
     """
     found = folder if isinstance(folder, Findings) else read_findings(Path(folder))
     folder, folders, summaries = found.folder, found.folders, found.summaries
-    room = MAX_BYTES - len(drawing_script().encode()) if _has_views(folder, folders) else 0
+    room = MAX_BYTES - len(packed_drawing()) if _has_views(folder, folders) else 0
     sections: list[Section] = []
     if folder not in folders.values() and any((folder / n).is_dir() for n in ("figures", "views")):
         section, room = _section("all", "Comparisons", folder, folder, None, room)
@@ -261,7 +265,8 @@ def _view(path: Path, anchor: str, root: Path, room: int) -> tuple[Exhibit, int]
     if not isinstance(view, dict) or not all(isinstance(view.get(k), list) for k in keys):
         raise DataError(f"{path} must hold a view with {', '.join(keys)}: write it with write_view")
     try:
-        content: str | None = json_in_html({k: view[k] for k in keys})
+        shown = {k: view[k] for k in (*keys, "limit", "digits") if k in view}
+        content: str | None = json_in_html(shown)
     except ValueError as error:
         raise DataError(f"{path}: the view holds a number that is not finite") from error
     if len(content or "") > room:
@@ -291,14 +296,14 @@ def pages() -> Environment:
 
 def _render(title: str, found: Findings, sections: Sequence[Section]) -> str:
     drawn = any(view.content is not None for section in sections for view in section.views)
-    scripts = [drawing_script(), DRAW + _DRAW_WHEN_OPENED] if drawn else []
+    draw = UNPACK + DRAW + _DRAW_WHEN_OPENED
     return (
         pages()
         .get_template("report.html.j2")
         .render(
             title=title,
             version=__version__,
-            policy=content_policy(scripts),
+            policy=content_policy([drawing_script(), draw] if drawn else []),
             rows=found.rows(),
             n_runs=len(found.summaries),
             mirroring=[report_text.mirroring(run) for run in mirrored_runs(found.summaries)],
@@ -306,7 +311,8 @@ def _render(title: str, found: Findings, sections: Sequence[Section]) -> str:
             sections=sections,
             waiting=found.waiting,
             # Ours or the package's, and safe in a script element; all else is escaped.
-            scripts=[Markup(script) for script in scripts],
+            drawing=Markup(packed_drawing()) if drawn else None,
+            draw=Markup(draw),
             view_style=Markup(VIEW_STYLE),
             safe_json=Markup,
         )

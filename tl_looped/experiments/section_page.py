@@ -19,7 +19,7 @@ from tl_looped.errors import InputError
 from tl_looped.experiments.report import Exhibit, exhibits, pages
 from tl_looped.experiments.report_text import digits
 from tl_looped.files import write_text
-from tl_looped.plots.views import content_policy
+from tl_looped.viz.page import content_policy
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from tl_looped.experiments.reading import is_feedforward
+from tl_looped.files import make_folder, write_text
 from tl_looped.metrics.labels import geometry_of
-from tl_looped.plots.views import AttentionView, attention_view, write_view
+from tl_looped.viz.attention import AttentionView, across, all_heads
+from tl_looped.viz.page import MAX_BYTES
 
 _READ = "Rows are the tokens that attend, columns the tokens attended to."
 
@@ -29,7 +33,7 @@ def write_views(data: xr.Dataset, folder: Path, command: str) -> list[Path]:
         The pages.
 
     Raises:
-        InputError, DataError: as ``tl_looped.plots.views.write_view``.
+        InputError, DataError: as :func:`write_view`.
     """
     if "pattern" not in data or is_feedforward(data):
         return []
@@ -50,19 +54,52 @@ def write_views(data: xr.Dataset, folder: Path, command: str) -> list[Path]:
     ]
 
 
+def write_view(
+    view: AttentionView,
+    folder: Path,
+    number: int,
+    *,
+    caption: str,
+    command: str,
+    settings: dict[str, Any],
+    max_bytes: int = MAX_BYTES,
+) -> Path:
+    """Write ``viewNN.html``, and ``viewNN.json`` from which a report shows the same view.
+
+    Args:
+        view: What to write.
+        folder: A run's ``views`` folder; it is made if it is missing.
+        number: Of the view in its run.
+        caption: What it shows and how to read it.
+        command: The command that made it.
+        settings: What it was made with, as JSON can hold it.
+        max_bytes: Largest page.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError, DataError: As ``AttentionView.page``; then nothing is written.
+    """
+    page = view.page(max_bytes)
+    about = {"number": number, "title": view.title, "caption": caption}
+    about |= {"command": command, "settings": settings}
+    make_folder(folder)
+    record = folder / f"view{number:02d}.json"
+    write_text(json.dumps(about | {"view": view.data()}), record)
+    write_text(page, record.with_suffix(".html"))
+    return record.with_suffix(".html")
+
+
 def _all_heads(core: np.ndarray, tokens: list[str]) -> AttentionView:
     last = len(core) - 1
-    labels = [f"r{last} l0 h{head}" for head in range(core.shape[2])]
-    title = f"All heads of core layer 0 at recurrence {last}"
-    return attention_view(core[last, 0], tokens, labels, title)
+    return all_heads(core[last, 0], tokens, last, 0)
 
 
 def _most_changing(core: np.ndarray, tokens: list[str]) -> AttentionView:
     """The head with the largest mean Frobenius norm of its steps."""
     change = np.sqrt((np.diff(core, axis=0) ** 2).sum((-2, -1))).mean(0)
-    layer, head = np.unravel_index(np.nanargmax(change), change.shape)
+    layer, head = (int(i) for i in np.unravel_index(np.nanargmax(change), change.shape))
     n = len(core)
-    shown = np.unique(np.linspace(0, n - 1, min(n, 16)).round().astype(int))
-    labels = [f"r{r} l{layer} h{head}" for r in shown]
-    title = f"Head {head} of core layer {layer} across recurrences"
-    return attention_view(core[shown, layer, head], tokens, labels, title)
+    shown = np.unique(np.linspace(0, n - 1, min(n, 16)).round().astype(int)).tolist()
+    return across(core[shown, layer, head], tokens, shown, layer, head)

@@ -78,6 +78,48 @@ def attention_floor_plan(
 
 
 @dataclass(frozen=True)
+class Tower:
+    """Where the maps of some successive layers stand in a floor plan that was drawn.
+
+    Lengths are shares of the figure's width and height, from its upper left corner. The map of
+    effective layer ``first + i`` and head ``h``, with half of the gap around it, reaches from
+    ``left + h * width`` to the right and from ``bottom - i * height`` upwards.
+
+    Args:
+        first, last: Its layers are ``first`` to ``last - 1``.
+        left, bottom: The lower left corner of its lowest layer's head 0.
+        width, height: Of one map.
+    """
+
+    first: int
+    last: int
+    left: float
+    bottom: float
+    width: float
+    height: float
+
+
+def towers_of(figure: Figure, loop: LoopGeometry, heads: int, tokens: int) -> list[Tower]:
+    """Where the maps stand in a figure of :func:`attention_floor_plan` that was drawn or saved.
+
+    Args:
+        figure: The figure.
+        loop: Geometry of the run.
+        heads, tokens: Of its patterns.
+    """
+    towers, _ = _arranged(loop, heads)
+    rows, side = max(tower[-1].last - tower[0].first for tower in towers), tokens + _GAP
+    found = []
+    for axes, tower in zip(figure.axes, towers, strict=False):  # the colour bar comes last
+        edge = -_GAP / 2 - 0.5
+        to_share = axes.transData + figure.transFigure.inverted()
+        left, low = to_share.transform((edge, edge + rows * side))
+        right, high = to_share.transform((edge + side, edge + (rows - 1) * side))
+        found.append(Tower(tower[0].first, tower[-1].last, left, 1 - low, right - left, high - low))
+    return found
+
+
+@dataclass(frozen=True)
 class _Storey:
     """Prelude, one recurrence or coda: effective layers ``first`` to ``last - 1``."""
 

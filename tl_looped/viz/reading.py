@@ -1,0 +1,96 @@
+"""One prompt of a run's cache, without padding, for the views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_looped.cache import LoopedActivationCache
+from tl_looped.errors import InputError
+from tl_looped.metrics.over_cache import RunView
+
+
+class PromptView:
+    """One prompt of a run.
+
+    Args:
+        cache: Of the run.
+        prompt: Row of the batch, 0-based, or from the end if negative.
+
+    Raises:
+        InputError: if the cache is not a looped model's. A ``prompt`` out of range is one at the
+            first activation that is read.
+    """
+
+    def __init__(self, cache: LoopedActivationCache, prompt: int) -> None:
+        if not isinstance(cache, LoopedActivationCache):
+            raise InputError(
+                f"cache must be a looped model's LoopedActivationCache, got {type(cache).__name__}"
+            )
+        self.run = RunView(cache)
+        self.loop = cache.loop
+        self._prompt = prompt
+
+    def activation(self, name: str, i: int) -> Float[Tensor, "..."]:
+        """An activation of effective layer ``i``, padding included.
+
+        Raises:
+            MissingActivationError: if the cache lacks it.
+            InputError: a ``prompt`` that the batch does not have, or a cache of some positions.
+        """
+        found = self.run(name, i)
+        return found[counted("prompt", self._prompt, len(found))].detach()
+
+    def heads(self, i: int) -> Float[Tensor, "head query key"]:
+        """The patterns of effective layer ``i``, of real tokens alone."""
+        pattern = self.activation("pattern", i)
+        real = self.real(pattern.shape[-1])
+        if real is None:
+            return pattern
+        real = real.to(pattern.device)
+        return pattern[:, real][:, :, real]
+
+    def real(self, length: int) -> Bool[Tensor, " pos"] | None:
+        """Which of the prompt's positions are real; None if all are."""
+        mask = self.run.mask
+        if mask is None:
+            return None
+        row = mask[counted("prompt", self._prompt, len(mask))]
+        return row if len(row) == length else None
+
+    def tokens(self, given: Sequence[str] | str, length: int) -> tuple[str, ...]:
+        """The prompt's tokens, one a real position.
+
+        Args:
+            given: Strings with or without those of the padding, or the prompt's text.
+            length: Positions of the run, padding included.
+
+        Raises:
+            InputError: if their number is not that of the positions.
+        """
+        tokens = self.run.model.to_str_tokens(given) if isinstance(given, str) else list(given)
+        real = self.real(length)
+        n_real = length if real is None else int(real.sum())
+        if len(tokens) == n_real:
+            return tuple(tokens)
+        if real is not None and len(tokens) == length:
+            return tuple(token for token, keep in zip(tokens, real.tolist(), strict=True) if keep)
+        padded = "" if real is None else f" ({n_real} without padding)"
+        raise InputError(
+            f"tokens must be one a position: {length} positions{padded}, {len(tokens)} tokens; "
+            "model.to_str_tokens(prompt) gives them, with the run's prepend_bos"
+        )
+
+
+def counted(argument: str, index: int, n: int) -> int:
+    """An index from either end as one from the start.
+
+    Raises:
+        InputError: if it is out of range.
+    """
+    if not -n <= index < n:
+        valid = f"between {-n} and {n - 1}" if n else "in an empty range"
+        raise InputError(f"{argument} must lie {valid}, got {index}")
+    return index % n
