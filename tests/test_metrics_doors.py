@@ -406,3 +406,11 @@ def test_a_cache_of_a_run_with_early_exits_is_refused(golden_model: LoopedTransf
     assert isinstance(cache, LoopedActivationCache)
     with pytest.raises(MissingActivationError, match="of layer"):
         over_cache(cache)
+
+
+def test_rows_of_texts_in_a_tuple() -> None:
+    model = LoopedTransformer.from_pretrained("demo", device="cpu")
+    texts = ("Tom has 3 boxes.", "She reads.")
+    rows = model.token_rows(texts)
+    for row, text in zip(rows, texts, strict=True):
+        assert torch.equal(row, model.to_tokens(text)[0])

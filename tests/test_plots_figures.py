@@ -356,3 +356,9 @@ def test_numbers_of_a_path_are_the_points_of_the_data(looped: xr.Dataset) -> Non
     for r, layer in ((0, 0), (2, 1), (1, 2)):
         expected = looped["pca"].to_numpy()[r, layer]
         np.testing.assert_array_equal(table.loc[(r, layer), ["pc1", "pc2"]], expected)
+
+
+@pytest.mark.parametrize("other", ["feedforward", "control", "baseline"])
+def test_runs_that_a_figure_does_not_draw_are_refused(other: str, looped: xr.Dataset) -> None:
+    with pytest.raises(InputError, match=f"Fig. 35 draws no {other}; of figures"):
+        draw(35, looped, **{other: looped})

@@ -225,6 +225,14 @@ def _ranges(numbers: list[int]) -> list[str]:
     return [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
 
 
+# Which figures draw the results of other runs; elsewhere they would be left out without a word.
+_COMPARISONS = {
+    "feedforward": [8, 32, 33, 40],
+    "control": [10, *range(54, 63)],
+    "baseline": [41],
+}
+
+
 def draw(number: int | str, data: Any, **others: Any) -> list[DrawnFigure]:
     """Draw a figure of the paper from results.
 
@@ -240,13 +248,19 @@ def draw(number: int | str, data: Any, **others: Any) -> list[DrawnFigure]:
 
     Raises:
         InputError: if the number is unknown, the data lack a variable (the message says which run
-            makes it), or the figure does not apply to the model.
+            makes it), the figure does not apply to the model, or it draws no such other run.
     """
     spec = spec_of(number)
     known = [field.name for field in fields(DrawOptions)]
     unknown = sorted(set(others) - set(known))
     if unknown:
         raise InputError(f"unknown options {', '.join(unknown)}; there are {', '.join(known)}")
+    for name, numbers in _COMPARISONS.items():
+        if others.get(name) is not None and spec.number not in numbers:
+            raise InputError(
+                f"Fig. {spec.number} draws no {name}; of figures {', '.join(_ranges(numbers))} "
+                "it can be given"
+            )
     options = DrawOptions(**others)
     if not spec.many:
         check_data(spec, data)

@@ -64,6 +64,7 @@ from tl_looped.metrics.mirroring import (
     base_layer_cosine,
     linear_cka,
     mirroring_score,
+    permuted_mirroring,
 )
 from tl_looped.metrics.neurons import (
     NeuronClasses,
@@ -166,6 +167,7 @@ __all__ = [
     "pairwise_residual_cosine",
     "path_independence",
     "pca_trajectory",
+    "permuted_mirroring",
     "prediction_suppression_by_layer",
     "prediction_suppression_feedforward",
     "prediction_suppression_fraction",

@@ -55,6 +55,8 @@ class InputsMixin(TokensMixin):
             prompts = [prompts]
         if isinstance(prompts, (list, tuple)) and not prompts:
             raise InputError("there is no prompt")
+        if isinstance(prompts, tuple) and isinstance(prompts[0], str):
+            prompts = list(prompts)
         if is_text(prompts):
             rows = [self.tokenize(text, prepend_bos)[0][0] for text in prompts]
         elif isinstance(prompts, (list, tuple)) and not isinstance(prompts[0], int):

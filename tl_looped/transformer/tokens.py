@@ -204,7 +204,7 @@ class TokensMixin(WeightsMixin):
         return (at >= leading[:, None]) & (at < tokens.shape[1] - trailing[:, None])
 
     def to_string(
-        self, tokens: int | list[int] | list[list[int]] | Tensor | np.ndarray
+        self, tokens: int | np.integer | list[int] | list[list[int]] | Tensor | np.ndarray
     ) -> str | list[str]:
         """Text of one sequence, or a list of texts of a batch."""
         tokenizer = self._need_tokenizer()
