@@ -29,7 +29,6 @@ FAMILIES: dict[str, str | Path] = {
     "retrofitted Llama": _GOLDEN / "retrofit_llama",
     "retrofitted OLMo-2": _GOLDEN / "retrofit_olmo",
     "demo": "demo",
-    "demo-base": "demo-base",
 }
 """Folders with a family's ``config.json``, or names of bundled models."""
 
@@ -114,7 +113,14 @@ class Row:
 
 def small(cfg: LoopedConfig, **changes: Any) -> LoopedConfig:
     """A configuration of the same family with the sizes of this module."""
-    short = {"n_core": 2, "n_recurrences": 3, "init_mode": "fan_in", "device": "cpu"}
+    short = {
+        "n_prelude": min(cfg.n_prelude, 1),
+        "n_coda": min(cfg.n_coda, 1),
+        "n_core": 1,
+        "n_recurrences": 2,
+        "init_mode": "fan_in",
+        "device": "cpu",
+    }
     return replace(cfg, **(_SIZES | short | changes))
 
 
@@ -143,7 +149,7 @@ def rows(cfg: LoopedConfig) -> list[Row]:
 def _kinds(shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
     out: dict[str, Row] = {}
     for name, sizes in shapes.items():
-        pattern = re.sub(r"^(blocks|recurrence)\.\d+\.", lambda m: _KIND[m[1]], name)
+        pattern = _pattern(name)
         place = {"b": "block", "r": "recurrence"}.get(pattern[0]) if "{" in pattern else "global"
         flag = GATED_HOOKS.get(pattern.split("}.", 1)[-1])
         row = Row(pattern, _symbols(pattern, sizes, flag), place or "global", flag)
@@ -152,7 +158,9 @@ def _kinds(shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
     return list(out.values())
 
 
-_KIND = {"blocks": "blocks.{i}.", "recurrence": "recurrence.{r}."}
+def _pattern(name: str) -> str:
+    name = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
+    return re.sub(r"^recurrence\.\d+\.", "recurrence.{r}.", name)
 
 
 def _symbols(pattern: str, sizes: tuple[int, ...], flag: str | None) -> tuple[str, ...]:
@@ -186,6 +194,13 @@ def meaning(suffix: str) -> str:
     return MEANING[max(fitting, key=len)]
 
 
+def refuse_unused_words(suffixes: Iterable[str]) -> None:
+    """Stop if ``MEANING`` has words for a hook that no model has."""
+    unused = set(MEANING.values()) - {meaning(suffix) for suffix in suffixes}
+    if unused:
+        raise RuntimeError(f"hook_reference.MEANING has words for no hook: {sorted(unused)}")
+
+
 def conditions() -> dict[str, str]:
     """For each kind of hook that some models lack: which field of the configuration gives it.
 
@@ -212,17 +227,15 @@ def conditions() -> dict[str, str]:
 
 
 def _suffixes(cfg: LoopedConfig) -> set[str]:
-    return {row.suffix for row in rows(cfg) if row.flag is None}
+    model = LoopedTransformer.from_config(small(cfg, device="meta"))
+    return {_pattern(name).split("}.", 1)[-1] for name in model.hook_dict}
 
 
 def markdown() -> str:
     """The generated part of the page."""
     table = {name: rows(family_config(name)) for name in FAMILIES}
     when = conditions()
-    used = {meaning(row.suffix) for found in table.values() for row in found}
-    unused = set(MEANING.values()) - used
-    if unused:
-        raise RuntimeError(f"hook_reference.MEANING has words for no hook: {sorted(unused)}")
+    refuse_unused_words(row.suffix for found in table.values() for row in found)
     parts = [
         "## Aliases",
         "",
@@ -245,9 +258,10 @@ _LEGEND = (
     "Rows are in the order in which the hooks of one layer, recurrence or run fire. `{i}` is an "
     "effective layer, `{r}` a recurrence. Sizes: `pos` tokens, `head` of `n_heads`, `kv_head` of "
     "`n_key_value_heads` (as many as heads without grouped-query attention), `query` and `key` "
-    "positions. With `past_kv_cache`, `pos` and `query` are the new tokens and `key` is all of them. "
-    "While heads have inputs of their own (`set_use_attn_in`, `set_use_split_qkv_input`), `ln1` runs "
-    "for queries, keys and values in turn, and its hooks have one more dimension, the head's."
+    "positions. With `past_kv_cache`, `pos` and `query` are the new tokens and `key` is all of "
+    "them. While heads have inputs of their own (`set_use_attn_in`, `set_use_split_qkv_input`), "
+    "`ln1` runs for queries, keys and values in turn, and its hooks have a dimension more, the "
+    "head's."
 )
 
 
@@ -287,17 +301,23 @@ def _where(place: str, loop: LoopGeometry) -> str:
 
 
 def _matrix(table: Mapping[str, list[Row]], when: Mapping[str, str]) -> Iterable[str]:
-    patterns = {row.pattern: row for found in table.values() for row in found}
-    yield f"Names that all models have are left out; {len(table)} models are shown."
+    """Rows that some models lack; the two hooks of a norm, which come together, are one row."""
+    has = {name: {row.pattern for row in found} for name, found in table.items()}
+    yield "Left out are the names that all of these models have."
     yield ""
-    yield "| name | " + " | ".join(table) + " | where the configuration says |"
-    yield "|---|" + ":-:|" * len(table) + "---|"
-    for pattern, row in patterns.items():
-        has = [pattern in {one.pattern for one in found} for found in table.values()]
-        if all(has):
+    yield "| name | because of | " + " | ".join(table) + " |"
+    yield "|---|---|" + ":-:|" * len(table)
+    patterns = {row.pattern: row.suffix for found in table.values() for row in found}
+    for pattern, suffix in patterns.items():
+        where = [pattern in found for found in has.values()]
+        norm = pattern.removesuffix(".hook_scale")
+        if all(where) or pattern.endswith(".hook_normalized"):
             continue
-        marks = " | ".join("yes" if one else "" for one in has)
-        yield f"| `{pattern}` | {marks} | {when[row.suffix]} |"
+        if norm != pattern and where != [f"{norm}.hook_normalized" in one for one in has.values()]:
+            raise RuntimeError(f"some model has only one of the two hooks of {norm}")
+        shown = pattern if norm == pattern else f"{norm}.hook_*"
+        marks = " | ".join("yes" if one else "" for one in where)
+        yield f"| `{shown}` | {when[suffix]} | {marks} |"
 
 
 def _aliases() -> Iterable[str]:
@@ -325,8 +345,8 @@ def _aliases() -> Iterable[str]:
         yield f"| `{shown}` | `{model.hook_name(spelling)}` |"
     yield ""
     yield (
-        "A pair is `(recurrence, layer)` and means the core. Everything counts from 0; in pairs and "
-        "tuples negative numbers count from the end, in dotted names they do not. Filter functions "
-        "and iteration over a cache see the right column only. In a hook function, `hook.stage`, "
+        "A pair is `(recurrence, layer)` and means the core. Everything counts from 0; in pairs "
+        "and tuples negative numbers count from the end, in dotted names they do not. Filter "
+        "functions and iteration over a cache see the right column only. In a hook function, `hook.stage`, "
         "`hook.recurrence` and `hook.layer_in_stage` say where the hook stands."
     )
