@@ -113,15 +113,9 @@ class Row:
 
 def small(cfg: LoopedConfig, **changes: Any) -> LoopedConfig:
     """A configuration of the same family with the sizes of this module."""
-    short = {
-        "n_prelude": min(cfg.n_prelude, 1),
-        "n_coda": min(cfg.n_coda, 1),
-        "n_core": 1,
-        "n_recurrences": 2,
-        "init_mode": "fan_in",
-        "device": "cpu",
-    }
-    return replace(cfg, **(_SIZES | short | changes))
+    short = {"n_prelude": min(cfg.n_prelude, 1), "n_core": 1, "n_coda": min(cfg.n_coda, 1)}
+    random = {"n_recurrences": 2, "init_mode": "fan_in", "device": "cpu"}
+    return replace(cfg, **(_SIZES | short | random | changes))
 
 
 def family_config(name: str) -> LoopedConfig:
@@ -222,7 +216,7 @@ def conditions() -> dict[str, str]:
         for suffix in _suffixes(replace(plain, **{field: value})) - always:
             out.setdefault(suffix, shown)
     for suffix, flag in GATED_HOOKS.items():
-        out[suffix] = f"after `set_{flag}(True)`"
+        out[suffix] = f"with `{flag}`"
     return out
 
 
@@ -259,7 +253,7 @@ _LEGEND = (
     "effective layer, `{r}` a recurrence. Sizes: `pos` tokens, `head` of `n_heads`, `kv_head` of "
     "`n_key_value_heads` (as many as heads without grouped-query attention), `query` and `key` "
     "positions. With `past_kv_cache`, `pos` and `query` are the new tokens and `key` is all of "
-    "them. While heads have inputs of their own (`set_use_attn_in`, `set_use_split_qkv_input`), "
+    "them. A method turns each flag on, `model.set_use_attn_result(True)`. While heads have inputs of their own (`set_use_attn_in`, `set_use_split_qkv_input`), "
     "`ln1` runs for queries, keys and values in turn, and its hooks have a dimension more, the "
     "head's."
 )
@@ -347,6 +341,6 @@ def _aliases() -> Iterable[str]:
     yield (
         "A pair is `(recurrence, layer)` and means the core. Everything counts from 0; in pairs "
         "and tuples negative numbers count from the end, in dotted names they do not. Filter "
-        "functions and iteration over a cache see the right column only. In a hook function, `hook.stage`, "
-        "`hook.recurrence` and `hook.layer_in_stage` say where the hook stands."
+        "functions and iteration over a cache see the right column only. In a hook function, "
+        "`hook.stage`, `hook.recurrence` and `hook.layer_in_stage` say where the hook stands."
     )
