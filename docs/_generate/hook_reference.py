@@ -253,9 +253,9 @@ _LEGEND = (
     "effective layer, `{r}` a recurrence. Sizes: `pos` tokens, `head` of `n_heads`, `kv_head` of "
     "`n_key_value_heads` (as many as heads without grouped-query attention), `query` and `key` "
     "positions. With `past_kv_cache`, `pos` and `query` are the new tokens and `key` is all of "
-    "them. A method turns each flag on, `model.set_use_attn_result(True)`. While heads have inputs of their own (`set_use_attn_in`, `set_use_split_qkv_input`), "
-    "`ln1` runs for queries, keys and values in turn, and its hooks have a dimension more, the "
-    "head's."
+    "them. A method turns each flag on, `model.set_use_attn_result(True)`. While heads have inputs "
+    "of their own (`use_attn_in`, `use_split_qkv_input`), `ln1` runs for queries, keys and values "
+    "in turn, and its hooks have a dimension more, the head's."
 )
 
 
