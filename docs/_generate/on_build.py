@@ -25,5 +25,5 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Sphinx roles of the docstrings, which Markdown does not know, without their markup."""
-    return _ROLE.sub(r"<code>\1</code>", html)
+    """Sphinx roles and the ``::`` before an example, which Markdown does not know, plain."""
+    return _ROLE.sub(r"<code>\1</code>", html).replace("::</p>", ":</p>")
