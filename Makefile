@@ -15,7 +15,7 @@ TESTS_TL3 := tests/compat tests/test_golden_parity.py tests/test_transformerlens
 RUNS51 ?= runs/section51
 OUT51 ?= reproduction-section51
 
-.PHONY: demo test compat section51 bench bench-metrics bench-slow check lint types layers install clean
+.PHONY: demo test compat docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -66,6 +66,13 @@ $(READY_TL3): pyproject.toml constraints.txt constraints-tl3.txt
 compat: $(READY_TL3)
 	OMP_NUM_THREADS=1 $(VENV_TL3)/bin/python -m pytest -n 2 --dist worksteal -q $(TESTS_TL3)
 
+# The site, into site/; any warning stops it. No network is needed.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
 check: lint types layers
 
 lint: install
@@ -79,4 +86,4 @@ layers: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) $(VENV_TL3) demo-report
+	rm -rf $(VENV) $(VENV_TL3) demo-report site
