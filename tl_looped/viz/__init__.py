@@ -1,12 +1,10 @@
 """Pictures of one looped run to look through, in a notebook or as an HTML file.
 
-=============================== ==================================================================
-:func:`head_across_recurrences` one head at every recurrence
-:func:`heads_at`                all heads at one (recurrence, layer)
-:func:`difference`              one head, every recurrence minus the one before it
-:func:`floor_plan`              every map of the run on one sheet (Figure 63 of arXiv 2604.11791)
-:func:`settled_tokens`          the prompt, coloured by when each token's prediction settles
-=============================== ==================================================================
+- :func:`head_across_recurrences`: one head at every recurrence
+- :func:`heads_at`: all heads at one (recurrence, layer)
+- :func:`difference`: one head, every recurrence minus the one before it
+- :func:`floor_plan`: every map of the run on one sheet (Figure 63 of arXiv 2604.11791)
+- :func:`settled_tokens`: the prompt, coloured by when each token's prediction settles
 
 Each takes the cache of a run and gives a :class:`View`. As the last line of a notebook cell it
 shows itself, ``view.save("head.html")`` writes the page, and its fields are the numbers::
