@@ -11,7 +11,10 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_runs_and_prints_what_it_says(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     printed = []
@@ -26,9 +29,12 @@ def test_the_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str
     assert "Tom has 3 boxes" in quickstart[-1]
     assert "r2.l1h2" in names["labels"]
     assert len(names["by_loop"]) == 1 + 1 + 1 + 4 + 1
-    assert "Tom has" in printed[2]
-    assert printed[3].strip() in names["metrics"].Verdict.__members__
-    assert "CONVERGED" in printed[4] or "ORBIT" in printed[4] or "DRIFT" in printed[4]
+    assert names["grid"]["effect"].shape == (4, 4, 4, 4)
+    assert names["estimate"].attrs["method"].startswith("attribution")
+    assert (tmp_path / "views" / "head.html").stat().st_size > 100_000
+    assert "Tom has" in printed[4]
+    assert printed[5].strip() in names["metrics"].Verdict.__members__
+    assert "CONVERGED" in printed[6] or "ORBIT" in printed[6] or "DRIFT" in printed[6]
     assert names["depth"].sizes["effective_layer"] == 2 + 4 * 32 + 2
     assert names["found"].steps.shape == names["found"].output.shape[:2]
     assert "(4, 6 x 4, 4) [6, 7, 8, 9, 10, 11]" in printed[-2]
