@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +11,7 @@ import matplotlib.pyplot  # closed below, whether a notebook imports it or not
 import pytest
 import torch
 
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -34,3 +36,18 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_grad_enabled(grad)
         matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_opens_in_colab_and_holds_no_error(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    found = re.search(r'^Repository = "(.+)"$', PYPROJECT.read_text(), re.MULTILINE)
+    assert found is not None
+    repository = found[1]
+    owner = repository.removeprefix("https://github.com/")
+    address = f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{path.name}"
+    assert f"]({address})" in "".join(cells[0]["source"])
+    first_code = next(cell for cell in cells if cell["cell_type"] == "code")
+    assert f"git+{repository}" in "".join(first_code["source"])
+    kinds = {output["output_type"] for cell in cells for output in cell.get("outputs", [])}
+    assert "error" not in kinds
