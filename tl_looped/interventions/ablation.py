@@ -1,9 +1,4 @@
-"""Heads, neurons and whole MLP outputs taken out, in chosen recurrences only.
-
-``by="zero"`` writes zeros; ``"mean"`` the mean of reference prompts over prompts and real tokens,
-at the same recurrence and layer; ``"resample"`` the activation of another prompt at the same
-recurrence, layer and position, a row of the reference drawn from the seed for each row of the run.
-"""
+"""Heads, neurons and whole MLP outputs taken out, in chosen recurrences only."""
 
 from __future__ import annotations
 
@@ -115,7 +110,9 @@ class AblateHeads(_AblateUnits):
     Args:
         units: Core layer -> its query heads (an integer, several, or None for all).
         recurrences: In which recurrences.
-        by: ``"zero"``, ``"mean"`` or ``"resample"``, see the module.
+        by: ``"zero"`` writes zeros; ``"mean"`` the mean of the reference's prompts and real tokens
+            at the same recurrence and layer; ``"resample"`` what another prompt has at the same
+            recurrence, layer and position, for each row of the run a row of the reference.
         reference: Cache of reference prompts with ``attn.hook_z``, for the last two; with at least
             the recurrences that are named.
         seed: Of the rows that ``"resample"`` draws, with replacement.
