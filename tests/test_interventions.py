@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jaxtyping
@@ -15,11 +16,14 @@ from torch import Tensor
 from tests.byhand import ByHand
 from tests.refusals import refused
 from tl_looped import (
+    InitialState,
+    Injection,
     InputError,
     InvalidDecompositionError,
     KLDivergence,
     LayerIndexError,
     LoopedTransformer,
+    metrics,
 )
 from tl_looped import interventions as iv
 
@@ -605,7 +609,7 @@ REFUSED: list[tuple[Callable[[], iv.Intervention], type[Any], str]] = [
     (lambda: iv.SkipRecurrences([]), InputError, "None means all"),
     (lambda: iv.RepeatRecurrence(0, times=0), InputError, "times"),
     (lambda: iv.SkipLayers(4), LayerIndexError, "core layer 4"),
-    (lambda: iv.ReorderLayers([0, 1]), InputError, "4 layers"),
+    (lambda: iv.ReorderLayers([0, 1]), InputError, "4 places"),
     (lambda: iv.SwapLayers(0, 4), LayerIndexError, "core layer 4"),
     (lambda: iv.FreezeAttention(4), LayerIndexError, "nothing behind 4"),
     (lambda: iv.FreezeAttention(0, heads=4), LayerIndexError, "head 4"),
@@ -678,3 +682,122 @@ def test_models_without_injection_or_random_state_refuse_them() -> None:
     ):
         with ouro.model.intervening(change), refused(InputError, part):
             ouro.model(ouro.tokens)
+
+
+# -- what later hooks, rows and runs must not see -------------------------------------------------
+
+
+def test_a_later_edit_in_place_reaches_nothing_that_is_kept(llama: Case) -> None:
+    model, tokens = llama.model, llama.tokens
+    point = iv.fixed_point(model, tokens, 3, math.inf)
+    before = point.state.clone()
+
+    def wipe(x: Tensor, hook: Any) -> Tensor:
+        return x.zero_()
+
+    for change in (iv.FreezeLoop(1, at=point), iv.FreezeLoop(0), iv.SkipRecurrences(2)):
+        with model.intervening(change):
+            _, plain = model.run_with_cache(tokens)
+            with model.hooks([("recurrence.2.hook_state_out", wipe)]):
+                _, wiped = model.run_with_cache(tokens)
+        assert not wiped["recurrence.2.hook_state_out"].any()
+        for name in ("recurrence.1.hook_state_out", "recurrence.0.blocks.3.hook_resid_post"):
+            torch.testing.assert_close(wiped[name], plain[name])
+    assert torch.equal(point.state, before)
+
+
+def test_what_tells_rows_apart_is_not_streamed(llama: Case) -> None:
+    _, cache = llama.model.run_with_cache(llama.tokens)
+    resampled = iv.AblateHeads({1: 0}, by="resample", reference=cache)
+    for change in (iv.SwapStates(1), resampled):
+        with llama.model.intervening(change), refused(InputError, "over_cache"):
+            metrics.stream_metrics(llama.model, llama.tokens, ["stage"], progress=False)
+
+
+def test_a_run_within_an_intervened_run_is_refused(llama: Case) -> None:
+    within: list[bool] = []
+
+    def run_again(x: Tensor, hook: Any) -> None:
+        if not within:  # the inner run has the hook too
+            within.append(True)
+            llama.model(llama.tokens)
+
+    hooks = [("hook_embed", run_again)]
+    llama.model.run_with_hooks(llama.tokens, fwd_hooks=hooks)
+    within.clear()
+    with llama.model.intervening(iv.AddNoise(0.1)), refused(InputError, "within a run"):
+        llama.model.run_with_hooks(llama.tokens, fwd_hooks=hooks)
+    with llama.model.intervening(iv.AddNoise(0.1)):
+        llama.model(llama.tokens)
+
+
+def skipping_model() -> LoopedTransformer:
+    """Injection, and a first recurrence that does not pass through the adapter."""
+    changes = {
+        "injection": Injection.LINEAR,
+        "initial_state": InitialState.PRELUDE_SKIP_ADAPTER,
+        "dtype": torch.float64,
+    }
+    return LoopedTransformer.from_config(random_config(**changes))
+
+
+def test_scaled_injection_where_the_first_recurrence_skips_the_adapter() -> None:
+    model, tokens = skipping_model(), torch.tensor([[3, 1, 4, 1]])
+    d = model.cfg.d_model
+    off, zeros = iv.ScaleInjection(0.0), iv.ReplaceInitialState("zeros")
+    for changes in ((off,), (off, zeros), (zeros, off), (off, iv.RepeatRecurrence(0))):
+        with model.intervening(*changes):
+            found = model(tokens)
+        twin = LoopedTransformer(model.cfg)
+        twin.load_state_dict(model.state_dict())
+        twin.injection.weight[:, d:] = 0.0
+        with twin.intervening(*changes[1:]) if zeros not in changes else nullcontext():
+            start = {"initial_state": "zeros"} if zeros in changes else {}
+            torch.testing.assert_close(found, twin.eval()(tokens, **start), atol=1e-12, rtol=0)
+    with model.intervening(iv.ScaleInjection(0.0, 0)), refused(InputError, "skips the adapter"):
+        model(tokens)
+
+
+ONE_IS_MEANT: list[tuple[Callable[[], iv.Intervention], str]] = [
+    (lambda: iv.FreezeAttention(None), "one recurrence is an integer"),  # type: ignore[arg-type]
+    (lambda: iv.RepeatRecurrence([0, 1]), "one recurrence"),  # type: ignore[arg-type]
+    (lambda: iv.ReorderLayers([None, 1, 2, 3]), "one core layer"),  # type: ignore[list-item]
+    (lambda: iv.ReorderLayers(2), "one layer for each"),  # type: ignore[arg-type]
+    (lambda: iv.AblateHeads({(0, 1): 0}), "one core layer"),  # type: ignore[dict-item]
+    (lambda: iv.ReplaceInitialState(1.5), "got 1.5"),  # type: ignore[arg-type]
+    (lambda: iv.ReplaceInitialState(True), "got True"),
+    (lambda: iv.FreezeLoop(0, at=torch.zeros(1)), "Tensor"),  # type: ignore[arg-type]
+    (lambda: iv.AddNoise("a"), "'a'"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("make", "part"), ONE_IS_MEANT)
+def test_one_is_not_several(
+    make: Callable[[], Any], part: str, llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with refused(InputError, part), llama.model.intervening(make()):
+        llama.model(llama.tokens)
+
+
+def test_runs_that_start_in_the_loop(llama: Case) -> None:
+    model, tokens = llama.model, llama.tokens
+    x, e = model(tokens, stop_at_layer=(2, 0)), model(tokens, stop_at_layer=0)
+    inside = {"start_at_layer": (2, 0), "prelude_output": e}
+    for change in (iv.SkipRecurrences(2), iv.ReplaceInitialState("zeros"), iv.FreezeLoop(1)):
+        with model.intervening(change), refused(InputError, "the run starts"):
+            model(x, **inside)
+
+
+def test_references_of_other_runs_are_refused(llama: Case) -> None:
+    model, tokens = llama.model, llama.tokens
+    _, last = model.run_with_cache(tokens, pos_slice=-1)
+    _, other = LoopedTransformer.from_config(
+        random_config(n_core=4, n_recurrences=5, n_heads=2)
+    ).run_with_cache(torch.tensor([[1, 2]]))
+    for cache, part in ((last, "pos_slice="), (other, "another model")):
+        change = iv.AblateHeads({1: 0}, by="mean", reference=cache)
+        with refused(InputError, part), model.intervening(change):
+            model(tokens)
+    with refused(InputError, "takes no pos_slice"):
+        iv.fixed_point(model, tokens, pos_slice=-1)

@@ -12,7 +12,14 @@ import xarray as xr
 from conftest import Golden, random_config
 from torch import Tensor
 
-from tl_looped import InitialState, Injection, LoopedActivationCache, LoopedTransformer
+from tl_looped import (
+    InitialState,
+    Injection,
+    LoopedActivationCache,
+    LoopedKeyValueCache,
+    LoopedTransformer,
+)
+from tl_looped import metrics as all_metrics
 from tl_looped.errors import DataError, InputError, MissingActivationError
 from tl_looped.metrics import (
     StreamOptions,
@@ -414,3 +421,14 @@ def test_rows_of_texts_in_a_tuple() -> None:
     rows = model.token_rows(texts)
     for row, text in zip(rows, texts, strict=True):
         assert torch.equal(row, model.to_tokens(text)[0])
+
+
+def test_a_run_behind_a_key_value_cache_is_no_whole_prompt(plain: LoopedTransformer) -> None:
+    kv = LoopedKeyValueCache()
+    plain(torch.tensor([[1, 2, 3]]), past_kv_cache=kv)
+    _, cache = plain.run_with_cache(torch.tensor([[4, 5]]), past_kv_cache=kv)
+    assert cache.n_past == 3
+    with pytest.raises(InputError, match="went on behind 3 positions"):
+        all_metrics.over_cache(cache, ["stage"])
+    _, whole = plain.run_with_cache(torch.tensor([[1, 2, 3]]), past_kv_cache=LoopedKeyValueCache())
+    all_metrics.over_cache(whole, ["stage"])

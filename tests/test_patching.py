@@ -24,6 +24,7 @@ from tl_looped import (
     LoopedTransformer,
     MissingActivationError,
 )
+from tl_looped.interventions import RepeatRecurrence, SwapStates
 from tl_looped.patching import attribute_recurrences, patch_recurrences
 
 CLEAN = torch.tensor([[5, 11, 7], [1, 40, 2]])
@@ -368,3 +369,81 @@ def test_runs_that_do_not_fit_are_said(injecting: LoopedTransformer) -> None:
         patch_recurrences(injecting, CORRUPTED, few, metric, "z", **QUIET)
     with refused(InputError, "clean_metric="):
         patch_recurrences(injecting, CORRUPTED, few, metric, "resid_post", **QUIET)
+
+
+def test_no_forward_pass_has_more_rows_than_asked_for(injecting: LoopedTransformer) -> None:
+    _, cache = injecting.run_with_cache(CLEAN)
+    rows: list[int] = []
+    with injecting.readers([("hook_embed", lambda x, hook: rows.append(x.shape[0]))]):
+        patch_recurrences(injecting, CORRUPTED, cache, metric, "z", batch_size=7, **QUIET)
+    assert max(rows) == 6
+    assert sum(rows) == 2 + 2 * 4 * 4 * 3
+
+
+def test_cells_run_alone_while_rows_are_told_apart(injecting: LoopedTransformer) -> None:
+    _, cache = injecting.run_with_cache(CLEAN)
+    arguments = (injecting, CORRUPTED, cache, metric, "mlp_out")
+    with torch.no_grad(), injecting.intervening(SwapStates(1)):
+        found = patch_recurrences(*arguments, batch_size=16, **QUIET)["difference"]
+        name = "recurrence.3.blocks.1.hook_mlp_out"
+        expected = by_hand(injecting, cache["mlp_out", (0, 1)], name, ALL)
+    assert float(found[0, 3, 1]) == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_repeated_recurrence_is_attributed_in_every_pass() -> None:
+    model = model_of("pre-injection", dtype=torch.float64)
+    _, corrupted = model.run_with_cache(CORRUPTED)
+    for times in (1, 2):
+        with model.intervening(RepeatRecurrence(1, times)):
+            found = attribute_recurrences(
+                model, CORRUPTED, corrupted, metric, "mlp_out", clean_metric=1.0
+            )["difference"]
+            by_pass: list[Tensor] = []
+
+            def watch(x: Tensor, hook: Any, to: list[Tensor] = by_pass) -> Tensor:
+                to.append((x.detach(), torch.zeros_like(x, requires_grad=True)))
+                return x + to[-1][1]
+
+            name = "recurrence.1.blocks.2.hook_mlp_out"
+            value = metric(model.run_with_hooks(CORRUPTED, fwd_hooks=[(name, watch)]))
+            gradients = torch.autograd.grad(value, [leaf for _, leaf in by_pass])
+        donor = corrupted["mlp_out", (3, 2)]
+        expected = sum(
+            float(((donor - x) * g).sum()) for (x, _), g in zip(by_pass, gradients, strict=True)
+        )
+        assert len(by_pass) == 1 + times
+        assert float(found[3, 1, 2]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_text_keeps_its_padding_without_a_beginning_token() -> None:
+    model = LoopedTransformer.from_pretrained("demo", device="cpu")
+    texts = ["Ann went.", "Ann went to the"]
+    _, cache = model.run_with_cache(texts, prepend_bos=False)
+    found = patch_recurrences(
+        model, texts, cache, metric, "state_out", target_recurrences=3, source_recurrences=3,
+        prepend_bos=False, **QUIET,
+    )  # fmt: skip
+    expected = float(metric(model(texts, prepend_bos=False)).detach())
+    assert found.attrs["corrupted"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_other_masks_and_other_arguments_are_refused(injecting: LoopedTransformer) -> None:
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    _, cache = injecting.run_with_cache(CLEAN)
+    with refused(InputError, "-inf", "same padding"):
+        attribute_recurrences(
+            injecting, CORRUPTED, cache, metric, "attn_scores", attention_mask=mask.numpy()
+        )
+    for name, value in (("stop_at_layer", 3), ("return_type", "loss"), ("exit_rule", None)):
+        with refused(InputError, f"takes no {name}"):
+            patch_recurrences(injecting, CORRUPTED, cache, metric, "z", **{name: value}, **QUIET)
+    with refused(InputError, "one number", "None"):
+        patch_recurrences(injecting, CORRUPTED, cache, lambda x: None, "z", **QUIET)
+    injecting.set_use_split_qkv_input(True)
+    try:
+        with refused(InputError, "runs three times"):
+            patch_recurrences(
+                injecting, CORRUPTED, cache, metric, "normalized", layer_type="ln1", **QUIET
+            )
+    finally:
+        injecting.set_use_split_qkv_input(False)

@@ -36,6 +36,7 @@ class RunRecord:
     early_exit: bool = False
     attention_mask: Tensor | None = None
     n_pos: int | None = None
+    n_past: int = 0
 
 
 class LoopedActivationCache(DecompositionMixin):
@@ -51,6 +52,7 @@ class LoopedActivationCache(DecompositionMixin):
         early_exit: Whether tokens could leave the loop early (``exit_rule``).
         attention_mask: ``[batch, pos]`` of the run, False at padding; None if nothing was padded.
         n_pos: Positions of the run, padding included; None if unknown.
+        n_past: Positions before them, in the run's key-value cache.
 
     Examples:
         ``cache["resid_post", (3, 1)]``, ``cache["resid_post", 7]``,
@@ -71,10 +73,12 @@ class LoopedActivationCache(DecompositionMixin):
         early_exit: bool = False,
         attention_mask: Tensor | None = None,
         n_pos: int | None = None,
+        n_past: int = 0,
     ) -> None:
         self.loop: LoopGeometry = model.loop if loop is None else loop
         self.attention_mask = attention_mask
         self.n_pos = n_pos
+        self.n_past = n_past
         self.state_seed = state_seed
         self.state_given = state_given
         self.early_exit = early_exit
@@ -206,6 +210,7 @@ class LoopedActivationCache(DecompositionMixin):
             self.early_exit,
             mask,
             self.n_pos,
+            self.n_past,
         )
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
 from tl_looped.interventions.layers import write_nothing
-from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Edit, Intervention
 from tl_looped.transformer.loop_run import LoopRun
@@ -37,6 +37,11 @@ class _AblateUnits(Intervention):
     def __post_init__(self) -> None:
         if self.by not in ("zero", "mean", "resample"):
             raise InputError(f"by must be 'zero', 'mean' or 'resample', got {self.by!r}")
+        if self.reference is not None and not isinstance(self.reference, LoopedActivationCache):
+            raise InputError(
+                f"reference must be the LoopedActivationCache of reference prompts, got "
+                f"{type(self.reference).__name__}"
+            )
         if (self.by == "zero") != (self.reference is None):
             raise InputError(
                 f"by={self.by!r} and reference={'None' if self.reference is None else 'a cache'}: "
@@ -55,6 +60,11 @@ class _AblateUnits(Intervention):
         shown = f"{type(self).__name__}({dict(self.units)}, {self.recurrences}, by={self.by!r}"
         return f"{shown}, seed={self.seed})" if self.by == "resample" else f"{shown})"
 
+    @property
+    def across_rows(self) -> bool:
+        """Which row of the reference a row gets depends on the row."""
+        return self.by == "resample"
+
     def _n_units(self, model: Any) -> int:
         raise NotImplementedError
 
@@ -62,7 +72,7 @@ class _AblateUnits(Intervention):
         """Overwrite the units."""
         loop, n, changes = model.loop, self._n_units(model), Changes()
         for layer, wanted in self.units.items():
-            (place,) = members(layer, loop.k, "core layer", self)
+            place = one_member(layer, loop.k, "core layer", self)
             chosen = members(wanted, n, self._unit, self)
             for r in members(self.recurrences, loop.R, "recurrence", self):
                 name = f"recurrence.{r}.blocks.{place}.{self._hook}"
@@ -73,6 +83,11 @@ class _AblateUnits(Intervention):
         given = None if self.reference is None else self._given(self.reference, r, layer)
 
         def ablate(x: Tensor, hook: LoopedHookPoint) -> Tensor:
+            if given is not None and given.shape[2:] != x.shape[2:]:
+                raise InputError(
+                    f"{self}: the reference is of another model: {self._hook} is "
+                    f"{list(given.shape[2:])} there and {list(x.shape[2:])} here"
+                )
             if given is None:
                 x[:, :, chosen] = 0
             elif self.by == "mean":
@@ -86,7 +101,13 @@ class _AblateUnits(Intervention):
     def _given(self, reference: LoopedActivationCache, r: int, layer: int) -> Tensor:
         """The reference's activation, ``[batch, pos, unit, ...]``."""
         found = reference[f"recurrence.{r}.blocks.{layer}.{self._hook}"]
-        return found if reference.has_batch_dim else found[None]
+        found = found if reference.has_batch_dim else found[None]
+        if reference.n_pos is not None and found.shape[1] != reference.n_pos:
+            raise InputError(
+                f"{self}: the reference holds {found.shape[1]} of the {reference.n_pos} positions "
+                "of its run (pos_slice=): cache all of them"
+            )
+        return found
 
     def _mask(self) -> Tensor | None:
         assert self.reference is not None
@@ -160,7 +181,7 @@ class AblateMassiveActivations(Intervention):
 
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """Zero ``hook_mlp_out``."""
-        (i,) = members(self.layer, model.loop.n_layers, "effective layer", self)
+        i = one_member(self.layer, model.loop.n_layers, "effective layer", self)
         return Changes(edits=[(f"blocks.{i}.hook_mlp_out", write_nothing)])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_looped.errors import InputError, LayerIndexError
-from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
@@ -39,7 +39,7 @@ class FreezeAttention(Intervention):
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """Read the patterns of r, write them into all later recurrences."""
         loop, cfg = model.loop, model.cfg
-        (last,) = members(self.recurrence, loop.R, "recurrence", self)
+        last = one_member(self.recurrence, loop.R, "recurrence", self)
         if last == loop.R - 1:
             raise LayerIndexError(
                 f"{self}: the run has recurrences 0..{last} and nothing behind {last} to freeze"

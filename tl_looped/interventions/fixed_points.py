@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.errors import InputError, LayerIndexError
-from tl_looped.interventions.selection import members
+from tl_looped.interventions.selection import RUN_ARGUMENTS, check_arguments, one_member
 from tl_looped.metrics.convergence import default_eps
 from tl_looped.metrics.states import state_distance
 from tl_looped.model.hook_points import LoopedHookPoint
@@ -55,13 +55,15 @@ def fixed_point(
         n_recurrences: How long; at least 2.
         tolerance: Largest relative step that counts as standing still: 1e-4, and 1e-2 in half
             precision (the convergence verdict's) if None. ``math.inf`` takes whatever was reached.
-        **kwargs: As for the model: ``state_seed``, ``initial_state``, ``attention_mask``, ...
+        **kwargs: As for the model: ``state_seed``, ``initial_state``, ``attention_mask``,
+            ``prepend_bos``, ``padding_side``.
 
     Raises:
-        InputError: if the state still moves by more than ``tolerance``.
+        InputError: for other arguments; if the state still moves by more than ``tolerance``.
     """
     if type(n_recurrences) is not int or n_recurrences < 2:
         raise InputError(f"n_recurrences must be an integer of at least 2, got {n_recurrences!r}")
+    check_arguments("fixed_point", kwargs, (*RUN_ARGUMENTS, "padding_side"))
     last, k = n_recurrences - 1, model.loop.k
     wanted = [f"recurrence.{last}.blocks.{layer}.hook_resid_post" for layer in range(k)]
     wanted += [f"recurrence.{r}.hook_state_out" for r in (last - 1, last)]
@@ -102,10 +104,22 @@ class FreezeLoop(Intervention):
     recurrence: int
     at: FixedPoint | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.at, FixedPoint | None):
+            raise InputError(
+                f"at must be a FixedPoint, as interventions.fixed_point(model, prompt) gives it, "
+                f"got {type(self.at).__name__}"
+            )
+
+    @property
+    def across_rows(self) -> bool:
+        """With ``at``: its rows are those of the batch."""
+        return self.at is not None
+
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """Write the kept states into every later recurrence."""
         loop = model.loop
-        (first,) = members(self.recurrence, loop.R, "recurrence", self)
+        first = one_member(self.recurrence, loop.R, "recurrence", self)
         changes, held = Changes(), self._held()
         if self.at is None:
             if first == loop.R - 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.config import NormLayout
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Intervention
@@ -83,12 +83,12 @@ class ReorderLayers(Intervention):
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """Every block borrows another layer's weights."""
         loop = model.loop
-        if len(self.order) != loop.k:
+        if not isinstance(self.order, Sequence) or len(self.order) != loop.k:
             raise InputError(
-                f"{self}: order has {len(self.order)} entries, the core has {loop.k} layers: name "
-                "one layer for each place"
+                f"{self}: order must name one layer for each of the core's {loop.k} places, got "
+                f"{self.order!r}"
             )
-        sources = [members(i, loop.k, "core layer", self)[0] for i in self.order]
+        sources = [one_member(i, loop.k, "core layer", self) for i in self.order]
         changes = Changes()
         for r in members(self.recurrences, loop.R, "recurrence", self):
             blocks = [model.blocks[loop.index(r, layer)] for layer in range(loop.k)]
@@ -113,7 +113,7 @@ class SwapLayers(Intervention):
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """As :class:`ReorderLayers` with the two exchanged."""
         k = model.loop.k
-        (a,), (b,) = (members(i, k, "core layer", self) for i in (self.first, self.second))
+        a, b = (one_member(i, k, "core layer", self) for i in (self.first, self.second))
         order = list(range(k))
         order[a], order[b] = b, a
         return ReorderLayers(tuple(order), self.recurrences).changes(model, run)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
@@ -23,6 +23,9 @@ class SkipRecurrences(Intervention):
 
     Args:
         recurrences: Which.
+
+    Raises:
+        InputError: in a run that starts within one of them (``start_at_layer``).
     """
 
     recurrences: Recurrences
@@ -35,6 +38,10 @@ class SkipRecurrences(Intervention):
             entered[_recurrence(hook)] = x
 
         def bring(x: Tensor, hook: LoopedHookPoint) -> Tensor:
+            if _recurrence(hook) not in entered:
+                raise InputError(
+                    f"{self}: the run starts within recurrence {hook.recurrence}, or behind it"
+                )
             return entered.pop(_recurrence(hook)).to(x)
 
         for r in members(self.recurrences, model.loop.R, "recurrence", self):
@@ -74,7 +81,7 @@ class RepeatRecurrence(Intervention):
                 f"{self} cannot run with a key-value cache, which has one slot a recurrence: pass "
                 "use_past_kv_cache=False to generate, or leave past_kv_cache out"
             )
-        (r,) = members(self.recurrence, model.loop.R, "recurrence", self)
+        r = one_member(self.recurrence, model.loop.R, "recurrence", self)
         run.repeats[r] = run.repeats.get(r, 0) + self.times
         return Changes()
 

@@ -12,6 +12,17 @@ Recurrences: TypeAlias = int | slice | Sequence[int] | None
 """An integer, a slice, several integers, or None for all; negative ones count from the end."""
 
 
+RUN_ARGUMENTS = ("state_seed", "initial_state", "attention_mask", "prepend_bos")
+"""Arguments of a whole run that leave its outputs what they are: logits of every prompt."""
+
+
+def check_arguments(who: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise InputError for an argument that is not among the known ones."""
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InputError(f"{who} takes no {', '.join(unknown)}; of a run it takes {known}")
+
+
 def members(wanted: Recurrences, n: int, what: str, who: object) -> list[int]:
     """The numbers that a selection means among ``n``, in ascending order, each once.
 
@@ -48,6 +59,13 @@ def members(wanted: Recurrences, n: int, what: str, who: object) -> list[int]:
                 else f"{who}: the run has no {what}"
             )
     return sorted({i % n for i in numbers})
+
+
+def one_member(wanted: object, n: int, what: str, who: object) -> int:
+    """The one number that is meant among ``n``; errors as :func:`members`."""
+    if wanted is None or isinstance(wanted, (slice, Iterable)):
+        raise InputError(f"{who}: one {what} is an integer, got {wanted!r}")
+    return members(wanted, n, what, who)[0]  # type: ignore[arg-type]
 
 
 def _several(wanted: int | Iterable[int]) -> Iterable[int]:

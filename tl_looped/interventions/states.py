@@ -36,6 +36,19 @@ class ReplaceInitialState(Intervention):
 
     state: str | int | Float[Tensor, "batch pos d_model"]
 
+    def __post_init__(self) -> None:
+        seed = type(self.state) is int
+        if not (seed or isinstance(self.state, Tensor) or self.state == "zeros"):
+            raise InputError(
+                f"state must be a tensor [batch, pos, d_model], a seed (an integer) or 'zeros', "
+                f"got {self.state!r}"
+            )
+
+    @property
+    def across_rows(self) -> bool:
+        """A state for each row belongs to that row."""
+        return isinstance(self.state, Tensor) and self.state.shape[0] > 1
+
     def __repr__(self) -> str:
         shown = tuple(self.state.shape) if isinstance(self.state, Tensor) else self.state
         return f"ReplaceInitialState({shown!r})"
@@ -44,7 +57,12 @@ class ReplaceInitialState(Intervention):
         """Set the run's initial state, or its seed."""
         cfg, shape = model.cfg, (*run.context.positions.shape, model.cfg.d_model)
         if run.initial_state is not None:
-            raise InputError(f"{self}: the run was given an initial_state already; leave one out")
+            raise InputError(
+                f"{self}: the run has an initial state already, given to it or by an outer "
+                "intervention; leave one out"
+            )
+        if not run.enters_loop:
+            raise InputError(f"{self}: the run starts within the loop and has no initial state")
         if isinstance(self.state, Tensor):
             if self.state.ndim != 3 or self.state.shape[1:] != shape[1:]:
                 raise InputError(
@@ -53,8 +71,6 @@ class ReplaceInitialState(Intervention):
                 )
             run.initial_state = self.state
         elif isinstance(self.state, str):
-            if self.state != "zeros":
-                raise InputError(f"{self}: a state is a tensor, a seed or 'zeros'")
             run.initial_state = torch.zeros(1, *shape[1:])
         elif cfg.initial_state is not InitialState.RANDOM:
             raise InputError(
@@ -90,7 +106,7 @@ class AddNoise(Intervention):
     relative: bool = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.std) and self.std >= 0):
+        if not isinstance(self.std, (int, float)) or not (0 <= self.std < math.inf):
             raise InputError(f"std must be finite and at least 0, got {self.std!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
@@ -133,6 +149,11 @@ class SwapStates(Intervention):
     recurrences: Recurrences
     rows: Sequence[int] | None = None
 
+    @property
+    def across_rows(self) -> bool:
+        """It is about rows."""
+        return True
+
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """Exchange rows at ``hook_state_in``."""
         if run.context.positions.shape[0] > 1:  # one row of them serves rows of equal length
@@ -161,15 +182,15 @@ class ScaleInjection(Intervention):
         recurrences: Where; ``slice(r, None)`` from r on.
 
     Raises:
-        InputError: if the model injects nothing, or nothing at a recurrence that is named (a first
-            recurrence that skips the adapter); for a factor that is not finite.
+        InputError: if the model injects nothing, or nothing at the one recurrence that is named (a
+            first recurrence that skips the adapter); for a factor that is not finite.
     """
 
     factor: float
     recurrences: Recurrences = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.factor):
+        if not isinstance(self.factor, (int, float)) or not math.isfinite(self.factor):
             raise InputError(f"factor must be finite, got {self.factor!r}")
 
     def changes(self, model: Any, run: LoopRun) -> Changes:
@@ -177,13 +198,11 @@ class ScaleInjection(Intervention):
         if model.cfg.injection is Injection.NONE:
             raise InputError(f"{self}: {model.cfg.model_name} has no injection to scale")
         where = members(self.recurrences, model.loop.R, "recurrence", self)
-        if 0 in where and model._skips_first_adapter(run):
-            if self.recurrences is not None:
-                raise InputError(
-                    f"{self}: the first recurrence of {model.cfg.model_name} skips the adapter, so "
-                    "nothing is injected there: slice(1, None) means the others"
-                )
-            where = where[1:]
+        if where == [0] and model._skips_first_adapter(run) and 0 not in run.repeats:
+            raise InputError(
+                f"{self}: the first recurrence of {model.cfg.model_name} skips the adapter, so "
+                "nothing is injected there"
+            )
         for r in where:
             run.injection_factors[r] = run.injection_factors.get(r, 1.0) * self.factor
         return Changes()

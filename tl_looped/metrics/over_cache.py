@@ -35,13 +35,20 @@ class RunView:
         attention_mask: ``[prompt, pos]``; a LoopedActivationCache knows its own.
 
     Raises:
-        InputError: if a plain cache does not fit its model's present number of recurrences, or if
-            a mask is given that differs from the one of the run.
+        InputError: if a plain cache does not fit its model's present number of recurrences, if a
+            mask is given that differs from the one of the run, or if the run went on from a
+            key-value cache, so that its prompts are not whole.
     """
 
     def __init__(self, cache: ActivationCache, attention_mask: Tensor | None = None) -> None:
         if not isinstance(cache, ActivationCache):
             raise InputError(f"cache must be an ActivationCache, got {type(cache).__name__}")
+        n_past = getattr(cache, "n_past", 0)
+        if n_past:
+            raise InputError(
+                f"cache is of a run that went on behind {n_past} positions in a key-value cache: "
+                "metrics are of whole prompts, so run the whole prompt"
+            )
         self.cache = cache
         self.model: Any = cache.model
         self.loop = _geometry(cache)

@@ -146,6 +146,12 @@ def stream_batches(
     """
     options = options or StreamOptions()
     names = select(metrics)
+    by_row = [change for change in model.interventions if change.across_rows]
+    if by_row:
+        raise InputError(
+            f"{by_row} depend on which row of a batch a prompt is, and prompts are batched here by "
+            "length: run_with_cache and over_cache keep the rows that you give"
+        )
     for numbers in batches_of([len(row) for row in rows], options):
         yield _run_batch(model, rows, numbers, names, options)
 

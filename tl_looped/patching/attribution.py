@@ -63,7 +63,7 @@ def attribute_recurrences(
     Raises:
         InputError: as there, and if the metric has no gradient.
     """
-    tokens = as_tokens(model, corrupted_tokens, run.pop("prepend_bos", None))
+    tokens = as_tokens(model, corrupted_tokens, run)
     # Tensors of inference mode have no gradient, and no parameter needs one.
     with (
         torch.inference_mode(False),
@@ -81,7 +81,7 @@ def attribute_recurrences(
             for t, r in enumerate(grid.targets)
             for _, target in grid.layers
         }
-        corrupted, activations, gradients = _gradients(
+        corrupted, fired = _gradients(
             model, tokens, patching_metric, sorted(set(names.values())), run
         )
         difference = np.empty(grid.shape)
@@ -90,7 +90,11 @@ def attribute_recurrences(
                 name = names[t, target]
                 for s, r in enumerate(grid.sources):
                     donor = grid.donor(clean_cache, r, source).detach()
-                    difference[s, t, l] = _estimate(grid, donor, activations[name], gradients[name])
+                    # A hook that fires several times (a repeated recurrence) is patched each time.
+                    difference[s, t, l] = sum(
+                        _estimate(grid, donor, activation, gradient)
+                        for activation, gradient in fired[name]
+                    )
         attributes = run_record(model, run) | {"method": "attribution patching, first order"}
         return labelled(grid, clean_cache, difference, clean, corrupted, attributes)
 
@@ -101,17 +105,16 @@ def _gradients(
     metric: Metric,
     names: list[str],
     run: dict[str, Any],
-) -> tuple[Baseline, dict[str, Tensor], dict[str, Tensor]]:
-    """The metric, the activations and the metric's gradients with respect to them."""
-    leaves: dict[str, Tensor] = {}
-    activations: dict[str, Tensor] = {}
+) -> tuple[Baseline, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """The metric, and each time a hook fires its activation and the metric's gradient there."""
+    leaves: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(x: Tensor, hook: LoopedHookPoint) -> Tensor:
         assert hook.name is not None
         # A zero that is added: its gradient is the activation's, whatever needs one before it.
-        leaves[hook.name] = torch.zeros_like(x, requires_grad=True)
-        activations[hook.name] = x.detach().clone()
-        return x + leaves[hook.name]
+        leaf = torch.zeros_like(x, requires_grad=True)
+        leaves.append((hook.name, x.detach().clone(), leaf))
+        return x + leaf
 
     logits = model.run_with_hooks(tokens, fwd_hooks=[(n, watch) for n in names], **run)
     value = metric(logits)
@@ -121,12 +124,11 @@ def _gradients(
             "the metric has no gradient: it must be a tensor that is computed from the logits "
             "without .item(), argmax or no_grad"
         )
-    found = torch.autograd.grad(value.sum(), [leaves[n] for n in names], allow_unused=True)
-    gradients = {
-        name: torch.zeros_like(activations[name]) if g is None else g
-        for name, g in zip(names, found, strict=True)
-    }
-    return corrupted, activations, gradients
+    found = torch.autograd.grad(value.sum(), [leaf for *_, leaf in leaves], allow_unused=True)
+    fired: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    for (name, activation, leaf), gradient in zip(leaves, found, strict=True):
+        fired[name].append((activation, torch.zeros_like(leaf) if gradient is None else gradient))
+    return corrupted, fired
 
 
 def _estimate(
@@ -140,6 +142,11 @@ def _estimate(
         )
     wide = torch.promote_types(gradient.dtype, torch.float32)
     donor = donor.to(activation)
+    if not torch.equal(donor.isinf().expand_as(activation), activation.isinf()):
+        raise InputError(
+            f"{grid.activation} is masked (-inf) at other places in the clean run than in the "
+            "corrupted one: a first-order estimate needs the same padding in both"
+        )
     # Masked scores are -inf in both.
     change = torch.where(donor == activation, 0.0, donor - activation).to(wide)
     product = change * gradient.to(wide)

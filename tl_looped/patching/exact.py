@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
-from tl_looped.interventions.selection import Recurrences
+from tl_looped.interventions.selection import RUN_ARGUMENTS, Recurrences, check_arguments
 from tl_looped.metrics.labels import run_attributes
 from tl_looped.model.config import InitialState
 from tl_looped.model.hook_points import LoopedHookPoint
@@ -73,7 +73,8 @@ def patch_recurrences(
         heads: ``"each"``, a list, or None: all heads at once.
         layer_type: As in ``get_act_name``, for instance ``"ln1"`` for ``"normalized"``.
         clean_metric: The metric of the clean run; of the logits in ``clean_cache`` if None.
-        batch_size: Most rows of one forward pass.
+        batch_size: Most rows of one forward pass; a cell has as many as there are prompts, and is
+            alone in it while an intervention is active that tells rows apart.
         progress: Show a bar.
         **run: Of the corrupted run: ``n_recurrences``, ``state_seed``, ``initial_state``,
             ``attention_mask``, ``prepend_bos``.
@@ -92,7 +93,7 @@ def patch_recurrences(
     """
     if type(batch_size) is not int or batch_size < 1:
         raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-    tokens = as_tokens(model, corrupted_tokens, run.pop("prepend_bos", None))
+    tokens = as_tokens(model, corrupted_tokens, run)
     with model.recurrences(run.pop("n_recurrences", None)), torch.no_grad():
         grid = make_grid(
             model, clean_cache, tokens.shape[1], activation_name, layer_type, source_recurrences,
@@ -103,7 +104,8 @@ def patch_recurrences(
         corrupted = Baseline.of(logits, patching_metric(logits))
         patched = np.empty(grid.shape)
         cells = list(np.ndindex(*grid.shape))
-        size = max(1, batch_size // len(tokens))
+        alone = any(change.across_rows for change in model.interventions)
+        size = 1 if alone else max(1, batch_size // len(tokens))
         with tqdm(total=len(cells), disable=not progress, desc=activation_name) as bar:
             for start in range(0, len(cells), size):
                 some = cells[start : start + size]
@@ -115,11 +117,23 @@ def patch_recurrences(
         return labelled(grid, clean_cache, patched - corrupted.value, clean, corrupted, record)
 
 
-def as_tokens(model: Any, prompts: Any, prepend_bos: bool | None) -> Int[Tensor, "batch pos"]:
-    """The tokens of prompts; tokens are taken as they are."""
-    if isinstance(prompts, str) or (isinstance(prompts, Sequence) and isinstance(prompts[0], str)):
-        prompts = model.to_tokens(prompts, prepend_bos=prepend_bos)
-    return torch.atleast_2d(torch.as_tensor(prompts))
+def as_tokens(model: Any, prompts: Any, run: dict[str, Any]) -> Int[Tensor, "batch pos"]:
+    """The tokens of prompts; puts the mask of their padding into ``run``, and checks the rest.
+
+    Raises:
+        InputError: for other arguments than those of a whole run, or without a prompt.
+    """
+    check_arguments("patching", run, (*RUN_ARGUMENTS, "n_recurrences"))
+    if isinstance(prompts, (list, tuple)) and not prompts:
+        raise InputError("corrupted_tokens: there is no prompt")
+    mask = run.pop("attention_mask", None)
+    mask = None if mask is None else torch.as_tensor(mask)
+    prompts = list(prompts) if isinstance(prompts, tuple) else prompts
+    prepend_bos = run.pop("prepend_bos", None)
+    tokens, mask = model._tokens_and_mask(prompts, mask, prepend_bos, None)
+    if mask is not None:
+        run["attention_mask"] = mask
+    return tokens
 
 
 def run_record(model: Any, run: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ much in the order of their additions), as when a run is patched with itself. ``d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
-from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
@@ -109,6 +109,11 @@ def make_grid(
         LayerIndexError, HookNameError, GatedHookError, InputError: for what does not exist.
     """
     loop = model.loop
+    if not isinstance(cache, LoopedActivationCache):
+        raise InputError(
+            f"clean_cache must be the cache that model.run_with_cache(clean_tokens) gives, got "
+            f"{type(cache).__name__}"
+        )
     if loop.R == 0 or cache.loop.R == 0:
         raise InputError("a run without recurrences has nothing to patch across them")
     if not isinstance(activation, str):
@@ -123,10 +128,18 @@ def make_grid(
             )
         pairs: list[tuple[int | None, int | None]] = [(None, None)]
     else:
-        pairs = [_pair(layer, loop.k) for layer in (range(loop.k) if layers is None else layers)]
+        wanted = range(loop.k) if layers is None else layers
+        if not isinstance(wanted, Iterable):
+            raise InputError(f"layers must be a list of core layers or of pairs, got {layers!r}")
+        pairs = [_pair(layer, loop.k) for layer in wanted]
         if not pairs:
             raise InputError("layers is empty; None means all core layers")
     name = model.hook_name(place_name(activation, 0, pairs[0][1], layer_type))
+    if ".ln1." in name and (model.cfg.use_attn_in or model.cfg.use_split_qkv_input):
+        raise InputError(
+            "with use_attn_in or use_split_qkv_input the norm ln1 runs three times, and its hooks "
+            "mean no one activation: patch q_input, k_input, v_input or attn_in"
+        )
     axes, point = _axes(model, name), f"activation {activation!r}"
     if heads is not None and axes.head is None:
         raise InputError(f"{point} has no heads: leave heads out")
@@ -180,12 +193,13 @@ def as_number(value: Any) -> float:
     Raises:
         InputError: if it is more than one.
     """
-    if isinstance(value, Tensor) and value.numel() != 1:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
         raise InputError(
-            f"the metric must give one number for all prompts, got shape {tuple(value.shape)}: "
-            "take a mean"
-        )
-    return float(value)
+            f"the metric must give one number for all prompts, got {got}: take a mean"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -270,7 +284,7 @@ def _pair(layer: Any, k: int) -> tuple[int, int]:
     both = layer if isinstance(layer, (tuple, list)) else (layer, layer)
     if len(both) != 2:
         raise InputError(f"a layer is a number or (source layer, target layer), got {layer!r}")
-    (source,), (target,) = (members(i, k, "core layer", "layers") for i in both)
+    source, target = (one_member(i, k, "core layer", "layers") for i in both)
     return source, target
 
 

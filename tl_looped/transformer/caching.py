@@ -92,6 +92,7 @@ class CachingMixin(LoopedHookManager):
                 record.early_exit,
                 record.attention_mask,
                 record.n_pos,
+                record.n_past,
             )
             return out, cache
 

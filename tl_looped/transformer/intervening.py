@@ -52,6 +52,15 @@ class Changes:
 class Intervention(ABC):
     """A change to every run of a model, for :meth:`InterveningMixin.intervening`."""
 
+    @property
+    def across_rows(self) -> bool:
+        """Whether what it does to a row of the batch depends on which row that is.
+
+        Then prompts cannot be batched in another way: patching runs its cells one by one, and
+        streaming metrics refuse.
+        """
+        return False
+
     @abstractmethod
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """What to do to this run; called when it begins, its number of recurrences set.
@@ -104,7 +113,14 @@ class InterveningMixin(InputsMixin):
     @contextmanager
     def _intervened(self, run: LoopRun) -> Iterator[None]:
         """Apply the active interventions to one run."""
+        if self.__dict__.get("_run_is_intervened"):
+            raise InputError(
+                f"a hook runs the model within a run that interventions change: "
+                f"{list(self.interventions)} would act on both. Run the inner one beforehand"
+            )
         with ExitStack() as stack:
+            stack.callback(self.__dict__.__setitem__, "_run_is_intervened", False)
+            self.__dict__["_run_is_intervened"] = True
             edits: list[tuple[LoopedHookPoint, Edit]] = []
             readers: list[tuple[HookName, Reader]] = []
             for intervention in self.interventions:
@@ -137,6 +153,8 @@ class InterveningMixin(InputsMixin):
 
 def _as_torch_hook(edit: Edit) -> Callable[[Any, Any, Tensor], Tensor | None]:
     def hook(point: Any, _: Any, activation: Tensor) -> Tensor | None:
-        return edit(activation, point)
+        changed = edit(activation, point)
+        # What it returns may be kept elsewhere, and a later hook may edit in place.
+        return changed if changed is None or changed is activation else changed.clone()
 
     return hook

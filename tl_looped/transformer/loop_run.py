@@ -24,6 +24,7 @@ class LoopRun:
         gate: Gate logits of the newest recurrence, in models with a gate.
         repeats: How many times more a recurrence is run; none where it is missing.
         injection_factors: Factor on ``e`` where a recurrence injects it; one where it is missing.
+        enters_loop: Whether the run passes the start of the loop.
     """
 
     context: RunContext
@@ -33,3 +34,4 @@ class LoopRun:
     gate: Float[Tensor, "batch pos 1"] | None = None
     repeats: dict[int, int] = field(default_factory=dict)
     injection_factors: dict[int, float] = field(default_factory=dict)
+    enters_loop: bool = True

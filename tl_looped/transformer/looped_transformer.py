@@ -305,8 +305,9 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             x, mask = self._stream(input, tokens, mask, start, rows_continue)
             kv = self._kv_run(past_kv_cache, x, mask)
             run = self._new_run(x, mask, kv, initial_state, state_seed, prelude_output)
+            run.enters_loop = enters
             with self._intervened(run) if self.interventions else nullcontext():
-                self._note_run(run, mask, enters)
+                self._note_run(run, mask)
                 if start is None:
                     x = self.hook_embed(x)
                 if stop is not None:
@@ -422,17 +423,18 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         given = None if prelude_output is None else prelude_output.to(x)
         return LoopRun(context, initial_state, seed, given)
 
-    def _note_run(self, run: LoopRun, mask: Tensor | None, enters_loop: bool) -> None:
+    def _note_run(self, run: LoopRun, mask: Tensor | None) -> None:
         """Tell a cache that is being made what run it is of."""
         if not self._records or self._records[-1].filled:
             return
         record = self._records[-1]
         given = run.initial_state is not None
         random = not given and self.cfg.initial_state is InitialState.RANDOM
-        record.state_seed = run.state_seed if random and enters_loop else None
+        record.state_seed = run.state_seed if random and run.enters_loop else None
         record.state_given, record.filled = given, True
         record.attention_mask = None if mask is None or bool(mask.all()) else mask
         record.n_pos = run.context.positions.shape[-1]
+        record.n_past = 0 if run.context.kv is None else run.context.kv.n_past
 
 
 def _no_padding_after(tokens: Any) -> Tensor | None:
