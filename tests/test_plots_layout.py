@@ -132,3 +132,16 @@ def test_names_of_prelude_and_coda_stay_clear_of_the_panel_s_title() -> None:
     assert len(names) == 2
     for name in names:
         assert not name.get_window_extent().overlaps(axes.title.get_window_extent())
+
+
+def test_the_floor_plan_frames_the_prelude_blue_below_and_the_coda_red_above() -> None:
+    loop = LoopGeometry(2, 3, 1, 2)
+    patterns = np.full((loop.n_layers, 2, 4, 4), 0.25, dtype=np.float32)
+    figure = attention_floor_plan(patterns, loop, "t")
+    prelude, coda = (patch for axes in figure.axes for patch in axes.patches)
+    blue, red = prelude.get_edgecolor(), coda.get_edgecolor()
+    assert blue[2] > 0.7 > blue[0]
+    assert red[0] > 0.7 > red[2]
+    # Rows count from the top of the sheet: what stands higher has the smaller y.
+    assert coda.get_y() < prelude.get_y()
+    assert prelude.get_height() == 2 * coda.get_height()

@@ -325,7 +325,7 @@ def test_no_such_difference(cache: LoopedActivationCache, arguments: dict, messa
 
 
 def test_maps_stand_where_the_floor_plan_says(plain: LoopedTransformer) -> None:
-    """The sheet's grey at the middle of a cell is that of its weight; frames are blue and red."""
+    """The sheet's grey at the middle of a cell is that of its weight."""
     n, loop = 4, plain.loop
     with torch.inference_mode():
         cache = plain.run_with_cache(torch.arange(n)[None], names_filter="attention")[1]
