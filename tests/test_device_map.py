@@ -6,10 +6,12 @@ A spread model must give, bit for bit, what the same model gives on one of those
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CASES, TOLERANCE, VARIANTS, load_golden, random_config
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_looped import LoopedTransformer
+from tl_looped import interventions as iv
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.experiments.engines import load_engine
 from tl_looped.experiments.parallel import Workers
@@ -27,6 +30,7 @@ from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import stream_metrics
 from tl_looped.model.exit_rules import ArgmaxStability, GateExit, KLDivergence, LatentDifference
 from tl_looped.model.kv_cache import LoopedKeyValueCache
+from tl_looped.patching import attribute_recurrences, patch_recurrences
 from tl_looped.transformer.spreading import PLANS, places, plan_devices
 
 TOKENS = torch.arange(3, 13).reshape(2, 5)
@@ -448,3 +452,42 @@ def test_processes_do_not_share_a_spread_model(monkeypatch: pytest.MonkeyPatch) 
     for plan in PLANS:
         with pytest.raises(InputError, match=f"device='{plan}'.*2 processes"):
             Workers.here(plan)
+
+
+INTERVENTIONS: list[Callable[[LoopedTransformer], iv.Intervention]] = [
+    lambda model: iv.SkipRecurrences(1),
+    lambda model: iv.RepeatRecurrence(0),
+    lambda model: iv.SkipLayers(1),
+    lambda model: iv.SwapLayers(0, 2),
+    lambda model: iv.FreezeAttention(0),
+    lambda model: iv.FreezeLoop(0),
+    lambda model: iv.FreezeLoop(1, at=iv.fixed_point(model, TOKENS, 3, math.inf)),
+    lambda model: iv.AddNoise(0.3, 1),
+    lambda model: iv.SwapStates(1),
+    lambda model: iv.ReplaceInitialState("zeros"),
+    lambda model: iv.AblateHeads({1: [0]}, by="mean", reference=model.run_with_cache(TOKENS)[1]),
+]
+
+
+@pytest.mark.parametrize("make", INTERVENTIONS)
+def test_interventions_on_spread_models(
+    pair: Pair, make: Callable[[LoopedTransformer], iv.Intervention]
+) -> None:
+    found = []
+    for model in pair:
+        with torch.no_grad(), model.intervening(make(model)):
+            found.append(model(TOKENS).cpu())
+    assert torch.equal(*found)
+
+
+def test_patching_of_spread_models(pair: Pair) -> None:
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, -1, 3].mean()
+
+    grids = []
+    for model in pair:
+        _, cache = model.run_with_cache(TOKENS.flip(1))
+        for patch in (patch_recurrences, attribute_recurrences):
+            grids.append(patch(model, TOKENS, cache, metric, "resid_post")["difference"])
+    for one, many in ((grids[0], grids[2]), (grids[1], grids[3])):
+        np.testing.assert_array_equal(one, many)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
 from tl_looped.interventions.layers import write_nothing
-from tl_looped.interventions.selection import Recurrences, members, one_member
+from tl_looped.interventions.selection import Recurrences, among, members, one_member
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Edit, Intervention
 from tl_looped.transformer.loop_run import LoopRun
@@ -88,13 +88,13 @@ class _AblateUnits(Intervention):
                     f"{self}: the reference is of another model: {self._hook} is "
                     f"{list(given.shape[2:])} there and {list(x.shape[2:])} here"
                 )
+            held = among(chosen, x.shape[2], x.device)
+            held = held.reshape(-1, *[1] * (x.ndim - 3))
             if given is None:
-                x[:, :, chosen] = 0
-            elif self.by == "mean":
-                x[:, :, chosen] = _mean_over_tokens(given, self._mask())[chosen].to(x)
-            else:
-                x[:, :, chosen] = self._resampled(given, x)[:, :, chosen].to(x)
-            return x
+                return x.masked_fill(held, 0.0)
+            if self.by == "mean":
+                return torch.where(held, _mean_over_tokens(given, self._mask()).to(x), x)
+            return torch.where(held, self._resampled(given, x).to(x), x)
 
         return ablate
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tl_looped.errors import InputError, LayerIndexError
-from tl_looped.interventions.selection import Recurrences, members, one_member
+from tl_looped.interventions.selection import Recurrences, among, members, one_member
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
@@ -53,8 +54,8 @@ class FreezeAttention(Intervention):
         def hold(x: Tensor, hook: LoopedHookPoint) -> Tensor:
             if hook.layer_in_stage not in kept:
                 raise InputError(f"{self}: the run starts behind recurrence {last}")
-            x[:, heads] = kept[hook.layer_in_stage][:, heads].to(x)
-            return x
+            held = among(heads, cfg.n_heads, x.device)[:, None, None]
+            return torch.where(held, kept[hook.layer_in_stage].to(x), x)
 
         changes = Changes()
         for layer in members(self.layers, loop.k, "core layer", self):

@@ -6,6 +6,10 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from tl_looped.errors import InputError, LayerIndexError
 
 Recurrences: TypeAlias = int | slice | Sequence[int] | None
@@ -66,6 +70,13 @@ def one_member(wanted: object, n: int, what: str, who: object) -> int:
     if wanted is None or isinstance(wanted, (slice, Iterable)):
         raise InputError(f"{who}: one {what} is an integer, got {wanted!r}")
     return members(wanted, n, what, who)[0]  # type: ignore[arg-type]
+
+
+def among(chosen: Sequence[int], n: int, device: torch.device) -> Bool[Tensor, " n"]:
+    """Which of ``n`` are chosen."""
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[list(chosen)] = True
+    return mask.to(device)
 
 
 def _several(wanted: int | Iterable[int]) -> Iterable[int]:

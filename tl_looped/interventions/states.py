@@ -167,7 +167,7 @@ class SwapStates(Intervention):
                     f"{self}: a batch of {n} rows needs at least two rows and one entry from 0 to "
                     f"{n - 1} for each"
                 )
-            return x[rows]
+            return x.index_select(0, torch.tensor(rows).to(x.device))
 
         where = members(self.recurrences, model.loop.R, "recurrence", self)
         return Changes(edits=[(f"recurrence.{r}.hook_state_in", swap) for r in where])
