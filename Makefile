@@ -45,6 +45,7 @@ test: install
 # Ratios of times, as a table on the screen and in BENCHMARKS.md. On an idle machine only.
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks/bench_speed.py --table BENCHMARKS.md --section Quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks/bench_patching.py --table BENCHMARKS.md --section Patching
 
 # Streaming 32 to 512 recurrences: time and memory (Linux), some minutes.
 bench-metrics: install

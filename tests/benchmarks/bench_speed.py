@@ -16,7 +16,6 @@ from functional import FunctionalForward
 from torch import Tensor
 
 from tl_looped import Injection, LoopedConfig, LoopedTransformer, NormLayout
-from tl_looped.patching import patch_recurrences
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class Size:
 
 LARGE = Size("d_model 512, 8 x 16, T=128", 512, 8, 16, 128, 7, 1.05)
 SMALL = Size("d_model 64, 8 x 128, T=16", 64, 4, 128, 16, 25, 1.15)
-GRID = Size("d_model 256, 8 x 4, T=32", 256, 4, 4, 32, 5, 1.05)
 SIZES = pytest.mark.parametrize("size", [LARGE, SMALL], ids=lambda size: size.name)
 
 
@@ -217,28 +215,3 @@ def bench_import(benchmark: Any, record: Recorder) -> None:
     benchmark.pedantic(import_both, rounds=5, warmup_rounds=1)
     seconds = statistics.median(added[1:])
     record.add("import tl_looped after transformer_lens", seconds, 0.5, "5 processes", unit=" s")
-
-
-@pytest.mark.parametrize("rows", [1, 16], ids="{} rows a forward".format)
-def bench_patching_grid(rows: int, benchmark: Any, record: Recorder) -> None:
-    model, tokens, n = GRID.model(), GRID.tokens(), GRID.n_recurrences**2
-    _, donor = model.run_with_cache(tokens)
-
-    def metric(logits: Tensor) -> Tensor:
-        return logits[:, -1, 0].mean()
-
-    def forwards() -> None:
-        # One for each cell, and the corrupted run itself.
-        for _ in range(n + 1):
-            model(tokens)
-
-    record.ratio(
-        benchmark,
-        f"grid of {n} patches / its forwards, {rows} rows a forward, {GRID.name}",
-        1.3,
-        lambda: patch_recurrences(
-            model, tokens, donor, metric, "state_out", batch_size=rows, progress=False
-        ),
-        forwards,
-        GRID.rounds,
-    )
