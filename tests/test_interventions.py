@@ -660,6 +660,15 @@ WRONG_TYPES: list[tuple[Callable[[], Any], str]] = [
     (lambda: iv.SkipRecurrences(1.5), "1.5"),  # type: ignore[arg-type]
     (lambda: iv.AblateHeads({1: 0}, by="half"), "'half'"),  # type: ignore[arg-type]
     (lambda: iv.SkipRecurrences, "SkipRecurrences(2)"),
+    (lambda: iv.FreezeAttention(None), "one recurrence is an integer"),  # type: ignore[arg-type]
+    (lambda: iv.RepeatRecurrence([0, 1]), "one recurrence"),  # type: ignore[arg-type]
+    (lambda: iv.ReorderLayers([None, 1, 2, 3]), "one core layer"),  # type: ignore[list-item]
+    (lambda: iv.ReorderLayers(2), "one layer for each"),  # type: ignore[arg-type]
+    (lambda: iv.AblateHeads({(0, 1): 0}), "one core layer"),  # type: ignore[dict-item]
+    (lambda: iv.ReplaceInitialState(1.5), "got 1.5"),  # type: ignore[arg-type]
+    (lambda: iv.ReplaceInitialState(True), "got True"),
+    (lambda: iv.FreezeLoop(0, at=torch.zeros(1)), "Tensor"),  # type: ignore[arg-type]
+    (lambda: iv.AddNoise("a"), "'a'"),  # type: ignore[arg-type]
 ]
 
 
@@ -755,28 +764,6 @@ def test_scaled_injection_where_the_first_recurrence_skips_the_adapter() -> None
             torch.testing.assert_close(found, twin.eval()(tokens, **start), atol=1e-12, rtol=0)
     with model.intervening(iv.ScaleInjection(0.0, 0)), refused(InputError, "skips the adapter"):
         model(tokens)
-
-
-ONE_IS_MEANT: list[tuple[Callable[[], iv.Intervention], str]] = [
-    (lambda: iv.FreezeAttention(None), "one recurrence is an integer"),  # type: ignore[arg-type]
-    (lambda: iv.RepeatRecurrence([0, 1]), "one recurrence"),  # type: ignore[arg-type]
-    (lambda: iv.ReorderLayers([None, 1, 2, 3]), "one core layer"),  # type: ignore[list-item]
-    (lambda: iv.ReorderLayers(2), "one layer for each"),  # type: ignore[arg-type]
-    (lambda: iv.AblateHeads({(0, 1): 0}), "one core layer"),  # type: ignore[dict-item]
-    (lambda: iv.ReplaceInitialState(1.5), "got 1.5"),  # type: ignore[arg-type]
-    (lambda: iv.ReplaceInitialState(True), "got True"),
-    (lambda: iv.FreezeLoop(0, at=torch.zeros(1)), "Tensor"),  # type: ignore[arg-type]
-    (lambda: iv.AddNoise("a"), "'a'"),  # type: ignore[arg-type]
-]
-
-
-@pytest.mark.parametrize(("make", "part"), ONE_IS_MEANT)
-def test_one_is_not_several(
-    make: Callable[[], Any], part: str, llama: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with refused(InputError, part), llama.model.intervening(make()):
-        llama.model(llama.tokens)
 
 
 def test_runs_that_start_in_the_loop(llama: Case) -> None:

@@ -14,6 +14,7 @@ from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
 from tl_looped.interventions.layers import write_nothing
 from tl_looped.interventions.selection import Recurrences, among, members, one_member
+from tl_looped.metrics.inputs import at_least_fp32
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Edit, Intervention
 from tl_looped.transformer.loop_run import LoopRun
@@ -33,6 +34,7 @@ class _AblateUnits(Intervention):
 
     _hook: ClassVar[str]
     _unit: ClassVar[str]
+    _n_units: ClassVar[str]  # the configuration's name for how many there are
 
     def __post_init__(self) -> None:
         if self.by not in ("zero", "mean", "resample"):
@@ -65,12 +67,9 @@ class _AblateUnits(Intervention):
         """Which row of the reference a row gets depends on the row."""
         return self.by == "resample"
 
-    def _n_units(self, model: Any) -> int:
-        raise NotImplementedError
-
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """Overwrite the units."""
-        loop, n, changes = model.loop, self._n_units(model), Changes()
+        loop, n, changes = model.loop, getattr(model.cfg, self._n_units), Changes()
         for layer, wanted in self.units.items():
             place = one_member(layer, loop.k, "core layer", self)
             chosen = members(wanted, n, self._unit, self)
@@ -144,9 +143,7 @@ class AblateHeads(_AblateUnits):
 
     _hook = "attn.hook_z"
     _unit = "head"
-
-    def _n_units(self, model: Any) -> int:
-        return int(model.cfg.n_heads)
+    _n_units = "n_heads"
 
 
 class AblateNeurons(_AblateUnits):
@@ -160,9 +157,7 @@ class AblateNeurons(_AblateUnits):
 
     _hook = "mlp.hook_post"
     _unit = "neuron"
-
-    def _n_units(self, model: Any) -> int:
-        return int(model.cfg.d_mlp)
+    _n_units = "d_mlp"
 
 
 @dataclass(frozen=True)
@@ -187,7 +182,7 @@ class AblateMassiveActivations(Intervention):
 
 def _mean_over_tokens(given: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over prompts and real positions, in fp32 or better."""
-    wide = given if given.dtype == torch.float64 else given.float()
+    wide = at_least_fp32(given)
     if mask is None:
         return wide.mean((0, 1))
     return wide[mask.to(wide.device)].mean(0)

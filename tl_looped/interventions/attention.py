@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_looped.errors import InputError, LayerIndexError
-from tl_looped.interventions.selection import Recurrences, among, members, one_member
+from tl_looped.errors import InputError
+from tl_looped.interventions.selection import Recurrences, among, frozen_after, members
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
@@ -40,11 +40,7 @@ class FreezeAttention(Intervention):
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """Read the patterns of r, write them into all later recurrences."""
         loop, cfg = model.loop, model.cfg
-        last = one_member(self.recurrence, loop.R, "recurrence", self)
-        if last == loop.R - 1:
-            raise LayerIndexError(
-                f"{self}: the run has recurrences 0..{last} and nothing behind {last} to freeze"
-            )
+        last = frozen_after(self.recurrence, loop.R, self)
         heads = members(self.heads, cfg.n_heads, "head", self)
         kept: dict[int | None, Tensor] = {}
 

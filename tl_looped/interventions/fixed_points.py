@@ -9,8 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.errors import InputError, LayerIndexError
-from tl_looped.interventions.selection import RUN_ARGUMENTS, check_arguments, one_member
+from tl_looped.errors import InputError
+from tl_looped.interventions.selection import (
+    RUN_ARGUMENTS,
+    check_arguments,
+    frozen_after,
+    one_member,
+)
 from tl_looped.metrics.convergence import default_eps
 from tl_looped.metrics.states import state_distance
 from tl_looped.model.hook_points import LoopedHookPoint
@@ -65,8 +70,7 @@ def fixed_point(
         raise InputError(f"n_recurrences must be an integer of at least 2, got {n_recurrences!r}")
     check_arguments("fixed_point", kwargs, (*RUN_ARGUMENTS, "padding_side"))
     last, k = n_recurrences - 1, model.loop.k
-    wanted = [f"recurrence.{last}.blocks.{layer}.hook_resid_post" for layer in range(k)]
-    wanted += [f"recurrence.{r}.hook_state_out" for r in (last - 1, last)]
+    wanted = [*_places(last, k), f"recurrence.{last - 1}.hook_state_out"]
     with model.recurrences(n_recurrences):
         _, cache = model.run_with_cache(input, names_filter=wanted, return_type=None, **kwargs)
     before, state = (cache[f"recurrence.{r}.hook_state_out"] for r in (last - 1, last))
@@ -119,20 +123,17 @@ class FreezeLoop(Intervention):
     def changes(self, model: Any, run: LoopRun) -> Changes:
         """Write the kept states into every later recurrence."""
         loop = model.loop
-        first = one_member(self.recurrence, loop.R, "recurrence", self)
         changes, held = Changes(), self._held()
         if self.at is None:
-            if first == loop.R - 1:
-                raise LayerIndexError(
-                    f"{self}: the run has recurrences 0..{first} and none behind {first} to freeze"
-                )
+            last = frozen_after(self.recurrence, loop.R, self)
+            first = last + 1
 
             def keep(x: Tensor, hook: LoopedHookPoint) -> None:
                 held[hook.layer_in_stage] = x
 
-            for name in _places(first, loop.k):
-                changes.readers.append((name, keep))
-            first += 1
+            changes.readers += [(name, keep) for name in _places(last, loop.k)]
+        else:
+            first = one_member(self.recurrence, loop.R, "recurrence", self)
 
         def hold(x: Tensor, hook: LoopedHookPoint) -> Tensor:
             if hook.layer_in_stage not in held:

@@ -72,6 +72,20 @@ def one_member(wanted: object, n: int, what: str, who: object) -> int:
     return members(wanted, n, what, who)[0]  # type: ignore[arg-type]
 
 
+def frozen_after(wanted: object, R: int, who: object) -> int:
+    """The recurrence that later ones are to repeat.
+
+    Raises:
+        LayerIndexError: if there is none behind it; errors as :func:`one_member`.
+    """
+    r = one_member(wanted, R, "recurrence", who)
+    if r == R - 1:
+        raise LayerIndexError(
+            f"{who}: the run has recurrences 0..{r} and nothing behind {r} to freeze"
+        )
+    return r
+
+
 def among(chosen: Sequence[int], n: int, device: torch.device) -> Bool[Tensor, " n"]:
     """Which of ``n`` are chosen."""
     mask = torch.zeros(n, dtype=torch.bool)

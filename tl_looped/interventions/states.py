@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members
+from tl_looped.metrics.inputs import at_least_fp32
 from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.model.initial_state import draw_initial_state
@@ -118,7 +119,7 @@ class AddNoise(Intervention):
             assert hook.recurrence is not None
             # Each recurrence has a stream of its own, none of which is an initial state's.
             key = self.seed + (hook.recurrence + 1) * 2**64
-            wide = x if x.dtype == torch.float64 else x.float()
+            wide = at_least_fp32(x)
             noise = draw_initial_state(
                 key, run.context.positions, x.shape[-1], self.std, wide.dtype
             ).to(x.device)

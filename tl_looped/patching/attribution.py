@@ -72,8 +72,8 @@ def attribute_recurrences(
     ):
         tokens = tokens.clone()
         grid = make_grid(
-            model, clean_cache, tokens.shape[1], activation_name, layer_type, source_recurrences,
-            target_recurrences, layers, positions, heads,
+            model, clean_cache, tuple(tokens.shape), activation_name, layer_type,
+            source_recurrences, target_recurrences, layers, positions, heads,
         )  # fmt: skip
         clean = clean_value(clean_cache, patching_metric, clean_metric)
         names = {
@@ -135,11 +135,6 @@ def _estimate(
     grid: Grid, donor: Tensor, activation: Tensor, gradient: Tensor
 ) -> Float[np.ndarray, "pos head"]:
     """``(donor - activation) . gradient`` for every position and head of the grid."""
-    if donor.shape[0] not in (1, activation.shape[0]):
-        raise InputError(
-            f"the clean cache has {donor.shape[0]} prompts, the corrupted run "
-            f"{activation.shape[0]}: give one for each, or one for all"
-        )
     wide = torch.promote_types(gradient.dtype, torch.float32)
     donor = donor.to(activation)
     if not torch.equal(donor.isinf().expand_as(activation), activation.isinf()):

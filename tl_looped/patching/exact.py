@@ -96,8 +96,8 @@ def patch_recurrences(
     tokens = as_tokens(model, corrupted_tokens, run)
     with model.recurrences(run.pop("n_recurrences", None)), torch.no_grad():
         grid = make_grid(
-            model, clean_cache, tokens.shape[1], activation_name, layer_type, source_recurrences,
-            target_recurrences, layers, positions, heads,
+            model, clean_cache, tuple(tokens.shape), activation_name, layer_type,
+            source_recurrences, target_recurrences, layers, positions, heads,
         )  # fmt: skip
         clean = clean_value(clean_cache, patching_metric, clean_metric)
         logits = model(tokens, **run)
@@ -160,11 +160,6 @@ def _run_cells(
     for slot, (s, t, l, p, h) in enumerate(chosen):  # noqa: E741
         source, target = grid.layers[l]
         donor = grid.donor(cache, grid.sources[s], source)
-        if donor.shape[0] not in (1, n):
-            raise InputError(
-                f"the clean cache has {donor.shape[0]} prompts, the corrupted run {n}: give one "
-                "for each, or one for all"
-            )
         part = grid.part(donor.ndim, grid.positions[p], grid.heads[h])
         rows = slice(slot * n, (slot + 1) * n)
         name = grid.target(model, grid.targets[t], target)

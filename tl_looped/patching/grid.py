@@ -94,7 +94,7 @@ class Grid:
 def make_grid(
     model: Any,
     cache: LoopedActivationCache,
-    length: int,
+    shape: tuple[int, ...],
     activation: str,
     layer_type: str | None,
     source_recurrences: Recurrences,
@@ -104,6 +104,8 @@ def make_grid(
     heads: Selection,
 ) -> Grid:
     """The grid of a call's arguments, at the model's present number of recurrences.
+
+    ``shape`` is that of the corrupted prompts' tokens, ``[batch, pos]``.
 
     Raises:
         LayerIndexError, HookNameError, GatedHookError, InputError: for what does not exist.
@@ -140,9 +142,9 @@ def make_grid(
             "with use_attn_in or use_split_qkv_input the norm ln1 runs three times, and its hooks "
             "mean no one activation: patch q_input, k_input, v_input or attn_in"
         )
-    axes, point = _axes(model, name), f"activation {activation!r}"
+    axes = _axes(model, name)
     if heads is not None and axes.head is None:
-        raise InputError(f"{point} has no heads: leave heads out")
+        raise InputError(f"activation {activation!r} has no heads: leave heads out")
     what = "the grid"
     n_heads = model.cfg.n_kv_heads if name.endswith(_KEYS) else model.cfg.n_heads
     grid = Grid(
@@ -151,13 +153,13 @@ def make_grid(
         members(source_recurrences, cache.loop.R, "source recurrence", what),
         members(target_recurrences, loop.R, "target recurrence", what),
         pairs,
-        _along(positions, length, "position"),
+        _along(positions, shape[1], "position"),
         _along(heads, n_heads, "head"),
         axes,
     )
     for r in grid.sources:
         for source, _ in pairs:
-            _check_donor(grid, cache, r, source, length)
+            _check_donor(grid, grid.donor(cache, r, source), shape)
     return grid
 
 
@@ -307,12 +309,15 @@ def _along(wanted: Selection, n: int, what: str) -> list[int | None]:
     return list(members(wanted, n, what, "the grid"))
 
 
-def _check_donor(
-    grid: Grid, cache: LoopedActivationCache, r: int, layer: int | None, length: int
-) -> None:
-    donor = grid.donor(cache, r, layer)
+def _check_donor(grid: Grid, donor: Float[Tensor, "batch ..."], shape: tuple[int, ...]) -> None:
+    n, length = shape
     if donor.shape[grid.axes.pos] != length:
         raise InputError(
             f"the clean run has {donor.shape[grid.axes.pos]} positions of {grid.activation!r}, the "
             f"corrupted one {length}: patching by position needs prompts of equal length"
+        )
+    if donor.shape[0] not in (1, n):
+        raise InputError(
+            f"the clean cache has {donor.shape[0]} prompts, the corrupted run {n}: give one for "
+            "each, or one for all"
         )

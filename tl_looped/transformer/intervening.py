@@ -76,10 +76,10 @@ class Intervention(ABC):
 class InterveningMixin(InputsMixin):
     """``model.intervening``."""
 
-    @property
-    def interventions(self) -> tuple[Intervention, ...]:
-        """Those that are active now, outermost first."""
-        return tuple(self.__dict__.get("_interventions", ()))
+    interventions: tuple[Intervention, ...] = ()
+    """Those that are active now, outermost first."""
+
+    _run_is_intervened = False
 
     @contextmanager
     def intervening(self, *interventions: Intervention) -> Iterator[Any]:
@@ -100,27 +100,27 @@ class InterveningMixin(InputsMixin):
                     f"an intervention is an object such as interventions.SkipRecurrences(2), got "
                     f"{given!r}"
                 )
-        active: list[Intervention] = self.__dict__.setdefault("_interventions", [])
-        active.extend(interventions)
+        self.interventions += interventions
         try:
             yield self
         finally:
+            active = list(self.interventions)
             for given in reversed(interventions):
                 # By identity, from the end: the same object may be active twice.
-                last = max(i for i, other in enumerate(active) if other is given)
-                del active[last]
+                del active[max(i for i, other in enumerate(active) if other is given)]
+            self.interventions = tuple(active)
 
     @contextmanager
     def _intervened(self, run: LoopRun) -> Iterator[None]:
         """Apply the active interventions to one run."""
-        if self.__dict__.get("_run_is_intervened"):
+        if self._run_is_intervened:
             raise InputError(
                 f"a hook runs the model within a run that interventions change: "
                 f"{list(self.interventions)} would act on both. Run the inner one beforehand"
             )
         with ExitStack() as stack:
-            stack.callback(self.__dict__.__setitem__, "_run_is_intervened", False)
-            self.__dict__["_run_is_intervened"] = True
+            stack.callback(setattr, self, "_run_is_intervened", False)
+            self._run_is_intervened = True
             edits: list[tuple[LoopedHookPoint, Edit]] = []
             readers: list[tuple[HookName, Reader]] = []
             for intervention in self.interventions:
