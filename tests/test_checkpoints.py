@@ -349,3 +349,36 @@ def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path: Path) ->
     assert model.cfg.model_name == "mine"
     model.save_pretrained(tmp_path / "saved")
     assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
+
+
+# -- generation_config.json -------------------------------------------------------------------
+
+GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 5], "temperature": 0.6, "max_length": None}
+
+
+@pytest.mark.parametrize("format", ["native", "original"])
+def test_generation_config_is_loaded_and_saved(format: str, tmp_path: Path) -> None:
+    folder = copy_of("retrofit_llama", tmp_path / "model")
+    assert load(folder).generation_config == {}
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    model = load(folder)
+    assert model.generation_config == GENERATION
+    model.save_pretrained(tmp_path / "saved", format=format)
+    assert load(tmp_path / "saved").generation_config == GENERATION
+    model.generation_config["eos_token_id"] = 3
+    assert load(folder).generation_config == GENERATION
+
+
+def test_a_saved_model_leaves_no_generation_config_of_another(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION))
+    LoopedTransformer.from_config(random_config()).save_pretrained(tmp_path)
+    assert load(tmp_path).generation_config == {}
+    assert not (tmp_path / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("text", [b"[2]", b"null", b"{", b"\xff", b""])
+def test_a_generation_config_that_is_no_object_is_refused(text: bytes, tmp_path: Path) -> None:
+    folder = copy_of("ouro", tmp_path / "model")
+    (folder / "generation_config.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        load(folder)

@@ -258,6 +258,24 @@ def test_half_precision_is_saved_as_it_is(tmp_path: Path) -> None:
     same_bits(looped, LoopedTransformer.from_pretrained(tmp_path, device="cpu", dtype="bfloat16"))
 
 
+def test_generation_config_is_the_sources(tmp_path: Path) -> None:
+    source = feedforward("llama")
+    assert made("llama")[1].generation_config == {}  # transformers' own guess is not taken over
+    source.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert retrofit(tmp_path / "model", **STAGES, device="cpu").generation_config == {}
+    asked = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(asked))
+    looped = retrofit(tmp_path / "model", **STAGES, device="cpu")
+    assert looped.generation_config == asked
+    looped.save_pretrained(tmp_path / "saved")
+    again = LoopedTransformer.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.generation_config == asked
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    in_memory = retrofit(loaded, **STAGES, device="cpu").generation_config
+    assert asked.items() <= in_memory.items()
+
+
 def test_folder_is_read_with_its_tokenizer(tmp_path: Path) -> None:
     source = feedforward("llama-tied")
     folder = tmp_path / "owner" / "small-llama"

@@ -1,8 +1,9 @@
 """Reading and writing checkpoints: folders, the hub, the bundled demo.
 
-Nothing from outside is trusted. Only ``config.json``, safetensors files and tokenizer files are
-read; code of the checkpoint is never run and pickles are never opened. Before a tensor is read, all
-names and shapes are compared with what the configuration implies, and every difference is listed.
+Nothing from outside is trusted. Only ``config.json``, ``generation_config.json``, safetensors files
+and tokenizer files are read; code of the checkpoint is never run and pickles are never opened.
+Before a tensor is read, all names and shapes are compared with what the configuration implies, and
+every difference is listed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ BUNDLED = {
     for name in ("demo", "demo-base", "demo-bare", "demo-control")
 }
 _ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+_GENERATION = "generation_config.json"
 _NOT_OF_THE_FORMAT = ("dtype", "model_name", "init_mode", "initializer_range", "seed")
 """Fields of the machine, of the name, and of how random weights were once drawn."""
 
@@ -83,6 +85,10 @@ class Checkpoint:
         # The name of a folder, not where it lies: a saved model should not tell its owner's paths.
         cfg.model_name = Path(self.name).name if Path(self.name).is_dir() else self.name
         return cfg
+
+    def generation_config(self) -> dict[str, Any]:
+        """The folder's ``generation_config.json``; empty without one."""
+        return read_generation_config(self.folder)
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer with the family's special tokens; None without one."""
@@ -234,6 +240,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
+    return _read_object(path)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """A folder's ``generation_config.json`` as it is written; empty without one.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    path = folder / _GENERATION
+    return _read_object(path) if path.is_file() else {}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -303,7 +323,12 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def save(
-    model: nn.Module, cfg: LoopedConfig, tokenizer: Any, folder: Path, format: str = "native"
+    model: nn.Module,
+    cfg: LoopedConfig,
+    tokenizer: Any,
+    folder: Path,
+    format: str = "native",
+    generation_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model: all files aside first, then each renamed into place.
 
@@ -313,6 +338,8 @@ def save(
         tokenizer: Written too, unless it is None.
         folder: Made if need be.
         format: ``"native"``, or ``"original"`` for that of the family ``cfg.architecture``.
+        generation_config: Written as ``generation_config.json`` unless it is empty; one that
+            another model left in the folder is removed.
 
     Raises:
         CheckpointError: no values, no such format, a folder that cannot be written to.
@@ -331,7 +358,10 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise CheckpointError(f"{folder} is a file; a checkpoint is saved as a folder") from error
-    _write(raw, state, tokenizer, folder)
+    objects = {"config.json": raw}
+    if generation_config:
+        objects[_GENERATION] = dict(generation_config)
+    _write(objects, state, tokenizer, folder)
 
 
 def in_original_format(
@@ -372,13 +402,16 @@ def in_original_format(
     return raw, stored_tensors(adapter.sources(cfg), parameters)
 
 
-def _write(raw: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
+def _write(
+    objects: dict[str, dict[str, Any]], tensors: dict[str, Tensor], tokenizer: Any, folder: Path
+) -> None:
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         save_torch_state_dict(tensors, aside)
-        text = json.dumps(raw, indent=2) + "\n"
-        (Path(aside) / "config.json").write_text(text, encoding="utf-8")
+        for name, values in objects.items():
+            text = json.dumps(values, indent=2) + "\n"
+            (Path(aside) / name).write_text(text, encoding="utf-8")
         made = sorted(os.listdir(aside))
         mode = (Path(aside) / "config.json").stat().st_mode
         taken = [name for name in made if (folder / name).is_dir()]
@@ -387,7 +420,8 @@ def _write(raw: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Any, fold
         # config.json goes first and comes last: a folder without it is not taken for a checkpoint,
         # so an interrupted save never mixes two models.
         (folder / "config.json").unlink(missing_ok=True)
-        for stale in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        stale_names = ("*.safetensors", "*.safetensors.index.json", _GENERATION)
+        for stale in (path for pattern in stale_names for path in folder.glob(pattern)):
             if stale.name not in made:
                 stale.unlink()
         for name in sorted(made, key=lambda n: n == "config.json"):

@@ -65,10 +65,11 @@ def retrofit(
     """Make a looped model of a feedforward one.
 
     The result is checked against its source at one recurrence before it is returned; both are in
-    memory at that time. ``model.save_pretrained(folder, format="original")`` saves a retrofit in
-    the format of the published ones (Llama, TinyLlama, OLMo-2, Mistral);
-    ``model.save_pretrained(folder)`` saves anything in tl_looped's own. Qwen's biases and norms on
-    single heads have no place in the former.
+    memory at that time. Its tokenizer and its ``generation_config`` are the source's.
+    ``model.save_pretrained(folder, format="original")`` saves a retrofit in the format of the
+    published ones (Llama, TinyLlama, OLMo-2, Mistral); ``model.save_pretrained(folder)`` saves
+    anything in tl_looped's own. Qwen's biases and norms on single heads have no place in the
+    former.
 
     Args:
         model_or_id: A hub id or folder (Llama, TinyLlama, OLMo-2, Mistral, Qwen2, Qwen3), a
@@ -109,6 +110,7 @@ def retrofit(
     )
     cfg.dtype = wanted
     looped = LoopedTransformer(cfg, source.tokenizer)
+    looped.generation_config = dict(source.generation_config)
     sources, tensors = _parts(looped, source, plan)
     target = torch.device(get_device() if device is None else device)
     if target.type != "meta":

@@ -7,8 +7,9 @@ TransformerLens holds one. Nothing of it is changed or shared: the looped model 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tl_looped.checkpoints import download, read_config, read_shapes, read_tokenizer, tensor_files
+from tl_looped.checkpoints import (
+    download,
+    read_config,
+    read_generation_config,
+    read_shapes,
+    read_tokenizer,
+    tensor_files,
+)
 from tl_looped.errors import CheckpointError, ConfigError, InputError
 from tl_looped.retrofitting.families import Family, family_of
 
@@ -33,12 +41,14 @@ class Feedforward:
         family: Its family.
         tokenizer: Its tokenizer, or None.
         name: What it is called; never a path.
+        generation_config: How it generates, as in ``generation_config.json``.
     """
 
     model: Any
     family: Family
     tokenizer: Any
     name: str
+    generation_config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -103,7 +113,16 @@ def open_feedforward(
     _check_class(model, family, name)
     if tokenizer is None and bridge is not None:
         tokenizer = bridge.tokenizer
-    return Feedforward(model, family, tokenizer, name)
+    return Feedforward(model, family, tokenizer, name, _generation_config(model))
+
+
+def _generation_config(model: PreTrainedModel) -> dict[str, Any]:
+    """That of a model in memory; empty where transformers made it up from the model's config."""
+    found = getattr(model, "generation_config", None)
+    if found is None or getattr(found, "_from_model_config", False):
+        return {}
+    values: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
+    return values
 
 
 def _load(
@@ -154,7 +173,7 @@ def _load(
         )
     _check_class(model, family, name)
     own = read_tokenizer(folder) if tokenizer is None else tokenizer
-    return Feedforward(model.eval(), family, own, name)
+    return Feedforward(model.eval(), family, own, name, read_generation_config(folder))
 
 
 def _check_class(model: Any, family: Family, name: str) -> None:

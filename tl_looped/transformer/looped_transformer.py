@@ -55,6 +55,8 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
     Attributes:
         loop: Geometry: ``p``, ``k``, ``c``, ``R``, ``index(r, l)``, ``locate(i)``.
         state_seed: Seed of the random initial state where a call gives none.
+        generation_config: What the checkpoint's ``generation_config.json`` holds, as plain JSON
+            values; empty without one. It is saved with the model.
     """
 
     def __init__(self, cfg: LoopedConfig, tokenizer: Any = None) -> None:
@@ -64,6 +66,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         cfg.n_devices = 1
         cfg.normalization_type = "RMS"  # a new model is not folded, even if the other one was
         self.tokenizer = tokenizer
+        self.generation_config: dict[str, Any] = {}
         self.state_seed = 0
         device = torch.device("cpu" if cfg.device is None else cfg.device)
         with device:
@@ -142,6 +145,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         cfg.dtype = parse_dtype(torch.float32 if dtype is None else dtype)
         cfg.device = "meta"
         model = cls(cfg, source.tokenizer())
+        model.generation_config = source.generation_config()
         wanted = source.n_recurrences if n_recurrences is None else n_recurrences
         if wanted is not None:
             model.set_recurrences(wanted)
@@ -157,7 +161,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, format: str = "native") -> None:
-        """Write a folder that :meth:`from_pretrained` reads: config, safetensors, tokenizer.
+        """Write a folder that :meth:`from_pretrained` reads: configs, safetensors, tokenizer.
 
         Files are written beside their place and renamed, so that an interrupted save leaves no
         partial file.
@@ -171,7 +175,9 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         Raises:
             ConfigError: the family has no format that can be written, or it cannot hold this model.
         """
-        checkpoints.save(self, self.cfg, self.tokenizer, Path(folder), format)
+        checkpoints.save(
+            self, self.cfg, self.tokenizer, Path(folder), format, self.generation_config
+        )
 
     def to_bridge(self, n_recurrences: int | None = None, state_seed: int | None = None) -> Any:
         """A TransformerLens bridge over this model's weights, for tools that insist on one.
