@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import torch
 from conftest import VARIANTS, random_config
 from scipy.stats import poisson
 
-from tl_looped import ConfigError, InputError, LoopedTransformer
+from tl_looped import ConfigError, InputError, LoopedTransformer, NormLayout
+from tl_looped.model.config import Injection
+from tl_looped.model.roles import Role, parameter_roles
 from tl_looped.training.losses import (
     EveryRecurrence,
     ExitWeighted,
@@ -23,10 +27,20 @@ from tl_looped.training.losses import (
 from tl_looped.training.optimizers import MuonWithAdamW, make_optimizer
 from tl_looped.training.recurrences import Constant, PoissonLogNormal, state_seed
 from tl_looped.training.spec import TrainSpec
-from tl_looped.training.trainer import RowsInOrder, train
+from tl_looped.training.trainer import RowsInOrder, held_out_loss, train
 
 TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 INJECTED = VARIANTS["pre-injection"]
+QWEN = {
+    "qk_bias": True,
+    "v_bias": True,
+    "n_key_value_heads": 2,
+    "qk_norm": True,
+    "qk_norm_per_head": True,
+    "exit_gate": True,
+    "injection": Injection.LINEAR,
+    "tie_embeddings": True,
+}
 
 
 def gradients(model: LoopedTransformer, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -161,6 +175,124 @@ def test_earlier_recurrences_keep_no_graph_and_the_callers_mode_stays() -> None:
         assert not any(state.requires_grad for state in model.unroll(x, run, 2))
     with pytest.raises(InputError, match="longer than the context of 64"):
         model.start_run(torch.zeros(1, 65, dtype=torch.long), 0)
+
+
+FULL = {"n_core": 2, "n_prelude": 1, "injection": Injection.LINEAR, "exit_gate": True}
+TRUNCATED: dict[str, dict[str, Any]] = {
+    "coda": {},
+    "pre-coda-norm": {"norm_layout": NormLayout.RESIDUAL, "pre_coda_norm": True, "qk_bias": True},
+    "loop-norm": {"loop_norm": True, "n_coda": 0},
+    "loop-norm-coda": {"loop_norm": True, "tie_embeddings": True},
+}
+
+
+def by_hand(
+    model: LoopedTransformer, loss: EveryRecurrence | ExitWeighted | LastState, cut: int
+) -> torch.Tensor:
+    """The loss from one whole run of each number of recurrences.
+
+    States that recurrences before ``cut`` leave are constants: the last one that a run reads is cut
+    out of its graph where it is read.
+    """
+    losses, gates = [], []
+    for r in range(model.cfg.n_recurrences):
+        # The state that leaves a truncated recurrence; the last truncated one for later runs.
+        constant = f"recurrence.{min(r, cut - 1)}.hook_state_out"
+        hooks = [(constant, lambda x, hook: x.detach())] if cut else []
+        hooks.append((f"recurrence.{r}.hook_exit_gate", lambda x, hook: gates.append(x)))
+        logits = model.run_with_hooks(TOKENS, n_recurrences=r + 1, state_seed=7, fwd_hooks=hooks)
+        logs = logits[:, :-1].log_softmax(-1)
+        losses.append(-logs.gather(-1, TOKENS[:, 1:, None])[..., 0])
+    if isinstance(loss, LastState):
+        return losses[-1].mean()
+    if isinstance(loss, EveryRecurrence):
+        return torch.stack(losses).mean()
+    left, out = torch.ones_like(losses[0]), torch.zeros_like(losses[0])
+    for r, (value, gate) in enumerate(zip(losses, gates, strict=True)):
+        p = left * (gate[:, :-1, 0].sigmoid() if r < len(losses) - 1 else 1.0)
+        left = left - p
+        out = out + p * value + loss.beta * p * p.log()
+    return out.mean()
+
+
+@pytest.mark.parametrize("kind", list(TRUNCATED))
+@pytest.mark.parametrize("loss", [LastState(), EveryRecurrence(), ExitWeighted(0.1)], ids=repr)
+@pytest.mark.parametrize("last", [1, 3, 4, None])
+def test_truncated_losses_train_what_a_loss_by_hand_trains(kind, loss, last: int | None) -> None:
+    config = random_config(**(FULL | TRUNCATED[kind] | {"dtype": torch.float64}))
+    model = LoopedTransformer.from_config(config)
+    for name, parameter in model.named_parameters():  # gains and biases that matter
+        if parameter_roles(model)[name] in (Role.GAIN, Role.BIAS):
+            generator = torch.Generator().manual_seed(len(name))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.add_(0.1 * noise)
+    cut = 0 if last is None else 4 - last
+    wanted = by_hand(model, loss, cut)
+    expected = gradients(model, wanted)
+    value = training_loss(model, TOKENS, loss, 7, last)
+    found = gradients(model, value)
+    torch.testing.assert_close(value, wanted, atol=1e-13, rtol=0)
+    for name, grad in expected.items():
+        if grad is None:
+            assert found[name] is None, name
+        else:
+            torch.testing.assert_close(found[name], grad, atol=1e-12, rtol=1e-10)
+    if isinstance(loss, ExitWeighted):
+        assert float(found["exit_gate.weight"].norm()) > 1e-3
+
+
+@pytest.mark.parametrize("loss", [LastState(), EveryRecurrence(), ExitWeighted(0.1)], ids=repr)
+def test_truncation_under_autocast_trains_every_parameter(loss) -> None:
+    """A weight that autocast first meets without a graph must still be trained where it has one."""
+    model = LoopedTransformer.from_config(random_config(**INJECTED, exit_gate=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = training_loss(model, TOKENS, loss, 7, 1)
+        assert torch.is_autocast_cache_enabled()
+    assert value.dtype == torch.float32
+    found = gradients(model, value)
+    gate = isinstance(loss, ExitWeighted)
+    left_out = {n for n, g in found.items() if g is None or not bool(g.any())}
+    assert left_out == (set() if gate else {"exit_gate.weight", "exit_gate.bias"})
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_models_loss_is_fp32_on_its_logits(dtype) -> None:
+    model = LoopedTransformer.from_config(random_config(dtype=dtype))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    logits, loss = model(TOKENS, return_type="both", attention_mask=mask)
+    assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
+    logs = logits.float().log_softmax(-1)[:, :-1]
+    each = -logs.gather(-1, TOKENS[:, 1:, None])[..., 0]
+    real = (mask[:, :-1] * mask[:, 1:]).bool()
+    assert torch.equal(loss, torch.where(real, each, 0.0).sum() / real.sum())
+    assert float(loss.detach()) * 64 % 1 != 0  # bf16 has multiples of 1/64 from 2 nats on
+    tokenwise = model(TOKENS, return_type="loss", attention_mask=mask, loss_per_token=True)
+    assert torch.equal(tokenwise, torch.where(real, each, 0.0))
+    loss.backward()
+    found = {p.grad.dtype for p in model.parameters() if p.grad is not None}
+    assert found == {dtype}
+    assert float(model.W_E.grad.float().norm()) > 1e-3
+
+
+def test_losses_under_autocast_are_fp32_on_its_logits() -> None:
+    model = LoopedTransformer.from_config(random_config(**INJECTED))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits = [model(TOKENS, state_seed=7, n_recurrences=r) for r in (1, 2, 3, 4)]
+        last = training_loss(model, TOKENS, LastState(), 7)
+        every = training_loss(model, TOKENS, EveryRecurrence(), 7)
+    assert logits[0].dtype == torch.bfloat16
+    logs = [x.float()[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None]) for x in logits]
+    assert last.dtype == every.dtype == torch.float32
+    torch.testing.assert_close(last, -logs[-1].mean(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(every, -torch.stack(logs).mean(), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        held_out = held_out_loss(model, TOKENS.repeat(3, 1), 2, bf16=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            own = model(TOKENS).float()[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None])
+    assert held_out == pytest.approx(-float(own.mean()), abs=1e-6)
 
 
 # -- recurrences ----------------------------------------------------------------------------------
@@ -312,6 +444,29 @@ def test_muon_takes_the_matrices_of_blocks_and_injection_and_adamw_the_rest() ->
     assert "exit_gate.bias" in groups[2]
     assert optimizer.param_groups[2]["weight_decay"] == 0.0
     assert sum(map(len, groups)) == len(names)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("changes", [*VARIANTS.values(), QWEN], ids=[*VARIANTS, "biases"])
+def test_what_is_decayed_and_what_muon_takes_in_every_model(changes, optimizer: str) -> None:
+    model = LoopedTransformer.from_config(random_config(**changes))
+    made = make_optimizer(model, TrainSpec(steps=1, optimizer=optimizer, weight_decay=0.1))
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, vectors, muon = set(), set(), set()
+    for i, group in enumerate(made.param_groups):
+        members = {names[id(p)] for p in group["params"]}
+        assert group["weight_decay"] in (0.0, 0.1)
+        (decayed if group["weight_decay"] else vectors).update(members)
+        if isinstance(made, MuonWithAdamW) and i < len(made.muon.param_groups):
+            muon |= members
+    matrices = r"(prelude|core|coda)\.\d\.(attn\.(qkv|out)|mlp\.(gate_up|down))|injection\.weight"
+    others = r"embed\.W_E|unembed\.weight|exit_gate\.weight"
+    every = set(names.values())
+    linear = {n for n in every if re.fullmatch(matrices, n)}
+    assert decayed == linear | {n for n in every if re.fullmatch(others, n)}
+    assert vectors == {n for n in every if re.search(r"(^|\.|_)bias$|(norm|ln\w+)\.w$", n)}
+    assert (decayed | vectors, decayed & vectors) == (every, set())
+    assert muon == (linear if optimizer == "muon" else set())
 
 
 def test_muons_state_survives_saving_and_loading() -> None:

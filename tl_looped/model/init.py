@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tl_looped.model.config import LoopedConfig
-from tl_looped.model.norms import NormWeights
+from tl_looped.model.roles import Role, parameter_roles
 
 
 @torch.no_grad()
@@ -22,13 +22,13 @@ def init_weights(model: nn.Module, cfg: LoopedConfig) -> None:
             linear maps N(0, 1 / fan_in) and embeddings N(0, 1).
     """
     generator = torch.Generator().manual_seed(cfg.seed)
-    gains = {id(m.w) for m in model.modules() if isinstance(m, NormWeights)}
+    roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             continue
-        if id(parameter) in gains:
+        if roles[name] is Role.GAIN:
             parameter.fill_(1.0)
-        elif name.endswith("bias"):
+        elif roles[name] is Role.BIAS:
             parameter.zero_()
         else:
             draw = torch.randn(parameter.shape, generator=generator)

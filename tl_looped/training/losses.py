@@ -1,9 +1,10 @@
 """What a training step minimises, as a value.
 
-Every loss is a next-token cross entropy in nats over rows without padding. The states of all
-recurrences go through the model's own coda, final norm and unembedding. With truncated
-backpropagation the loss keeps its value; the states of earlier recurrences are constants to
-autograd, so a loss on one of them still trains the coda, the head and the gate.
+Every loss is a next-token cross entropy in nats over rows without padding, in fp32 or better
+whatever the model's dtype, and under autocast. The states of all recurrences go through the model's
+own coda, final norm and unembedding. With truncated backpropagation the loss keeps its value; the
+states of earlier recurrences, behind their loop norm, are constants to autograd, so a loss on one
+of them still trains the coda, the head and the gate.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def training_loss(
         losses.append(_cross_entropy(model, state, run, tokens))
     by_recurrence = torch.stack(losses, -1)
     if isinstance(loss, EveryRecurrence):
-        return by_recurrence.mean((0, 1)) @ _normalised(loss, by_recurrence)
+        # No dot product: autocast would round it to half precision.
+        return (by_recurrence.mean((0, 1)) * _normalised(loss, by_recurrence)).sum()
     gate = torch.cat([g for g in gates if g is not None], -1)[:, :-1]
     return exit_weighted(by_recurrence, gate, loss.beta)
 

@@ -1,4 +1,8 @@
-"""AdamW, and Muon with AdamW beside it, with weight decay on matrices only."""
+"""AdamW, and Muon with AdamW beside it, with weight decay on matrices only.
+
+What a matrix is, is a parameter's role and not its number of dimensions: gains and all biases are
+never decayed, and Muon takes the linear maps of the blocks and the injection alone.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch import nn
 
 from tl_looped.errors import ConfigError
+from tl_looped.model.roles import Role, parameter_roles
 from tl_looped.training.spec import TrainSpec
 
 BETAS = (0.9, 0.95)
@@ -65,26 +70,26 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
     Raises:
         ConfigError: ``"muon"`` where PyTorch has none.
     """
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    gains = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    roles = parameter_roles(model)
+    vectors = _of(model, roles, Role.GAIN, Role.BIAS)
+    undecayed = {"params": vectors, "weight_decay": 0.0}
     if spec.optimizer == "adamw":
+        matrices = _of(model, roles, Role.EMBEDDING, Role.GATE, Role.MATRIX)
         decayed = {"params": matrices, "weight_decay": spec.weight_decay}
-        return torch.optim.AdamW([decayed, gains], lr=spec.learning_rate, betas=BETAS)
+        return torch.optim.AdamW([decayed, undecayed], lr=spec.learning_rate, betas=BETAS)
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(
             f"optimizer='muon' needs PyTorch 2.9 or later, and {torch.__version__} is installed; "
             "use 'adamw'"
         )
-    named = dict(model.named_parameters())
-    inside = {id(p) for name, p in named.items() if p.ndim == 2 and not _is_embedding_or_gate(name)}
-    muon = [p for p in matrices if id(p) in inside]
-    rest = [p for p in matrices if id(p) not in inside]
+    muon = _of(model, roles, Role.MATRIX)
+    rest = _of(model, roles, Role.EMBEDDING, Role.GATE)
     return MuonWithAdamW(
         [{"params": muon, "weight_decay": spec.weight_decay}],
-        [{"params": rest, "weight_decay": spec.weight_decay}, gains],
+        [{"params": rest, "weight_decay": spec.weight_decay}, undecayed],
         spec.learning_rate,
     )
 
 
-def _is_embedding_or_gate(name: str) -> bool:
-    return any(part in ("embed", "unembed", "exit_gate") for part in name.split("."))
+def _of(model: nn.Module, roles: dict[str, Role], *wanted: Role) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if roles[name] in wanted]

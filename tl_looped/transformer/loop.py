@@ -9,6 +9,7 @@ the two compose to the whole run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import cast
 
@@ -60,17 +61,18 @@ class LoopMixin(InterveningMixin):
             x: The embedding, from :meth:`start_run`.
             run: Its run.
             backprop_last: Recurrences at the end that keep a graph. The earlier ones run without
-                one, so their states are constants to autograd and their memory is free at once.
-                The prelude always keeps its graph: each injection reads its output. All
-                recurrences if None.
+                one, so their states are constants to autograd and their memory is free at once;
+                the exit gate still has a graph there, on the state as a constant. The prelude
+                always keeps its graph: each injection reads its output. All recurrences if None.
         """
         loop, wanted = self.loop, torch.is_grad_enabled()
         n = loop.R if backprop_last is None else backprop_last
+        run.trains_gate = wanted
         x = self._enter_loop(self._run_layers(x, run, 0, loop.p, enter_first=True), run)
         for r in range(loop.R):
             first = loop.index(r, 0)
             # Left before each yield: a generator must not hold the caller's gradient mode.
-            with torch.set_grad_enabled(wanted and r >= loop.R - n):
+            with _with_graph(wanted and r >= loop.R - n):
                 x = self._enter_recurrence(r, x, run)
                 x = self._run_layers(x, run, first, first + loop.k, enter_first=False)
                 x = self._leave_recurrence(r, x, run)
@@ -191,7 +193,8 @@ class LoopMixin(InterveningMixin):
         x = hooks.hook_state_out(x)
         if self.cfg.exit_gate:
             read = x if self.cfg.n_devices == 1 else beside(x, self.exit_gate.weight)
-            run.gate = self._home(hooks.hook_exit_gate(self.exit_gate(read)))
+            with torch.set_grad_enabled(torch.is_grad_enabled() or run.trains_gate):
+                run.gate = self._home(hooks.hook_exit_gate(self.exit_gate(read)))
         return x
 
     @property
@@ -228,3 +231,19 @@ class LoopMixin(InterveningMixin):
                 for i, weights in enumerate(layers)
             ]
         return stages[stage]
+
+
+@contextmanager
+def _with_graph(keep: bool) -> Iterator[None]:
+    """Whether what runs keeps a graph; without one, autocast keeps no copy of a weight either.
+
+    PyTorch before 2.11 would give the copy that was cast without a graph to the recurrences that
+    keep theirs, and the weight would get no gradient at all.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    with torch.set_grad_enabled(keep):
+        torch.set_autocast_cache_enabled(cached and keep)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached)

@@ -25,6 +25,7 @@ class LoopRun:
         repeats: How many times more a recurrence is run; none where it is missing.
         injection_factors: Factor on ``e`` where a recurrence injects it; one where it is missing.
         enters_loop: Whether the run passes the start of the loop.
+        trains_gate: Whether the gate keeps a graph where its state has none (truncation).
     """
 
     context: RunContext
@@ -35,3 +36,4 @@ class LoopRun:
     repeats: dict[int, int] = field(default_factory=dict)
     injection_factors: dict[int, float] = field(default_factory=dict)
     enters_loop: bool = True
+    trains_gate: bool = False
