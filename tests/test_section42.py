@@ -28,6 +28,8 @@ from tl_looped.experiments.random_cells import (
 )
 from tl_looped.experiments.random_grid import read_grid, run_grid
 from tl_looped.experiments.random_tables import grid_tables, is_zero, read_tables, shipped
+from tl_looped.experiments.sealing import opened
+from tl_looped.experiments.store import write_part
 from tl_looped.metrics import convergence_of_result, stream_metrics
 from tl_looped.metrics.of_result import CONVERGENCE
 from tl_looped.transformer import LoopedTransformer
@@ -227,6 +229,8 @@ def test_a_damaged_cell_is_said_and_run_again(tmp_path: Path) -> None:
     assert len(said) == 1
     assert FEW[0].name in said[0]
     assert again[FEW[0]].identical(first[FEW[0]])
+    (kept,) = (tmp_path / "set-aside").iterdir()
+    assert kept.stat().st_size == 100
 
 
 def test_a_folder_holds_one_size(grid: tuple[Path, dict[Cell, xr.Dataset]]) -> None:
@@ -376,3 +380,25 @@ def test_a_copied_cell_is_not_taken_for_another(tmp_path: Path) -> None:
     found = run_grid(FEW[:2], SMALL, tmp_path, 1, say=said.append)
     assert FEW[0].name in said[0]
     assert found[FEW[1]].identical(run_cell(FEW[1], SMALL))
+
+
+def test_a_cell_of_another_size_is_not_taken(
+    tmp_path: Path, grid: tuple[Path, dict[Cell, xr.Dataset]]
+) -> None:
+    other = run_cell(FEW[0], replace(SMALL, n_tokens=SMALL.n_tokens + 1))
+    run_grid(FEW[:1], SMALL, tmp_path, 1)
+    path = tmp_path / "cells" / f"{FEW[0].name}.npz"
+    content = path.read_bytes()
+    write_part(other, path)
+    said: list[str] = []
+    found = run_grid(FEW[:1], SMALL, tmp_path, 1, say=said.append)
+    assert "is of another size" in said[0]
+    assert found[FEW[0]].identical(grid[1][FEW[0]])
+    # As an earlier version wrote it: taken, and said.
+    path.write_bytes(opened(content)[0])
+    assert run_grid(FEW[:1], SMALL, tmp_path, 1, say=said.append).keys() == {FEW[0]}
+    assert "1 cells in" in said[1]
+    assert "no checksum" in said[1]
+    path.with_name("x.npz").write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=f"x.npz holds {FEW[0].name}"):
+        read_grid(tmp_path)

@@ -1,13 +1,10 @@
 """The batches of one run: planned once, run one by one, each saved as a part.
 
-``PARTS/plan.json`` holds the batch size, ``limit-RANK-of-WORLD.json`` every reduction for want of
-memory, the other files are the parts; see ``tl_looped.experiments.run`` for why.
+What the folder of parts holds is looked after by ``tl_looped.experiments.parts``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +13,12 @@ import torch
 import xarray as xr
 
 from tl_looped.errors import DataError, InputError
-from tl_looped.experiments import store
 from tl_looped.experiments.engines import MOST_SPECTRA, PAIRWISE, Engine, tokenize
 from tl_looped.experiments.labelling import beside
 from tl_looped.experiments.parallel import Workers
+from tl_looped.experiments.parts import Parts
 from tl_looped.experiments.prompts import Prompts
 from tl_looped.experiments.spec import Experiment
-from tl_looped.files import write_bytes
 from tl_looped.metrics import StreamOptions
 from tl_looped.metrics.streaming import batches_of
 from tl_looped.transformer.cache_size import free_bytes
@@ -57,11 +53,12 @@ class Job:
         folder: Path,
         workers: Workers,
         watch: Watch,
+        digest: str,
     ) -> None:
         self.spec, self.engine = spec, engine
         self.workers, self.watch = workers, watch
-        self.folder = folder / store.PARTS
         self.rows, self.numbers, self.n_cut = tokenize(engine, prompts, spec.prompts.too_long)
+        self.parts = Parts(folder, digest, len(self.rows))
         self._check_patterns()
         n_ctx = engine.model.cfg.n_ctx
         if n_left_out := len(prompts.texts) - len(self.rows):
@@ -92,11 +89,16 @@ class Job:
     # -- what is to be done -------------------------------------------------------------------
 
     def plan(self, batch_size: int | str) -> None:
-        """Write down the batch size, unless an earlier call did."""
-        path = self.folder / "plan.json"
-        if self.workers.first and (batch_size != "auto" or not path.exists()):
-            size = batch_size if batch_size != "auto" else self._suggested_size()
-            write_bytes(json.dumps({"batch_size": size}).encode(), path)
+        """Write down the batch size, unless an earlier call did; first, what is there is checked.
+
+        What is damaged, or of another run, is set aside and said.
+        """
+        if self.workers.first:
+            self.parts.check(self.watch.say)
+            if batch_size != "auto":
+                self.parts.write_plan(int(batch_size))
+            elif self.parts.planned is None:
+                self.parts.write_plan(self._suggested_size())
         self.halves = batch_size == "auto"
 
     def _suggested_size(self) -> int:
@@ -117,11 +119,11 @@ class Job:
 
     def _batches(self) -> list[list[int]]:
         """The batches of this process, less the prompts that are done."""
-        size = json.loads((self.folder / "plan.json").read_text())["batch_size"]
+        size = self.parts.plan()
         batching = self.spec.batching if self.spec.kind == "looped" else "length"
         options = StreamOptions(batch_size=size, batching=batching)
         planned = self.workers.mine(batches_of([len(row) for row in self.rows], options))
-        done = {n for path in self._part_files() for n in self._prompts_of(path)}
+        done = self.parts.prompts()
         left = [[n for n in batch if n not in done] for batch in planned]
         n_planned, n_left = (sum(map(len, batches)) for batches in (planned, left))
         self.watch.start(n_planned, n_planned - n_left)
@@ -131,8 +133,8 @@ class Job:
 
     def run(self) -> None:
         """Run what is left, and save each batch."""
-        note = self.folder / f"limit-{self.workers.rank}-of-{self.workers.world}.json"
-        limit = json.loads(note.read_text()) if self.halves and note.exists() else None
+        name = f"{self.workers.rank}-of-{self.workers.world}"
+        limit = self.parts.limit(name) if self.halves else None
         queue = self._batches()[::-1]
         while queue:
             batch = queue.pop()
@@ -143,10 +145,10 @@ class Job:
             data = self._run_or_none(batch)
             if data is None:
                 limit = self._smaller(batch)
-                write_bytes(json.dumps(limit).encode(), note)
+                self.parts.write_limit(name, limit)
                 queue.append(batch)
                 continue
-            self._save(data, batch)
+            self.parts.save(data, batch)
             self.watch.advance(len(batch))
 
     def _run_or_none(self, batch: list[int]) -> xr.Dataset | None:
@@ -196,29 +198,6 @@ class Job:
         limit = len(batch) // 2
         self.watch.say(f"out of memory with {len(batch)} prompts at a time: going on with {limit}")
         return limit
-
-    # -- parts --------------------------------------------------------------------------------
-
-    def _save(self, data: xr.Dataset, batch: list[int]) -> None:
-        name = hashlib.sha256(str(batch).encode()).hexdigest()[:12]
-        store.write_part(data, self.folder / f"{batch[0]:06d}-{name}{store.PART_SUFFIX}")
-
-    def _part_files(self) -> list[Path]:
-        # By the first prompt of each, so that sums over parts have one order.
-        return sorted(self.folder.glob("*" + store.PART_SUFFIX))
-
-    def _prompts_of(self, path: Path) -> list[int]:
-        """The prompts that a part holds; none, and the part is gone, if it cannot be read."""
-        try:
-            return [int(n) for n in store.read_part(path)["prompt"].values]
-        except DataError as error:
-            self.watch.say(f"{error}; its prompts are run again")
-            path.unlink(missing_ok=True)
-            return []
-
-    def parts(self) -> list[xr.Dataset]:
-        """All parts."""
-        return [store.read_part(path) for path in self._part_files()]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

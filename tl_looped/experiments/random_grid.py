@@ -1,7 +1,8 @@
 """Section 4.2: the whole grid of random models, on several processes, kept cell by cell.
 
 ``OUT/cells/NAME.npz`` is one cell. What is there and undamaged is not run again, so a stopped grid
-goes on. Every process computes on one thread: the numbers do not depend on how many there are.
+goes on; what is damaged, or of another cell or size, goes to ``OUT/set-aside``. Every process
+computes on one thread: the numbers do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -22,8 +23,22 @@ import xarray as xr
 
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.locking import lock_folder
-from tl_looped.experiments.random_cells import METRICS, Cell, CellSize, cell_of, run_condition
-from tl_looped.experiments.store import PART_SUFFIX, read_part, write_part
+from tl_looped.experiments.random_cells import (
+    METRICS,
+    Cell,
+    CellSize,
+    cell_of,
+    run_condition,
+    size_of,
+)
+from tl_looped.experiments.store import (
+    ASIDE,
+    PART_SUFFIX,
+    has_checksum,
+    read_part,
+    set_aside,
+    write_part,
+)
 from tl_looped.files import make_folder, write_text
 
 CELLS = "cells"
@@ -65,7 +80,7 @@ def run_grid(
     lock = lock_folder(folder)
     try:
         _claim(size, out)
-        found = _found(wanted, folder, say)
+        found = _found(wanted, size, folder, say)
         advance(len(found))
         todo: dict[Cell, list[Cell]] = {}
         for cell in wanted:
@@ -83,13 +98,28 @@ def read_grid(out: Path) -> dict[Cell, xr.Dataset]:
     """The cells that a folder holds.
 
     Raises:
-        DataError: if there is none, or one is damaged.
+        DataError: if there is none, or one is damaged or of another size than the rest.
     """
     files = sorted((out / CELLS).glob(f"*{PART_SUFFIX}"))
     if not files:
         raise DataError(f"{out} holds no cells: tl-looped reproduce --section 4.2 --out {out}")
-    found = [read_part(path) for path in files]
-    return dict(sorted((cell_of(one), one) for one in found))
+    found = [_read_cell(path) for path in files]
+    sizes = {size for _, size, _ in found}
+    if len(sizes) > 1:
+        raise DataError(f"{out} holds cells of {len(sizes)} sizes: run the grid again")
+    return dict(sorted((cell, data) for cell, _, data in found))
+
+
+def _read_cell(path: Path) -> tuple[Cell, CellSize, xr.Dataset]:
+    data = read_part(path)
+    try:
+        cell = cell_of(data)
+        size = size_of({cell: data})
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path} does not say which cell it is of ({error!r})") from error
+    if path != _file(cell, path.parent):
+        raise DataError(f"{path} holds {cell.name}")
+    return cell, size, data
 
 
 def _file(cell: Cell, folder: Path) -> Path:
@@ -117,22 +147,28 @@ def _claim(size: CellSize, out: Path) -> None:
 
 
 def _found(
-    wanted: Sequence[Cell], folder: Path, say: Callable[[str], None]
+    wanted: Sequence[Cell], size: CellSize, folder: Path, say: Callable[[str], None]
 ) -> dict[Cell, xr.Dataset]:
-    found = {}
+    found, unchecked = {}, 0
     for cell in wanted:
         path = _file(cell, folder)
-        if not path.is_file():
+        if not path.exists():
             continue
         try:
-            data = read_part(path)
+            _, of, data = _read_cell(path)
+            if of != size:
+                raise DataError(f"{path} is of another size, {of}")
         except DataError as error:
-            say(f"{error}: the cell is run again")
+            kept = set_aside(path, folder.parent / ASIDE)
+            say(f"{error}: the cell is run again; the file is kept as {ASIDE}/{kept.name}")
             continue
-        if cell_of(data) == cell:
-            found[cell] = data
-        else:
-            say(f"{path} holds {cell_of(data).name}: the cell is run again")
+        found[cell] = data
+        unchecked += not has_checksum(data)
+    if unchecked:
+        say(
+            f"{unchecked} cells in {folder} have no checksum: an earlier version wrote them, and "
+            "whether they have changed since cannot be told. Remove them to run them again"
+        )
     return found
 
 

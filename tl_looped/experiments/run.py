@@ -2,7 +2,11 @@
 
 ``OUT/RUN/parts/`` gets one file for each batch of prompts, written beside its place and renamed.
 A call first looks at what is there: a run with results is not run again; one with parts goes on
-with the prompts that no part has. At the end the parts become ``results.nc`` and are deleted.
+with the prompts that no part has. At the end the parts become tables and ``results.nc``, in this
+order, and are deleted.
+
+Whatever is read back is checked against the run's hash and its own checksum. What does not hold is
+said and set aside, and the run goes on with the rest.
 
 Which prompts share a batch may change the last bits of a number, so it is decided once: the plan
 (batch size) is written down before the first batch, and so is every reduction for want of memory.
@@ -20,7 +24,7 @@ from typing import Any
 
 import xarray as xr
 
-from tl_looped.errors import InputError
+from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import store
 from tl_looped.experiments.engines import load_engine
 from tl_looped.experiments.identity import run_hash
@@ -32,7 +36,7 @@ from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import specification
 from tl_looped.experiments.sources import Source, find_model
 from tl_looped.experiments.spec import Experiment
-from tl_looped.experiments.tables import write_tables
+from tl_looped.experiments.tables import TABLES, table_files, write_tables
 from tl_looped.files import write_bytes
 from tl_looped.transformer import LoopedTransformer
 
@@ -46,14 +50,23 @@ class Run:
     Args:
         folder: Where its files are.
         is_new: Whether anything was computed for it in this call.
+        digest: Its hash, which its results carry.
     """
 
     folder: Path
     is_new: bool
+    digest: str
 
     def load(self) -> xr.Dataset:
-        """Its results."""
-        return store.read_dataset(self.folder / store.RESULTS)
+        """Its results.
+
+        Raises:
+            DataError: if they are not there any more, damaged, or of another run.
+        """
+        data, problem = store.read_if_usable(self.folder / store.RESULTS, self.digest)
+        if data is None:
+            raise DataError(problem or f"there is no {self.folder / store.RESULTS} any more")
+        return data
 
 
 def resolve(spec: Experiment, model: LoopedTransformer | None = None) -> tuple[Experiment, Source]:
@@ -114,10 +127,10 @@ def run_experiment(
     digest = run_hash(spec, prompts, source.identity)
     folder = out / run_folder(spec, digest)
     results = folder / store.RESULTS
-    data, problem = store.read_if_usable(results)
+    data, problem = store.read_if_usable(results, digest)
     workers.wait()  # before the first process touches anything
     if data is not None:
-        return _found(spec, folder, workers, data)
+        return _found(spec, folder, workers, data, watch)
     lock = lock_folder(folder / store.PARTS) if workers.first else None
     if workers.first:
         if problem:
@@ -125,7 +138,7 @@ def run_experiment(
             watch.say(f"{problem}. It is kept as {kept.name}; the run starts anew")
         write_bytes(spec.to_toml().encode(), folder / store.SPEC)
     engine = load_engine(spec, source, workers.device, model)
-    job = Job(spec, engine, prompts, folder, workers, watch)
+    job = Job(spec, engine, prompts, folder, workers, watch, digest)
     job.plan(batch_size)
     workers.wait()
     job.run()
@@ -134,21 +147,29 @@ def run_experiment(
         identity: dict[str, Any] = {"hash": digest, "model_identity": source.identity}
         if spec.kind == "looped" and source.folder is not None:
             identity["trained_recurrences"] = source.recurrences
-        data = joined(spec, engine, prompts, job.parts(), job.rows, job.numbers, job.n_cut)
+        parts = job.parts.read()
+        data = joined(spec, engine, prompts, parts, job.rows, job.numbers, job.n_cut)
         data = data.assign_attrs(identity)
+        # The results come last: a call that finds them need not ask whether the tables are whole.
+        write_tables(data, folder / TABLES)
         store.write_dataset(data, results)
-        write_tables(data, folder / "tables")
     _clean(folder, workers)
     if lock is not None:
         lock.release()
     workers.wait()
-    return Run(folder, is_new=True)
+    return Run(folder, is_new=True, digest=digest)
 
 
-def _found(spec: Experiment, folder: Path, workers: Workers, data: xr.Dataset) -> Run:
+def _found(spec: Experiment, folder: Path, workers: Workers, data: xr.Dataset, watch: Watch) -> Run:
     """A run whose results are there; the model that reports compare it with is as asked for."""
     _clean(folder, workers)
     if workers.first:
+        if not store.has_checksum(data):
+            watch.say(
+                f"{folder / store.RESULTS} has no checksum: an earlier version or another program "
+                "wrote it, and whether it has changed since cannot be told. Remove it to run the "
+                "experiment again"
+            )
         stored = specification(data)
         if stored and stored.get("feedforward") != spec.feedforward:
             stored.pop("feedforward", None)
@@ -157,8 +178,10 @@ def _found(spec: Experiment, folder: Path, workers: Workers, data: xr.Dataset) -
             text = json.dumps(stored, sort_keys=True, ensure_ascii=False)
             store.write_dataset(data.assign_attrs(spec=text), folder / store.RESULTS)
             write_bytes(Experiment.from_dict(stored).to_toml().encode(), folder / store.SPEC)
+        if not all(path.is_file() for path in table_files(data, folder / TABLES)):
+            write_tables(data, folder / TABLES)
     workers.wait()
-    return Run(folder, is_new=False)
+    return Run(folder, is_new=False, digest=str(data.attrs["hash"]))
 
 
 def _clean(folder: Path, workers: Workers) -> None:

@@ -2,8 +2,9 @@
 
 A dataset is turned into netCDF in memory and then written like any file: beside its place, flushed
 to the disk, renamed. HDF5 itself cannot be trusted with a full disk (it may crash the process on
-closing the file). A file that cannot be used, because it is damaged or of another format, is an
-error for those who read it and is set aside by those who write.
+closing the file). Every file carries a checksum, see ``tl_looped.experiments.sealing``. A file that
+cannot be used, because it is damaged, of another format or of another run, is an error for those
+who read it and is set aside by those who write.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 import xarray as xr
 
 from tl_looped.errors import DataError
-from tl_looped.files import write_bytes
+from tl_looped.experiments.sealing import opened, sealed
+from tl_looped.files import make_folder, write_bytes
 
 FORMAT = 1
 """Version of the result files; another one means that their variables mean something else."""
@@ -28,10 +30,14 @@ RESULTS = "results.nc"
 SPEC = "spec.toml"
 PARTS = "parts"
 PART_SUFFIX = ".npz"
+ASIDE = "set-aside"
+"""Folder of a run for parts and records that could not be used."""
 
 
 def write_dataset(data: xr.Dataset, path: Path) -> Path:
     """Write a dataset as compressed netCDF, with the format's version in its attributes.
+
+    The file gets a checksum, unless the dataset was read from one that had none.
 
     Raises:
         DataError: as :func:`write_bytes`.
@@ -39,7 +45,12 @@ def write_dataset(data: xr.Dataset, path: Path) -> Path:
     numbers = {name: {"zlib": True} for name, v in data.items() if _is_array_of_numbers(v)}
     data = data.assign_attrs({key: _plain(value) for key, value in data.attrs.items()})
     content: Any = data.assign_attrs(format=FORMAT).to_netcdf(engine="h5netcdf", encoding=numbers)
-    return write_bytes(content, path)
+    return write_bytes(sealed(content) if has_checksum(data) else content, path)
+
+
+def has_checksum(data: xr.Dataset) -> bool:
+    """Whether a dataset is as it was written: False if its file had no checksum to tell it by."""
+    return bool(data.encoding.get("checksum", True))
 
 
 def _plain(value: Any) -> Any:
@@ -54,22 +65,27 @@ def _is_array_of_numbers(values: xr.DataArray) -> bool:
 
 
 def read_dataset(path: Path) -> xr.Dataset:
-    """Read what :func:`write_dataset` wrote, into memory.
+    """Read what :func:`write_dataset` wrote, into memory; see also :func:`has_checksum`.
 
     Raises:
         DataError: if there is no file, if it is damaged, or of another format.
     """
     if not path.is_file():
         raise DataError(f"there is no {path}: run the experiment first (tl-looped analyze)")
+    checked = False
     try:
-        data = xr.load_dataset(path, engine="h5netcdf")
+        content, checked = opened(path.read_bytes())
+        data = xr.load_dataset(io.BytesIO(content), engine="h5netcdf")
     except Exception as error:  # h5py and h5netcdf raise a dozen kinds for a damaged file
+        if checked and isinstance(error, MemoryError):
+            raise
         raise DataError(
             f"{path} cannot be read as netCDF ({type(error).__name__}: {error}). Is it damaged or "
             "cut off? Run the experiment again"
         ) from error
+    data.encoding["checksum"] = checked
     found = data.attrs.get("format")
-    if found is None or not np.issubdtype(np.asarray(found).dtype, np.integer):
+    if np.ndim(found) or not np.issubdtype(np.asarray(found).dtype, np.integer):
         raise DataError(f"{path} has no integer attribute 'format': not written by an experiment")
     if int(found) != FORMAT:
         raise DataError(
@@ -80,16 +96,26 @@ def read_dataset(path: Path) -> xr.Dataset:
     return data
 
 
-def write_part(data: xr.Dataset, path: Path) -> Path:
+def write_part(data: xr.Dataset, path: Path, record: Mapping[str, Any] | None = None) -> Path:
     """Write a batch's results as ``.npz``: the arrays, and a description as JSON.
 
     A netCDF file of a few numbers takes as long as many prompts of a small model.
+
+    Args:
+        data: The results.
+        path: Where to.
+        record: What else the description holds, plain values: which run the part is of.
 
     Raises:
         DataError: as :func:`write_bytes`.
     """
     attributes = {key: _plain(value) for key, value in data.attrs.items()}
-    about: dict[str, Any] = {"format": FORMAT, "attrs": attributes, "variables": {}}
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "attrs": attributes,
+        "variables": {},
+        "record": dict(record or {}),
+    }
     arrays: dict[str, Any] = {}
     for n, (name, values) in enumerate(data.variables.items()):
         arrays[f"v{n}"] = values.values
@@ -97,47 +123,84 @@ def write_part(data: xr.Dataset, path: Path) -> Path:
         about["variables"][f"v{n}"] = [str(name), list(values.dims), values.attrs, is_coordinate]
     content = io.BytesIO()
     np.savez(content, about=np.array(json.dumps(about)), **arrays)
-    return write_bytes(content.getbuffer(), path)
+    return write_bytes(sealed(content.getbuffer()), path)
 
 
 def read_part(path: Path) -> xr.Dataset:
-    """Read what :func:`write_part` wrote; no pickle is opened.
+    """Read what :func:`write_part` wrote; no pickle is opened. See also :func:`has_checksum`.
 
     Raises:
         DataError: if it is damaged or of another format.
     """
+    return read_part_and_record(path)[0]
+
+
+def read_part_and_record(path: Path) -> tuple[xr.Dataset, dict[str, Any]]:
+    """A part, and the record that it was written with; empty if there was none.
+
+    Raises:
+        DataError: as :func:`read_part`.
+    """
+    checked = False
     try:
+        content, checked = opened(path.read_bytes())
         # From memory: numpy leaves the file open where it is damaged.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             if about["format"] != FORMAT:
-                raise DataError(f"{path} has format {about['format']}, not {FORMAT}")
+                raise ValueError(f"its format is {about['format']!r}, not {FORMAT}")
             found: dict[bool, dict[str, Any]] = {True: {}, False: {}}
             for key, (name, dims, attributes, is_coordinate) in about["variables"].items():
                 found[is_coordinate][name] = (dims, file[key], attributes)
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
+        data = xr.Dataset(found[False], found[True], about["attrs"])
+        record = dict(about.get("record", {}))
+    except Exception as error:  # zipfile, zlib, numpy and xarray raise a dozen kinds
+        if checked and isinstance(error, MemoryError):
             raise
-        raise DataError(f"{path} is damaged ({error})") from error
-    return xr.Dataset(found[False], found[True], about["attrs"])
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    data.encoding["checksum"] = checked
+    return data, record
 
 
-def read_if_usable(path: Path) -> tuple[xr.Dataset | None, str]:
-    """A result if it is there and can be read, and why not if it is there and cannot."""
+def read_if_usable(path: Path, digest: str) -> tuple[xr.Dataset | None, str]:
+    """The results of a run if they are there, can be read and are its own; and why not.
+
+    Args:
+        path: The file.
+        digest: The run's hash.
+    """
     if not path.exists():
         return None, ""
     try:
-        return read_dataset(path), ""
+        data = read_dataset(path)
     except DataError as error:
         return None, str(error)
+    if (found := str(data.attrs.get("hash"))) != digest:
+        return None, (
+            f"{path} holds the results of another run (its hash is {found[:16]}, this run's "
+            f"{digest[:16]})"
+        )
+    return data, ""
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a file that cannot be used to ``NAME.old-N.SUFFIX``; nothing is lost."""
+def set_aside(path: Path, folder: Path | None = None) -> Path:
+    """Rename a file that cannot be used to ``NAME.old-N.SUFFIX``; nothing is lost.
+
+    Args:
+        path: The file.
+        folder: Where it goes; it stays where it is if None.
+
+    Raises:
+        DataError: if it cannot be renamed.
+    """
+    folder = path.parent if folder is None else make_folder(folder)
     n = 1
-    while (kept := path.with_name(f"{path.stem}.old-{n}{path.suffix}")).exists():
+    while (kept := folder / f"{path.stem}.old-{n}{path.suffix}").exists():
         n += 1
-    os.replace(path, kept)
+    try:
+        os.replace(path, kept)
+    except OSError as error:
+        raise DataError(f"{path} cannot be used, and not be set aside either: {error}") from error
     return kept
 
 

@@ -17,6 +17,9 @@ import xarray as xr
 
 from tl_looped.files import make_folder, write_bytes
 
+TABLES = "tables"
+"""Folder of a run for its tables."""
+
 _LAYER_COLUMNS = ("label", "stage", "in_recurrence", "layer_in_stage")
 
 
@@ -27,13 +30,24 @@ def layer_table(data: xr.Dataset) -> pd.DataFrame:
     the loop), ``layer_in_stage``, ``mean``, ``sd``, ``p10``, ``p90``, ``prompts``.
     """
     tables = []
-    for name, values in data.data_vars.items():
-        if not {"effective_layer", "prompt"} <= set(values.dims) or "token" in values.dims:
-            continue
+    for name in _layer_metrics(data):
+        values = data[name]
         values = values.mean("head") if "head" in values.dims else values
-        tables.append(_over_prompts(str(name), values, data))
+        tables.append(_over_prompts(name, values, data))
     columns = ["metric", "effective_layer", *_LAYER_COLUMNS, "mean", "sd", "p10", "p90", "prompts"]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _layer_metrics(data: xr.Dataset) -> list[str]:
+    """What has a number for every layer and prompt, and none for every token."""
+    wanted = {"effective_layer", "prompt"}
+    found = {str(name): set(values.dims) for name, values in data.data_vars.items()}
+    return [name for name, dims in found.items() if wanted <= dims and "token" not in dims]
+
+
+def _flat(data: xr.Dataset, dim: str) -> list[str]:
+    """What has this dimension and no other."""
+    return [str(name) for name, values in data.variables.items() if values.dims == (dim,)]
 
 
 def _over_prompts(name: str, values: xr.DataArray, data: xr.Dataset) -> pd.DataFrame:
@@ -53,14 +67,12 @@ def _over_prompts(name: str, values: xr.DataArray, data: xr.Dataset) -> pd.DataF
 
 def prompt_table(data: xr.Dataset) -> pd.DataFrame:
     """One row a prompt: whatever has no other dimension."""
-    flat = [n for n, v in data.variables.items() if v.dims == ("prompt",)]
-    return pd.DataFrame({str(name): data[name].values for name in sorted(map(str, flat))})
+    return pd.DataFrame({name: data[name].values for name in sorted(_flat(data, "prompt"))})
 
 
 def neuron_table(data: xr.Dataset) -> pd.DataFrame:
     """One row a unique layer; empty if neurons were not asked for."""
-    flat = [str(n) for n, v in data.variables.items() if v.dims == ("unique_layer",)]
-    return pd.DataFrame({name: data[name].values for name in flat})
+    return pd.DataFrame({name: data[name].values for name in _flat(data, "unique_layer")})
 
 
 def write_table(table: pd.DataFrame, path: Path) -> list[Path]:
@@ -69,10 +81,12 @@ def write_table(table: pd.DataFrame, path: Path) -> list[Path]:
     text = table.to_csv(index=False, float_format="%.6g")
     binary = io.BytesIO()
     table.to_parquet(binary, index=False)
-    return [
-        write_bytes(text.encode(), path.with_name(path.name + ".csv")),
-        write_bytes(binary.getvalue(), path.with_name(path.name + ".parquet")),
-    ]
+    as_csv, as_parquet = _files_of(path)
+    return [write_bytes(text.encode(), as_csv), write_bytes(binary.getvalue(), as_parquet)]
+
+
+def _files_of(path: Path) -> list[Path]:
+    return [path.with_name(path.name + kind) for kind in (".csv", ".parquet")]
 
 
 def write_tables(data: xr.Dataset, folder: Path) -> list[Path]:
@@ -81,17 +95,23 @@ def write_tables(data: xr.Dataset, folder: Path) -> list[Path]:
     Raises:
         DataError: if they cannot be written.
     """
-    made = {
-        "layers": layer_table(data),
-        "prompts": prompt_table(data),
-        "neurons": neuron_table(data),
+    makers = {"layers": layer_table, "prompts": prompt_table, "neurons": neuron_table}
+    return [p for name in _names(data) for p in write_table(makers[name](data), folder / name)]
+
+
+def table_files(data: xr.Dataset, folder: Path) -> list[Path]:
+    """The files that :func:`write_tables` writes."""
+    return [path for name in _names(data) for path in _files_of(folder / name)]
+
+
+def _names(data: xr.Dataset) -> list[str]:
+    """The tables that have rows."""
+    rows = {
+        "layers": bool(_layer_metrics(data)) and data.sizes["effective_layer"] > 0,
+        "prompts": bool(_flat(data, "prompt")) and data.sizes["prompt"] > 0,
+        "neurons": bool(_flat(data, "unique_layer")) and data.sizes["unique_layer"] > 0,
     }
-    return [
-        path
-        for name, table in made.items()
-        if not table.empty
-        for path in write_table(table, folder / name)
-    ]
+    return [name for name, has_rows in rows.items() if has_rows]
 
 
 def read_table(path: Path, texts: Sequence[str] = ()) -> pd.DataFrame:
