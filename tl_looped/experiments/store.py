@@ -84,7 +84,7 @@ def read_dataset(path: Path) -> xr.Dataset:
             "cut off? Run the experiment again"
         ) from error
     data.encoding["checksum"] = checked
-    found = data.attrs.get("format")
+    found: Any = data.attrs.get("format")
     if np.ndim(found) or not np.issubdtype(np.asarray(found).dtype, np.integer):
         raise DataError(f"{path} has no integer attribute 'format': not written by an experiment")
     if int(found) != FORMAT:
