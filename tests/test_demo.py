@@ -60,6 +60,7 @@ def test_the_models_of_section_51_have_learned(name: str, shape: str, prompts: l
     assert model.cfg.injection.value == "none"
     expected = section51_config(SECTION51[name], len(model.tokenizer), seed=0).to_json()
     stored = model.cfg.to_json() | {"model_name": expected["model_name"]}
+    assert stored.pop("trained_recurrences") == model.loop.R
     assert {k: v for k, v in stored.items() if v != expected[k]} == {}
     card = (BUNDLED[name] / "README.md").read_text(encoding="utf-8")
     held_out = float(re.search(r"held-out loss ([\d.]+) nats", card)[1])
@@ -72,6 +73,7 @@ def test_the_bundled_model_is_the_one_described(demo: LoopedTransformer) -> None
     assert len(demo.tokenizer) <= 2048
     expected = demo_config(len(demo.tokenizer), seed=0).to_json()
     stored = demo.cfg.to_json()
+    assert stored.pop("trained_recurrences") == 4
     assert {k: v for k, v in stored.items() if v != expected[k]} == {}
 
 

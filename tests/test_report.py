@@ -224,8 +224,11 @@ def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
     short = result(trained_recurrences=R).assign(pairwise_residual_cosine=(dims, matrix))
     short = with_numbers(short, verdict=[5] * N)
     shortest = result((P, K, C, 2), trained_recurrences=R)
-    long_run = with_numbers(result((P, K, C, 9), trained_recurrences=R), verdict=[0] * N)
-    few = with_numbers(result((P, K, C, 50), n=2), verdict=[5, 5])
+    long_run = with_numbers(
+        result((P, K, C, 9), trained_recurrences=R), verdict=[5] * N, rate=[0.9] * N
+    )
+    few = result((P, K, C, 50), n=2, trained_recurrences=R)
+    few = with_numbers(few, verdict=[4, 0], rate=[1.0, 0.5], half_life=[np.inf, 1.0])
     for name, data in (
         ("r9", long_run),
         ("r4", short),
@@ -237,12 +240,13 @@ def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
     add_run(tmp_path / "other", result(model_identity="other weights"))
     rows = read_findings(tmp_path).rows()
     assert [(row.model, row.shape, len(row.runs)) for row in rows] == [
-        ("toy", f"({P}, {K} x {R}, {C})", 1), ("toy", f"({P}, {K} x R, {C})", 4),
+        ("toy", f"({P}, {K} x {R}, {C})", 1), ("toy", f"({P}, {K} x R, {C}), trained with {R}", 4),
         ("base", "6 layers, feedforward", 1),
     ]  # fmt: skip
     fixed, rate, _, cyclicity, mirroring = rows[1].cells
-    assert (fixed.main, fixed.source[1]) == ("fixed point: 5 of 5", "5 prompts, 9 recurrences")
-    assert rate.missing
+    # What a loop does in the end is what its longest run says, of however few prompts.
+    assert (fixed.main, fixed.source[1]) == ("fixed point: 1 of 2", "2 prompts, 50 recurrences")
+    assert (rate.main, rate.source[1]) == ("0.500", "2 prompts, 50 recurrences")
     assert cyclicity.source[1] == mirroring.source[1] == "5 prompts, 4 recurrences"
     page = Page(write_report(tmp_path))
     assert "4 runs, listed below" in page.text

@@ -329,7 +329,11 @@ def test_real_sizes_give_the_published_configuration(model: str) -> None:
         source = model_class(config)
     looped = retrofit(source, **layers, n_recurrences=4, device="meta")
     published = MODELS[model][0].config(real_config(model))
-    assert differing(looped.cfg, published) == {"model_name", "source_layers"}
+    assert differing(looped.cfg, published) == {
+        "model_name",
+        "source_layers",
+        "trained_recurrences",
+    }
     assert sum(p.numel() for p in looped.parameters()) == closed_form(model)
 
 

@@ -17,7 +17,7 @@ from tl_looped.experiments.compare import FEATURES, cluster_rows
 from tl_looped.experiments.mirrored import MirroringTable, Resampling
 from tl_looped.experiments.reading import Missing, is_feedforward
 from tl_looped.experiments.report_text import digits, model_name, value
-from tl_looped.experiments.summary import Median, Verdicts, by_model, summarise
+from tl_looped.experiments.summary import Median, Verdicts, by_model, most_telling, summarise
 from tl_looped.metrics import cyclicity_index
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.mirroring import mirroring_score
@@ -50,6 +50,30 @@ def test_medians_over_the_prompts_that_have_the_number() -> None:
     empty = only(with_numbers(result(), rate=[nan] * 5)).rate
     assert isinstance(empty, Missing)
     assert "undefined for every prompt" in empty.reason
+
+
+def test_no_rate_of_what_does_not_converge() -> None:
+    """Of a drift or of a run on its way a slope can be fitted, and is no rate of convergence."""
+    data = with_numbers(result(), verdict=[4, 0, 5, 2, 3], rate=[1.0, 0.25, 0.9, 0.75, 1.0])
+    data = with_numbers(data, half_life=[math.inf, 0.5, 6.6, 2.4, math.inf])
+    found = only(data)
+    assert found.rate == Median(0.5, 0.25, 0.75, 2, 5)
+    assert found.half_life == Median(1.45, 0.5, 2.4, 2, 5)
+    for verdict in set(Verdict) - {Verdict.CONVERGED, Verdict.DEGENERATE}:
+        data = with_numbers(result(), verdict=[verdict] * N, rate=[0.9] * N)
+        assert only(data).rate == Missing("not applicable: no prompt reaches a fixed point")
+
+
+def test_the_rate_in_a_row_is_of_the_run_of_its_verdict() -> None:
+    """Not of a shorter run that has one: it would stand beside another run's verdict."""
+    drift = with_numbers(result((P, K, C, 9), n=2), verdict=[4, 4], rate=[1.0, 1.0])
+    short = with_numbers(result(), verdict=[0] * N, rate=[0.5] * N)
+    runs = summarise({"short": short, "long": drift}, FEW)
+    for name in ("verdicts", "rate", "half_life"):
+        assert most_telling(runs, name).run == "long"
+    assert most_telling(runs, "cyclicity").run == "short"  # the most prompts
+    unjudged = summarise({"a": with_numbers(result(), rate=[0.5] * N), "b": result((P, K, C, 9))})
+    assert most_telling(unjudged, "rate").run == "a"
 
 
 def test_what_is_not_there_is_missing_with_its_reason() -> None:

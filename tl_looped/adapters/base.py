@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tl_looped.errors import ConfigError
-from tl_looped.model.config import LoopedConfig
+from tl_looped.model.config import TRAINED, LoopedConfig
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,19 @@ def require_equal(config: Mapping[str, Any], **expected: Any) -> None:
                 f"config.json has {key}={config[key]!r}; only {value!r} is supported, and anything "
                 "else would silently change the result"
             )
+
+
+def trained_recurrences_of(config: Mapping[str, Any], n_recurrences: Any) -> Any:
+    """How many recurrences a checkpoint was trained with; None if not as a loop.
+
+    Checkpoints that do not say it were trained with the number that they run, but for a model made
+    of a feedforward one: that says where its layers come from (``source_layers``), and its number
+    is one to begin with.
+
+    Args:
+        config: The checkpoint's ``config.json``.
+        n_recurrences: What it runs.
+    """
+    if TRAINED in config:
+        return config[TRAINED]
+    return None if config.get("source_layers") else n_recurrences or None

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from tl_looped.adapters.base import Adapter, Source
+from tl_looped.adapters.base import Adapter, Source, trained_recurrences_of
 from tl_looped.adapters.registry import register_adapter
 from tl_looped.errors import ConfigError
-from tl_looped.model.config import LoopedConfig
+from tl_looped.model.config import TRAINED, LoopedConfig
 from tl_looped.model.parameters import parameter_names
 
 MODEL_TYPE = "tl_looped"
@@ -48,6 +48,7 @@ class NativeAdapter(Adapter):
             )
         fields = {key: value for key, value in config.items() if key not in _OWN_KEYS}
         fields.pop("n_layers", None)  # derived
+        fields[TRAINED] = trained_recurrences_of(config, config.get("n_recurrences"))
         return LoopedConfig.from_json(fields | {"dtype": torch.float32, "device": "meta"})
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:

@@ -67,6 +67,7 @@ class OuroAdapter(Adapter):
             n_ctx=n_ctx,
             n_core=layers,
             n_recurrences=steps,
+            trained_recurrences=steps,
             norm_layout=NormLayout.SANDWICH,
             loop_norm=True,
             exit_gate=True,

@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tl_looped.adapters.base import Source, require, require_equal
+from tl_looped.adapters.base import (
+    Source,
+    require,
+    require_equal,
+    trained_recurrences_of,
+)
 from tl_looped.errors import ConfigError
-from tl_looped.model.config import InitialState, Injection, LoopedConfig
+from tl_looped.model.config import TRAINED, InitialState, Injection, LoopedConfig
 
 _STAGES = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
 _STATE_MODES = {
@@ -71,6 +76,7 @@ def raven_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
         "n_core": k,
         "n_coda": c,
         "n_recurrences": recurrences,
+        "trained_recurrences": trained_recurrences_of(config, recurrences),
         "eps": eps,
         "injection": Injection.LINEAR,
         "initial_state": _STATE_MODES[mode],
@@ -163,6 +169,9 @@ def raven_raw_config(cfg: LoopedConfig, module: str) -> dict[str, Any]:
         out["rope_scaling"] = cfg.rope_scaling
     if cfg.source_layers is not None:
         out["source_layers"] = cfg.source_layers  # not of the reference, which keeps unknown keys
+    if cfg.source_layers is not None or cfg.trained_recurrences != cfg.n_recurrences:
+        # In the reference's own key the number that runs and the number of the training are one.
+        out[TRAINED] = cfg.trained_recurrences
     return dict(sorted(out.items()))
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from tl_looped.cli.console import command_line, console, note
 from tl_looped.errors import InputError
+from tl_looped.words import count, training
 
 _DTYPES = {"float32": 4, "bfloat16": 2}
 
@@ -98,7 +99,8 @@ def info(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     tokens: Annotated[int, typer.Option(help="Length of a prompt for the cache's size.")] = 128,
     recurrences: Annotated[
-        str, typer.Option(help="Numbers of recurrences for the cache's size; trained if empty.")
+        str,
+        typer.Option(help="Numbers of recurrences for the cache's size; the model's own if empty."),
     ] = "",
 ) -> None:
     """Shape and sizes of a model, and what a cache of a run would cost. Loads no weights."""
@@ -107,25 +109,26 @@ def info(
     from tl_looped.transformer.cache_size import PRESETS, readable
 
     found = LoopedTransformer.from_pretrained(model, device="meta", revision=revision)
-    cfg, n = found.cfg, sum(p.numel() for p in found.parameters())
+    cfg, n_parameters = found.cfg, sum(p.numel() for p in found.parameters())
     console.print(f"[bold]{cfg.model_name}[/bold] {found.loop}, {cfg.n_layers} effective layers")
     for line in (
+        training(cfg.trained_recurrences) + (" recurrences" * bool(cfg.trained_recurrences)),
         f"{cfg.architecture}: norms {cfg.norm_layout.value}, injection {cfg.injection.value}",
         f"{cfg.d_model} dimensions, {cfg.n_heads} heads of {cfg.d_head}, MLP {cfg.d_mlp}",
         f"vocabulary {cfg.d_vocab}, context {cfg.n_ctx}",
-        f"{n:,} parameters: "
-        + ", ".join(f"{readable(n * size)} in {name}" for name, size in _DTYPES.items()),
+        f"{n_parameters:,} parameters: "
+        + ", ".join(f"{readable(n_parameters * size)} in {name}" for name, size in _DTYPES.items()),
     ):
         console.print(line, highlight=False)
     counts = _counts(recurrences) if recurrences else [found.loop.R]
-    if min(count or 0 for count in counts) < 1:
+    if min(n or 0 for n in counts) < 1:
         raise InputError(f"recurrences must be at least 1, got {recurrences}")
     table = Table(title=f"Cache of one prompt of {tokens} tokens in float32")
     table.add_column("names_filter")
-    for count in counts:
-        table.add_column(f"{count} recurrences", justify="right")
+    for n_recurrences in counts:
+        table.add_column(count(n_recurrences or 0, "recurrence"), justify="right")
     for preset in PRESETS:
-        sizes = [found.estimate_cache_bytes(preset, 1, tokens, count) for count in counts]
+        sizes = [found.estimate_cache_bytes(preset, 1, tokens, n) for n in counts]
         table.add_row(preset, *(readable(size).split(" (")[0] for size in sizes))
     console.print(table)
 

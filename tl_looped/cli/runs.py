@@ -54,7 +54,7 @@ def analyze(
     model: Annotated[str, typer.Argument(help="demo, an alias, a hub id or a folder.")],
     prompts: Prompts = "bundled",
     recurrences: Annotated[
-        str | None, typer.Option(help="One or several, 8,128; the trained number if left out.")
+        str | None, typer.Option(help="One or several, 8,128; the model's own number if left out.")
     ] = None,
     figures: Annotated[str, typer.Option(help="Numbers of figures, 2,4,7; none if empty.")] = "4,7",
     out: Out = Path("runs"),

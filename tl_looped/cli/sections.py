@@ -18,6 +18,7 @@ from tl_looped.cli.console import (
     watched,
 )
 from tl_looped.errors import InputError
+from tl_looped.words import count
 
 if TYPE_CHECKING:
     from tl_looped.experiments.random_cells import Cell, CellSize
@@ -69,7 +70,9 @@ def reproduce_section51(
     data = write_data(tables_of(measured, missing), out / "data")
     draw_section51(measured, data, out / "figures", command_line(), note)
     page = write_section51(data, out)
-    console.print(f"{len(found)} models; the page is [bold]{page.resolve()}[/bold]", soft_wrap=True)
+    console.print(
+        f"{count(len(found), 'model')}; the page is [bold]{page.resolve()}[/bold]", soft_wrap=True
+    )
     return page
 
 
@@ -110,5 +113,7 @@ def reproduce_section42(
     tables.write(out / "tables")
     draw_section42(found, out / "figures", command_line(), note)
     page = write_section42(tables, out)
-    console.print(f"{len(found)} models; the page is [bold]{page.resolve()}[/bold]", soft_wrap=True)
+    console.print(
+        f"{count(len(found), 'model')}; the page is [bold]{page.resolve()}[/bold]", soft_wrap=True
+    )
     return page

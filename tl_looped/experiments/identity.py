@@ -24,6 +24,7 @@ from tl_looped.errors import CheckpointError
 from tl_looped.experiments.prompts import Prompts
 from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics.catalogue import select
+from tl_looped.model.config import TRAINED
 
 _BLOCK, _BLOCKS, _WHOLE = 4096, 8, 1 << 20
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -77,7 +78,8 @@ def _tensors(header: bytes, size: int) -> list[tuple[int, int]]:
 
 def module_identity(model: nn.Module, cfg: Any) -> str:
     """SHA-256 of a model in memory: configuration, tokenizer, 65,536 values of each weight."""
-    digest = hashlib.sha256(json.dumps(cfg.to_json(), sort_keys=True, default=str).encode())
+    values = {k: v for k, v in cfg.to_json().items() if k != TRAINED}  # decides no number
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     digest.update(_of_tokenizer(getattr(model, "tokenizer", None)))
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)

@@ -11,7 +11,7 @@ import xarray as xr
 
 from tl_looped.errors import DataError
 from tl_looped.experiments.store import read_dataset
-from tl_looped.metrics.labels import geometry_of
+from tl_looped.metrics.labels import geometry_of, trained_recurrences
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,12 @@ def read_results(path: Path) -> xr.Dataset:
 
 
 def is_feedforward(data: xr.Dataset) -> bool:
-    """Whether a result is of a core without prelude and coda that ran once, as it was trained."""
+    """Whether a result is of a core without prelude and coda that ran once, as it was trained.
+
+    So is that of a model that was not trained as a loop, or does not say.
+    """
     loop = geometry_of(data)
-    trained = int(data.attrs.get("trained_recurrences", 1))
-    return loop.p == loop.c == 0 and loop.R == trained == 1
+    return loop.p == loop.c == 0 and loop.R == (trained_recurrences(data) or 1) == 1
 
 
 def specification(data: xr.Dataset) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tl_looped.experiments.summary import (
     most_telling,
 )
 from tl_looped.metrics.convergence import Verdict
+from tl_looped.words import count, training
 
 NOT_COMPUTED = "not computed"
 _DIGITS = 3
@@ -119,11 +120,6 @@ def correlation(x: float) -> str:
     return f"{round(x, 2) + 0.0:.2f}".replace("-", "−")  # no minus before 0.00
 
 
-def count(n: int, what: str) -> str:
-    """``1 prompt``, ``2 prompts``."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
 def value(x: Any) -> str:
     """A setting as text: strings as they are, whole numbers whole, the rest as JSON."""
     if isinstance(x, np.generic | np.ndarray):
@@ -160,6 +156,8 @@ def row(runs: Sequence[RunSummary], anchors: Mapping[str, str]) -> Row:
     shapes = {f"{one.loop}" for one in runs}
     loop = first.loop
     shape = f"({loop.p}, {loop.k} x R, {loop.c})" if len(shapes) > 1 else shapes.pop()
+    if first.trained is not None:
+        shape += f", {training(first.trained)}"
     return Row(
         model=model_name(first),
         shape=f"{loop.n_layers} layers, feedforward" if first.feedforward else shape,
@@ -221,7 +219,11 @@ def _half_life(found: Median | Missing) -> Cell:
         return _missing(label, found)
     if math.isinf(found.value):
         return Cell(label, "∞", f"steps do not shrink; {_quartiles(found)}")
-    return Cell(label, f"{digits(found.value)} recurrences", _quartiles(found))
+    return Cell(
+        label,
+        f"{digits(found.value)} recurrence{'' if found.value == 1 else 's'}",
+        _quartiles(found),
+    )
 
 
 def _cyclicity(found: float | Missing) -> Cell:

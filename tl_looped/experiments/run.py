@@ -145,8 +145,6 @@ def run_experiment(
     workers.wait()
     if workers.first:
         identity: dict[str, Any] = {"hash": digest, "model_identity": source.identity}
-        if spec.kind == "looped" and source.folder is not None:
-            identity["trained_recurrences"] = source.recurrences
         parts = job.parts.read()
         data = joined(spec, engine, prompts, parts, job.rows, job.numbers, job.n_cut)
         data = data.assign_attrs(identity)

@@ -28,6 +28,7 @@ from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics.of_result import CONVERGENCE
 from tl_looped.training.section51 import CONFIGURATIONS, SEEDS
+from tl_looped.words import count
 
 CONTROL = "feedforward"
 FIGURES_OF = {54: "base4", 55: "base8", 57: "injection", 60: "no-prelude-coda"}
@@ -148,7 +149,7 @@ def measure(
     """
     results = {}
     for spec in experiments(trained, prompts, recurrences):
-        what = f"{trained.name}, {spec.recurrences} recurrences"
+        what = f"{trained.name}, {count(spec.recurrences or 0, 'recurrence')}"
         with watch(what) as told:
             run = run_experiment(
                 spec, out / trained.name, device=device, batch_size=batch_size, watch=told

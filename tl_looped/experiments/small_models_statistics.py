@@ -35,6 +35,7 @@ from tl_looped.metrics import bootstrap_ci
 from tl_looped.metrics.catalogue import STAGE
 from tl_looped.metrics.mirroring import PermutedScore, permutation_p, permuted_mirroring
 from tl_looped.plots.recipes import TITLES
+from tl_looped.words import count
 
 BASE = "base4"
 N_PERMUTATIONS = 1000
@@ -254,7 +255,7 @@ def joint_permutation_p(scores: Sequence[PermutedScore], mean: float) -> tuple[f
 
 def _says(what: str, row: Mapping[str, Any]) -> tuple[bool, str]:
     n, p, alpha = row["n_seeds"], row["p_permutation"], 1 - row["confidence"]
-    of = f"{n} seed{'s' * (n != 1)}"
+    of = count(n, "seed")
     if not n or math.isnan(p):
         return False, f"{what}: no score, or no other order of the block."
     r = f"mean r = {row['mean']:.2f} over {of}, permutation p = {p:.3g}"

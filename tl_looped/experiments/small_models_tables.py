@@ -28,6 +28,7 @@ from tl_looped.experiments.compare import mean_curve
 from tl_looped.experiments.joining import versions
 from tl_looped.experiments.small_models import CONTROL, Measured
 from tl_looped.metrics.convergence import Verdict
+from tl_looped.words import count
 
 PLACES = ("effective_layer", "label", "stage", "in_recurrence", "layer_in_stage")
 OF_MODEL = ("configuration", "seed")
@@ -86,7 +87,7 @@ class SmallModels:
         part = table[here & (table["recurrences"] == n)].dropna(axis="columns", how="all")
         if part.empty:
             raise InputError(
-                f"there is no run of {configuration!r}, seed {seed}, {n} recurrences; "
+                f"there is no run of {configuration!r}, seed {seed}, {count(n, 'recurrence')}; "
                 f"configurations are {self.configurations}, seeds {self.seeds(configuration)}"
             )
         keys = {*OF_MODEL, "recurrences", *PLACES}

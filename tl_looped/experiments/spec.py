@@ -144,7 +144,7 @@ class Experiment:
             TransformerBridge, for comparison.
         revision: Branch, tag or commit on the hub.
         prompts: See :class:`PromptSet`.
-        recurrences: Of the run; what the model was trained with if None.
+        recurrences: Of the run; the model's own number if None.
         reference_recurrences: Take the fixed points from a run of so many recurrences instead.
         metrics: Names and groups of ``tl_looped.metrics.catalogue``.
         extras: What else is computed: ``"pairwise"`` (attention distance and residual cosine

@@ -29,6 +29,7 @@ from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral import radius_against_rate, radius_over_training
 from tl_looped.plots.summaries import name_of, shape_of
 from tl_looped.training.trainer import SNAPSHOTS, read_log
+from tl_looped.words import count
 
 RECURRENCES = 64
 _STEP = re.compile(r"step-(\d+)")
@@ -157,10 +158,10 @@ def draw_results(folder: Path) -> tuple[DrawnFigure, list[str]]:
     }
     if not groups:
         raise DataError(
-            f"{folder}: none of {len(every)} runs has a rate and a spectral radius: tl-looped "
-            "analyze MODEL --recurrences 128 --extras convergence,spectrum"
+            f"{folder}: none of {count(len(every), 'run')} has a rate and a spectral radius: "
+            "tl-looped analyze MODEL --recurrences 128 --extras convergence,spectrum"
         )
-    about = _about(next(iter(groups.values()))) if len(groups) == 1 else f"{len(groups)} runs"
+    about = _about(next(iter(groups.values()))) if len(groups) == 1 else count(len(groups), "run")
     named = dict(zip(_names(groups), groups.values(), strict=True))
     return radius_against_rate(named, about), [name for name in every if name not in groups]
 
@@ -174,7 +175,7 @@ def _names(runs: Mapping[str, xr.Dataset]) -> list[str]:
     """Short names of runs that tell them apart: model, then recurrences too, or the folder's."""
     models = [name_of(data) for data in runs.values()]
     longer = [
-        f"{name}, {data.attrs['n_recurrences']} recurrences"
+        f"{name}, {count(int(data.attrs['n_recurrences']), 'recurrence')}"
         for name, data in zip(models, runs.values(), strict=True)
     ]
     for names in (models, longer):

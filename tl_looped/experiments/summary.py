@@ -5,15 +5,18 @@ Everything is read from ``results.nc``; nothing is run. A number that a result d
 
 Decisions, ours where arXiv 2604.11791 gives none:
 
-- Verdicts are counted over prompts. Rate and half-life are medians over the prompts that have one;
-  an infinite half-life (a loop that does not contract) counts.
+- Verdicts are counted over prompts. Rate and half-life are medians over the prompts that reach a
+  fixed point and have one: of a drift, an orbit or a run that is not there yet, the fitted slope is
+  not the rate of an approach. Results without verdicts are taken as they are.
 - The cyclicity index is that of the mean similarity matrix over prompts, core layers alone.
 - Mirroring scores: see :mod:`tl_looped.experiments.mirrored`. Stage clusters are of the same pair:
   :func:`tl_looped.experiments.compare.cluster_rows`, averaged over recurrences.
-- A model with several runs has one row. Each number is that of the run with the most prompts among
-  those that have it; then of the run with the most recurrences, and for the mirroring score of the
-  one whose recurrences are nearest to the model's training. Another dtype or initial state, an
-  ablation or other weights are another model.
+- A model with several runs has one row. Verdict, rate and half-life are those of one run, the one
+  with the most recurrences that has verdicts, for what a loop does in the end shows in long runs
+  alone. The other numbers are of the run with the most prompts among those that have them; then of
+  the one with the most recurrences, and for the mirroring score of the one whose recurrences are
+  nearest to the model's training. Another dtype or initial state, an ablation or other weights are
+  another model.
 """
 
 from __future__ import annotations
@@ -34,10 +37,11 @@ from tl_looped.experiments.compare import N_STAGES, cluster_rows
 from tl_looped.experiments.mirrored import MirroringTable, Resampling, mirroring_of
 from tl_looped.experiments.reading import Missing, is_feedforward
 from tl_looped.metrics.convergence import Verdict
-from tl_looped.metrics.labels import geometry_of
+from tl_looped.metrics.labels import geometry_of, trained_recurrences
 from tl_looped.metrics.states import cyclicity_index
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.plots.captions import ablated_layers
+from tl_looped.words import count
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class RunSummary:
         model: Of the model.
         prompts: What the prompts are called.
         loop: Shape of the run.
-        trained: Recurrences of the training; None if not known.
+        trained: Recurrences of the training; 0 if it was not trained as a loop, None if not known.
         identity: What tells models apart: name, weights, dtype, initial state, ablated layers.
         ablated: Layers without the output of their MLP.
         start: The initial state, if it is not the model's own with seed 0.
@@ -121,7 +125,7 @@ class RunSummary:
     model: str
     prompts: str
     loop: LoopGeometry
-    trained: int | None
+    trained: int | float | None
     identity: tuple[str, ...]
     ablated: tuple[str, ...]
     start: str
@@ -148,7 +152,6 @@ def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) 
     data = runs[name]
     loop, feedforward = geometry_of(data), is_feedforward(data)
     model = str(data.attrs.get("model", "")) or "unnamed model"
-    trained = data.attrs.get("trained_recurrences")
     ablated = tuple(ablated_layers(data))
     start = str(data.attrs.get("initial_state", ""))
     seed = str(data.attrs.get("state_seed", ""))
@@ -160,7 +163,7 @@ def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) 
         model=model,
         prompts=str(data.attrs.get("prompt_set", "")),
         loop=loop,
-        trained=None if trained is None else int(trained),
+        trained=trained_recurrences(data),
         identity=(model, *told_apart, *ablated),
         ablated=ablated,
         start=_start(start, seed),
@@ -196,16 +199,24 @@ def by_model(summaries: Sequence[RunSummary]) -> list[list[RunSummary]]:
     return list(found.values())
 
 
+_OF_THE_END = ("verdicts", "rate", "half_life")
+
+
 def most_telling(runs: Sequence[RunSummary], name: str) -> RunSummary:
     """The run of a model whose number of that name stands in its row; see the module."""
 
-    def rank(run: RunSummary) -> tuple[int, ...]:
+    def rank(run: RunSummary) -> tuple[int | float, ...]:
         n, trained = run.loop.R, run.trained
+        if name in _OF_THE_END:
+            return n, run.n_prompts
         if name == "mirroring":
             return run.n_prompts, -abs(n - trained) if trained else -n
         return run.n_prompts, n
 
-    there = [run for run in runs if not isinstance(getattr(run, name), Missing)]
+    # The rate is that of the verdict beside it, or of none.
+    judged = any(not isinstance(run.verdicts, Missing) for run in runs)
+    having = "verdicts" if name in _OF_THE_END and judged else name
+    there = [run for run in runs if not isinstance(getattr(run, having), Missing)]
     return max(there or runs, key=rank)
 
 
@@ -269,6 +280,11 @@ def _median(data: xr.Dataset, name: str) -> Median | Missing:
     if name not in data:
         return _lacks(name)
     values = _per_prompt(data, name)
+    if "verdict" in data:
+        arrived = np.isin(_per_prompt(data, "verdict"), (Verdict.CONVERGED, Verdict.DEGENERATE))
+        if not arrived.any():
+            return Missing("not applicable: no prompt reaches a fixed point")
+        values = np.where(arrived, values, np.nan)
     there = values[~np.isnan(values)]
     if not len(there):
         return Missing(f"{name} is undefined for every prompt: too few steps above the noise")
@@ -284,7 +300,8 @@ def _cyclicity(data: xr.Dataset, loop: LoopGeometry) -> float | Missing:
         return _lacks(name)
     if loop.R < 2 or loop.k < 2:
         return Missing(
-            f"undefined for {loop.R} recurrence(s) of {loop.k} core layer(s): needs two of each"
+            f"undefined for {count(loop.R, 'recurrence')} of {count(loop.k, 'core layer')}: needs "
+            "two of each"
         )
     matrix = data[name]
     if matrix.dims != ("effective_layer", "other_layer") or len(set(matrix.shape)) != 1:

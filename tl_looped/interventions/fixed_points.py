@@ -21,6 +21,7 @@ from tl_looped.metrics.states import state_distance
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
+from tl_looped.words import count
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,8 @@ class FixedPoint:
 
     def __repr__(self) -> str:
         return (
-            f"FixedPoint({tuple(self.state.shape)} after {self.n_recurrences} recurrences, last "
-            f"relative step {self.step:.2g})"
+            f"FixedPoint({tuple(self.state.shape)} after "
+            f"{count(self.n_recurrences, 'recurrence')}, last relative step {self.step:.2g})"
         )
 
 
@@ -79,9 +80,9 @@ def fixed_point(
         tolerance = default_eps(state.dtype)
     if not step <= tolerance:
         raise InputError(
-            f"after {n_recurrences} recurrences the state still moves by {step:.2g} of its norm in "
-            f"each, above the tolerance of {tolerance:.2g}: it is no fixed point. Run longer, or "
-            "pass tolerance=math.inf to take it as it is"
+            f"after {count(n_recurrences, 'recurrence')} the state still moves by {step:.2g} of "
+            f"its norm in each, above the tolerance of {tolerance:.2g}: it is no fixed point. Run "
+            "longer, or pass tolerance=math.inf to take it as it is"
         )
     layers = torch.stack([cache["resid_post", (last, layer)] for layer in range(k)])
     return FixedPoint(state, layers, n_recurrences, step, cache.state_seed)

@@ -18,6 +18,7 @@ from tl_looped.metrics.convergence import (
     fixed_point_residual,
 )
 from tl_looped.metrics.inputs import token_mask, token_mean
+from tl_looped.words import count
 
 # Two runs of one prompt differ by rounding alone, if the batch is computed in another order.
 _SAME_RUN = {torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -111,7 +112,7 @@ def _check_same_run(states: Tensor, longer: Tensor) -> None:
     n = states.shape[0]
     if longer.shape[1:] != states.shape[1:] or longer.shape[0] != 2 * n:
         raise InputError(
-            f"states_2r must have twice the {n} recurrences of states and else its shape "
+            f"states_2r must have twice the {count(n, 'recurrence')} of states and else its shape "
             f"{tuple(states.shape)}, got {tuple(longer.shape)}"
         )
     tolerance = _SAME_RUN.get(states.dtype, 1e-2)
@@ -119,7 +120,7 @@ def _check_same_run(states: Tensor, longer: Tensor) -> None:
     off = (there - here).norm() / here.norm()
     if bool(off > tolerance):
         raise InputError(
-            f"states_2r belongs to another run: its state after {n} recurrences is off by "
+            f"states_2r belongs to another run: its state after {count(n, 'recurrence')} is off by "
             f"{float(off):.3g} of its norm. Give both the same prompt, state_seed or initial_state"
         )
 

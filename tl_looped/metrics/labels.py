@@ -27,7 +27,11 @@ from tl_looped._version import __version__
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import DERIVED, LOWEST_COSINE, OUTPUTS, PER_TOKEN
 from tl_looped.metrics.collector import Collector
+from tl_looped.model.config import TRAINED
 from tl_looped.model.geometry import LoopGeometry
+
+NOT_TRAINED = 0
+"""The attribute ``trained_recurrences`` of a model that was not trained as a loop."""
 
 Over = Literal["recurrence", "depth"]
 
@@ -122,15 +126,28 @@ def geometry_of(data: xr.Dataset) -> LoopGeometry:
 _GEOMETRY = ("n_prelude", "n_core", "n_coda", "n_recurrences")
 
 
+def trained_recurrences(data: xr.Dataset) -> int | float | None:
+    """How many recurrences the model behind a result was trained with, from its attributes.
+
+    ``NOT_TRAINED``, which is 0, if it was not trained as a loop; None if the result does not say.
+    """
+    said = data.attrs.get(TRAINED)
+    if said is None:
+        return None
+    return int(said) if float(said) == int(said) else float(said)
+
+
 def run_attributes(model: Any, loop: LoopGeometry, state_seed: int | None = None) -> dict[str, Any]:
     """Attributes that describe a model, the shape of its run and its random initial state."""
     cfg = model.cfg
+    trained = {TRAINED: getattr(cfg, TRAINED) or NOT_TRAINED} if hasattr(cfg, TRAINED) else {}
     shape = zip(_GEOMETRY, (loop.p, loop.k, loop.c, loop.R), strict=True)
     switches = {name: getattr(cfg, name, None) for name in ("norm_layout", "injection")}
     return {
         "model": str(getattr(cfg, "model_name", "")),
         **{k: str(getattr(v, "value", v)) for k, v in switches.items() if v is not None},
         **dict(shape),
+        **trained,
         "dtype": str(getattr(cfg, "dtype", "")),
         "tl_looped": __version__,
         "torch": str(torch.__version__),  # a class of its own, which files do not hold

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import mask_of_cache, token_mask
+from tl_looped.words import count
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ def attention_lipschitz_of_cache(
         InputError: recurrence 0, which has none before it.
     """
     if cache.loop.R < 2:
-        raise InputError(f"the run has {cache.loop.R} recurrences: no two in a row to compare")
+        raise InputError(
+            f"the run has {count(cache.loop.R, 'recurrence')}: no two in a row to compare"
+        )
     if recurrence % cache.loop.R == 0:
         raise InputError(f"recurrence must be 1..{cache.loop.R - 1}, got {recurrence}")
     mask = mask_of_cache(cache, mask)

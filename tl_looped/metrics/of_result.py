@@ -20,6 +20,7 @@ from tl_looped.metrics.convergence import ConvergenceSeries, Verdict, convergenc
 from tl_looped.metrics.labels import by_recurrence, geometry_of
 from tl_looped.metrics.limiting import LimitingBehavior, classify_limiting_behavior
 from tl_looped.model.config import parse_dtype
+from tl_looped.words import count
 
 CONVERGENCE = (
     "successive_abs",
@@ -110,8 +111,8 @@ def _series(data: xr.Dataset, names: tuple[str, ...]) -> dict[str, Tensor]:
     data = by_recurrence(data)
     if data.sizes["recurrence"] != geometry_of(data).R:
         raise InputError(
-            f"data has {data.sizes['recurrence']} of its run's {geometry_of(data).R} recurrences, "
-            "and the verdict is of the whole run"
+            f"data has {data.sizes['recurrence']} of its run's "
+            f"{count(geometry_of(data).R, 'recurrence')}, and the verdict is of the whole run"
         )
     for name, values in data[list(names)].items():
         if "layer" in values.dims:
@@ -127,7 +128,7 @@ def _of_longer(data: xr.Dataset, longer: xr.Dataset, same_start: bool) -> tuple[
     if not same or longer["prompt"].values.tolist() != data["prompt"].values.tolist():
         raise InputError(
             f"longer must be of a run with {2 * n} recurrences of the same model and prompts, got "
-            f"{geometry_of(longer)} with {longer.sizes['prompt']} prompts"
+            f"{geometry_of(longer)} with {count(longer.sizes['prompt'], 'prompt')}"
         )
     _series(longer, ("successive_abs", "fixed_point_abs", "residual_mean"))  # checks it
     here, there = by_recurrence(data), by_recurrence(longer)
@@ -140,7 +141,7 @@ def _of_longer(data: xr.Dataset, longer: xr.Dataset, same_start: bool) -> tuple[
     if start[:2] != start[2:] or (off > 1e-2 and not same_start):
         raise InputError(
             f"longer belongs to another run: state_seed and initial_state are {start[:2]} and "
-            f"{start[2:]}, norms and steps of the first {n} recurrences are off by up to "
+            f"{start[2:]}, norms and steps of the first {count(n, 'recurrence')} are off by up to "
             f"{off:.3g} of the norm. Give both the same prompts and state_seed"
         )
     last = norm.isel(recurrence=n - 1)

@@ -23,6 +23,7 @@ from tl_looped.metrics.collector import STATE_OUT, Collector, Site
 from tl_looped.metrics.inputs import check_choice, mask_of_cache
 from tl_looped.metrics.labels import Over, by_recurrence, labelled, run_attributes
 from tl_looped.model.geometry import LoopGeometry
+from tl_looped.words import count
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -98,8 +99,9 @@ def _geometry(cache: ActivationCache) -> LoopGeometry:
         if found and max(found) >= loop.n_layers:
             raise InputError(
                 f"the cache has activations of layer {max(found)}, but its model has "
-                f"{loop.n_layers} layers at its present {loop.R} recurrences: set the number of "
-                "the run again, or use the LoopedActivationCache of run_with_cache, which knows it"
+                f"{count(loop.n_layers, 'layer')} at its present {count(loop.R, 'recurrence')}: "
+                "set the number of the run again, or use the LoopedActivationCache of "
+                "run_with_cache, which knows it"
             )
     return loop
 

@@ -8,6 +8,7 @@ TransformerLens's where TransformerLens has one; ``n_layers`` is the number of *
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, cast
@@ -82,6 +83,9 @@ _ENUMS: dict[str, type[Enum]] = {
 }
 
 
+TRAINED = "trained_recurrences"
+"""The field that says how a model was trained. No number of a run depends on it."""
+
 _NOT_SAVED = (
     "device",
     "n_devices",
@@ -101,7 +105,12 @@ class LoopedConfig(TransformerLensConfig):
         n_prelude: Layers before the loop, run once.
         n_core: Layers of the loop, run ``n_recurrences`` times with the same weights.
         n_coda: Layers after the loop, run once.
-        n_recurrences: How often the loop runs; the checkpoint's trained number by default.
+        n_recurrences: How often the loop runs; of a published checkpoint the trained number, until
+            it is set otherwise.
+        trained_recurrences: Recurrences that the model was trained with, or None if it was not
+            trained as a loop: a virtual loop, a new retrofit, random weights. Where the number was
+            drawn anew for each step, the mean as its authors state it (Huginn's r-bar). The trainer
+            sets it, and figures and reports say it.
         architecture: Name of the family, as in the adapter registry.
         model_name: Where the model came from.
         norm_layout: See :class:`NormLayout`.
@@ -144,6 +153,7 @@ class LoopedConfig(TransformerLensConfig):
     n_core: int
     n_coda: int = 0
     n_recurrences: int = 1
+    trained_recurrences: int | float | None = None
     architecture: str = "looped"
     model_name: str = "custom"
     norm_layout: NormLayout = NormLayout.PRE
@@ -245,6 +255,11 @@ class LoopedConfig(TransformerLensConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
+        if not _is_trained_number(self.trained_recurrences):
+            raise ConfigError(
+                "trained_recurrences must be a finite number above 0, or None for a model "
+                f"that was not trained as a loop, got {self.trained_recurrences!r}"
+            )
         if self.n_recurrences < self.min_recurrences:
             raise ConfigError(
                 f"n_recurrences must be at least {self.min_recurrences} here, "
@@ -333,6 +348,13 @@ class LoopedConfig(TransformerLensConfig):
         if missing:
             raise ConfigError(f"the configuration lacks {missing}")
         return cls(**values)
+
+
+def _is_trained_number(value: Any) -> bool:
+    if value is None:
+        return True
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

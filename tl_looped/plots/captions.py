@@ -13,7 +13,9 @@ import numpy as np
 import xarray as xr
 
 from tl_looped.metrics.attention import SINK_THRESHOLD
+from tl_looped.metrics.labels import trained_recurrences
 from tl_looped.plots.summaries import Band, Runs, as_runs, name_of, shape_of, summary
+from tl_looped.words import count, training
 
 About = Literal["prompts", "prompt", "weights", "models"]
 
@@ -58,7 +60,7 @@ def caption_of(
         "" if about == "models" else _model(run),
         _prompts(every, prompt_set) if about in ("prompts", "models") else "",
         *([] if about == "weights" else [_recurrences(run, paper_recurrences), _start(run)]),
-        f"{seeds} run{'s' * (seeds != 1)}, one a seed" if seeds and about != "models" else "",
+        f"{count(seeds, 'run')}, one a seed" if seeds and about != "models" else "",
         *_of_metrics(run, names),
         _lines(band, seeds, run, names),
         _outside(runs, names, band),
@@ -93,22 +95,23 @@ def _prompts(runs: list[xr.Dataset], prompt_set: str | None) -> str:
         return ""
     n, what = run.sizes["prompt"], prompt_set or run.attrs.get("prompt_set", "")
     what = _PROMPT_SETS.get(what, what)
-    text = f"{n} prompt{'s' * (n != 1)}" + (f" of {what}" if what else "")
+    text = count(n, "prompt") + (f" of {what}" if what else "")
     if n == 1 and "prompt" in run.coords:
         text += f" (number {run['prompt'].to_numpy()[0]})"
     if "n_tokens" in run.coords:
         tokens = np.concatenate([np.atleast_1d(r["n_tokens"].to_numpy()) for r in runs])
         low, high = int(tokens.min()), int(tokens.max())
-        text += f", {low} tokens" if low == high else f", {low} to {high} tokens"
+        text += f", {count(low, 'token')}" if low == high else f", {low} to {high} tokens"
     return text
 
 
 def _recurrences(run: xr.Dataset, paper: int | None) -> str:
     R = shape_of(run).R
-    text = f"{R} recurrence{'s' * (R != 1)}"
+    text = count(R, "recurrence")
     notes = []
-    if "trained_recurrences" in run.attrs:
-        notes.append(f"trained with {run.attrs['trained_recurrences']}")
+    trained = trained_recurrences(run)
+    if trained is not None:
+        notes.append(training(trained))
     if paper is not None and paper != R:
         notes.append(f"the paper's figure has {paper}")
     return text + (f" ({'; '.join(notes)})" if notes else "")
@@ -128,7 +131,9 @@ def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
         longer = run.attrs.get("reference_recurrences")
         last = shape_of(run).R - 1
         where = (
-            f"in a run of {longer} recurrences" if longer else f"at the last recurrence, r = {last}"
+            f"in a run of {count(int(longer), 'recurrence')}"
+            if longer
+            else f"at the last recurrence, r = {last}"
         )
         out.append(f"the fixed point is taken for the state {where}")
     if any(f"{name}_state_out" in run for name in names):

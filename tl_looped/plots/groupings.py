@@ -85,7 +85,7 @@ def over_recurrences(
     band: Band | str = "sd",
     log: bool = False,
     title: str = "",
-    trained: int | None = None,
+    trained: int | float | None = None,
 ) -> Panel:
     """Grouping L: one line a core layer; a variable without layers gives one line.
 
@@ -95,7 +95,7 @@ def over_recurrences(
         band: Over prompts, or over seeds.
         log: Logarithmic vertical axis.
         title: Of the panel.
-        trained: Recurrences of the training, whose last one is marked.
+        trained: Recurrences of the training, whose last one is marked; nothing is if 0 or None.
     """
     run, loop = _looped(runs)
     values, x = summary(runs, name, band), np.arange(loop.R, dtype=float)
@@ -110,8 +110,8 @@ def over_recurrences(
     else:
         lines = [Line(name.replace("_", " "), x, values, NEUTRAL)]
     marked = None
-    if trained is not None and trained < loop.R:
-        marked = (trained - 1.0, f"last trained: r = {trained - 1}")
+    if trained and trained < loop.R:
+        marked = (trained - 1.0, f"last trained: r = {trained - 1:g}")
     return Panel(
         title, RECURRENCE_AXIS, label_of(run, name), tuple(lines), log,
         integer_x=True, marked_x=marked,

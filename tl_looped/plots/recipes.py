@@ -18,6 +18,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from tl_looped.errors import InputError
+from tl_looped.metrics.labels import trained_recurrences
 from tl_looped.plots.attention_maps import attention_floor_plan
 from tl_looped.plots.captions import About, ablated_layers, caption_of
 from tl_looped.plots.groupings import over_depth, over_realised_depth, over_recurrences
@@ -50,8 +51,8 @@ class DrawOptions:
         tokens: Titles of the tokens (15).
         window, tau, rho: Of Algorithm 1 (13, 16 to 18).
         prompt_set: What the prompts are, for captions.
-        trained: Recurrences of the training, marked in the grouping L; the attribute
-            ``trained_recurrences`` if None.
+        trained: Recurrences of the training, marked in the grouping L; what the results say if
+            None. 0, for a model that was not trained as a loop, marks nothing.
         subtitle: Added to the titles of Figures 6 and 29 to 31, which name no model.
         with_caption: Write the caption under the figure too.
     """
@@ -67,7 +68,7 @@ class DrawOptions:
     tau: float = 0.05
     rho: float = 0.9
     prompt_set: str | None = None
-    trained: int | None = None
+    trained: int | float | None = None
     subtitle: str | None = None
     with_caption: bool = True
 
@@ -201,8 +202,7 @@ def by_layer(request: Request, data: Runs, log: bool = False) -> list[DrawnFigur
     """Grouping L: each variable over the recurrences."""
     trained = request.options.trained
     if trained is None:
-        said = as_runs(data)[0].attrs.get("trained_recurrences")
-        trained = None if said is None else int(said)
+        trained = trained_recurrences(as_runs(data)[0])
     panels = [
         over_recurrences(data, name, band_of(request), log, _title_of(request, name), trained)
         for name in request.variables

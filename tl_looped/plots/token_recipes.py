@@ -29,6 +29,7 @@ from tl_looped.plots.recipes import (
     realised,
 )
 from tl_looped.plots.summaries import shape_of
+from tl_looped.words import count
 
 _KINDS = ("FIXED", "SLIDER", "ORBIT", "UNKNOWN")
 
@@ -93,16 +94,13 @@ def cooccurring(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
     p = cooccurrence(every).numpy()[np.ix_(kinds, kinds)]
     counts = [int((labels == kind).any(1).sum()) for kind in kinds]
     real = int((labels != LimitingBehavior.UNDEFINED).any(1).sum())
-    rows = [
-        f"{kind.lower()}\n{n:,} token{'s' * (n != 1)}"
-        for kind, n in zip(_KINDS, counts, strict=True)
-    ]
+    rows = [f"{kind.lower()}\n{count(n, 'token')}" for kind, n in zip(_KINDS, counts, strict=True)]
     columns = [kind.lower() for kind in _KINDS]
 
     def paint(title: str, text: str) -> Figure:
         return probability_map(p, rows, columns, title, text)
 
-    extra = [*_of_labels(data), f"{real:,} tokens, {labels.shape[1]} core layers"]
+    extra = [*_of_labels(data), f"{count(real, 'token')}, {count(labels.shape[1], 'core layer')}"]
     numbers = pd.DataFrame(p, index=list(_KINDS), columns=list(_KINDS)).rename_axis("given")
     caption = caption_for(request, data, extra)
     return [finished(request, data, caption, paint, numbers.assign(tokens=counts).reset_index())]

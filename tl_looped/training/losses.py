@@ -20,6 +20,7 @@ from tl_looped.errors import ConfigError
 from tl_looped.model.exit_gate import exit_distribution
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.loop_run import LoopRun
+from tl_looped.words import count
 
 
 @dataclass(frozen=True)
@@ -133,5 +134,7 @@ def _normalised(loss: EveryRecurrence, losses: Tensor) -> Float[Tensor, "recurre
     n = losses.shape[-1]
     weights = (1.0,) * n if loss.weights is None else loss.weights
     if len(weights) != n:
-        raise ConfigError(f"weights has {len(weights)} entries, and the step ran {n} recurrences")
+        raise ConfigError(
+            f"weights has {len(weights)} entries, and the step ran {count(n, 'recurrence')}"
+        )
     return losses.new_tensor(weights) / sum(weights)

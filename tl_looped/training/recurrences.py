@@ -38,6 +38,11 @@ class Constant:
         return float(self.n)
 
     @property
+    def stated(self) -> int:
+        """What a model that was trained so is said to be trained with."""
+        return self.n
+
+    @property
     def most(self) -> int | None:
         """The largest number that can come up; None if there is none."""
         return self.n
@@ -73,6 +78,11 @@ class PoissonLogNormal:
     def mean(self) -> float:
         """Mean number of recurrences."""
         return self.rate + 1.0
+
+    @property
+    def stated(self) -> int | float:
+        """What a model that was trained so is said to be trained with: r-bar, as in the paper."""
+        return int(self.rate) if self.rate == int(self.rate) else self.rate
 
     @property
     def most(self) -> int | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_looped.errors import CheckpointError, ConfigError
 from tl_looped.files import write_text
-from tl_looped.model.config import LoopedConfig
+from tl_looped.model.config import TRAINED, LoopedConfig
 from tl_looped.training.spec import TrainSpec
 
 MANIFEST = "manifest.json"
@@ -70,7 +70,7 @@ def claim(out: Path, spec: TrainSpec, cfg: LoopedConfig, rows: Tensor, held_out:
     """
     run = {
         "spec": spec.to_json(),
-        "model": cfg.to_json(),
+        "model": {k: v for k, v in cfg.to_json().items() if k != TRAINED},
         "rows": rows_digest(rows),
         "held_out": rows_digest(held_out),
     }

@@ -107,6 +107,10 @@ class Objective(nn.Module):
         self.recurrences = spec.recurrences_of(model.cfg)
         self.step = 0
 
+    def note_training(self) -> None:
+        """From the first step on the model is one that was trained as a loop, and says so."""
+        self.model.cfg.trained_recurrences = self.recurrences.stated
+
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> dict[str, Float[Tensor, ""]]:
         """The loss of the current step."""
         spec, step = self.spec, self.step
@@ -179,6 +183,7 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report; evaluate and ask for a checkpoint when it is time."""
         spec, step = self.objective.spec, state.global_step
+        self.objective.note_training()
         recurrences = self.objective.recurrences.at(spec.seed, step - 1)
         self.tick(Tick(step, self.losses[-1], self._speed(step), recurrences))
         if step % spec.evaluate_every and step != spec.steps:
@@ -354,6 +359,7 @@ def train(
     with _kept_generators():
         trainer = _make_trainer(objective, data, watch, out)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        objective.note_training()  # of a run that goes on at its end no step does
         if trainer.is_world_process_zero():
             model.save_pretrained(out / "final")
     model.eval()

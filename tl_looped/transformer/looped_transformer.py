@@ -100,6 +100,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         """
         model = cls(LoopedConfig.from_json(cfg) if isinstance(cfg, dict) else cfg, tokenizer)
         init_weights(model, model.cfg)
+        model.cfg.trained_recurrences = None
         return model.eval()
 
     @classmethod
@@ -119,7 +120,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             path_or_hub_id: A local folder, a hub id, or a short alias such as ``"huginn"``,
                 ``"ouro-1.4b"``, ``"recurrent-llama-3.2-r32"``. Only config, safetensors and
                 tokenizer files are read: no remote code, no pickles.
-            n_recurrences: Recurrences; the checkpoint's trained number if None.
+            n_recurrences: Recurrences; the checkpoint's own number if None.
             device: TransformerLens's default device if None. ``"meta"`` loads no values.
             dtype: fp32 if None, as in TransformerLens.
             revision: Branch, tag or commit on the hub.

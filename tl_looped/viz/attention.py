@@ -41,6 +41,7 @@ from tl_looped.viz.page import (
     whole_page,
 )
 from tl_looped.viz.reading import PromptView, counted
+from tl_looped.words import count
 
 DIGITS = 3
 _MOST_DIGITS = 6
@@ -216,7 +217,9 @@ def difference(
     run = PromptView(cache, prompt)
     R = run.loop.R
     if R < 2:
-        raise InputError(f"cache: a run of {R} recurrences has no step; n_recurrences=2 or more")
+        raise InputError(
+            f"cache: a run of {count(R, 'recurrence')} has no step; n_recurrences=2 or more"
+        )
     if limit is not None and not (math.isfinite(limit) and limit > 0):
         raise InputError(f"limit must be finite and above 0, got {limit}")
     given = range(1, R) if recurrences is None else recurrences

@@ -33,6 +33,7 @@ from tl_looped.metrics.inputs import check_choice
 from tl_looped.plots.colours import Colour, recurrence_colours
 from tl_looped.viz.page import MAX_BYTES, View, check_size, whole_page
 from tl_looped.viz.reading import PromptView
+from tl_looped.words import count
 
 Lens = Literal["coda", "logit"]
 
@@ -145,7 +146,7 @@ class SettledTokens(View):
             early = sum(n for r, n in counts.items() if 0 <= r < last)
             entries = [
                 f'r0 <span class="scale" style="background:linear-gradient(to right, {stops})">'
-                f"</span> r{last - 1}: {early} tokens"
+                f"</span> r{last - 1}: {count(early, 'token')}"
             ]
         else:
             entries = [_entry(r, last, colours, f"r{r}", counts[r]) for r in range(last)]
@@ -197,7 +198,7 @@ def settled_tokens(
     done = int(((settles_at >= 0) & (settles_at < last)).sum())
     return SettledTokens(
         title=f"When predictions settle: {done} of {len(settles_at)} tokens before the last of "
-        f"{loop.R} recurrences",
+        f"{count(loop.R, 'recurrence')}",
         lens="coda" if lens == "coda" else "logit",
         tokens=run.tokens(tokens, len(state)),
         settles_at=settles_at,
