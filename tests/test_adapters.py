@@ -79,7 +79,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "eps": 1e-5,
         "n_ctx": 131072,
         "n_kv_heads": 2,
-        "default_prepend_bos": True,
+        "default_prepend_bos": None,
     },
     "retrofit_tinyllama": RETROFIT
     | {
@@ -88,7 +88,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "eps": 1e-5,
         "n_ctx": 2048,
         "n_kv_heads": 1,
-        "default_prepend_bos": True,
+        "default_prepend_bos": None,
     },
     "retrofit_olmo": RETROFIT
     | {
@@ -99,7 +99,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "eps": 1e-6,
         "n_ctx": 4096,
         "n_kv_heads": 4,
-        "default_prepend_bos": False,
+        "default_prepend_bos": None,
     },
     "ouro": RETROFIT
     | {
@@ -116,7 +116,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "eps": 1e-6,
         "n_ctx": 65536,
         "n_kv_heads": 2,
-        "default_prepend_bos": False,
+        "default_prepend_bos": None,
     },
 }
 SHAPES = {

@@ -69,7 +69,7 @@ def test_metrics_are_those_of_transformers_own_run(llama: Path, runs: Path) -> N
     tokenizer = LoopedTransformer.from_pretrained("demo", device="meta").tokenizer
     assert (data.attrs["kind"], data.attrs["n_core"]) == ("feedforward", LAYERS)
     for n, text in enumerate(TEXTS):
-        tokens = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text)]])
+        tokens = torch.tensor([tokenizer.encode(text)])  # this tokenizer adds no BOS by itself
         assert data["n_tokens"].values[n] == tokens.shape[1]
         with torch.no_grad():
             out = model(tokens, output_attentions=True, output_hidden_states=True)

@@ -34,6 +34,7 @@ from tl_looped.adapters import (
 from tl_looped.adapters.mapping import give_values, problems, stored_tensors
 from tl_looped.adapters.native import native_config
 from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
+from tl_looped.model.bos import adds_bos
 from tl_looped.model.config import LoopedConfig
 
 BUNDLED = {
@@ -351,7 +352,7 @@ def save(
     if format == "native":
         raw = native_config(cfg, __version__)
     elif format == "original":
-        raw, state = in_original_format(cfg, state)
+        raw, state = in_original_format(cfg, state, tokenizer)
     else:
         raise CheckpointError(f"format must be 'native' or 'original', got {format!r}")
     try:
@@ -365,7 +366,7 @@ def save(
 
 
 def in_original_format(
-    cfg: LoopedConfig, parameters: Mapping[str, Tensor]
+    cfg: LoopedConfig, parameters: Mapping[str, Tensor], tokenizer: Any = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``config.json`` and tensors of a model in the format of its family.
 
@@ -375,6 +376,8 @@ def in_original_format(
     Args:
         cfg: Its ``architecture`` names the family.
         parameters: By name.
+        tokenizer: What is saved beside them; its habit stands for a BOS that the format does not
+            record.
 
     Raises:
         ConfigError: no such family, none that can be written, or a field that is lost.
@@ -389,6 +392,8 @@ def in_original_format(
     if raw is None:
         raise ConfigError(f"the format of {cfg.architecture!r} is only read; {instead}")
     wanted, again = cfg.to_json(), adapter.config(raw).to_json()
+    if again["default_prepend_bos"] is None and tokenizer is not None:
+        again["default_prepend_bos"] = adds_bos(tokenizer)
     lost = [
         f"{name}={wanted[name]!r} would be read back as {again[name]!r}"
         for name in wanted

@@ -50,6 +50,7 @@ class HuginnAdapter(Adapter):
             rotary_base=float(rope_base),
             rotary_in_fp32=True,
             embed_scale=math.sqrt(d_model),
+            # The authors write BOS before a text by hand.
             default_prepend_bos=True,
         )
 

@@ -75,7 +75,6 @@ class OuroAdapter(Adapter):
             rotary_base=float(theta),
             eps=eps,
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            default_prepend_bos=False,
         )
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:

@@ -71,7 +71,6 @@ class RetrofitLlamaAdapter(Adapter):
             config,
             architecture=self.name,
             norm_layout=NormLayout.PRE,
-            default_prepend_bos=True,
         )
 
     def raw_config(self, cfg: LoopedConfig) -> dict[str, Any]:

@@ -39,7 +39,6 @@ class RetrofitOlmoAdapter(Adapter):
             architecture=self.name,
             norm_layout=NormLayout.POST,
             qk_norm=True,
-            default_prepend_bos=False,
         )
 
     def raw_config(self, cfg: LoopedConfig) -> dict[str, Any]:

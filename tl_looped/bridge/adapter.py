@@ -145,10 +145,10 @@ def _copy_config(model: UnrolledModel, target: TransformerBridgeConfig) -> None:
         "d_model", "d_head", "n_heads", "n_key_value_heads", "d_mlp", "d_vocab", "n_ctx", "eps",
         "act_fn", "rotary_base", "initializer_range", "uses_rms_norm",
         "final_rms", "positional_embedding_type", "gated_mlp", "model_name", "norm_layout",
-        "default_prepend_bos",
     )  # fmt: skip
     for name in same:
         setattr(target, name, getattr(cfg, name))
+    target.default_prepend_bos = bool(cfg.default_prepend_bos)  # None without a tokenizer
     target.n_layers = model.loop.n_layers
     target.d_vocab_out = cfg.d_vocab
     target.attn_only = False

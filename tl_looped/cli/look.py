@@ -116,6 +116,7 @@ def info(
         f"{cfg.architecture}: norms {cfg.norm_layout.value}, injection {cfg.injection.value}",
         f"{cfg.d_model} dimensions, {cfg.n_heads} heads of {cfg.d_head}, MLP {cfg.d_mlp}",
         f"vocabulary {cfg.d_vocab}, context {cfg.n_ctx}",
+        found.describe_bos(),
         f"{n_parameters:,} parameters: "
         + ", ".join(f"{readable(n_parameters * size)} in {name}" for name, size in _DTYPES.items()),
     ):

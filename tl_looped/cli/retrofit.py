@@ -132,7 +132,7 @@ def _save(looped: LoopedTransformer, out: Path, format: FormatName) -> str:
     if format is FormatName.AUTO:
         chosen = "original"
         try:
-            in_original_format(looped.cfg, dict(looped.named_parameters()))
+            in_original_format(looped.cfg, dict(looped.named_parameters()), looped.tokenizer)
         except ConfigError as error:
             chosen = "native"
             note(f"saved in tl_looped's own format, because {error}")

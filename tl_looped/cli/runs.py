@@ -48,6 +48,14 @@ Subset = Annotated[int, typer.Option(help="How many prompts, chosen by seed; 0 f
 TooLong = Annotated[
     str, typer.Option(help="What to do with prompts beyond the context: skip or truncate.")
 ]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin every prompt with BOS, or do not; as the model or its tokenizer does if left "
+        "out.",
+    ),
+]
 
 
 def analyze(
@@ -78,6 +86,7 @@ def analyze(
     seed: Annotated[int, typer.Option(help="Of the subset.")] = 0,
     state_seed: Annotated[int, typer.Option(help="Of a random initial state.")] = 0,
     too_long: TooLong = "skip",
+    bos: Bos = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -99,6 +108,7 @@ def analyze(
         ablate_mlp=_names(ablate_mlp),
         state_seed=state_seed,
         dtype=dtype,
+        prepend_bos=bos,
     )
     spec = with_needs(_with_metrics(spec, _names(metrics)), numbers)
     specs = [_at(spec, n) for n in _counts(recurrences)]
@@ -109,6 +119,7 @@ def run(
     experiment: Annotated[list[Path], typer.Argument(help="TOML files.")],
     figures: Annotated[str, typer.Option(help="Numbers of figures, 2,4,7.")] = "",
     out: Out = Path("runs"),
+    bos: Bos = None,
     device: Device = None,
     batch_size: BatchSize = "auto",
 ) -> None:
@@ -118,17 +129,22 @@ def run(
 
     numbers = parse_figures(figures)
     specs = [with_needs(Experiment.read(path), numbers) for path in experiment]
+    if bos is not None:
+        specs = [replace(spec, prepend_bos=bos) for spec in specs]
     _report_each(run_all([(spec, numbers) for spec in specs], out, device, batch_size), numbers)
 
 
 def _report_each(made: dict[Experiment, Run], figures: tuple[int, ...]) -> None:
+    for sentence in dict.fromkeys(one.load().attrs.get("bos") for one in made.values()):
+        if sentence:
+            console.print(f"In these runs {sentence}", highlight=False, soft_wrap=True)
     if figures:
         for one in made.values():
             write_reports(one.folder)
 
 
 _OF_SECTION = {
-    None: ("models", "prompts", "hellaswag", "feedforward", "checkpoint", "subset", "out",
+    None: ("models", "prompts", "hellaswag", "feedforward", "checkpoint", "subset", "bos", "out",
            "device", "dtype", "batch_size"),
     "4.2": ("section", "seeds", "workers", "out"),
     "5.1": ("section", "runs", "prompts", "subset", "out", "device", "batch_size"),
@@ -170,6 +186,7 @@ def reproduce(
     workers: Annotated[
         int | None, typer.Option(help="Section 4.2: processes; one a core if left out.")
     ] = None,
+    bos: Bos = None,
     out: Out = Path("reproduction"),
     device: Device = None,
     dtype: Dtype = "float32",
@@ -197,7 +214,9 @@ def reproduce(
         other = None
         if name != "demo" or hellaswag is not None:
             other = PromptSet.parse(hellaswag or "hellaswag", subset=subset)
-        plan = paper_plan(name, main, other, dtype, feedforward, checkpoint=checkpoint)
+        plan = paper_plan(
+            name, main, other, dtype, feedforward, checkpoint=checkpoint, prepend_bos=bos
+        )
         plans.append(plan)
     carry_out(plans, out, device, batch_size)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tl_looped.cli.console import command_line, console, note
-from tl_looped.cli.runs import BatchSize, Device, Dtype, Prompts, TooLong, run_all
+from tl_looped.cli.runs import BatchSize, Bos, Device, Dtype, Prompts, TooLong, run_all
 
 
 def spectrum(
@@ -30,6 +30,7 @@ def spectrum(
     seed: Annotated[int, typer.Option(help="Of the subset.")] = 0,
     state_seed: Annotated[int, typer.Option(help="Of a random initial state.")] = 0,
     too_long: TooLong = "skip",
+    bos: Bos = None,
     device: Device = None,
     dtype: Dtype = "float32",
     batch_size: BatchSize = "auto",
@@ -51,7 +52,7 @@ def spectrum(
     out = folder / "spectrum" if out is None else out
     if (folder / SNAPSHOTS).is_dir():
         chosen = PromptSet.parse(prompts, subset=subset, seed=seed, too_long=too_long)
-        specs = snapshot_experiments(folder, chosen, recurrences, state_seed, dtype)
+        specs = snapshot_experiments(folder, chosen, recurrences, state_seed, dtype, bos)
         made = run_all([(spec, ()) for spec in specs.values()], out, device, batch_size)
         if not made:  # not the process that draws
             return

@@ -109,6 +109,8 @@ def load_engine(
         assert source.folder is not None
         if spread:
             raise InputError(f"device={device!r} spreads looped models only: name one device")
+        bos = None if source.bos is None else source.bos[0]
+        spec = replace(spec, prepend_bos=bos if spec.prepend_bos is None else spec.prepend_bos)
         return FeedforwardEngine(load_feedforward(source.folder, device or "cpu", dtype), spec)
     if model is None:
         model = LoopedTransformer.from_pretrained(
@@ -191,11 +193,12 @@ class LoopedEngine(Engine):
 
     def tokens(self, text: str) -> tuple[Row, bool]:
         """See :class:`Engine`."""
-        row = self.model.tokenize(text, truncate=True)[0][0]
+        bos = self.spec.prepend_bos
+        row = self.model.tokenize(text, bos, truncate=True)[0][0]
         if len(row) < self.model.cfg.n_ctx:
             return row, False
         try:
-            return self.model.tokenize(text)[0][0], False
+            return self.model.tokenize(text, bos)[0][0], False
         except InputError:  # the one thing that can be wrong with it now is its length
             return row, True
 
@@ -316,8 +319,11 @@ class FeedforwardEngine(Engine):
         self.metrics = wanted_metrics(spec)
 
     def tokens(self, text: str) -> tuple[Row, bool]:
-        """See :class:`Engine`; a beginning-of-text token as TransformerLens's model wants it."""
-        row = self.model.to_tokens(text, truncate=False)[0]
+        """See :class:`Engine`; BOS as its looped sisters have it, which TransformerLens ignores."""
+        row = self.model.to_tokens(text, prepend_bos=self.spec.prepend_bos, truncate=False)[0]
+        bos = self.model.tokenizer.bos_token_id
+        if bos is not None and row[:2].tolist() == [bos, bos]:
+            row = row[1:]  # the text begins with one itself
         n = self.model.cfg.n_ctx
         return row[:n], len(row) > n
 

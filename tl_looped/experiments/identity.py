@@ -98,17 +98,23 @@ def _of_tokenizer(tokenizer: Any) -> bytes:
     return json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
 
 
-def run_hash(spec: Experiment, prompts: Prompts, model_identity: str) -> str:
+def run_hash(
+    spec: Experiment, prompts: Prompts, model_identity: str, bos: bool | None = None
+) -> str:
     """SHA-256 of a resolved experiment, as 64 hexadecimal digits.
 
     Args:
         spec: With its number of recurrences filled in.
         prompts: The chosen texts.
         model_identity: Of :func:`folder_identity` or :func:`module_identity`.
+        bos: Whether prompts begin with BOS, where ``model_identity`` does not tell: only then is it
+            part of the hash.
     """
     values = spec.to_dict()
-    for name in ("model", "revision", "feedforward"):
+    for name in ("model", "revision", "feedforward", "prepend_bos"):
         values.pop(name, None)
+    if bos is not None:
+        values["prepend_bos"] = bos
     values["metrics"] = sorted(select(spec.metrics))
     values["extras"] = sorted(set(spec.extras))
     values["prompts"] = [prompts.digest, list(prompts.rows), spec.prompts.too_long]

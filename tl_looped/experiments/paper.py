@@ -141,6 +141,7 @@ def paper_plan(
     feedforward: str | None = None,
     batching: str = "length",
     checkpoint: str | None = None,
+    prepend_bos: bool | None = None,
 ) -> Plan:
     """The runs of one model.
 
@@ -152,6 +153,7 @@ def paper_plan(
         feedforward: A hub id or folder in place of the paper's feedforward model.
         batching: Of looped models, see ``Experiment``.
         checkpoint: A hub id or folder in place of the one that ``model`` stands for.
+        prepend_bos: Of all runs, see ``Experiment``.
     """
     paper = PAPER[model]
     base = feedforward or paper.feedforward
@@ -162,6 +164,7 @@ def paper_plan(
         dtype=dtype,
         feedforward=base,
         batching=batching,
+        prepend_bos=prepend_bos,
     )
     ablated = replace(few, ablate_mlp=paper.ablate_mlp, feedforward=None)
     wanted = [
@@ -183,7 +186,7 @@ def paper_plan(
     if base is None or not paper.over:
         return Plan(runs)
     kind = "feedforward" if feedforward else paper.feedforward_kind
-    other = Experiment(base, kind=kind, prompts=prompts, dtype=dtype)
+    other = Experiment(base, kind=kind, prompts=prompts, dtype=dtype, prepend_bos=prepend_bos)
     other = replace(other, batching=batching) if kind == "looped" else other
     last = PaperRun(with_needs(other, (32,)), (32,))
     return Plan([*runs, last], [Overlay(runs[0].spec, last.spec, paper.over)])

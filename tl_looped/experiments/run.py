@@ -38,6 +38,7 @@ from tl_looped.experiments.sources import Source, find_model
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.tables import TABLES, table_files, write_tables
 from tl_looped.files import write_bytes
+from tl_looped.model.bos import bos_sentence
 from tl_looped.transformer import LoopedTransformer
 
 _LIMITING_WINDOW = 64
@@ -86,6 +87,11 @@ def resolve(spec: Experiment, model: LoopedTransformer | None = None) -> tuple[E
     return spec, source
 
 
+def _bos(spec: Experiment, source: Source) -> tuple[bool, str] | None:
+    """Whether the run's prompts begin with BOS, and who says so; None if only the model knows."""
+    return source.bos if spec.prepend_bos is None else (spec.prepend_bos, "caller")
+
+
 def run_folder(spec: Experiment, digest: str) -> str:
     """Name of a resolved run's folder: model, prompts, recurrences, beginning of the hash."""
     plain = (Path(spec.model).name, spec.prompts.label)
@@ -124,7 +130,9 @@ def run_experiment(
     workers = Workers.here(device)
     prompts = load_prompts(spec.prompts)
     spec, source = resolve(spec, model)
-    digest = run_hash(spec, prompts, source.identity)
+    bos = _bos(spec, source)
+    differs = bos is not None and bos[0] != source.bos_before
+    digest = run_hash(spec, prompts, source.identity, bos[0] if bos and differs else None)
     folder = out / run_folder(spec, digest)
     results = folder / store.RESULTS
     data, problem = store.read_if_usable(results, digest)
@@ -145,6 +153,9 @@ def run_experiment(
     workers.wait()
     if workers.first:
         identity: dict[str, Any] = {"hash": digest, "model_identity": source.identity}
+        if bos is not None:
+            identity["prepend_bos"] = int(bos[0])
+            identity["bos"] = bos_sentence(engine.model.tokenizer, *bos)
         parts = job.parts.read()
         data = joined(spec, engine, prompts, parts, job.rows, job.numbers, job.n_cut)
         data = data.assign_attrs(identity)

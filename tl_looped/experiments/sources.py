@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from tl_looped.checkpoints import BUNDLED, open_checkpoint
+from tl_looped.checkpoints import BUNDLED, open_checkpoint, read_tokenizer
 from tl_looped.errors import CheckpointError, TLLoopedError
 from tl_looped.experiments.identity import folder_identity, module_identity
 from tl_looped.experiments.spec import Experiment
+from tl_looped.model.bos import adds_bos
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.transformer import LoopedTransformer
 
@@ -23,11 +25,19 @@ class Source:
         identity: See ``tl_looped.experiments.identity``.
         recurrences: What it runs if the experiment does not say.
         folder: Of its files; None if it is in memory.
+        bos: Whether it reads text with BOS by default, and who says so, as in
+            ``LoopedConfig.bos_from``; None without a tokenizer that can be asked.
+        bos_before: What its family did before tokenizers were asked; None if nobody knows.
     """
 
     identity: str
     recurrences: int
     folder: Path | None
+    bos: tuple[bool, str] | None = None
+    bos_before: bool | None = None
+
+
+_BOS_BEFORE = {"retrofit-llama": True, "retrofit-olmo": False, "ouro": False}
 
 
 def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Source:
@@ -37,13 +47,23 @@ def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Sour
         CheckpointError: if there is none.
     """
     if model is not None:
-        return Source(module_identity(model, model.cfg), model.loop.R, None)
+        says = model.cfg.default_prepend_bos
+        decided = None if says is None else (says, model.cfg.bos_from)
+        return Source(module_identity(model, model.cfg), model.loop.R, None, decided, says)
     if spec.kind == "feedforward":
         folder = _feedforward_folder(spec)
-        return Source(folder_identity(folder), 1, folder)
+        return Source(folder_identity(folder), 1, folder, _habit(read_tokenizer(folder)))
     found = open_checkpoint(spec.model, spec.revision)
-    recurrences = found.n_recurrences or found.config().n_recurrences
-    return Source(folder_identity(found.folder), recurrences, found.folder)
+    cfg = found.config()
+    recurrences = found.n_recurrences or cfg.n_recurrences
+    said = cfg.default_prepend_bos
+    bos = _habit(found.tokenizer()) if said is None else (said, cfg.bos_from)
+    before = _BOS_BEFORE.get(cfg.architecture, True) if said is None else said
+    return Source(folder_identity(found.folder), recurrences, found.folder, bos, before)
+
+
+def _habit(tokenizer: Any) -> tuple[bool, str] | None:
+    return None if tokenizer is None else (adds_bos(tokenizer), "tokenizer")
 
 
 def _feedforward_folder(spec: Experiment) -> Path:

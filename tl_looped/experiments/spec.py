@@ -160,6 +160,8 @@ class Experiment:
             recurrence.
         feedforward: ``model`` of the feedforward run that reports compare this one with. It
             decides no number of this run, and is no part of its hash.
+        prepend_bos: Whether every prompt begins with BOS; as the model's configuration or tokenizer
+            says if None.
         initial_state: ``"model"`` for the model's own, or ``"zeros"``.
         state_seed: Of a random initial state.
         dtype: Of the weights, as PyTorch names it.
@@ -176,6 +178,7 @@ class Experiment:
     extras: tuple[str, ...] = ()
     ablate_mlp: tuple[str, ...] = ()
     feedforward: str | None = None
+    prepend_bos: bool | None = None
     initial_state: str = "model"
     state_seed: int = 0
     dtype: str = "float32"

@@ -66,13 +66,14 @@ def snapshot_experiments(
     recurrences: int = RECURRENCES,
     state_seed: int = 0,
     dtype: str = "float32",
+    prepend_bos: bool | None = None,
 ) -> dict[int, Experiment]:
     """The experiment of every snapshot, by its step.
 
     Args:
         run: As in :func:`find_snapshots`.
         prompts: The same for all.
-        recurrences, state_seed, dtype: See :class:`Experiment`.
+        recurrences, state_seed, dtype, prepend_bos: See :class:`Experiment`.
     """
     return {
         step: Experiment(
@@ -83,6 +84,7 @@ def snapshot_experiments(
             extras=("convergence", "spectrum"),
             state_seed=state_seed,
             dtype=dtype,
+            prepend_bos=prepend_bos,
         )
         for step, folder in find_snapshots(run).items()
     }

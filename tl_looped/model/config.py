@@ -89,6 +89,7 @@ TRAINED = "trained_recurrences"
 _NOT_SAVED = (
     "device",
     "n_devices",
+    "bos_from",
     "normalization_type",
     "use_attn_result",
     "use_split_qkv_input",
@@ -144,6 +145,10 @@ class LoopedConfig(TransformerLensConfig):
             ``device`` is that of the embedding, where tokens go in and results come out.
         source_layers: Of a model made from a feedforward one: which of its layers became
             ``"prelude"``, ``"core"`` and ``"coda"``, and its name as ``"model"``. For the record.
+        default_prepend_bos: Whether text gets a BOS token. If None, the model's tokenizer is asked
+            what it does itself, and the answer is written here; with neither, nothing is prepended.
+        bos_from: Who decided that: ``"config"``, ``"tokenizer"`` or ``"caller"``. A note of the
+            model in memory: a saved model is one whose configuration has decided.
         use_attn_in: TransformerLens's flag for ``hook_attn_in``.
         use_hook_mlp_in: TransformerLens's flag for ``hook_mlp_in``.
     """
@@ -184,6 +189,9 @@ class LoopedConfig(TransformerLensConfig):
     device: str | None = None
     n_devices: int = 1
     source_layers: dict[str, Any] | None = None
+    # TransformerLens's own default prepends, whatever the tokenizer does.
+    default_prepend_bos: bool | None = None
+    bos_from: str = "config"
 
     # The same for every supported family; TransformerLens's tools read these fields.
     normalization_type: str | None = "RMS"
@@ -259,6 +267,11 @@ class LoopedConfig(TransformerLensConfig):
             raise ConfigError(
                 "trained_recurrences must be a finite number above 0, or None for a model "
                 f"that was not trained as a loop, got {self.trained_recurrences!r}"
+            )
+        if not isinstance(self.default_prepend_bos, (bool, type(None))):
+            raise ConfigError(
+                "default_prepend_bos must be True, False or None (as the tokenizer does), got "
+                f"{self.default_prepend_bos!r}"
             )
         if self.n_recurrences < self.min_recurrences:
             raise ConfigError(

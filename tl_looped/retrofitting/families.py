@@ -52,7 +52,6 @@ class Family:
         retrofit: Architecture of its retrofits; the name of an adapter if one reads their format.
         layout: Where its norms stand.
         norms: Our norm -> its norm.
-        prepend_bos: Whether its models were trained with a beginning of text.
         switches: Further fields of :class:`LoopedConfig`.
         fixed: Fields that may have one value only.
     """
@@ -61,25 +60,21 @@ class Family:
     retrofit: str
     layout: NormLayout
     norms: Mapping[str, str]
-    prepend_bos: bool
     switches: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "retrofit-llama", NormLayout.PRE, _PRE, True),
-    "olmo2": Family(
-        "Olmo2ForCausalLM", "retrofit-olmo", NormLayout.POST, _POST, False, {"qk_norm": True}
-    ),
+    "llama": Family("LlamaForCausalLM", "retrofit-llama", NormLayout.PRE, _PRE),
+    "olmo2": Family("Olmo2ForCausalLM", "retrofit-olmo", NormLayout.POST, _POST, {"qk_norm": True}),
     # Its block is Llama's, and so is the format of its retrofits.
-    "mistral": Family("MistralForCausalLM", "retrofit-llama", NormLayout.PRE, _PRE, True),
+    "mistral": Family("MistralForCausalLM", "retrofit-llama", NormLayout.PRE, _PRE),
     # No published format has biases, or norms on single heads: these are saved in tl_looped's own.
     "qwen2": Family(
         "Qwen2ForCausalLM",
         "retrofit-qwen2",
         NormLayout.PRE,
         _PRE,
-        False,
         {"qk_bias": True, "v_bias": True},
     ),
     "qwen3": Family(
@@ -87,7 +82,6 @@ FAMILIES: dict[str, Family] = {
         "retrofit-qwen3",
         NormLayout.PRE,
         _PRE,
-        False,
         {"qk_norm": True, "qk_norm_per_head": True},
     ),
 }
@@ -160,7 +154,6 @@ def looped_config(
         rope_scaling=scaling,
         # The published retrofits are untied, and their loops are trained so.
         tie_embeddings=not injection and bool(config.tie_word_embeddings),
-        default_prepend_bos=family.prepend_bos,
         model_name=name,
         device="meta",
         source_layers={"model": name} | {s: list(layers) for s, layers in plan.stages().items()},

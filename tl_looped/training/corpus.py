@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tl_looped.errors import CheckpointError, DataError
+from tl_looped.model.bos import with_bos
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 _CALCULATOR_NOTE = re.compile(r"<<[^>]*>>")
@@ -203,7 +204,7 @@ def pack(texts: list[str], tokenizer: Any, length: int) -> Int[Tensor, "row leng
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     stream: list[int] = []
     for text in texts:
-        stream += [bos, *tokenizer.encode(text, add_special_tokens=False), eos]
+        stream += [*with_bos(tokenizer.encode(text, add_special_tokens=False), bos), eos]
     n = len(stream) // length
     if n == 0:
         raise DataError(f"{len(stream)} tokens do not fill one row of {length}")

@@ -67,6 +67,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         cfg.normalization_type = "RMS"  # a new model is not folded, even if the other one was
         self.tokenizer = tokenizer
         self.generation_config: dict[str, Any] = {}
+        self._settle_bos()
         self.state_seed = 0
         device = torch.device("cpu" if cfg.device is None else cfg.device)
         with device:
@@ -113,6 +114,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         revision: str | None = None,
         device_map: DeviceMap | None = None,
         max_memory: dict[int | str, int | str] | None = None,
+        default_prepend_bos: bool | None = None,
     ) -> LoopedTransformer:
         """Load a checkpoint from a folder, the hub, or the bundle (``"demo"``).
 
@@ -129,6 +131,9 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                 to devices. See ``tl_looped.transformer.spreading`` for what that means.
             max_memory: Most bytes of weights a device, as in accelerate:
                 ``{0: "20GiB", 1: "40GiB", "cpu": "60GiB"}``.
+            default_prepend_bos: Whether text gets a BOS token. If None: as the model was saved;
+                otherwise as its authors do by hand (Huginn), or as its tokenizer does by itself.
+                :meth:`describe_bos` says which.
 
         Raises:
             CheckpointError, UnknownArchitectureError: see ``tl_looped.checkpoints``.
@@ -145,6 +150,8 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         cfg = source.config()
         cfg.dtype = parse_dtype(torch.float32 if dtype is None else dtype)
         cfg.device = "meta"
+        if default_prepend_bos is not None:
+            cfg.default_prepend_bos, cfg.bos_from = default_prepend_bos, "caller"
         model = cls(cfg, source.tokenizer())
         model.generation_config = source.generation_config()
         wanted = source.n_recurrences if n_recurrences is None else n_recurrences

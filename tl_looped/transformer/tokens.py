@@ -1,7 +1,8 @@
 """Text to tokens and back, with TransformerLens's method names.
 
-Decisions: BOS is prepended here, by id, and never by the tokenizer, so that it is never there
-twice; ``cfg.default_prepend_bos`` says whether. Text that is longer than the context is an error
+Decisions: BOS is prepended here, by id, and never by the tokenizer; ``cfg.default_prepend_bos``
+says whether, and if it does not, the tokenizer's own habit (``tl_looped.model.bos``). It is never
+there twice: a text that begins with it gets none. Text that is longer than the context is an error
 unless ``truncate=True`` is asked for (TransformerLens truncates by default). Text batches carry
 their own mask. In a batch given as *tokens*, leading and trailing pad tokens are padding; where the
 pad token is also BOS or EOS, only leading ones that some rows have and others have not. Pass
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.errors import InputError, TokenizerError
+from tl_looped.model.bos import adds_bos, bos_sentence, with_bos
 from tl_looped.transformer.weights import WeightsMixin
 
 _SPECIAL = ("pad", "bos", "eos")
@@ -64,7 +66,11 @@ class TokensMixin(WeightsMixin):
             raise InputError(
                 f"default_padding_side must be 'left' or 'right', got {default_padding_side!r}"
             )
+        before = self.tokenizer
         self.tokenizer = tokenizer
+        if self.cfg.bos_from == "tokenizer" and self._bos_decided_by(before) == "tokenizer":
+            self.cfg.default_prepend_bos = None  # the new one's habit takes the old one's place
+        self._settle_bos()
         if default_padding_side is not None:
             tokenizer.padding_side = default_padding_side
 
@@ -75,6 +81,38 @@ class TokensMixin(WeightsMixin):
                 "set model.tokenizer to use text"
             )
         return self.tokenizer
+
+    def _settle_bos(self) -> None:
+        """Ask the tokenizer for its habit, if there is one and the configuration does not say."""
+        if self.tokenizer is not None and self.cfg.default_prepend_bos is None:
+            self.cfg.default_prepend_bos = adds_bos(self.tokenizer)
+            self.cfg.bos_from = "tokenizer"
+
+    def _prepends(self, prepend_bos: bool | None) -> bool:
+        """Whether a text of this call gets a BOS token."""
+        if prepend_bos is not None:
+            return prepend_bos
+        self._settle_bos()
+        return bool(self.cfg.default_prepend_bos)
+
+    def _bos_decided_by(self, tokenizer: Any) -> str:
+        """``cfg.bos_from``; ``"caller"`` where the field was changed by hand after loading."""
+        if self.cfg.bos_from != "tokenizer" or tokenizer is None:
+            return self.cfg.bos_from
+        unchanged = self.cfg.default_prepend_bos == adds_bos(tokenizer)
+        return "tokenizer" if unchanged else "caller"
+
+    def describe_bos(self, prepend_bos: bool | None = None) -> str:
+        """A sentence: whether text gets a BOS token, and who decided it.
+
+        Args:
+            prepend_bos: Of the call that is described, if it says otherwise.
+        """
+        if self.tokenizer is None:
+            return "there is no tokenizer, so no text is read"
+        prepends = self._prepends(prepend_bos)
+        decided_by = "caller" if prepend_bos is not None else self._bos_decided_by(self.tokenizer)
+        return bos_sentence(self.tokenizer, prepends, decided_by)
 
     def _bos_id(self) -> int:
         bos = self._need_tokenizer().bos_token_id
@@ -100,7 +138,8 @@ class TokensMixin(WeightsMixin):
 
         Args:
             text: One text or several; several are padded to the longest.
-            prepend_bos: Overrides ``cfg.default_prepend_bos``.
+            prepend_bos: Overrides ``cfg.default_prepend_bos``. A text that begins with BOS gets
+                no second one either way.
             padding_side: ``"left"`` or ``"right"``; the tokenizer's own side if None.
             truncate: Cut rows to the context length instead of raising.
 
@@ -109,15 +148,16 @@ class TokensMixin(WeightsMixin):
             InputError: if a text is longer than the context, or padding_side is unknown.
         """
         tokenizer = self._need_tokenizer()
-        prepend_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        prepend_bos = self._prepends(prepend_bos)
         side = padding_side or getattr(tokenizer, "padding_side", None) or "right"
         if side not in ("left", "right"):
             raise InputError(f"padding_side must be 'left' or 'right', got {side!r}")
         texts = [text] if isinstance(text, str) else text
         if not texts:
             raise InputError("no text was given")
-        start = [self._bos_id()] if prepend_bos else []
-        rows = [start + tokenizer.encode(t, add_special_tokens=False) for t in texts]
+        rows = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+        if prepend_bos:
+            rows = [with_bos(row, self._bos_id()) for row in rows]
         for i, row in enumerate(rows):
             if not row:
                 raise TokenizerError(f"text {i} ({texts[i]!r}) gives no token; prepend_bos=True?")
@@ -191,8 +231,7 @@ class TokensMixin(WeightsMixin):
         leading = is_pad.long().cumprod(-1).sum(-1)
         trailing = torch.zeros_like(leading)
         if pad in (ids["bos"], ids["eos"]):
-            prepended = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-            if pad == ids["bos"] and prepended:
+            if pad == ids["bos"] and self._prepends(prepend_bos):
                 leading = (leading - 1).clamp(min=0)
             if int(leading.min()) > 0:
                 return None
