@@ -152,3 +152,32 @@ def without_gradients() -> Iterator[None]:
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def exact_bridges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerLens 4's attention in fp64 where the model is in fp64.
+
+    Its softmax and its rotation of interleaved pairs are in fp32 whatever the model is. With this
+    fixture a bridge in fp64 is compared as exactly as anything else; what the fp32 parts do to a
+    bridge's numbers is a test of its own.
+    """
+    from transformer_lens.model_bridge.generalized_components import (
+        position_embeddings_attention as module,
+    )
+
+    softmax = module.PositionEmbeddingsAttentionBridge._masked_softmax
+
+    def softmax_as_scores(self: Any, scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return softmax(self, scores, None if scores.dtype == torch.float64 else dtype)
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **layout: bool) -> Any:
+        assert layout == {"relayout_cos_sin": False}
+        turned = (torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) for x in (q, k))
+        cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
+        return tuple(x * cos + y * sin for x, y in zip((q, k), turned, strict=True))
+
+    monkeypatch.setattr(
+        module.PositionEmbeddingsAttentionBridge, "_masked_softmax", softmax_as_scores
+    )
+    monkeypatch.setattr(module, "_apply_rotary_pos_emb_adjacent_pairs", rotated)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from closeness import SAME, assert_same
 from conftest import VARIANTS, random_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -114,11 +115,12 @@ def test_an_old_caches_model_counts_in_its_own_geometry(variant, tokens) -> None
 
 
 def test_flags_change_shapes_of_the_first_norm_and_nothing_of_the_logits(variant, tokens) -> None:
+    variant.double()
     expected = variant.run_with_cache(tokens)[0]
     for switch in (variant.set_use_split_qkv_input, variant.set_use_attn_in):
         switch(True)
         logits, cache = variant.run_with_cache(tokens, pos_slice=(1, 3))
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        assert_same(logits, expected)
         if "ln1" in dict(variant.blocks[0].named_children()):
             assert cache["scale", (1, 0), "ln1"].shape[:2] == (2, 2)
             assert cache["scale", (1, 0), "ln1"].ndim == 4
@@ -157,13 +159,13 @@ def test_short_names_of_attention_inputs(variant) -> None:
 
 
 def test_exits_of_a_padded_batch_with_a_coda(tokens: Tensor) -> None:
-    config = random_config(exit_gate=True, loop_norm=True)
+    config = random_config(exit_gate=True, loop_norm=True, dtype=torch.float64)
     model = LoopedTransformer.from_config(config)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, :4] = False
     readout = model.exits(tokens, attention_mask=mask)
     expected = model(tokens, attention_mask=mask)
-    torch.testing.assert_close(readout.exit_logits[-1], expected, atol=1e-5, rtol=1e-5)
+    assert_same(readout.exit_logits[-1], expected)
     assert torch.equal(readout.steps(), readout.steps(1.0))
 
 
@@ -187,7 +189,7 @@ KINDS = {
 @pytest.mark.parametrize("prepend_bos", [False, True])
 def test_padded_tokens_of_the_models_own_making_are_recognised(kind, side, prepend_bos) -> None:
     model = LoopedTransformer.from_config(
-        random_config(**VARIANTS["pre-injection"]), tokenizer(**KINDS[kind])
+        random_config(**VARIANTS["pre-injection"], dtype=torch.float64), tokenizer(**KINDS[kind])
     )
     texts = ["5 6 7", "3 4 5 6 7 8"]
     batch = model.to_tokens(texts, prepend_bos=prepend_bos, padding_side=side)
@@ -195,25 +197,27 @@ def test_padded_tokens_of_the_models_own_making_are_recognised(kind, side, prepe
     for row, text in zip(logits, texts, strict=True):
         alone = model(text, prepend_bos=prepend_bos)[0]
         where = slice(-len(alone), None) if side == "left" else slice(0, len(alone))
-        torch.testing.assert_close(row[where], alone, atol=1e-5, rtol=1e-5)
+        assert_same(row[where], alone)
     if kind == "own pad":
         loss = model(batch, return_type="loss", prepend_bos=prepend_bos)
         assert loss.item() == pytest.approx(
-            model(texts, return_type="loss", prepend_bos=prepend_bos).item(), abs=1e-5
+            model(texts, return_type="loss", prepend_bos=prepend_bos).item(), abs=SAME
         )
         single = model(batch[:1], prepend_bos=prepend_bos)[0]
-        torch.testing.assert_close(single, logits[0], atol=1e-5, rtol=1e-5)
+        assert_same(single, logits[0])
         resid = model(batch, stop_at_layer=5, prepend_bos=prepend_bos)
         e = model(batch, stop_at_layer=2, initial_state="zeros", prepend_bos=prepend_bos)
         assert e.shape == resid.shape
 
 
 def test_tokens_of_a_residual_input_bring_their_padding() -> None:
-    model = LoopedTransformer.from_config(random_config(), tokenizer(**KINDS["own pad"]))
+    model = LoopedTransformer.from_config(
+        random_config(dtype=torch.float64), tokenizer(**KINDS["own pad"])
+    )
     batch = model.to_tokens(["5 6 7", "3 4 5 6 7 8"], padding_side="left")
     resid = model(batch, stop_at_layer=(2, 0))
     rest = model(resid, start_at_layer=(2, 0), tokens=batch)
-    torch.testing.assert_close(rest[:, 3:], model(batch)[:, 3:], atol=1e-5, rtol=1e-5)
+    assert_same(rest[:, 3:], model(batch)[:, 3:])
 
 
 def test_generation_checks_its_length_first() -> None:

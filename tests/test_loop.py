@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_same
 from conftest import VARIANTS, random_config
 from torch import Tensor
 
@@ -27,9 +28,10 @@ def double(value: Tensor, hook) -> Tensor:
 @pytest.mark.parametrize("name", ["pre", "post-qk-norm"])
 def test_the_loop_written_out_is_the_same_function(name: str, tokens: Tensor) -> None:
     """R recurrences of k layers equal one pass through R * k layers with copied weights."""
-    looped = LoopedTransformer.from_config(random_config(**VARIANTS[name]))
+    changes = VARIANTS[name] | {"dtype": torch.float64}
+    looped = LoopedTransformer.from_config(random_config(**changes))
     k, R = looped.loop.k, looped.loop.R
-    config = random_config(**VARIANTS[name], n_core=k * R, n_recurrences=1)
+    config = random_config(**changes, n_core=k * R, n_recurrences=1)
     flat = LoopedTransformer.from_config(config)
     source = dict(looped.named_parameters())
     with torch.no_grad():
@@ -38,7 +40,7 @@ def test_the_loop_written_out_is_the_same_function(name: str, tokens: Tensor) ->
             if stage == "core":
                 parameter_name = f"core.{int(i) % k}.{rest}"
             parameter.copy_(source[parameter_name])
-    torch.testing.assert_close(flat(tokens), looped(tokens), atol=1e-5, rtol=1e-5)
+    assert_same(flat(tokens), looped(tokens))
 
 
 def test_effective_layers_follow_the_recurrences(variant, tokens) -> None:
@@ -193,8 +195,8 @@ def test_raw_torch_hooks_fire_too(variant, tokens) -> None:
 
 
 def test_fused_and_explicit_attention_agree(variant, tokens) -> None:
-    listening = variant.run_with_cache(tokens)[0]
-    torch.testing.assert_close(variant(tokens), listening, atol=1e-5, rtol=1e-5)
+    model = variant.double()
+    assert_same(model(tokens), model.run_with_cache(tokens)[0])
 
 
 # -- caches -----------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def test_position_slices_follow_each_activation(variant, tokens) -> None:
 
 
 def test_stopping_and_starting_again_is_the_whole_run(variant, tokens) -> None:
-    # No pattern is cached, so that attention is fused in every run and the numbers are the same.
+    variant.double()
     logits, cache = variant.run_with_cache(
         tokens, names_filter=lambda name: name.endswith(("resid_pre", "resid_post", "embed"))
     )
@@ -258,10 +260,10 @@ def test_stopping_and_starting_again_is_the_whole_run(variant, tokens) -> None:
     for i in range(variant.loop.n_layers + 1):
         resid = variant(tokens, stop_at_layer=i)
         if i < variant.loop.n_layers:
-            torch.testing.assert_close(resid, cache["resid_pre", i], atol=1e-5, rtol=1e-5)
+            assert_same(resid, cache["resid_pre", i])
         given = {} if i < variant.loop.p else {"prelude_output": e}
         rest = variant(resid, start_at_layer=i, **given)
-        torch.testing.assert_close(rest, logits, atol=1e-4, rtol=1e-4)
+        assert_same(rest, logits)
 
 
 def test_layers_may_be_given_as_recurrence_and_layer(variant, tokens) -> None:
@@ -283,9 +285,10 @@ def test_only_the_layers_asked_for_run(variant, tokens) -> None:
 
 
 def test_tied_weights_get_the_sum_of_their_recurrences_gradients(tokens) -> None:
-    looped = LoopedTransformer.from_config(random_config())
+    exact = {"dtype": torch.float64}
+    looped = LoopedTransformer.from_config(random_config(**exact))
     k, R = looped.loop.k, looped.loop.R
-    flat = LoopedTransformer.from_config(random_config(n_core=k * R, n_recurrences=1))
+    flat = LoopedTransformer.from_config(random_config(**exact, n_core=k * R, n_recurrences=1))
     source = dict(looped.named_parameters())
     for name, parameter in flat.named_parameters():
         stage, i, rest = (*name.split(".", 2), "", "")[:3]
@@ -297,7 +300,7 @@ def test_tied_weights_get_the_sum_of_their_recurrences_gradients(tokens) -> None
         stage, i, rest = (*name.split(".", 2), "", "")[:3]
         same = [f"core.{int(i) + r * k}.{rest}" for r in range(R)] if stage == "core" else [name]
         expected = sum(written_out[n].grad for n in same)
-        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-4)
+        assert_same(parameter.grad, expected)
 
 
 def test_backward_hooks_see_the_gradient_of_their_recurrence(variant, tokens) -> None:

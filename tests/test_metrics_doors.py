@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from closeness import SAME, assert_same_data
 from conftest import Golden, random_config
 from torch import Tensor
 
@@ -41,6 +42,18 @@ from tl_looped.metrics import (
     stream_metrics,
     successive_difference,
 )
+
+
+@pytest.fixture
+def golden_model(golden: Golden) -> LoopedTransformer:
+    """In fp64, where the doors differ by nothing that rounding could excuse."""
+    return golden.load(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def plain() -> LoopedTransformer:
+    return LoopedTransformer.from_config(random_config(dtype=torch.float64))
+
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -83,16 +96,6 @@ def on_tensors(states: Tensor, patterns: Tensor, before: Tensor) -> dict[str, Te
     }
 
 
-def assert_same(a: xr.Dataset, b: xr.Dataset, tolerance: float = 1e-6) -> None:
-    assert set(a.data_vars) == set(b.data_vars)
-    for name in a.data_vars:
-        assert a[name].dims == b[name].dims
-        np.testing.assert_allclose(
-            a[name].values, b[name].values, atol=tolerance, rtol=tolerance, err_msg=str(name)
-        )
-    xr.testing.assert_equal(a.coords.to_dataset(), b.coords.to_dataset())
-
-
 def test_the_three_doors_agree(golden: Golden, golden_model: LoopedTransformer) -> None:
     model = golden_model
     _, cache = model.run_with_cache(golden.tokens, state_seed=3)
@@ -109,11 +112,13 @@ def test_the_three_doors_agree(golden: Golden, golden_model: LoopedTransformer) 
     assert set(from_cache.data_vars) - state_out == set(expected)
     for name, value in expected.items():
         assert from_cache[name].sizes["recurrence"] == loop.R
-        np.testing.assert_allclose(from_cache[name].values, value.numpy(), atol=1e-6, rtol=1e-6)
+        np.testing.assert_allclose(from_cache[name].values, value.numpy(), atol=SAME, rtol=SAME)
     assert from_cache["sink_score"].dims == ("recurrence", "layer", "head", "prompt")
     assert from_cache["entropy_bits"].dims == ("recurrence", "layer", "prompt")
     for options in ({}, {"states": "disk"}, {"batch_size": 1}):
-        assert_same(stream_metrics(model, golden.tokens, both, state_seed=3, **options), from_cache)
+        assert_same_data(
+            stream_metrics(model, golden.tokens, both, state_seed=3, **options), from_cache
+        )
 
 
 def test_a_loop_norm_has_states_of_its_own(golden: Golden, golden_model: LoopedTransformer) -> None:
@@ -132,9 +137,9 @@ def test_a_loop_norm_has_states_of_its_own(golden: Golden, golden_model: LoopedT
         ):
             values = data[f"{kind}_{form}_state_out"]
             assert values.dims == ("recurrence", "prompt")
-            np.testing.assert_allclose(values, function(states, form)[:, 0], atol=1e-9)
+            np.testing.assert_allclose(values, function(states, form)[:, 0], atol=SAME)
     entropies = matrix_entropy(states[:, 0]).numpy()
-    np.testing.assert_allclose(data["entropy_bits_state_out"], entropies, atol=1e-9)
+    np.testing.assert_allclose(data["entropy_bits_state_out"], entropies, atol=SAME)
 
 
 def test_depth_holds_prelude_and_coda(plain: LoopedTransformer, tokens: Tensor) -> None:
@@ -152,8 +157,8 @@ def test_depth_holds_prelude_and_coda(plain: LoopedTransformer, tokens: Tensor) 
     assert outside["fixed_point_rel"].isnull().all()
     assert outside["successive_abs"].isnull().all()
     folded = by_recurrence(data)
-    assert_same(folded, over_cache(cache, "all"), 0.0)
-    assert_same(by_recurrence(folded), folded, 0.0)
+    assert_same_data(folded, over_cache(cache, "all"))
+    assert_same_data(by_recurrence(folded), folded)
     one = data["colsum_concentration"].isel(effective_layer=loop.index(3, 2))
     xr.testing.assert_equal(
         one.drop_vars(["effective_layer", "label", "stage", "in_recurrence", "layer_in_stage"]),
@@ -168,6 +173,7 @@ def injected() -> LoopedTransformer:
             initial_state=InitialState.RANDOM,
             initial_state_std=0.5,
             initializer_range=0.2,
+            dtype=torch.float64,
         )
     )
 
@@ -195,8 +201,7 @@ def test_prompts_of_different_lengths(prompts: list[Tensor], batching: str, stat
     for number, prompt in enumerate(prompts):
         _, cache = model.run_with_cache(prompt, n_recurrences=5, state_seed=2)
         alone = over_cache(cache, "all", over="depth")
-        # Padded attention sums in another order.
-        assert_same(data.isel(prompt=[number]).assign_coords(prompt=[0]), alone, 1e-5)
+        assert_same_data(data.isel(prompt=[number]).assign_coords(prompt=[0]), alone)
 
 
 def test_a_padded_cache_knows_its_mask(prompts: list[Tensor]) -> None:
@@ -208,13 +213,13 @@ def test_a_padded_cache_knows_its_mask(prompts: list[Tensor]) -> None:
             place = slice(9 - len(row), 9) if left else slice(len(row))
             tokens[i, place], mask[i, place] = row, 1
         _, cache = model.run_with_cache(tokens, attention_mask=mask, state_seed=2)
-        assert_same(over_cache(cache, "all"), alone, 1e-5)
-        assert_same(over_cache(cache, "all", attention_mask=mask), alone, 1e-5)
+        assert_same_data(over_cache(cache, "all"), alone)
+        assert_same_data(over_cache(cache, "all", attention_mask=mask), alone)
         part = cache.apply_slice_to_batch_dim([1, 3])
         chosen = alone.isel(prompt=[1, 3]).assign_coords(prompt=[0, 1])
-        assert_same(over_cache(part, "all"), chosen, 1e-5)
+        assert_same_data(over_cache(part, "all"), chosen)
         one = cache.apply_slice_to_batch_dim(1)
-        assert_same(over_cache(one, "all"), chosen.isel(prompt=[0]), 1e-5)
+        assert_same_data(over_cache(one, "all"), chosen.isel(prompt=[0]))
         with pytest.raises(InputError, match="differs from the one"):
             over_cache(cache, attention_mask=torch.ones(5, 9))
 
@@ -222,7 +227,7 @@ def test_a_padded_cache_knows_its_mask(prompts: list[Tensor]) -> None:
 def test_a_cache_without_batch_dimension(plain: LoopedTransformer, tokens: Tensor) -> None:
     _, one = plain.run_with_cache(tokens[:1], remove_batch_dim=True)
     _, batch = plain.run_with_cache(tokens[:1])
-    assert_same(over_cache(one, "all"), over_cache(batch, "all"), 0.0)
+    assert_same_data(over_cache(one, "all"), over_cache(batch, "all"))
 
 
 def test_a_plain_cache_of_a_looped_model(plain: LoopedTransformer, tokens: Tensor) -> None:
@@ -235,7 +240,7 @@ def test_a_plain_cache_of_a_looped_model(plain: LoopedTransformer, tokens: Tenso
     with pytest.raises(InputError, match=r"layer 20, but its model has 15 layers at its present 4"):
         over_cache(cache)
     with plain.recurrences(6):
-        assert_same(over_cache(cache, "all"), over_cache(looped, "all"), 0.0)
+        assert_same_data(over_cache(cache, "all"), over_cache(looped, "all"))
     with plain.recurrences(8), pytest.raises(MissingActivationError, match="of layer 21 of 27"):
         over_cache(cache)
 
@@ -247,12 +252,12 @@ def test_a_later_run_as_the_reference(plain: LoopedTransformer, tokens: Tensor) 
     expected = fixed_point_distance(
         cache.stack_recurrences("resid_post"), reference=longer.stack_recurrences("resid_post")[-1]
     )
-    np.testing.assert_allclose(data["fixed_point_abs"], expected, atol=1e-9)
+    np.testing.assert_allclose(data["fixed_point_abs"], expected, atol=SAME)
     assert (data["fixed_point_abs"].isel(recurrence=-1) > 1e-3).all()
     streamed = stream_metrics(
         plain, tokens, "fixed_point", n_recurrences=4, reference_recurrences=8
     )
-    assert_same(streamed, data)
+    assert_same_data(streamed, data)
     assert streamed.attrs["reference_recurrences"] == 8
 
 
@@ -263,7 +268,7 @@ def test_hooks_act_while_a_run_is_watched(plain: LoopedTransformer, tokens: Tens
     with plain.hooks(fwd_hooks=[("blocks.(1, 0).hook_resid_post", halve)]):
         watched = stream_metrics(plain, tokens, "all")
         _, cache = plain.run_with_cache(tokens)
-    assert_same(watched, over_cache(cache, "all"))
+    assert_same_data(watched, over_cache(cache, "all"))
     plain_size = stream_metrics(plain, tokens, "magnitude")["residual_mean"]
     assert (plain_size != watched["residual_mean"]).any()
     assert not any(point.is_active for point in plain.hook_dict.values())
@@ -283,7 +288,7 @@ def test_only_what_is_asked_for_is_computed(plain: LoopedTransformer, tokens: Te
     assert set(data.data_vars) == {"entropy_bits"}
     assert data["entropy_bits"].attrs == {"long_name": "residual entropy", "units": "bits"}
     _, cache = plain.run_with_cache(tokens, names_filter="residual")
-    assert_same(over_cache(cache, "entropy_bits"), data)
+    assert_same_data(over_cache(cache, "entropy_bits"), data)
     with pytest.raises(MissingActivationError, match="no 'pattern' of layer 0 of 15"):
         over_cache(cache, "sink_rate")
 
@@ -305,12 +310,12 @@ def test_tokens_of_prompts_of_different_lengths(prompts: list[Tensor]) -> None:
         _, cache = model.run_with_cache(prompt, n_recurrences=4, state_seed=2)
         expected = cosine_similarity(cache.stack_recurrences("resid_post")[:, :, 0])
         found = one["token_cosine"].values
-        np.testing.assert_allclose(found[:, :, : len(prompt)], expected.movedim(-1, 0), atol=1e-6)
+        np.testing.assert_allclose(found[:, :, : len(prompt)], expected.movedim(-1, 0), atol=SAME)
         assert np.isnan(found[:, :, len(prompt) :]).all()
     padded = stream_metrics(
         model, prompts, "token", n_recurrences=4, state_seed=2, batch_size=2, batching="padded"
     )
-    assert_same(padded, data, 1e-5)
+    assert_same_data(padded, data)
 
 
 def test_one_recurrence_and_none() -> None:

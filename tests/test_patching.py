@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from closeness import SAME, assert_same_data
 from conftest import VARIANTS, random_config
 from test_interventions import contracting
 from torch import Tensor
@@ -38,7 +39,8 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def model_of(kind: str, **changes: Any) -> LoopedTransformer:
-    return LoopedTransformer.from_config(random_config(**(VARIANTS[kind] | changes)))
+    settings = VARIANTS[kind] | {"dtype": torch.float64} | changes
+    return LoopedTransformer.from_config(random_config(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_a_grid_equals_patches_by_hand(kind: str, grid: str) -> None:
                 place = int(one["pos"]) if "pos" in one.coords else 0
                 head = int(one["head"]) if "head" in one.coords else 0
                 expected = by_hand(model, donor, name, part(place, head))
-                assert float(one) == pytest.approx(expected, abs=2e-6)
+                assert float(one) == pytest.approx(expected, abs=SAME)
 
 
 @pytest.mark.parametrize("name", ["state_in", "hook_injected", "state_out"])
@@ -117,7 +119,7 @@ def test_activations_of_the_loop(name: str, injecting: LoopedTransformer) -> Non
             donor = cache[f"recurrence.{r}.hook_{short}"]
             hook = f"recurrence.{target}.hook_{short}"
             expected = by_hand(model, donor, hook, (ALL, pos), state_seed=3)
-            assert float(found["difference"][r, target, pos]) == pytest.approx(expected, abs=2e-6)
+            assert float(found["difference"][r, target, pos]) == pytest.approx(expected, abs=SAME)
     assert found.attrs["state_seed"] == 3
     assert found.attrs["source_state_seed"] == "0"
 
@@ -141,7 +143,7 @@ def test_the_diagonal_is_transformer_lenss_sweep(injecting: LoopedTransformer) -
     for r in range(model.loop.R):
         for layer in range(model.loop.k):
             ours = found["effect"][r, r, layer].to_numpy()
-            np.testing.assert_allclose(ours, theirs[model.loop.index(r, layer)], atol=2e-5)
+            np.testing.assert_allclose(ours, theirs[model.loop.index(r, layer)], atol=SAME)
 
 
 # -- invariants ---------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def test_patching_a_run_with_itself_changes_nothing(kind: str) -> None:
         _, cache = model.run_with_cache(CORRUPTED)
         for name, choices in (("resid_post", {}), ("z", {"heads": "each"}), ("state_out", {})):
             found = patch_recurrences(model, CORRUPTED, cache, metric, name, **choices, **QUIET)
-            np.testing.assert_allclose(diagonal(found["difference"]), 0.0, atol=1e-5)
+            np.testing.assert_allclose(diagonal(found["difference"]), 0.0, atol=SAME)
             assert np.isnan(found["effect"]).all()
             others = found["difference"].to_numpy()[~np.eye(model.loop.R, dtype=bool)]
             assert np.abs(others).max() > 1e-3
@@ -183,16 +185,16 @@ def test_a_whole_state_decides_iff_nothing_is_injected(injecting: LoopedTransfor
             _, cache = model.run_with_cache(CLEAN)
             found = patch_recurrences(model, CORRUPTED, cache, metric, "state_out", **QUIET)
         effect = diagonal(found["effect"])
-        assert np.allclose(effect[:-1], 1.0, atol=1e-4) == decides
+        assert np.allclose(effect[:-1], 1.0, atol=SAME) == decides
         # Behind the last recurrence nothing is injected any more.
-        assert effect[-1] == pytest.approx(1.0, abs=1e-4)
+        assert effect[-1] == pytest.approx(1.0, abs=SAME)
 
 
 # -- attribution --------------------------------------------------------------------------------
 
 
 def test_attribution_is_exact_for_small_changes() -> None:
-    model = model_of("pre-injection", dtype=torch.float64)
+    model = model_of("pre-injection")
     with torch.no_grad():
         _, corrupted = model.run_with_cache(CORRUPTED)
         _, clean = model.run_with_cache(CLEAN)
@@ -272,7 +274,7 @@ def test_how_cells_are_batched_changes_nothing(injecting: LoopedTransformer) -> 
     arguments = (injecting, CORRUPTED, cache, metric, "resid_post")
     one_by_one = patch_recurrences(*arguments, positions="each", batch_size=1, **QUIET)
     together = patch_recurrences(*arguments, positions="each", batch_size=7, **QUIET)
-    xr.testing.assert_allclose(one_by_one, together, atol=1e-5)
+    assert_same_data(one_by_one, together)
 
 
 def test_padded_prompts_and_given_states_go_with_their_cells(injecting: LoopedTransformer) -> None:
@@ -285,7 +287,7 @@ def test_padded_prompts_and_given_states_go_with_their_cells(injecting: LoopedTr
         found = patch_recurrences(model, CORRUPTED, cache, metric, "mlp_out", **run, **QUIET)
         name = "recurrence.2.blocks.1.hook_mlp_out"
         expected = by_hand(model, cache["mlp_out", (1, 1)], name, ALL, **run)
-    assert float(found["difference"][1, 2, 1]) == pytest.approx(expected, abs=2e-6)
+    assert float(found["difference"][1, 2, 1]) == pytest.approx(expected, abs=SAME)
     assert found.attrs["initial_state"] == "given"
 
 
@@ -293,7 +295,7 @@ def test_one_clean_prompt_serves_all_rows(injecting: LoopedTransformer) -> None:
     _, one = injecting.run_with_cache(CLEAN[:1], remove_batch_dim=True)
     _, both = injecting.run_with_cache(CLEAN[[0, 0]])
     arguments = {"clean_metric": 0.5, **QUIET}
-    xr.testing.assert_allclose(
+    assert_same_data(
         patch_recurrences(injecting, CORRUPTED, one, metric, "z", **arguments),
         patch_recurrences(injecting, CORRUPTED, both, metric, "z", **arguments),
     )
@@ -387,11 +389,11 @@ def test_cells_run_alone_while_rows_are_told_apart(injecting: LoopedTransformer)
         found = patch_recurrences(*arguments, batch_size=16, **QUIET)["difference"]
         name = "recurrence.3.blocks.1.hook_mlp_out"
         expected = by_hand(injecting, cache["mlp_out", (0, 1)], name, ALL)
-    assert float(found[0, 3, 1]) == pytest.approx(expected, abs=2e-6)
+    assert float(found[0, 3, 1]) == pytest.approx(expected, abs=SAME)
 
 
 def test_a_repeated_recurrence_is_attributed_in_every_pass() -> None:
-    model = model_of("pre-injection", dtype=torch.float64)
+    model = model_of("pre-injection")
     _, corrupted = model.run_with_cache(CORRUPTED)
     for times in (1, 2):
         with model.intervening(RepeatRecurrence(1, times)):
@@ -412,7 +414,7 @@ def test_a_repeated_recurrence_is_attributed_in_every_pass() -> None:
             float(((donor - x) * g).sum()) for (x, _), g in zip(by_pass, gradients, strict=True)
         )
         assert len(by_pass) == 1 + times
-        assert float(found[3, 1, 2]) == pytest.approx(expected, rel=1e-9)
+        assert float(found[3, 1, 2]) == pytest.approx(expected, rel=SAME)
 
 
 def test_text_keeps_its_padding_without_a_beginning_token() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import SAMPLES, assert_same
 from conftest import CASES, TOLERANCE, VARIANTS, load_golden, random_config
 from refusals import refused
 from torch import Tensor
@@ -20,6 +21,8 @@ from tl_looped import (
     NormLayout,
     RecurrenceCountError,
 )
+
+pytestmark = pytest.mark.usefixtures("exact_bridges")
 
 KINDS: dict[str, dict[str, Any]] = VARIANTS | {
     "starts from the prelude": {
@@ -57,8 +60,9 @@ OWN_SUFFIXES = ("hook_resid_mid_sum", "hook_resid_post_sum")
 
 
 def make(kind: str, **changes: Any) -> LoopedTransformer:
-    """A model with gains that are not one, so that a norm left out shows."""
-    model = LoopedTransformer.from_config(random_config(**(KINDS[kind] | changes)))
+    """A model in fp64 with gains that are not one, so that a norm left out shows."""
+    settings = {"dtype": torch.float64} | KINDS[kind] | changes
+    model = LoopedTransformer.from_config(random_config(**settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,19 +73,18 @@ def make(kind: str, **changes: Any) -> LoopedTransformer:
     return model
 
 
+def in_fp32(value: Tensor, hook: Any) -> Tensor:
+    return value.float().double()
+
+
 def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max())
-
-
-def assert_same_logits(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert distance(found, expected) < 1e-5 * float(expected.detach().abs().max())
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_the_models_for_every_family_and_number_of_recurrences(case: str) -> None:
     golden = load_golden(case)
-    model = golden.load()
+    model = golden.load(dtype=torch.float64)
     for n in (None, 1, 2, 9, 0)[: 5 if model.cfg.min_recurrences == 0 else 4]:
         bridge = model.to_bridge(n)
         assert isinstance(bridge, TransformerBridge)
@@ -89,7 +92,7 @@ def test_logits_are_the_models_for_every_family_and_number_of_recurrences(case: 
         assert len(bridge.blocks) == bridge.cfg.n_layers == loop.n_layers
         with torch.no_grad():
             expected = model(golden.tokens, n_recurrences=n)
-            assert_same_logits(bridge(golden.tokens), expected)
+            assert_same(bridge(golden.tokens), expected)
 
 
 def test_logits_are_those_of_ouros_authors() -> None:
@@ -103,20 +106,26 @@ def test_logits_are_those_of_ouros_authors() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_the_models_for_every_layout_and_loop(kind: str, tokens: Tensor) -> None:
     model = make(kind)
-    assert_same_logits(model.to_bridge()(tokens), model(tokens))
+    assert_same(model.to_bridge()(tokens), model(tokens))
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_in_other_precisions_a_bridge_is_as_exact_as_the_model(kind: str, tokens: Tensor) -> None:
+def test_in_other_precisions_a_bridge_is_as_exact_as_the_model(
+    kind: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # TransformerLens's own softmax and rotation, in fp32 whatever the model is
     model = make(kind, dtype=torch.bfloat16)
     bridge = model.to_bridge()
     rounded, rounded_by_model = bridge(tokens), model(tokens)
     assert rounded.dtype == torch.bfloat16
     model.to(torch.float64)
     exact = model(tokens)
-    assert distance(rounded, exact) < 2 * distance(rounded_by_model, exact)
-    # TransformerLens's softmax is in fp32 whatever the model is.
-    assert 0 < distance(bridge(tokens), exact) < 1e-6 * float(exact.detach().abs().max())
+    # Norms over all logits, which depend little on the single roundings.
+    assert (rounded - exact).norm() < 2 * (rounded_by_model - exact).norm()
+    theirs = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
+    hooks = [(lambda name: name.endswith(theirs), in_fp32)]
+    as_theirs = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert 0 < distance(bridge(tokens), exact) < SAMPLES * distance(as_theirs, exact)
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -132,8 +141,7 @@ def test_every_activation_of_a_block_is_the_models(kind: str, tokens: Tensor) ->
             masked = torch.isneginf(reference)
             assert bool((value[masked] < -1e30).all())
             value, reference = value.masked_fill(masked, 0.0), reference.masked_fill(masked, 0.0)
-        assert value.shape == reference.shape
-        assert distance(value, reference) <= 2e-5 * float(reference.abs().max()), name
+        assert_same(value, reference)
 
 
 def test_a_blocks_boundary_shows_what_happens_between_recurrences(tokens: Tensor) -> None:
@@ -144,12 +152,12 @@ def test_a_blocks_boundary_shows_what_happens_between_recurrences(tokens: Tensor
     for r in range(loop.R):
         at = f"blocks.{loop.index(r, 0)}.boundary"
         came = expected["resid_post", loop.index(r, 0) - 1]
-        torch.testing.assert_close(found[f"{at}.hook_in"], came, atol=2e-5, rtol=1e-4)
+        assert_same(found[f"{at}.hook_in"], came)
         injected = expected[f"recurrence.{r}.hook_injected"]
-        torch.testing.assert_close(found[f"{at}.hook_out"], injected, atol=2e-5, rtol=1e-4)
+        assert_same(found[f"{at}.hook_out"], injected)
     at, gain = f"blocks.{loop.coda_index(0)}.boundary", model.ln_final.w
     normed = expected["ln_pre_coda.hook_normalized"] * gain
-    torch.testing.assert_close(found[f"{at}.hook_out"], normed, atol=2e-5, rtol=1e-4)
+    assert_same(found[f"{at}.hook_out"], normed)
 
 
 EDITED = ("hook_resid_pre", "attn.hook_q", "attn.hook_attn_scores", "attn.hook_pattern")
@@ -170,7 +178,7 @@ def test_an_edit_at_one_recurrence_has_the_effect_it_has_in_the_model(
         hooks = [(f"blocks.{model.loop.index(1, 2)}.{suffix}", shift)]
         expected = model.run_with_hooks(tokens, fwd_hooks=hooks)
         found = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-        assert distance(found, expected) < 1e-5 * float(expected.detach().abs().max()), suffix
+        assert_same(found, expected)
         assert distance(expected, logits) > 1e-2, suffix
 
 
@@ -182,10 +190,10 @@ def test_split_inputs_and_head_results_are_the_models(tokens: Tensor) -> None:
         one.set_use_split_qkv_input(True)
         one.set_use_hook_mlp_in(True)
     (logits, expected), (same, found) = model.run_with_cache(tokens), bridge.run_with_cache(tokens)
-    assert_same_logits(same, logits)
+    assert_same(same, logits)
     for name in ("attn.hook_result", "attn.hook_k_input", "hook_mlp_in"):
         value, reference = (cache[f"blocks.7.{name}"] for cache in (found, expected))
-        torch.testing.assert_close(value, reference, atol=2e-5, rtol=1e-4)
+        assert_same(value, reference)
 
 
 # -- weights --------------------------------------------------------------------------------------
@@ -231,7 +239,7 @@ def test_a_backward_pass_gives_the_shared_parameters_the_models_gradients(
     for found, expected in zip(gradients[1], gradients[0], strict=True):
         assert (found is None) == (expected is None)
         if expected is not None:
-            assert distance(found, expected) < 1e-4 * float(expected.abs().max())
+            assert_same(found, expected)
 
 
 def test_a_changed_weight_changes_both_and_a_saved_state_comes_back(tokens: Tensor) -> None:
@@ -240,12 +248,12 @@ def test_a_changed_weight_changes_both_and_a_saved_state_comes_back(tokens: Tens
     saved = {name: value.clone() for name, value in bridge.state_dict().items()}
     with torch.no_grad():
         model.core[1].mlp.down.mul_(2.0)
-    assert_same_logits(bridge(tokens), model(tokens))
+    assert_same(bridge(tokens), model(tokens))
     assert distance(model(tokens), before) > 1e-2
     bridge.load_state_dict(saved)
     assert torch.equal(model(tokens), before)
-    bridge.to(torch.float64)
-    assert bridge(tokens).dtype == model(tokens).dtype == torch.float64
+    bridge.to(torch.float32)
+    assert bridge(tokens).dtype == model(tokens).dtype == torch.float32
 
 
 # -- what is fixed, and what is refused -----------------------------------------------------------
@@ -259,8 +267,8 @@ def test_recurrences_and_seed_stay_those_of_the_bridges_making(tokens: Tensor) -
     assert model.loop.R == 4
     model.set_recurrences(7)
     model.state_seed = 8
-    assert_same_logits(bridge(tokens), expected)
-    assert_same_logits(other(tokens), expected_other)
+    assert_same(bridge(tokens), expected)
+    assert_same(other(tokens), expected_other)
     assert distance(other(tokens), model.to_bridge(2)(tokens)) > 1e-2
     assert bridge.run_with_cache(tokens)[1].state_seed == 5
 
@@ -288,8 +296,8 @@ def test_a_padded_row_gives_what_it_gives_alone(kind: str, side: str, tokens: Te
     mask[0] = 0
     mask[0, real] = 1
     batch = bridge(tokens, attention_mask=mask)
-    assert_same_logits(batch[:1, real], bridge(tokens[:1, real]))
-    assert_same_logits(batch[1:], bridge(tokens[1:]))
+    assert_same(batch[:1, real], bridge(tokens[:1, real]))
+    assert_same(batch[1:], bridge(tokens[1:]))
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -300,10 +308,10 @@ def test_stop_and_start_at_layer_compose_to_the_whole_run(kind: str, tokens: Ten
     for layer in (0, loop.index(1, 0), loop.index(2, 1), loop.n_layers - 1):
         stream = bridge(tokens, stop_at_layer=layer)
         expected = model(tokens, stop_at_layer=layer)
-        torch.testing.assert_close(stream, expected, atol=2e-5, rtol=1e-4)
+        assert_same(stream, expected)
         injected = {"prelude_output": e} if layer >= loop.p and loop.p else {}
         whole = bridge(stream, start_at_layer=layer, **injected)
-        assert_same_logits(whole, model(tokens))
+        assert_same(whole, model(tokens))
 
 
 def test_a_start_in_the_loop_without_anything_to_inject_is_refused(tokens: Tensor) -> None:
@@ -313,7 +321,7 @@ def test_a_start_in_the_loop_without_anything_to_inject_is_refused(tokens: Tenso
     with refused(InputError, f"start_at_layer={loop.index(1, 1)}", "prelude_output="):
         bridge(stream, start_at_layer=loop.index(1, 1))
     last = bridge(tokens, stop_at_layer=loop.index(3, 1))
-    assert_same_logits(bridge(last, start_at_layer=loop.index(3, 1)), model(tokens))
+    assert_same(bridge(last, start_at_layer=loop.index(3, 1)), model(tokens))
     with refused(InputError, "computes its own"):
         bridge(tokens, prelude_output=stream)
 
