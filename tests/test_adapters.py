@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tl_looped import (
     NormLayout,
     RotaryStyle,
 )
-from tl_looped.adapters import find_adapter
+from tl_looped.adapters import HuginnAdapter, find_adapter
 
 LLAMA3 = {
     "factor": 32.0,
@@ -274,3 +275,54 @@ def test_ouro_special_tokens_are_corrected(tmp_path: Path) -> None:
     assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (1, 2, 0)
     assert model.to_tokens("a").tolist() == [[3]]
     assert model.to_tokens("a", prepend_bos=True).tolist() == [[1, 3]]
+
+
+def own_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """Letters with ids 0 to 93, then the special tokens."""
+    letters = {chr(33 + i): i for i in range(94)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(letters, unk_token="!")), **special
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tokenizer_of_its_own_keeps_its_special_tokens(case: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / case, tmp_path / "model")
+    for special in ({"bos_token": "<s>", "eos_token": "<s>", "pad_token": "<p>"}, {}):
+        own_tokenizer(**special).save_pretrained(folder)
+        found = LoopedTransformer.from_pretrained(folder, device="meta").tokenizer
+        kinds = ("bos_token", "eos_token", "pad_token")
+        assert {kind: getattr(found, kind) for kind in kinds} == dict.fromkeys(kinds) | special
+
+
+def test_special_tokens_that_are_not_declared_are_the_familys() -> None:
+    tokenizer = own_tokenizer(eos_token="<e>", additional_special_tokens=["<b>", "<p>"])
+    b, p = tokenizer.convert_tokens_to_ids(["<b>", "<p>"])
+
+    class Family(HuginnAdapter):
+        special_token_ids: ClassVar = {"bos": b, "eos": 7, "pad": 7}
+
+    assert Family().special_tokens(tokenizer) == {"bos": "<b>"}  # 7 is a letter
+    assert HuginnAdapter().special_tokens(tokenizer) == {}  # it has no 65504
+    assert p != b
+
+
+def test_ouro_keeps_a_choice_that_is_not_the_shipped_mistake(tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / "ouro", tmp_path / "model")
+    words = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "a": 3}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")),
+        eos_token="<|endoftext|>", pad_token="<|im_end|>",
+    ).save_pretrained(folder)  # fmt: skip
+    ids = LoopedTransformer.from_pretrained(folder, device="meta").tokenizer
+    assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_retrofits_do_not_carry_the_special_tokens_of_huginn(case: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / case, tmp_path / "model")
+    asked = {"bos_token_id": 65504, "eos_token_id": 65505, "pad_token_id": 3, "top_k": 5}
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    found = LoopedTransformer.from_pretrained(folder, device="meta").generation_config
+    kept = {"pad_token_id": 3, "top_k": 5} if case.startswith("retrofit") else asked
+    assert found == kept

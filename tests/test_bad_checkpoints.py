@@ -82,6 +82,7 @@ def test_wrong_shape_behind_an_index_is_refused(tmp_path: Path) -> None:
 def test_unknown_architecture_lists_the_known_ones(folder: Path) -> None:
     change_config(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     known = ("huginn", "ouro", "retrofit-llama", "retrofit-olmo", "tl_looped", "register_adapter")
+    known += ("tl_looped.retrofit(", "tl-looped analyze --feedforward")
     with refused(UnknownArchitectureError, "'gpt2'", "GPT2LMHeadModel", *known):
         load(folder)
 
@@ -153,6 +154,7 @@ def test_truncated_safetensors_is_refused(folder: Path, kept: int) -> None:
     ],
 )
 def test_bad_index_is_refused(folder: Path, index: str | bytes, parts: list[str]) -> None:
+    (folder / "model.safetensors").unlink()
     path = folder / "model.safetensors.index.json"
     path.write_bytes(index.encode() if isinstance(index, str) else index)
     with refused(CheckpointError, *parts):

@@ -128,6 +128,25 @@ def test_shards_load_like_one_file(golden: Golden, tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 
 
+def test_the_single_file_wins_over_an_old_index(golden: Golden, tmp_path: Path) -> None:
+    """As in transformers, which leaves the index when it saves a sharded folder as one file."""
+    folder = copy_of(golden.name, tmp_path / "model")
+    new = load_file(folder / "model.safetensors")
+    shards = split_in_two(folder)
+    for shard in shards:
+        old = {name: torch.zeros_like(t) for name, t in load_file(folder / shard).items()}
+        save_file(old, folder / shard)
+    write_tensors(folder, new)
+    logits = golden.load()(golden.tokens, **golden.run)
+    assert torch.equal(load(folder)(golden.tokens, **golden.run), logits)
+    for shard in shards:
+        (folder / shard).unlink()
+    assert torch.equal(load(folder)(golden.tokens, **golden.run), logits)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks the shards .*00001.*00002"):
+        load(folder)
+
+
 def test_saving_over_shards_leaves_none_of_them(tmp_path: Path) -> None:
     folder = copy_of("ouro", tmp_path / "model")
     shards = split_in_two(folder)

@@ -88,16 +88,15 @@ class Checkpoint:
         return cfg
 
     def generation_config(self) -> dict[str, Any]:
-        """The folder's ``generation_config.json``; empty without one."""
-        return read_generation_config(self.folder)
+        """What holds of the folder's ``generation_config.json``; empty without one."""
+        return self.adapter.generation_config(read_generation_config(self.folder))
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer with the family's special tokens; None without one."""
         tokenizer = read_tokenizer(self.folder)
         if tokenizer is not None:
-            for kind, token_id in self.adapter.special_token_ids.items():
-                if token_id < len(tokenizer):
-                    setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
+            for kind, token in self.adapter.special_tokens(tokenizer).items():
+                setattr(tokenizer, f"{kind}_token", token)
         return tokenizer
 
     def load_into(
@@ -278,7 +277,13 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """Files of the weights: the index's, else ``model.safetensors``, else every safetensors."""
+    """Files of the weights: ``model.safetensors``, else the index's, else every safetensors.
+
+    The order is that of transformers, which leaves an old index in the folder when a model is saved
+    anew as one file.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -294,8 +299,6 @@ def tensor_files(folder: Path) -> list[Path]:
         if missing:
             raise CheckpointError(f"{folder} lacks the shards {missing} that its index names")
         return [folder / n for n in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files

@@ -45,7 +45,8 @@ class Adapter(ABC):
     Attributes:
         name: Name of the family, unique in the registry.
         aliases: Short names that ``from_pretrained`` takes.
-        special_token_ids: ``bos``, ``eos`` and ``pad`` where the shipped tokenizer is wrong.
+        special_token_ids: ``bos``, ``eos`` and ``pad`` of the family's own tokenizer, for one that
+            does not say what they are; see :meth:`special_tokens`.
     """
 
     name: ClassVar[str]
@@ -63,6 +64,27 @@ class Adapter(ABC):
     @abstractmethod
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """For every parameter of the model, by its ``named_parameters`` name, its source."""
+
+    def special_tokens(self, tokenizer: Any) -> dict[str, str]:
+        """What a checkpoint's tokenizer should say its special tokens are, and does not.
+
+        A tokenizer's own special tokens win where it declares them: it may be another one than the
+        family's. Where it declares none, that of :attr:`special_token_ids` is meant, provided that
+        this is a special token of the tokenizer and not a piece of text.
+
+        Returns:
+            Token by kind, ``bos``, ``eos`` or ``pad``.
+        """
+        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        return {
+            kind: special[token_id]
+            for kind, token_id in self.special_token_ids.items()
+            if getattr(tokenizer, f"{kind}_token_id") is None and token_id in special
+        }
+
+    def generation_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a checkpoint's ``generation_config.json`` holds for its model: all of it."""
+        return dict(config)
 
     def raw_config(self, cfg: LoopedConfig) -> dict[str, Any] | None:
         """The inverse of :meth:`config`: a ``config.json``; None if the family is only read.
@@ -94,10 +116,11 @@ def require(config: Mapping[str, Any], *keys: str) -> list[Any]:
 def require_equal(config: Mapping[str, Any], **expected: Any) -> None:
     """Refuse a checkpoint whose config asks for something that no supported model has.
 
-    A key that is absent passes: it then has the reference's default, which is the expected value.
+    A key that is absent or null passes: it then has the reference's default, which is the expected
+    value.
     """
     for key, value in expected.items():
-        if key in config and config[key] != value:
+        if config.get(key) is not None and config[key] != value:
             raise ConfigError(
                 f"config.json has {key}={config[key]!r}; only {value!r} is supported, and anything "
                 "else would silently change the result"
@@ -118,3 +141,20 @@ def trained_recurrences_of(config: Mapping[str, Any], n_recurrences: Any) -> Any
     if TRAINED in config:
         return config[TRAINED]
     return None if config.get("source_layers") else n_recurrences or None
+
+
+def given(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """What a config says, or the default where it says nothing or null."""
+    value = config.get(key)
+    return default if value is None else value
+
+
+def head_width(config: Mapping[str, Any], d_model: Any, n_heads: Any) -> Any:
+    """Width of a head: ``head_dim``, or an equal share of the model's."""
+    value = config.get("head_dim")
+    return d_model // n_heads if value is None else value
+
+
+def as_float(value: Any) -> Any:
+    """JSON has one kind of number; what is none is left for :class:`LoopedConfig` to refuse."""
+    return float(value) if type(value) is int else value

@@ -11,8 +11,9 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from tl_looped.adapters.base import Adapter, HubAlias, Source, require
+from tl_looped.adapters.base import Adapter, HubAlias, Source, as_float, given, require
 from tl_looped.adapters.raven import (
+    HUGINN_TOKENS,
     has_tensor,
     is_raven,
     raven_config,
@@ -20,6 +21,8 @@ from tl_looped.adapters.raven import (
     raven_sources,
 )
 from tl_looped.adapters.registry import register_adapter
+from tl_looped.adapters.rope import read_rope
+from tl_looped.errors import ConfigError
 from tl_looped.model.config import LoopedConfig, NormLayout, RotaryStyle
 
 
@@ -29,7 +32,7 @@ class HuginnAdapter(Adapter):
 
     name = "huginn"
     aliases: ClassVar = {"huginn": HubAlias("tomg-group-umd/huginn-0125")}
-    special_token_ids: ClassVar = {"bos": 65504, "eos": 65505, "pad": 65509}
+    special_token_ids: ClassVar = HUGINN_TOKENS
 
     def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
         """Raven with four norms a block."""
@@ -38,16 +41,23 @@ class HuginnAdapter(Adapter):
     def config(self, config: Mapping[str, Any]) -> LoopedConfig:
         """See the module's docstring. Huginn's code does not read ``initial_state_mode``."""
         config = {key: value for key, value in config.items() if key != "initial_state_mode"}
-        d_model, block_size, rope_base = require(config, "n_embd", "block_size", "rope_base")
+        d_model, block_size = require(config, "n_embd", "block_size")
+        rope_base, scaling = read_rope(config, "rope_base", "rope_theta")
+        if rope_base is None:
+            require(config, "rope_base")
+        if scaling is not None:
+            raise ConfigError(
+                f"config.json asks for the rotary scaling {scaling!r}; Huginn's code has none"
+            )
         return raven_config(
             config,
             architecture=self.name,
             n_ctx=block_size,
             norm_layout=NormLayout.RESIDUAL,
             pre_coda_norm=True,
-            qk_bias=bool(config.get("qk_bias", True)),
+            qk_bias=given(config, "qk_bias", True),
             rotary_style=RotaryStyle.INTERLEAVED,
-            rotary_base=float(rope_base),
+            rotary_base=as_float(rope_base),
             rotary_in_fp32=True,
             embed_scale=math.sqrt(d_model),
             # The authors write BOS before a text by hand.

@@ -1,7 +1,11 @@
 """Ouro: (0, 24 x 4, 0) and (0, 48 x 4, 0), sandwich norms, final norm after every loop, exit gate.
 
 Nothing is injected: the embedding is the state that recurrence 0 starts from. The shipped tokenizer
-says bos = eos = pad = 0; 1, 2 and 0 are right.
+says bos = eos = pad = 0; 1, 2 and 0 are right. Another tokenizer keeps what it says.
+
+Logits are always those of the last recurrence. The reference reads them elsewhere if the config has
+``early_exit_step``, which is refused, or an ``early_exit_threshold`` below one, which becomes
+``cfg.exit_threshold``, the default of ``model.exits(...)``.
 """
 
 from __future__ import annotations
@@ -9,8 +13,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from tl_looped.adapters.base import Adapter, HubAlias, Source, require, require_equal
+from tl_looped.adapters.base import (
+    Adapter,
+    HubAlias,
+    Source,
+    as_float,
+    given,
+    head_width,
+    require,
+    require_equal,
+)
 from tl_looped.adapters.registry import register_adapter
+from tl_looped.adapters.rope import read_rope
+from tl_looped.errors import ConfigError
 from tl_looped.model.config import LoopedConfig, NormLayout
 
 _NORMS = {
@@ -19,6 +34,8 @@ _NORMS = {
     "ln2": "post_attention_layernorm",
     "ln2_post": "post_attention_layernorm_2",
 }
+_SHIPPED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""The first three of the shipped tokenizer."""
 
 
 @register_adapter
@@ -49,17 +66,19 @@ class OuroAdapter(Adapter):
             "intermediate_size",
             "vocab_size",
         )
-        n_ctx, theta, eps, steps = require(
-            config, "max_position_embeddings", "rope_theta", "rms_norm_eps", "total_ut_steps"
+        n_ctx, eps, steps = require(
+            config, "max_position_embeddings", "rms_norm_eps", "total_ut_steps"
         )
-        require_equal(
-            config, hidden_act="silu", use_sliding_window=False, rope_scaling=None,
-            attention_bias=False,
-        )  # fmt: skip
+        theta, scaling = read_rope(config)
+        if theta is None:
+            require(config, "rope_theta")
+        require_equal(config, hidden_act="silu", use_sliding_window=False, attention_bias=False)
+        _refuse_other_attention(config.get("layer_types"))
+        _refuse_exit_step(config.get("early_exit_step"), steps)
         return LoopedConfig(
             architecture=self.name,
             d_model=d_model,
-            d_head=config.get("head_dim") or d_model // heads,
+            d_head=head_width(config, d_model, heads),
             n_heads=heads,
             n_key_value_heads=config.get("num_key_value_heads"),
             d_mlp=mlp,
@@ -71,11 +90,23 @@ class OuroAdapter(Adapter):
             norm_layout=NormLayout.SANDWICH,
             loop_norm=True,
             exit_gate=True,
-            exit_threshold=float(config.get("early_exit_threshold", 1.0)),
-            rotary_base=float(theta),
-            eps=eps,
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            exit_threshold=as_float(given(config, "early_exit_threshold", 1.0)),
+            rotary_base=as_float(theta),
+            rope_scaling=scaling,
+            eps=as_float(eps),
+            tie_embeddings=given(config, "tie_word_embeddings", False),
         )
+
+    def special_tokens(self, tokenizer: Any) -> dict[str, str]:
+        """Those of the shipped tokenizer, where one with its tokens says 0 or nothing."""
+        first = tuple(tokenizer.convert_ids_to_tokens(range(min(3, len(tokenizer)))))
+        if first != _SHIPPED_TOKENS:
+            return {}
+        return {
+            kind: _SHIPPED_TOKENS[token_id]
+            for kind, token_id in self.special_token_ids.items()
+            if getattr(tokenizer, f"{kind}_token_id") in (0, None)
+        }
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """Separate query, key and value, gate and up matrices are joined."""
@@ -103,3 +134,27 @@ class OuroAdapter(Adapter):
     def duplicates(self, cfg: LoopedConfig) -> dict[str, str]:
         """A stored copy of a tied unembedding."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if cfg.tie_embeddings else {}
+
+
+def _refuse_other_attention(layer_types: Any) -> None:
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
+        raise ConfigError(
+            f"config.json has layer_types={layer_types!r}; only 'full_attention' is supported: "
+            "every layer attends to everything before a token"
+        )
+
+
+def _refuse_exit_step(step: Any, n_recurrences: Any) -> None:
+    """The reference ignores a step that it does not reach, and the last one is where we read."""
+    if step is None:
+        return
+    if type(step) is not int:
+        raise ConfigError(f"early_exit_step must be an integer or null, got {step!r}")
+    if type(n_recurrences) is int and 0 <= step < n_recurrences - 1:
+        raise ConfigError(
+            f"config.json has early_exit_step={step}: the reference then reads its logits after "
+            f"recurrence {step}, and here they are those of the last one. Set early_exit_step to "
+            f"null and load with n_recurrences={step + 1}, which gives the same logits"
+        )

@@ -12,6 +12,9 @@ from typing import Any
 
 from tl_looped.adapters.base import (
     Source,
+    as_float,
+    given,
+    head_width,
     require,
     require_equal,
     trained_recurrences_of,
@@ -25,6 +28,8 @@ _STATE_MODES = {
     "embed-init": InitialState.PRELUDE,
     "skip-adapter": InitialState.PRELUDE_SKIP_ADAPTER,
 }
+
+HUGINN_TOKENS = {"bos": 65504, "eos": 65505, "pad": 65509}
 
 
 def is_raven(config: Mapping[str, Any]) -> bool:
@@ -57,17 +62,16 @@ def raven_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
         "mean_recurrence",
         "norm_eps",
     )
-    (init_values,) = require(config, "init_values")
     require_equal(
         config, injection_type="linear", nonlin_name="SiLU", bias=False, test_time_noise=0,
         state_init="like-init", padded_vocab_size=vocab,
     )  # fmt: skip
-    mode = config.get("initial_state_mode") or "random"
+    mode = given(config, "initial_state_mode", "random")
     if mode not in _STATE_MODES:
         raise ConfigError(f"initial_state_mode must be one of {list(_STATE_MODES)}, got {mode!r}")
     values: dict[str, Any] = {
         "d_model": d_model,
-        "d_head": config.get("head_dim") or d_model // n_heads,
+        "d_head": head_width(config, d_model, n_heads),
         "n_heads": n_heads,
         "n_key_value_heads": config.get("num_key_value_heads"),
         "d_mlp": mlp,
@@ -77,16 +81,45 @@ def raven_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
         "n_coda": c,
         "n_recurrences": recurrences,
         "trained_recurrences": trained_recurrences_of(config, recurrences),
-        "eps": eps,
+        "eps": as_float(eps),
         "injection": Injection.LINEAR,
         "initial_state": _STATE_MODES[mode],
-        "initial_state_std": require(init_values, "std")[0],
+        "initial_state_std": as_float(require(init_values(config), "std")[0]),
         "source_layers": config.get("source_layers"),
-        "tie_embeddings": bool(
-            config.get("tie_embeddings", config.get("tie_word_embeddings", False))
-        ),
+        "tie_embeddings": _tied(config),
     }
     return LoopedConfig(**(values | family))
+
+
+def retrofit_generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without Huginn's special tokens, which published retrofits carry along.
+
+    In the vocabulary of a retrofit they are pieces of words.
+    """
+    out = dict(config)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if out.get(key) in HUGINN_TOKENS.values():
+            del out[key]
+    return out
+
+
+def init_values(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Scales of the embedding and of the initial state."""
+    (values,) = require(config, "init_values")
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"init_values must be an object, got {values!r}")
+    return values
+
+
+def _tied(config: Mapping[str, Any]) -> Any:
+    """Raven has a key of its own beside transformers'; the reference's class makes them equal."""
+    own, general = config.get("tie_embeddings"), config.get("tie_word_embeddings")
+    if own is not None and general is not None and own != general:
+        raise ConfigError(
+            f"config.json contradicts itself: tie_embeddings={own!r} and "
+            f"tie_word_embeddings={general!r}; take the wrong one out"
+        )
+    return given({"own": general if own is None else own}, "own", False)
 
 
 PUBLISHED: dict[str, Any] = {

@@ -81,5 +81,7 @@ def find_adapter(config: Mapping[str, Any], tensor_names: Collection[str]) -> Ad
         raise UnknownArchitectureError(f"{what}: several adapters claim it: {names}")
     raise UnknownArchitectureError(
         f"unknown architecture ({what}); known families: {known_adapters()}. "
-        "A new one is added with tl_looped.register_adapter."
+        "A new one is added with tl_looped.register_adapter. A feedforward model is made looped by "
+        "tl_looped.retrofit(folder, core=[...]), and measured as it is by "
+        "tl-looped analyze --feedforward."
     )

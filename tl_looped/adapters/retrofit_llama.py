@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tl_looped.adapters.base import Adapter, HubAlias, Source, require
+from tl_looped.adapters.base import Adapter, HubAlias, Source, as_float, given, require
 from tl_looped.adapters.raven import (
     has_tensor,
+    init_values,
     is_raven,
     raven_config,
     raven_duplicates,
     raven_raw_config,
     raven_sources,
+    retrofit_generation_config,
 )
 from tl_looped.adapters.registry import register_adapter
+from tl_looped.adapters.rope import read_rope
 from tl_looped.model.config import LoopedConfig, NormLayout
 
 TRAINED_RECURRENCES = (4, 8, 16, 32)
@@ -35,13 +38,15 @@ def retrofit_aliases(alias: str, hub_name: str) -> dict[str, HubAlias]:
 
 def retrofit_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
     """The part of the configuration that all retrofits share."""
-    theta, n_ctx = require(config, "rope_theta", "max_position_embeddings")
-    (init_values,) = require(config, "init_values")
+    (n_ctx,) = require(config, "max_position_embeddings")
+    theta, scaling = read_rope(config)
+    if theta is None:
+        require(config, "rope_theta")
     values: dict[str, Any] = {
         "n_ctx": n_ctx,
-        "rotary_base": float(theta),
-        "rope_scaling": config.get("rope_scaling"),
-        "embed_scale": float(init_values.get("embed_scale", 1.0)),
+        "rotary_base": as_float(theta),
+        "rope_scaling": scaling,
+        "embed_scale": as_float(given(init_values(config), "embed_scale", 1.0)),
     }
     return raven_config(config, **(values | family))
 
@@ -72,6 +77,10 @@ class RetrofitLlamaAdapter(Adapter):
             architecture=self.name,
             norm_layout=NormLayout.PRE,
         )
+
+    def generation_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See :func:`retrofit_generation_config`."""
+        return retrofit_generation_config(config)
 
     def raw_config(self, cfg: LoopedConfig) -> dict[str, Any]:
         """As the published files have it."""

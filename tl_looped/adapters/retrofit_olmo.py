@@ -15,6 +15,7 @@ from tl_looped.adapters.raven import (
     raven_duplicates,
     raven_raw_config,
     raven_sources,
+    retrofit_generation_config,
 )
 from tl_looped.adapters.registry import register_adapter
 from tl_looped.adapters.retrofit_llama import retrofit_aliases, retrofit_config
@@ -40,6 +41,10 @@ class RetrofitOlmoAdapter(Adapter):
             norm_layout=NormLayout.POST,
             qk_norm=True,
         )
+
+    def generation_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See :func:`retrofit_generation_config`."""
+        return retrofit_generation_config(config)
 
     def raw_config(self, cfg: LoopedConfig) -> dict[str, Any]:
         """As the published files have it."""

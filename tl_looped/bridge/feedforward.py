@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tl_looped.adapters.rope import refuse_contradictions
+from tl_looped.checkpoints import read_config
 from tl_looped.errors import CheckpointError, ConfigError
 
 
@@ -19,7 +21,8 @@ def load_feedforward(folder: Path, device: str, dtype: torch.dtype) -> Any:
         dtype: Of its weights.
 
     Raises:
-        ConfigError: if the installed TransformerLens has no bridge (before version 4).
+        ConfigError: if the installed TransformerLens has no bridge (before version 4), or two
+            places of the config contradict each other.
         CheckpointError: if TransformerLens cannot load the folder.
     """
     try:
@@ -29,6 +32,7 @@ def load_feedforward(folder: Path, device: str, dtype: torch.dtype) -> Any:
             "feedforward models are read by TransformerLens 4 or later: pip install "
             "'transformer-lens>=4.3,<5'"
         ) from error
+    refuse_contradictions(read_config(folder))
     try:
         bridge = TransformerBridge.boot_transformers(str(folder), device=device, dtype=dtype)
     except Exception as error:  # whatever transformers and TransformerLens raise

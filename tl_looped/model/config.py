@@ -18,6 +18,8 @@ import torch
 from tl_looped._compat import TransformerLensConfig
 from tl_looped.errors import ConfigError
 
+FLOAT32 = torch.finfo(torch.float32)
+
 
 class NormLayout(str, Enum):
     """Where a block normalises. ``n`` is an RMSNorm, ``x`` the residual stream.
@@ -85,6 +87,27 @@ _ENUMS: dict[str, type[Enum]] = {
 
 TRAINED = "trained_recurrences"
 """The field that says how a model was trained. No number of a run depends on it."""
+
+_NUMBERS: dict[str, float] = {
+    "eps": 0.0,
+    "rotary_base": 1.0,
+    "initial_state_std": 0.0,
+    "embed_scale": 0.0,
+    "exit_threshold": 0.0,
+    "initializer_range": 0.0,
+}
+"""Least value of every field that is a number and no count."""
+_SWITCHES = (
+    "loop_norm", "pre_coda_norm", "exit_gate", "qk_bias", "v_bias", "qk_norm", "qk_norm_per_head",
+    "rotary_in_fp32", "tie_embeddings",
+)  # fmt: skip
+_LLAMA3: dict[str, float] = {
+    "factor": 1.0,
+    "low_freq_factor": FLOAT32.tiny,
+    "high_freq_factor": FLOAT32.tiny,
+    "original_max_position_embeddings": 1.0,
+}
+"""Least values of Llama 3's rotary scaling; a factor below one would speed the slow waves up."""
 
 _NOT_SAVED = (
     "device",
@@ -259,10 +282,16 @@ class LoopedConfig(TransformerLensConfig):
                 continue
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name in ("eps", "rotary_base", "initial_state_std", "embed_scale", "exit_threshold"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}")
+        for name, smallest in _NUMBERS.items():
+            setattr(self, name, _number(name, getattr(self, name), smallest))
+        for name in _SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("architecture", "model_name"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}")
+        if type(self.seed) is not int:
+            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
         if not _is_trained_number(self.trained_recurrences):
             raise ConfigError(
                 "trained_recurrences must be a finite number above 0, or None for a model "
@@ -305,18 +334,32 @@ class LoopedConfig(TransformerLensConfig):
         self._validate_rope()
 
     def _validate_rope(self) -> None:
+        """Llama 3's scaling, the only one there is; "default" is none."""
         if self.rope_scaling is None:
             return
         if not isinstance(self.rope_scaling, dict):
             raise ConfigError(f"rope_scaling must be a dict or None, got {self.rope_scaling!r}")
-        if self.rope_type != "llama3":
+        if self.rope_type not in ("llama3", "default"):
             raise ConfigError(
                 f"rope_scaling of type {self.rope_type!r} is not supported; known: 'llama3', None"
             )
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        bad = [k for k in keys if not isinstance(self.rope_scaling.get(k), (int, float))]
-        if bad:
-            raise ConfigError(f"rope_scaling lacks numbers for {bad}")
+        keys = _LLAMA3 if self.rope_type == "llama3" else {}
+        unknown = sorted(set(self.rope_scaling) - set(keys) - {"rope_type", "type"}, key=str)
+        if unknown:
+            raise ConfigError(f"rope_scaling of type {self.rope_type!r} has no {unknown}")
+        if self.rope_type == "default":
+            self.rope_scaling = None
+            return
+        missing = [key for key in keys if key not in self.rope_scaling]
+        if missing:
+            raise ConfigError(f"rope_scaling lacks {missing}")
+        for key, least in keys.items():
+            _number(f"rope_scaling[{key!r}]", self.rope_scaling[key], least)
+        low, high = (self.rope_scaling[f"{which}_freq_factor"] for which in ("low", "high"))
+        if not low < high:
+            raise ConfigError(
+                f"rope_scaling needs low_freq_factor < high_freq_factor, got {low} and {high}"
+            )
 
     @property
     def rope_type(self) -> str | None:
@@ -378,6 +421,17 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
             f"dtype must be a floating point type such as 'float32' or 'bfloat16', got {dtype!r}"
         )
     return found
+
+
+def _number(name: str, value: Any, least: float) -> float:
+    """A finite number of fp32, in which norms and angles are computed."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    if not least <= value <= FLOAT32.max:
+        raise ConfigError(
+            f"{name} must be a finite number from {least:g} to {FLOAT32.max:.3g}, got {value!r}"
+        )
+    return float(value)
 
 
 def _as_enum(enum: type[Enum], name: str, value: Any) -> Enum:

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_looped.adapters import Source
+from tl_looped.adapters.base import as_float
 from tl_looped.adapters.raven import PUBLISHED_STD
+from tl_looped.adapters.rope import read_rope
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout
 from tl_looped.retrofitting.layers import LayerPlan
@@ -38,9 +40,6 @@ _UNDERSTOOD = {
     "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "is_encoder_decoder", "_name_or_path", "auto_map",
 }  # fmt: skip
-_LLAMA3_KEYS = (
-    "factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,21 +238,10 @@ def _context(config: Any) -> int:
 
 def _rotary(config: Any, name: str) -> tuple[float, dict[str, Any] | None]:
     """Theta, and Llama 3's scaling or None."""
-    given = dict(config.rope_parameters or {})
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    theta = given.pop("rope_theta", None)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+    try:
+        theta, scaling = read_rope({"rope_parameters": config.rope_parameters})
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if theta is None:
         raise ConfigError(f"{name} has no rope_theta: rope_parameters={config.rope_parameters!r}")
-    if given.get("partial_rotary_factor") == 1.0:
-        del given["partial_rotary_factor"]
-    scaling = None
-    if kind == "llama3":
-        scaling = {key: given.pop(key) for key in _LLAMA3_KEYS if key in given}
-        scaling["rope_type"] = kind
-    elif kind != "default":
-        raise ConfigError(
-            f"{name} has rotary embeddings of type {kind!r}; known are 'default' and 'llama3'"
-        )
-    if given:
-        raise ConfigError(f"{name} has rope_parameters that a looped model does not know: {given}")
-    return float(theta), scaling
+    return as_float(theta), scaling

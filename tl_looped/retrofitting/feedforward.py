@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tl_looped.adapters.rope import refuse_contradictions
 from tl_looped.checkpoints import (
     download,
     read_config,
@@ -146,6 +147,7 @@ def _load(
     name = _plain_name(text)
     raw = read_config(folder)
     family = family_of(raw.get("model_type"), name)
+    refuse_contradictions(raw)
     if type(raw.get("num_hidden_layers")) is int:
         check_layers(raw["num_hidden_layers"])
     for file in tensor_files(folder):  # says what is wrong with a folder of pickles
