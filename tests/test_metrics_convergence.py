@@ -86,7 +86,41 @@ def test_the_first_recurrence_that_settles() -> None:
 def test_orbits_of_any_period_and_phase(period: float, n: int) -> None:
     found = judge(lambda r: rotation(r, period), n)
     assert found.verdict.item() == ORBIT
-    assert abs(found.period.item() - period) <= 0.5
+    # Two turns of 2.5 are five recurrences, after which it repeats itself.
+    expected = 5.0 if period == 2.5 else period
+    assert abs(found.period.item() - expected) <= 0.5
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 7, 12, 20, 31])
+@pytest.mark.parametrize("transient", [0, 2])
+def test_whatever_repeats_itself_is_an_orbit(k: int, transient: int) -> None:
+    """Cycles of random states: steps of all sizes, every harmonic."""
+    generator = torch.Generator().manual_seed(k)
+    draw = torch.randn(transient + k, 1, 3, 4, dtype=torch.float64, generator=generator)
+
+    def states(n: int) -> Tensor:
+        place = torch.arange(n)
+        return draw[torch.where(place < transient, place, transient + (place - transient) % k)]
+
+    for longer in (True, False):
+        found = judge(states, 2 * k + 1 + transient, longer)
+        assert (found.verdict.item(), found.period.item()) == (ORBIT, k)
+
+
+@pytest.mark.parametrize("rate", [-0.9, -0.5])
+def test_an_alternating_contraction_that_is_not_there_yet_is_no_orbit(rate: float) -> None:
+    """It comes back ever closer to where it was, but by a fixed share of its steps."""
+    for n in range(4, 200, 7):
+        found = judge(lambda m: 1 + negative_affine(m, rate), n).verdict.item()
+        assert found in (NOT_CONVERGED, CONVERGED)
+
+
+def test_a_late_arc_of_less_than_a_quarter_of_a_turn_looks_straight() -> None:
+    # The chord of a quarter is 2 sqrt(2) / pi = 0.900 of its arc.
+    for turns, straight in ((0.24, True), (0.26, False)):
+        states = 10 * rotation(64, period=31 / turns)  # 31 late steps
+        states[..., 2] = 0.0
+        assert (verdict_of_states(states).verdict.item() == DRIFT) is straight
 
 
 def test_an_orbit_that_divides_the_run_is_not_fooled_by_the_distance_to_its_double() -> None:

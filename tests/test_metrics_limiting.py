@@ -212,3 +212,51 @@ def test_percentages_of_real_tokens_and_of_prompts() -> None:
     masked = label_percentages(labels[None], torch.tensor([[1, 1, 0], [1, 1, 1]]))
     assert masked.tokens.tolist() == [[100, 0, 0, 0, 0]]
     assert masked.examples.tolist() == [[100, 0, 0, 0, 0]]
+
+
+def cycle(k: int, n: int, transient: int = 0, seed: int = 0) -> Tensor:
+    """``[recurrence, pos=2, d=8]``: k random states over and over, after a random transient."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(transient + k, 2, 8, dtype=torch.float64, generator=generator)
+    place = torch.arange(n)
+    return draw[torch.where(place < transient, place, transient + (place - transient) % k)]
+
+
+@pytest.mark.parametrize("on", ["cosine", "distance"])
+@pytest.mark.parametrize("k", [*range(2, 17), 31, 32, 33, 47, 63, 64])
+def test_whatever_repeats_within_the_window_is_an_orbit(k: int, on: str) -> None:
+    """A cycle of random states has every harmonic, and no one frequency."""
+    found = limiting_behavior_of_states(cycle(k, R, transient=R - 65), on)
+    assert (found.labels == ORBIT).all()
+    assert found.period.tolist() == [k, k]
+    assert not found.late.any()
+
+
+@pytest.mark.parametrize("k", [4, 10, 11, 32])
+def test_an_orbit_that_is_away_for_one_recurrence_is_no_fixed_point(k: int) -> None:
+    """A tenth of the recurrences and fewer away from the last state: the share is not asked."""
+    states = torch.zeros(R, 1, 3, dtype=torch.float64)
+    states[:, :, 0] = 1.0
+    states[(R - 1 - k // 2) % k :: k, 0] = torch.tensor([0.0, 1.0, 0.0]).double()
+    assert label(states) == (ORBIT, False, k)
+
+
+def test_a_square_wave_is_an_orbit() -> None:
+    """Two states there, two states back: a 4-cycle whose similarity is 1, 1, -1, -1."""
+    wave = torch.tensor([1.0, 1.0, -1.0, -1.0]).double()[torch.arange(R) % 4]
+    assert label(torch.stack([wave, 0.1 + 0 * wave], -1)[:, None]) == (ORBIT, False, 4)
+
+
+def test_a_longer_cycle_and_one_under_the_threshold_are_not() -> None:
+    assert (limiting_behavior_of_states(cycle(65, R)).labels != ORBIT).all()
+    small = 1 + 0.01 * cycle(5, R)
+    assert (1 - cosine_similarity(small)).max() < 0.05
+    assert (limiting_behavior_of_states(small).labels == FIXED).all()
+
+
+def test_an_irrational_rotation_has_the_period_of_a_fourier_bin() -> None:
+    golden = (1 + math.sqrt(5)) / 2 + 5
+    found = label(around_a_constant(torch.full((R,), 0.4).double(), golden))
+    assert found[0] is ORBIT
+    assert found[2] == 64 / round(64 / golden)
+    assert found[2] != round(found[2])

@@ -29,9 +29,12 @@ of the run:
    the distance to it falls to at most 0.75 steps at some lag p >= 2 and again near 2 p (a turning
    vector comes back to within 0.71 steps at any phase), and one frequency has at least half of the
    power of the squared late distances, as in :mod:`tl_looped.metrics.limiting`. The late half must
-   hold two turns. DRIFT: it is no orbit, and the late path is straight: its ends are at least 0.9
-   of its length apart. A random walk and white noise are neither; an arc of less than a third of a
-   turn looks straight.
+   hold two turns. Also ORBIT, whatever its steps and its harmonics: a run that repeats itself, at
+   some lag p >= 2 and again at 2 p back from the last state within a thousandth of the farthest
+   that it is away in between. The run must hold two turns, and one recurrence to compare. DRIFT: it
+   is no orbit, the steps last, and the late path is straight: its ends are at least 0.9 of its
+   length apart. A random walk and white noise are neither; an arc of less than a quarter of a turn
+   in the late half looks straight.
 7. NOT_CONVERGED: anything else, a run that is still contracting included.
 
 A loop that contracts to zero has no relative step. Where the last norm is at most ``eps`` times
@@ -60,6 +63,7 @@ _SHARED_COSINE = 0.999
 _LASTING_RATE = 0.98
 _RETURN_WITHIN_STEPS = 0.75
 _STRAIGHT = 0.9
+_REPEATS_WITHIN = 1e-3
 _ABOVE_FLOOR = 10.0
 
 
@@ -118,7 +122,8 @@ class ConvergenceResult:
             ten times the noise floor; NaN with fewer than two such steps. The floor is the rounding
             of the states: the machine epsilon of their dtype times the largest norm.
         half_life: Recurrences in which the step halves; infinite for a rate of 1 or more.
-        period: The smallest lag at which an ORBIT comes back, in whole recurrences; NaN otherwise.
+        period: The smallest lag at which an ORBIT repeats itself, in whole recurrences, or comes
+            back to within 0.75 steps if it never does; NaN otherwise.
         bound: ``rate / (1 - rate)`` times the last relative step, see :func:`a_posteriori_bound`.
         converged, projective: Steps 2 and 3, of which DEGENERATE hides which one holds.
         confirmed: Whether residual and distance to 2R were given.
@@ -201,8 +206,11 @@ def convergence_verdict(series: ConvergenceSeries, eps: float | None = None) -> 
     lowest = series.min_layer_cosine
     shared = torch.zeros_like(converged) if lowest is None else lowest > _SHARED_COSINE
     lasting = _lasts(last_rate, n)
-    period = _return_lag(series.from_last.double(), step[-1])
-    orbit, straight = lasting & ~period.isnan(), lasting & _is_straight(series)
+    turn = _return_lag(series.from_last.double(), step[-1])
+    cycle = _exact_cycle(series.from_last.double())
+    orbit = ~cycle.isnan() | (lasting & ~turn.isnan())
+    period = torch.where(cycle.isnan(), turn, cycle)
+    straight = lasting & _is_straight(series)
     verdict = torch.full_like(settled, Verdict.NOT_CONVERGED)
     for holds, value in (
         (straight, Verdict.DRIFT),
@@ -324,6 +332,17 @@ def _return_lag(from_last: Tensor, last_step: Tensor) -> Tensor:
         nearest = p + (distance[p + 1] < distance[p]).double()
         lag = torch.where(comes_back, nearest, lag)
     return torch.where(_has_one_frequency(distance[1:]), lag, math.nan)
+
+
+def _exact_cycle(from_last: Float[Tensor, "recurrence *batch"]) -> Tensor:
+    """The smallest lag at which a run repeats itself, twice; NaN if it does not."""
+    distance = from_last.flip(0)  # the index is the lag
+    lag = torch.full_like(distance[0], math.nan)
+    for p in range(2, (len(distance) - 1) // 2 + 1):
+        close = _REPEATS_WITHIN * distance[1:p].max(0).values
+        back = (distance[p] <= close) & (distance[2 * p] <= close) & (close > 0)
+        lag = torch.where(back & lag.isnan(), float(p), lag)
+    return lag
 
 
 def _has_one_frequency(distance: Float[Tensor, "lag *batch"]) -> Bool[Tensor, "*batch"]:

@@ -5,6 +5,11 @@ each recurrence's state to the last one, per token, at the last core layer), ``t
 ``rho = 0.9``, a window, de-trending and a Fourier transform; order and thresholds of the rest are
 ours:
 
+0. the series repeats itself: for some lag k from 2 to ``window``, each of the last ``window + 1``
+   values agrees within 1e-5 with the one k before it, if that is among them, and the values of the
+   window are at least ``tau`` apart: ORBIT, period the smallest such k. This is ours: what
+   repeats is an orbit whatever its shape, and a cycle with strong harmonics, or one that is away
+   for a single recurrence in ten, has no single frequency;
 1. at least the share ``rho`` of ALL recurrences within ``1 - s <= tau``: FIXED;
 2. ``w`` = the last ``window`` values before the last one, which is trivially 1;
 3. a line is fitted to ``w`` and taken off, the rest goes through a periodic Hann window and a real
@@ -16,9 +21,15 @@ ours:
 6. ``trend >= tau`` and ``max(up, down) >= rho``: SLIDER;
 7. all of ``w`` within ``tau``: FIXED, but late; else UNKNOWN.
 
-Limits. Slow convergence looks like a slider. Periods are those of the Fourier bins, and between two
-bins the amplitude reads up to 15 % low. A circle of radius a around a unit constant is found where
-``2 a^2 / (1 + a^2) > tau``. A cosine is blind to a radial drift: see :func:`distance_similarity`.
+Limits. Slow convergence looks like a slider. An orbit that does not repeat within the window (a
+rotation by an irrational angle, an exact cycle that is longer or noisier than that) is found by its
+strongest frequency alone: its period is that of a Fourier bin, between two bins the amplitude reads
+up to 15 % low, and strong harmonics hide it. A circle of radius a around a unit constant is found
+where ``2 a^2 / (1 + a^2) > tau``, or where what is read of it is. A cosine is blind to a radial
+drift: see :func:`distance_similarity`. Of a cycle longer than half the window less than two turns
+are looked at: that the state comes back is taken for proof that it will again, which is so of a map
+that depends on the state alone, and its period may be read too short where what would tell two lags
+apart was seen once.
 """
 
 from __future__ import annotations
@@ -38,6 +49,7 @@ from tl_looped.metrics.inputs import check_choice, token_mask
 
 _CHUNK = 1 << 15  # tokens at a time, so that the spectra stay within tens of megabytes
 _SMALLEST_WINDOW = 8
+_SAME = 1e-5  # above the rounding of similarities of fp32 states
 _TREND_PER_AMPLITUDE = 2.0
 PEAK_SHARE = 0.5
 
@@ -62,7 +74,7 @@ class LimitingBehaviors:
     Args:
         labels: Values of :class:`LimitingBehavior`.
         late: FIXED by step 7: settled within the window, but not for the share ``rho`` of the run.
-        period: Recurrences a turn; NaN unless the label is ORBIT.
+        period: Recurrences per turn; NaN unless the label is ORBIT.
         amplitude: Of the strongest oscillation about the line, in units of the similarity.
         slope: Of the fitted line, a recurrence.
         share: Share of the power in the peak's three bins; NaN for a series without power.
@@ -146,15 +158,34 @@ def _classify(s: np.ndarray, window: int, tau: float, rho: float) -> tuple[np.nd
     slider = (trend >= tau) & (np.maximum(up, down) >= rho)
     settled = (1 - w <= tau).all(-1)
     kind = LimitingBehavior
+    cycle = _cycle(s, window)
+    cycle = np.where(np.ptp(w, axis=-1) >= tau, cycle, 0)
     labels = np.select(
-        [undefined, early, orbit, slider, settled],
-        [kind.UNDEFINED, kind.FIXED, kind.ORBIT, kind.SLIDER, kind.FIXED],
+        [undefined, cycle > 0, early, orbit, slider, settled],
+        [kind.UNDEFINED, kind.ORBIT, kind.FIXED, kind.ORBIT, kind.SLIDER, kind.FIXED],
         kind.UNKNOWN,
     ).astype(np.int64)
     late = (labels == kind.FIXED) & ~early
-    period = np.where(labels == kind.ORBIT, window / np.maximum(k, 1), np.nan)
+    period = np.where(cycle > 0, cycle, window / np.maximum(k, 1))
+    period = np.where(labels == kind.ORBIT, period, np.nan)
     amplitude, slope, share = (np.where(undefined, np.nan, x) for x in (amplitude, slope, share))
     return labels, late, period, amplitude, slope, share
+
+
+def _cycle(s: np.ndarray, window: int) -> np.ndarray:
+    """The smallest lag, 2 to ``window``, at which each series repeats itself; 0 if none does."""
+    found = np.zeros(len(s), dtype=np.int64)
+    if not s.size:
+        return found
+    last = s[:, -window - 1 :]
+    for lag in range(2, window + 1):
+        # Few come back to the last value at all: only these are looked at.
+        back = np.abs(last[:, -1 - lag] - last[:, -1]) <= _SAME
+        rows = np.flatnonzero(back & (found == 0))
+        if rows.size:
+            apart = np.abs(last[rows, lag:] - last[rows, :-lag])
+            found[rows[apart.max(-1) <= _SAME]] = lag
+    return found
 
 
 def spectral_peak(

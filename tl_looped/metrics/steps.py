@@ -38,8 +38,8 @@ def step_geometry(
 ) -> StepGeometry:
     """Size, turning and acceleration of successive steps (the two scales of Pappone et al. 2025).
 
-    A contraction to a point goes straight (turning 1), a circle of period P turns by the cosine of
-    ``2 pi / P`` at every step, a change of sign at every step gives -1.
+    A contraction by one positive factor goes straight (turning 1), a circle of period P turns by
+    the cosine of ``2 pi / P`` at every step, a contraction by a negative factor gives -1.
 
     Args:
         states: Of one layer, or several with the layer in front of the batch.
