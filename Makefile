@@ -15,7 +15,7 @@ TESTS_TL3 := tests/compat tests/test_golden_parity.py tests/test_transformerlens
 RUNS51 ?= runs/section51
 OUT51 ?= reproduction-section51
 
-.PHONY: demo test compat docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
+.PHONY: demo test test-lanes lane-default lane-compatible lane-no-mkldnn lane-threads compat docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -41,6 +41,44 @@ section51: install
 # One thread a worker: the models are small, and two workers fill two cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# The numerical part again, as other processors compute it: each lane is a setting of the kernels.
+# A file is numerical unless it is named here; so is each test of it, unless it is named below (long
+# ones, about hooks, weights and names, in which no sum of floats decides).
+NOT_NUMERICAL := bad_checkpoints bad_input cache_size cli demo docs drawing experiments_processes \
+	experiments_spec hub notebooks plots plots_figures plots_layout readme registry report \
+	reproduce retrofit_input section42 section51 tokens training_resume training_texts viz
+ONCE := test_isolation.py::test_an_edit_in_place_is_an_edit_of_a_copy_everywhere \
+	test_loop.py::test_each_kind_of_edit_reaches_the_logits \
+	test_idle_hooks.py::test_raw_hooks_fire_until_they_are_removed \
+	test_spectral.py::test_a_training_run_is_measured_at_every_snapshot_and_drawn \
+	test_training.py::test_the_same_seed_gives_the_same_weights \
+	tl4/test_bridge.py::test_parameters_are_the_models_own_and_registered_once \
+	tl4/test_bridge_tools.py::test_importing_the_package_loads_no_bridge
+# Without the checks of annotations, which `make test` makes: they take half of the time.
+NUMERICAL := -q -o addopts='--strict-markers --strict-config -p no:cacheprovider -p no:benchmark' \
+	$(NOT_NUMERICAL:%=--ignore=tests/test_%.py) $(ONCE:%=--deselect=tests/%) tests
+
+test-lanes: lane-default lane-compatible lane-no-mkldnn lane-threads
+
+# Processes that a test starts inherit the environment. TL_LOOPED_MKLDNN is read by tests/conftest.py:
+# the workers of pytest follow it, a process that imports tl_looped alone does not.
+define LANE
+@echo "lane: $(1)"; start=$$(date +%s); $(1) $(BIN)/python -m pytest $(2) $(NUMERICAL) && \
+	echo "lane: $(1): $$(( ($$(date +%s) - start + 30) / 60 )) min"
+endef
+
+lane-default: install # No vector extension of the processor in PyTorch's own kernels.
+	$(call LANE,OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default,-n 2 --dist worksteal)
+
+lane-compatible: install # MKL's matrix products as on any processor.
+	$(call LANE,OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE,-n 2 --dist worksteal)
+
+lane-no-mkldnn: install
+	$(call LANE,OMP_NUM_THREADS=1 TL_LOOPED_MKLDNN=off,-n 2 --dist worksteal)
+
+lane-threads: install # One worker, whose sums are split in two.
+	$(call LANE,OMP_NUM_THREADS=2,)
 
 # Ratios of times, as a table on the screen and in BENCHMARKS.md. On an idle machine only.
 bench: install

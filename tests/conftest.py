@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from tl_looped import (
 # One major version of TransformerLens has what each of these directories tests: 4.x its new tools,
 # 3.x HookedTransformer, which 4.0 removed. `make test` and `make compat` run one each.
 collect_ignore = ["compat" if int(version("transformer-lens").split(".")[0]) >= 4 else "tl4"]
+
+# One of the lanes of `make test-lanes`.
+if os.environ.get("TL_LOOPED_MKLDNN") == "off":
+    torch.backends.mkldnn.enabled = False
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("huginn", "retrofit_llama", "retrofit_tinyllama", "retrofit_olmo", "ouro")
