@@ -140,26 +140,6 @@ def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "rng_state.pth"])
-@pytest.mark.parametrize("damage", ["changed", "missing", "truncated"])
-def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(
-    whole: Path, tmp_path: Path, name: str, damage: str
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    file = out / "checkpoints" / "checkpoint-12" / name
-    data = bytearray(file.read_bytes())
-    if damage == "missing":
-        file.unlink()
-    else:
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data if damage == "changed" else data[: len(data) // 2])
-    files = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(CheckpointError, match=rf"checkpoint-12 is damaged: {name}.*checkpoint-8"):
-        train(model(), ROWS, HELD_OUT, SPEC, out)
-    assert files == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-
-
 def test_the_older_checkpoint_gives_the_same_weights(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -172,15 +152,6 @@ def test_the_older_checkpoint_gives_the_same_weights(whole: Path, tmp_path: Path
     train(model(), ROWS, HELD_OUT, SPEC, out)
     assert weights(out) == weights(whole)
     assert not (out / "checkpoints" / "checkpoint-10").exists()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"a.pt": 3}', '["a"]'])
-def test_an_unreadable_manifest_is_an_error(whole: Path, tmp_path: Path, text: str) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    (out / "checkpoints" / "checkpoint-12" / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match="checkpoint-12 is damaged"):
-        train(model(), ROWS, HELD_OUT, SPEC, out)
 
 
 def test_a_folder_takes_no_other_run(whole: Path, tmp_path: Path) -> None:
@@ -213,6 +184,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     train(model(), ROWS, HELD_OUT, replace(SPEC, steps=4), tmp_path)
     path = tmp_path / "run.json"
     record = json.loads(path.read_text())
+    del record["sha256"]
     for name in ("v_bias", "qk_norm_per_head", "source_layers"):
         del record["model"][name]
     path.write_text(json.dumps(record))

@@ -47,6 +47,11 @@ class Constant:
         """The largest number that can come up; None if there is none."""
         return self.n
 
+    @property
+    def least(self) -> int:
+        """The smallest number that can come up."""
+        return self.n
+
     def at(self, seed: int, step: int) -> int:
         """Recurrences of a step."""
         return self.n
@@ -88,6 +93,11 @@ class PoissonLogNormal:
     def most(self) -> int | None:
         """The largest number that can come up; None if there is none."""
         return None
+
+    @property
+    def least(self) -> int:
+        """The smallest number that can come up."""
+        return 1
 
     def at(self, seed: int, step: int) -> int:
         """Recurrences of a step."""

@@ -1,31 +1,40 @@
 """Checkpoints of a run that can be trusted: complete, undamaged and of the same run.
 
 ``transformers.Trainer`` writes a checkpoint file by file into its final folder, and on resuming it
-goes on with a fresh optimiser where ``optimizer.pt`` is absent. So a manifest of every file's
-SHA-256 is written last: a checkpoint without one was interrupted and is thrown away, and one whose
-files differ from it is an error. ``run.json`` holds the spec, the model and a digest of the rows,
-so that a folder is never continued with another run.
+goes on with a fresh optimiser where ``optimizer.pt`` is absent. So a manifest is written last: its
+step, the run it is of (see :mod:`tl_looped.training.record`), every file's SHA-256 and its own. A
+checkpoint without one was interrupted and is thrown away. One whose files differ from it is
+damaged: it is set aside under another name, and the run goes on from the older one, to the same
+weights. Checkpoints are kept by their step; what time the disk gives them is never looked at.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
-from dataclasses import fields
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from tl_looped.errors import CheckpointError, ConfigError
+from tl_looped.errors import CheckpointError, ConfigError, DataError, TLLoopedError
 from tl_looped.files import write_text
-from tl_looped.model.config import TRAINED, LoopedConfig
-from tl_looped.training.spec import TrainSpec
 
 MANIFEST = "manifest.json"
-RUN = "run.json"
+KEPT_CHECKPOINTS = 2
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+_FORMAT = 2  # 1 was the files' sums alone
+
+Say = Callable[[str], None]
+
+
+def warn(text: str) -> None:
+    """Say something by a Python warning, where nobody gave another way."""
+    warnings.warn(text, stacklevel=3)
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -33,111 +42,217 @@ def write_json(value: Any, path: Path) -> None:
     write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", path)
 
 
-def seal(checkpoint: Path) -> None:
-    """Write the manifest of a checkpoint that is complete."""
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def seal(checkpoint: Path, run: str) -> None:
+    """Write the manifest of a checkpoint that is complete.
+
+    Args:
+        checkpoint: Its folder, ``checkpoint-STEP``.
+        run: Identity of the run.
+    """
     files = {p.name: _sha256(p) for p in sorted(checkpoint.iterdir()) if p.name != MANIFEST}
-    write_json(files, checkpoint / MANIFEST)
+    body = {"format": _FORMAT, "step": _step(checkpoint), "run": run, "files": files}
+    write_json(body | {"sha256": digest(body)}, checkpoint / MANIFEST)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest sealed checkpoint, checked file by file; interrupted ones are removed.
+def rotate(folder: Path) -> None:
+    """Remove all but the newest sealed checkpoints; newest is the one of the highest step."""
+    for old in sealed_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sealed_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints by their step, the newest last; whether they are sound is not looked at.
+
+    Folders of other names are none, and are left alone.
+    """
+    return [path for path in _checkpoints(folder) if (path / MANIFEST).is_file()]
+
+
+def newest_checkpoint(folder: Path, run: str | None = None, say: Say = warn) -> Path | None:
+    """The newest sealed checkpoint that is sound; checked file by file.
+
+    Interrupted checkpoints are removed. What stands in the way of one (a file or a link of its
+    name) is set aside, and so are damaged ones if an older one is sound.
+
+    Args:
+        folder: Of the checkpoints.
+        run: Identity of the run; not checked if None.
+        say: Told what was set aside and what is lost.
 
     Raises:
-        CheckpointError: if it is damaged. Nothing is removed then: the older one is still there.
+        CheckpointError: all that there are are damaged. Nothing is moved then.
+        ConfigError: it is another run's.
+        DataError: something cannot be set aside.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    sealed = [p for p in found if (p / MANIFEST).is_file()]
-    for interrupted in set(found) - set(sealed):
-        shutil.rmtree(interrupted)
-    if not sealed:
-        return None
-    problems = _problems(sealed[-1])
-    if problems:
-        older = f" to go on from {sealed[-2].name}" if len(sealed) > 1 else " to start again"
+    _clear(folder, say)
+    damaged: dict[Path, list[str]] = {}
+    for path in reversed(sealed_checkpoints(folder)):
+        manifest, problems = _examined(path)
+        if problems:
+            damaged[path] = problems
+            continue
+        _check_run(path, manifest, run, say)
+        for other, found in damaged.items():
+            _set_aside_damaged(other, found, path, say)
+        return path
+    if damaged:
+        listed = "; ".join(f"{p} is damaged: {', '.join(found)}" for p, found in damaged.items())
         raise CheckpointError(
-            f"{sealed[-1]} is damaged: {'; '.join(problems)}. Restore it, or remove that folder"
-            f"{older}."
+            f"{listed}. There is no sound one to go on from: restore one, or remove the folder"
+            f"{'s' if len(damaged) > 1 else ''} to start again from step 0."
         )
-    return sealed[-1]
+    return None
 
 
-def claim(out: Path, spec: TrainSpec, cfg: LoopedConfig, rows: Tensor, held_out: Tensor) -> None:
-    """Record the run in its folder, or check that the folder is this run's.
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged or in the way, so that it is kept and not read.
 
     Raises:
-        ConfigError: if the folder holds a run of another spec, model or data.
-        CheckpointError: if its record cannot be read.
+        DataError: if the disk does not let it.
     """
-    run = {
-        "spec": spec.to_json(),
-        "model": {k: v for k, v in cfg.to_json().items() if k != TRAINED},
-        "rows": rows_digest(rows),
-        "held_out": rows_digest(held_out),
-    }
-    path = out / RUN
-    if not path.is_file():
-        if (out / "log.csv").exists():
-            raise ConfigError(
-                f"{out} holds a log.csv and no {RUN}, so it is no run that can be gone on with: "
-                "use another folder"
-            )
-        write_json(run, path)
-        return
+    number, target = 1, path.with_name(f"damaged-{path.name}")
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"damaged-{path.name}-{number}")
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = _differences(before, json.loads(json.dumps(run)))
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): restore it, or use another folder"
+        path.rename(target)
+    except OSError as error:
+        raise DataError(f"{path} must be set aside and cannot be renamed: {error}") from error
+    return target
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Other libraries' saving into a folder: their errors as one of ours, and nothing partial left.
+
+    A full disk is an OSError for Python, a SafetensorError, a RuntimeError of PyTorch or a bare
+    Exception of tokenizers. A folder that was not there before is removed again.
+
+    Raises:
+        DataError: if it cannot be saved.
+    """
+    is_new = not folder.exists()
+    try:
+        yield
+    except Exception as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, TLLoopedError):
+            raise
+        raise DataError(
+            f"{folder} cannot be saved: {type(error).__name__}: {error}. What was saved before "
+            "stays; make room, and the same call or command goes on from the newest checkpoint"
         ) from error
-    if changed:
+
+
+@contextmanager
+def loading(checkpoint: Path | str) -> Iterator[None]:
+    """Other libraries' loading of a checkpoint that is whole: their errors as one of ours.
+
+    Raises:
+        CheckpointError: if it cannot be loaded.
+    """
+    try:
+        yield
+    except TLLoopedError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint} cannot be loaded ({type(error).__name__}: {error}). Its files are as "
+            "they were written, so it is of another version of tl_looped or of its libraries: go "
+            "on with that one, or train in another folder"
+        ) from error
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _clear(folder: Path, say: Say) -> None:
+    """Remove what was interrupted, and set aside what has a checkpoint's name and is no folder."""
+    checkpoints = _checkpoints(folder)
+    for path in sorted(folder.glob("checkpoint-*")):
+        if path in checkpoints:
+            if not (path / MANIFEST).is_file():
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:
+                    raise DataError(
+                        f"{path} was interrupted and cannot be removed: {error}"
+                    ) from error
+        elif _NAME.fullmatch(path.name):
+            say(f"{path} is no folder of a checkpoint: it is now {set_aside(path).name}")
+
+
+def _check_run(path: Path, manifest: dict[str, Any], run: str | None, say: Say) -> None:
+    if run is None:
+        return
+    if "run" not in manifest:
+        say(
+            f"{path} was written by an earlier version, which did not note the run in it: it is "
+            "taken to be this run's"
+        )
+    elif manifest["run"] != run:
         raise ConfigError(
-            f"{out} holds another run, which differs in {', '.join(changed)}: continue it with its "
-            "own settings, or use another folder"
+            f"{path} is a checkpoint of another run (of another spec, model or data): move it "
+            "away, or train in another folder"
         )
 
 
-def rows_digest(rows: Tensor) -> str:
-    """SHA-256 of the rows' shape and values."""
-    values = rows.contiguous().to(torch.int64)
-    return hashlib.sha256(str(tuple(rows.shape)).encode() + values.numpy().tobytes()).hexdigest()
+def _set_aside_damaged(path: Path, problems: list[str], sound: Path, say: Say) -> None:
+    aside = set_aside(path)
+    say(
+        f"{path} is damaged: {', '.join(problems)}. It is now {aside.name}. The run goes on from "
+        f"{sound.name}: steps {_step(sound) + 1} to {_step(path)} are done again, and nothing else "
+        "is lost"
+    )
 
 
-def _differences(before: dict[str, Any], run: dict[str, Any]) -> list[str]:
-    """Names of what differs, with both values where they are short.
-
-    A record of an earlier version lacks the fields that the model has got since; it was trained as
-    their defaults say.
-    """
-    out = []
-    since = {field.name: field.default for field in fields(LoopedConfig)}
-    for part, defaults in (("spec", {}), ("model", since)):
-        for key in sorted({*before[part], *run[part]} if part in before else run[part]):
-            old = before.get(part, {}).get(key, defaults.get(key))
-            new = run[part].get(key)
-            if old != new:
-                out.append(f"{part}.{key} ({old!r} there, {new!r} here)")
-    return out + [part for part in ("rows", "held_out") if before.get(part) != run[part]]
-
-
-def _problems(checkpoint: Path) -> list[str]:
+def _examined(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
+    """The manifest, and what is wrong with the checkpoint."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        problems = []
-        for name, digest in manifest.items():
-            file = checkpoint / name
-            if not file.is_file():
-                problems.append(f"{name} is missing")
-            elif _sha256(file) != digest:
-                problems.append(f"{name} has changed since it was written")
-    except (ValueError, AttributeError, TypeError) as error:
-        return [f"{MANIFEST} cannot be read ({error})"]
-    return problems
+        files = manifest
+        if "format" in manifest:
+            body = {key: value for key, value in manifest.items() if key != "sha256"}
+            if digest(body) != manifest["sha256"]:
+                return {}, [f"{MANIFEST} has changed since it was written"]
+            if manifest["step"] != _step(checkpoint):
+                return {}, [f"its folder was renamed: it is of step {manifest['step']}"]
+            files = manifest["files"]
+        problems = [
+            problem for name, sha in files.items() if (problem := _problem(checkpoint, name, sha))
+        ]
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
+        return {}, [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    known = {*files, MANIFEST}
+    strange = sorted(
+        p.name for p in checkpoint.iterdir() if p.name not in known and not p.name.startswith(".")
+    )
+    # The Trainer would read some of them, a pytorch_model.bin or an adapter.
+    return manifest, problems + [f"{name} was added to it" for name in strange]
+
+
+def _problem(checkpoint: Path, name: str, sha: Any) -> str | None:
+    file = checkpoint / name
+    if not file.is_file():
+        return f"{name} is missing"
+    return None if _sha256(file) == sha else f"{name} has changed since it was written"
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    result = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            result.update(chunk)
+    return result.hexdigest()

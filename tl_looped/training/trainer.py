@@ -6,8 +6,8 @@ rows, initial states and recurrences are functions of a seed and the step, the d
 run's rows in order (so that resuming skips an index and draws nothing again), and optimiser and
 schedule are the Trainer's own checkpoint. Checkpoints hold the weights as safetensors; the
 optimiser's and the generators' state are PyTorch files that the Trainer reads with
-``weights_only=True``, so no pickle of them is run. See ``tl_looped.training.saved`` for what makes
-a checkpoint count.
+``weights_only=True``, so no pickle of them is run (a test holds it to that). See
+``tl_looped.training.saved`` for what makes a checkpoint count.
 
 Limits: no gradient accumulation. The same bits need the same machine, number of threads and
 devices, and PyTorch: two devices differ from one in the last digit.
@@ -15,8 +15,6 @@ devices, and PyTorch: two devices differ from one in the last digit.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import random
@@ -37,26 +35,28 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from tl_looped.errors import ConfigError, DataError, DivergedError
-from tl_looped.files import write_text
+from tl_looped.errors import CheckpointError, ConfigError, DataError, DivergedError
+from tl_looped.files import make_folder
+from tl_looped.training.log import LOG, LOG_FIELDS, Entry, read_log, resumed_log, write_log
 from tl_looped.training.losses import ExitWeighted, training_loss
 from tl_looped.training.optimizers import make_optimizer
+from tl_looped.training.record import claim, make_record
 from tl_looped.training.recurrences import state_seed
-from tl_looped.training.saved import claim, newest_checkpoint, seal
+from tl_looped.training.saved import (
+    Say,
+    loading,
+    newest_checkpoint,
+    rotate,
+    saving,
+    seal,
+    sealed_checkpoints,
+    warn,
+)
 from tl_looped.training.spec import TrainSpec
 from tl_looped.transformer import LoopedTransformer
 
-LOG_FIELDS = (
-    "step",
-    "tokens",
-    "epoch",
-    "train_loss",
-    "held_out_loss",
-    "learning_rate",
-    "tokens_per_second",
-    "seconds",
-)
-KEPT_CHECKPOINTS = 2
+__all__ = ["LOG_FIELDS", "RowsInOrder", "Tick", "held_out_loss", "read_log", "train"]
+
 SNAPSHOTS = "snapshots"
 
 
@@ -134,7 +134,17 @@ def held_out_loss(
 
 
 class _Watch(TrainerCallback):
-    """Counts steps, stops a diverging run, evaluates, logs and seals checkpoints."""
+    """Counts steps, stops a diverging run, evaluates, logs and seals checkpoints.
+
+    Args:
+        objective: The model and its loss.
+        data: The run's rows.
+        held_out: Rows of the held-out loss.
+        out: Folder of the run.
+        run: Its identity.
+        checkpoint: Where it goes on.
+        report, tick, snapshots, say: As in :func:`train`.
+    """
 
     def __init__(
         self,
@@ -142,13 +152,17 @@ class _Watch(TrainerCallback):
         data: RowsInOrder,
         held_out: Int[Tensor, "held_out_row length"],
         out: Path,
-        report: Callable[[dict[str, Any]], None],
+        run: str,
+        checkpoint: Path | None,
+        report: Callable[[Entry], None],
         tick: Callable[[Tick], None],
         snapshots: int | None,
+        say: Say,
     ) -> None:
         self.objective, self.data, self.held_out, self.out = objective, data, held_out, out
-        self.report, self.tick, self.snapshots = report, tick, snapshots
-        self.log: list[dict[str, Any]] = []
+        self.run, self.checkpoint = run, checkpoint
+        self.report, self.tick, self.snapshots, self.say = report, tick, snapshots, say
+        self.log: list[Entry] = []
         self.losses: list[float] = []
         self.first = 0
         self.seconds_before = 0.0
@@ -156,8 +170,9 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the log where the checkpoint stands."""
         self.first = state.global_step
-        before = read_log(self.out / "log.csv") if self.first else []
-        self.log = [e for e in before if e["step"] <= self.first]
+        if self.checkpoint is not None:
+            writes = state.is_world_process_zero
+            self.log = resumed_log(self.out, self.checkpoint, self.first, writes, self.say)
         self.seconds_before = self.log[-1]["seconds"] if self.log else 0.0
         self.started = time.perf_counter()
         if self.first == 0 and state.is_world_process_zero:
@@ -201,11 +216,11 @@ class _Watch(TrainerCallback):
             self._keep_snapshot(step)
         control.should_save = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is complete."""
-        PartialState().wait_for_everyone()  # each process writes its generators' state
-        if state.is_world_process_zero:
-            seal(self.out / "checkpoints" / f"checkpoint-{state.global_step}")
+    def complete(self, checkpoint: Path) -> None:
+        """Put the log into a checkpoint, seal it, and let go of the oldest one."""
+        write_log(checkpoint / LOG, self.log)
+        seal(checkpoint, self.run)
+        rotate(checkpoint.parent)
 
     def _evaluate(self, step: int, train_loss: float, writes: bool) -> None:
         spec, model = self.objective.spec, self.objective.model
@@ -226,8 +241,9 @@ class _Watch(TrainerCallback):
         self.log.append(entry)
         if writes:
             if entry["held_out_loss"] < best:
-                model.save_pretrained(self.out / "best")
-            write_log(self.out / "log.csv", self.log)
+                with saving(self.out / "best"):
+                    model.save_pretrained(self.out / "best")
+            write_log(self.out / LOG, self.log)
             self.report(entry)
 
     def _keep_snapshot(self, step: int) -> None:
@@ -241,16 +257,17 @@ class _Watch(TrainerCallback):
         partial = folder.with_name(f".{folder.name}.partial")
         for left_over in (partial, folder):
             shutil.rmtree(left_over, ignore_errors=True)
-        self.objective.model.save_pretrained(partial)
-        os.replace(partial, folder)
+        with saving(partial):
+            self.objective.model.save_pretrained(partial)
+            os.replace(partial, folder)
 
     def _speed(self, step: int) -> float:
         done = (step - self.first) * self.objective.spec.batch_size * self.data.rows.shape[1]
         return done / max(1e-9, time.perf_counter() - self.started)
 
     def _diverged(self, step: int, what: str) -> DivergedError:
-        newest = newest_checkpoint(self.out / "checkpoints")
-        kept = "There is no checkpoint yet" if newest is None else f"The last good one is {newest}"
+        sealed = sealed_checkpoints(self.out / "checkpoints")
+        kept = f"The last good one is {sealed[-1]}" if sealed else "There is no checkpoint yet"
         return DivergedError(
             f"training diverged at step {step}: {what}. {kept}, and {self.out / 'best'} holds the "
             "best model so far. Lower learning_rate, raise warmup or lower clip, in another folder."
@@ -258,7 +275,11 @@ class _Watch(TrainerCallback):
 
 
 class _Trainer(Trainer):
-    """The Trainer with our optimiser, schedule and safetensors."""
+    """The Trainer with our optimiser, schedule, safetensors and errors.
+
+    It does not rotate checkpoints: it would go by the times that the disk gives them, and where the
+    clock went back it removes the one that was just written.
+    """
 
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: Any
@@ -295,6 +316,34 @@ class _Trainer(Trainer):
             weights = {k: v.contiguous() for k, v in self.objective.state_dict().items()}
             save_file(weights, os.path.join(output_dir, "model.safetensors"))
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with saving(folder):
+            super()._save_checkpoint(*args, **kwargs)
+            PartialState().wait_for_everyone()  # each process writes its generators' state
+            if self.is_world_process_zero():
+                self.watch.complete(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The Trainer would go on with random weights in the place of the missing ones.
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise CheckpointError(
+                f"{self.watch.checkpoint} holds the weights of another model: missing "
+                f"{load_result.missing_keys}, unexpected {load_result.unexpected_keys}"
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
+
 
 def train(
     model: LoopedTransformer,
@@ -302,17 +351,19 @@ def train(
     held_out: Int[Tensor, "held_out_row length"],
     spec: TrainSpec,
     out: Path,
-    report: Callable[[dict[str, Any]], None] = lambda entry: None,
+    report: Callable[[Entry], None] = lambda entry: None,
     tick: Callable[[Tick], None] = lambda tick: None,
     snapshots: int | None = None,
-) -> list[dict[str, Any]]:
+    say: Say = warn,
+    fresh: bool = False,
+) -> list[Entry]:
     """Train, or go on where the folder's newest checkpoint stands; the weights are the same.
 
-    ``out`` gets ``run.json`` (spec, model, digest of the rows), ``log.csv``, ``checkpoints/`` (the
-    two newest), ``best`` (by held-out loss, at the model's own recurrences) and ``final``. With
-    ``snapshots`` it also gets ``snapshots/step-000000``, ..., each a model that ``from_pretrained``
-    loads: what a run looked like on its way. They change nothing in the run and are no part of its
-    spec.
+    ``out`` gets ``run.json`` (spec, model, digests of the rows and the first weights), ``log.csv``,
+    ``checkpoints/`` (the two newest; a damaged one is set aside), ``best`` (by held-out loss, at
+    the model's own recurrences) and ``final``. With ``snapshots`` it also gets
+    ``snapshots/step-000000``, ..., each a model that ``from_pretrained`` loads: what a run looked
+    like on its way. They change nothing in the run and are no part of its spec.
 
     Args:
         model: Changed in place; holds the last step's weights at the end, in evaluation mode.
@@ -325,15 +376,19 @@ def train(
         snapshots: Keep the weights of every so many evaluations, those before the first step and
             those of the last one; none if None. A run that goes on keeps those that are there;
             steps that it made without this argument have none.
+        say: Told what was damaged and is set aside, and what is lost; a warning if left out.
+        fresh: Whether the model was just loaded, so that other weights mean another run. Else a
+            model that an interrupted call has trained may be given again.
 
     Returns:
         The log: one entry an evaluation, with the fields of ``LOG_FIELDS``.
 
     Raises:
-        ConfigError: the spec does not fit the model, the folder holds another run, or
-            ``snapshots`` is below 1.
-        CheckpointError: the newest checkpoint is damaged; nothing is overwritten.
-        DataError: no rows, or an unreadable log.
+        ConfigError: the spec does not fit the model, the folder holds another run, a model or a
+            tokenizer, or ``snapshots`` is below 1.
+        CheckpointError: all checkpoints are damaged; nothing is overwritten.
+        DataError: no rows, an unreadable log, or a disk that is full or cannot be written to; the
+            same call goes on from the newest checkpoint then.
         DivergedError: the loss diverged; the last good checkpoint stays.
     """
     spec.check(model.cfg)
@@ -349,30 +404,51 @@ def train(
             )
     if rows.shape[1] > model.cfg.n_ctx:
         raise DataError(f"rows of {rows.shape[1]} tokens exceed the context of {model.cfg.n_ctx}")
-    out.mkdir(parents=True, exist_ok=True)
-    claim(out, spec, model.cfg, rows, held_out)
-    checkpoint = newest_checkpoint(out / "checkpoints")
-    objective = Objective(model, spec)
+    with _kept_generators():
+        return _train(model, rows, held_out, spec, out, report, tick, snapshots, say, fresh)
+
+
+def _train(
+    model: LoopedTransformer,
+    rows: Tensor,
+    held_out: Tensor,
+    spec: TrainSpec,
+    out: Path,
+    report: Callable[[Entry], None],
+    tick: Callable[[Tick], None],
+    snapshots: int | None,
+    say: Say,
+    fresh: bool,
+) -> list[Entry]:
+    record = make_record(spec, model, model.cfg, rows, held_out)
+    # The first process moves what is damaged; the others find the folder in order.
+    with PartialState(cpu=model.W_E.device.type == "cpu").main_process_first():
+        make_folder(out)
+        begins = not sealed_checkpoints(out / "checkpoints")
+        run = claim(out, record, begins, fresh, say)
+        checkpoint = newest_checkpoint(make_folder(out / "checkpoints"), run, say)
     seed = spec.seed if spec.data_seed is None else spec.data_seed
     data = RowsInOrder(rows, spec.steps * spec.batch_size, seed)
-    watch = _Watch(objective, data, held_out, out, report, tick, snapshots)
-    with _kept_generators():
-        trainer = _make_trainer(objective, data, watch, out)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        objective.note_training()  # of a run that goes on at its end no step does
-        if trainer.is_world_process_zero():
+    objective = Objective(model, spec)
+    watch = _Watch(objective, data, held_out, out, run, checkpoint, report, tick, snapshots, say)
+    trainer = _make_trainer(watch)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    objective.note_training()  # of a run that goes on at its end no step does
+    if trainer.is_world_process_zero():
+        with saving(out / "final"):
             model.save_pretrained(out / "final")
     model.eval()
     return watch.log
 
 
-def _make_trainer(objective: Objective, data: RowsInOrder, watch: _Watch, out: Path) -> Trainer:
+def _make_trainer(watch: _Watch) -> Trainer:
+    objective = watch.objective
     spec = objective.spec
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if spec.batch_size % world:
         raise DataError(f"batch_size={spec.batch_size} must be a multiple of {world} devices")
     arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
+        output_dir=str(watch.out / "checkpoints"),
         max_steps=spec.steps,
         per_device_train_batch_size=spec.batch_size // world,
         max_grad_norm=spec.clip,
@@ -380,20 +456,20 @@ def _make_trainer(objective: Objective, data: RowsInOrder, watch: _Watch, out: P
         use_cpu=objective.model.W_E.device.type == "cpu",
         seed=spec.seed,
         train_sampling_strategy="sequential",
-        # A gate that the loss does not read is the only parameter a step can leave out.
+        # A gate that the loss does not read is the only parameter a step can leave out; that of
+        # the only recurrence is not read.
         ddp_find_unused_parameters=objective.model.cfg.exit_gate
-        and not isinstance(spec.loss, ExitWeighted),
+        and not (isinstance(spec.loss, ExitWeighted) and objective.recurrences.least > 1),
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         save_strategy="no",
-        save_total_limit=KEPT_CHECKPOINTS,
         logging_strategy="no",
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
     )
 
-    trainer = _Trainer(objective, watch, args=arguments, train_dataset=data)
+    trainer = _Trainer(objective, watch, args=arguments, train_dataset=watch.data)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -413,32 +489,3 @@ def _kept_generators() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a ``log.csv``; none if there is no file.
-
-    Raises:
-        DataError: if a line is not an entry.
-    """
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return [
-                {k: int(row[k]) if k in ("step", "tokens") else float(row[k]) for k in LOG_FIELDS}
-                for row in csv.DictReader(file)
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path} cannot be read as a log ({error!r}): restore or remove it"
-            ) from error
-
-
-def write_log(path: Path, log: list[dict[str, Any]]) -> None:
-    """Write the log; see :func:`tl_looped.files.write_bytes`."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, LOG_FIELDS)
-    writer.writeheader()
-    writer.writerows(log)
-    write_text(text.getvalue(), path)
