@@ -185,6 +185,7 @@ class LoopedEngine(Engine):
             for place in places if stage == "core" else [name]:
                 hooks.append((f"{place}.hook_mlp_out", _zeros))
         with (
+            self.model.turn,
             self.model.recurrences(most),
             self.model.hooks(fwd_hooks=hooks),
             self.model.recurrences(n_recurrences),

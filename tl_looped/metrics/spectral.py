@@ -132,7 +132,8 @@ def spectrum_of_states(
             without_mlp=without_mlp,
         )
         if states is None:
-            R = model.loop.R if n_recurrences is None else n_recurrences
+            with model.turn:
+                R = model.loop.R if n_recurrences is None else n_recurrences
             state = reached_state(loop_map, R)
         else:
             state = states[i][keep.to(states.device)][None]

@@ -190,7 +190,7 @@ def _run_batch(
 ) -> xr.Dataset:
     """Metrics of one batch, by depth."""
     tokens, mask = _padded([rows[n] for n in numbers])
-    with model.recurrences(options.n_recurrences):
+    with model.turn, model.recurrences(options.n_recurrences):
         collector = Collector(model.loop, names, mask)
         if options.states == "disk" and collector.needs_reference:
             _through_the_disk(model, tokens, collector, options)

@@ -68,6 +68,7 @@ def attribute_recurrences(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        model.turn,
         model.recurrences(run.pop("n_recurrences", None)),
     ):
         tokens = tokens.clone()

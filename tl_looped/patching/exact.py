@@ -94,7 +94,8 @@ def patch_recurrences(
     if type(batch_size) is not int or batch_size < 1:
         raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     tokens = as_tokens(model, corrupted_tokens, run)
-    with model.recurrences(run.pop("n_recurrences", None)), torch.no_grad():
+    n_recurrences = run.pop("n_recurrences", None)
+    with model.turn, model.recurrences(n_recurrences), torch.no_grad():
         grid = make_grid(
             model, clean_cache, tuple(tokens.shape), activation_name, layer_type,
             source_recurrences, target_recurrences, layers, positions, heads,

@@ -114,7 +114,8 @@ class Objective(nn.Module):
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> dict[str, Float[Tensor, ""]]:
         """The loss of the current step."""
         spec, step = self.spec, self.step
-        with self.model.recurrences(self.recurrences.at(spec.seed, step)):
+        now = self.recurrences.at(spec.seed, step)
+        with self.model.turn, self.model.recurrences(now):
             seed = state_seed(spec.seed, step)
             loss = training_loss(self.model, tokens, spec.loss, seed, spec.backprop_last)
         return {"loss": loss}

@@ -24,6 +24,7 @@ from tl_looped.transformer.cache_size import (
 )
 from tl_looped.transformer.hooking import LoopedHookManager
 from tl_looped.transformer.pool import collector_paused
+from tl_looped.transformer.turns import in_turn
 
 
 def n_rows(batch: Any) -> int:
@@ -35,6 +36,7 @@ def n_rows(batch: Any) -> int:
 class CachingMixin(LoopedHookManager):
     """TransformerLens's caching methods, which return a LoopedActivationCache."""
 
+    @in_turn
     def run_with_cache(
         self,
         *model_args: Any,
@@ -63,7 +65,7 @@ class CachingMixin(LoopedHookManager):
             InputError: if the cache would take more memory than its device has free; see
                 :meth:`estimate_cache_bytes`.
         """
-        with self.recurrences(n_recurrences):
+        with self._call_with_recurrences(n_recurrences):
             batch = model_args[0] if model_args else kwargs.get("input")
             if remove_batch_dim and n_rows(batch) > 1:
                 raise InputError(f"cannot remove the batch dimension of {n_rows(batch)} prompts")
@@ -112,6 +114,7 @@ class CachingMixin(LoopedHookManager):
                 names.add(self.hook_name(name))
         return names
 
+    @in_turn
     def estimate_cache_bytes(
         self,
         names_filter: Any = None,
@@ -137,7 +140,7 @@ class CachingMixin(LoopedHookManager):
         """
         if batch < 1 or pos < 1:
             raise InputError(f"batch and pos must be at least 1, got {batch} and {pos}")
-        with self.recurrences(n_recurrences):
+        with self._call_with_recurrences(n_recurrences):
             sizes = self._twin_sizes(batch, pos, pos_slice, incl_bwd)
             return sum(sizes[name] for name in self.names_filter_set(names_filter))
 
@@ -233,6 +236,7 @@ class CachingMixin(LoopedHookManager):
         bwd = [(name, grad_writer) for name in ordered] if incl_bwd else []
         return store, fwd, bwd
 
+    @in_turn
     def add_caching_hooks(
         self,
         names_filter: Any = None,

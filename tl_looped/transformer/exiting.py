@@ -49,7 +49,7 @@ class ExitingMixin(LensesMixin):
         if self._records and self._records[-1].filled:
             self._records[-1].early_exit = True
         tracker = ExitTracker(rule, kv is not None, mask)
-        for r, state in enumerate(self.unroll(x, run)):
+        for r, state in enumerate(self._unroll(x, run, None)):
             logits = partial(self._exit_logits, state, run, kv is not None)
             tracker.update(r, r == loop.R - 1, state, logits, run.gate)
             if kv is not None:

@@ -28,6 +28,7 @@ from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.transformer.exiting import ExitingMixin
 from tl_looped.transformer.sampling import Sampler
 from tl_looped.transformer.tokens import is_chat, is_text
+from tl_looped.transformer.turns import in_turn
 
 
 @dataclass(kw_only=True)
@@ -78,6 +79,7 @@ class _Job:
 class GenerationMixin(ExitingMixin):
     """``generate`` and ``generate_stream`` with TransformerLens's arguments."""
 
+    @in_turn
     @torch.no_grad()
     def generate(
         self,
@@ -155,7 +157,7 @@ class GenerationMixin(ExitingMixin):
             exit_rule=exit_rule,
         )
         job = self._job(input, max_new_tokens, options)
-        with self.recurrences(n_recurrences):
+        with self._call_with_recurrences(n_recurrences):
             steps = list(self._new_tokens(job))
         new = torch.stack([token for token, _ in steps], 1) if steps else job.tokens[:, :0]
         output = self._as_asked(job, new, with_prompt=not job.reply_only)
@@ -164,6 +166,7 @@ class GenerationMixin(ExitingMixin):
         left = [cast(Tensor, exit_step) for _, exit_step in steps]
         return ExitResult(output, torch.stack(left, 1) if left else job.tokens[:, :0])
 
+    @in_turn
     def generate_stream(
         self,
         input: str | list[Any] | Int[Tensor, "batch pos"],

@@ -18,6 +18,7 @@ from tl_looped.model.geometry import LayerLike
 from tl_looped.model.hook_points import CacheWriter, LoopedHookPoint, Reader
 from tl_looped.model.names import resolve_name
 from tl_looped.transformer.pool import BlockPool
+from tl_looped.transformer.turns import in_turn
 
 _DIRECT_PATHS = "transformer_lens.tools.analysis.direct_path_patching"
 
@@ -71,6 +72,7 @@ class LoopedHookManager(BlockPool):
             if owner is not None:
                 yield from (m for m in owner.modules() if isinstance(m, HookPoint))
 
+    @in_turn
     def remove_all_hook_fns(
         self,
         direction: Literal["fwd", "bwd", "both"] = "both",
@@ -82,12 +84,14 @@ class LoopedHookManager(BlockPool):
             if hook.fwd_hooks or hook.bwd_hooks:
                 hook.remove_hooks(direction, including_permanent, level)
 
+    @in_turn
     def clear_contexts(self) -> None:
         """As in TransformerLens, also on hook points beyond the current recurrences."""
         for hook in self.all_hook_points():
             if hook.ctx:
                 hook.clear_context()
 
+    @in_turn
     def add_hook(
         self,
         name: HookName,
@@ -133,6 +137,12 @@ class LoopedHookManager(BlockPool):
         clear_contexts: bool = False,
     ) -> Iterator[HookedRootModule]:
         """As in TransformerLens; every name is resolved before the first hook is attached."""
+        with self.turn.kept():
+            yield from self._hooked(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
+
+    def _hooked(
+        self, fwd_hooks: Any, bwd_hooks: Any, reset_hooks_end: bool, clear_contexts: bool
+    ) -> Iterator[HookedRootModule]:
         fwd, bwd = (
             [(name, hook) for wanted, hook in given for name in self._selected(wanted)]
             for given in (fwd_hooks, bwd_hooks)
@@ -145,10 +155,13 @@ class LoopedHookManager(BlockPool):
             readers = [(name, hook) for name, hook in fwd if isinstance(hook, CacheWriter)]
             fwd = [(name, hook) for name, hook in fwd if not isinstance(hook, CacheWriter)]
         with (
-            self.readers(readers),
+            self._reading(readers),
             super().hooks(fwd, bwd, reset_hooks_end, clear_contexts) as model,
         ):
-            yield model
+            try:
+                yield model
+            finally:
+                self.turn.take_over()
 
     @contextmanager
     def readers(self, readers: Iterable[tuple[HookName, Reader]]) -> Iterator[None]:
@@ -162,6 +175,15 @@ class LoopedHookManager(BlockPool):
             readers: ``(name, function)``; names as in :meth:`hook_name`, or filter functions. A
                 function is called with the activation and the hook point.
         """
+        with self.turn.kept(), self._reading(readers):
+            try:
+                yield
+            finally:
+                self.turn.take_over()
+
+    @contextmanager
+    def _reading(self, readers: Iterable[tuple[HookName, Reader]]) -> Iterator[None]:
+        """As :meth:`readers`, within a turn that is taken already."""
         points = [
             (self.hook_dict[name], self._reading_home(reader))
             for wanted, reader in readers
@@ -208,9 +230,10 @@ class LoopedHookManager(BlockPool):
                 "cache.stack_head_results, which carries each head's output to where it is read."
             )
 
+    @in_turn
     def run_with_hooks(
         self, *model_args: Any, n_recurrences: int | None = None, **kwargs: Any
     ) -> Any:
         """As in TransformerLens; hook names are read at ``n_recurrences``, before the run."""
-        with self.recurrences(n_recurrences):
+        with self._call_with_recurrences(n_recurrences):
             return super().run_with_hooks(*model_args, **kwargs)

@@ -100,10 +100,15 @@ class InterveningMixin(InputsMixin):
                     f"an intervention is an object such as interventions.SkipRecurrences(2), got "
                     f"{given!r}"
                 )
+        with self.turn.kept():
+            yield from self._with_interventions(interventions)
+
+    def _with_interventions(self, interventions: tuple[Intervention, ...]) -> Iterator[Any]:
         self.interventions += interventions
         try:
             yield self
         finally:
+            self.turn.take_over()
             active = list(self.interventions)
             for given in reversed(interventions):
                 # By identity, from the end: the same object may be active twice.
@@ -135,7 +140,7 @@ class InterveningMixin(InputsMixin):
                     for name in self._selected(wanted)
                 ]
                 readers += changes.readers
-            stack.enter_context(self.readers(readers))
+            stack.enter_context(self._reading(readers))
             # Each is put before all that are there, so the first one last.
             for point, edit in reversed(edits):
                 handle = point.register_forward_hook(_as_torch_hook(edit), prepend=True)

@@ -28,6 +28,7 @@ from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.intervening import InterveningMixin
 from tl_looped.transformer.loop_run import LoopRun, Stream
 from tl_looped.transformer.pool import RecurrenceHooks
+from tl_looped.transformer.turns import in_turn
 
 
 class LoopMixin(InterveningMixin):
@@ -37,6 +38,7 @@ class LoopMixin(InterveningMixin):
     final_norm: NormWeights
     exit_gate: nn.Linear
 
+    @in_turn
     def start_run(
         self, tokens: Int[Tensor, "batch pos"], state_seed: int
     ) -> tuple[Stream, LoopRun]:
@@ -65,6 +67,23 @@ class LoopMixin(InterveningMixin):
                 the exit gate still has a graph there, on the state as a constant. The prelude
                 always keeps its graph: each injection reads its output. All recurrences if None.
         """
+        states, R = self._unroll(x, run, backprop_last), None
+        while True:
+            with self.turn:  # between the states another thread may have one
+                R = self.loop.R if R is None else R
+                if self.loop.R != R:
+                    raise InputError(
+                        f"the model went from {R} to {self.loop.R} recurrences while they were run "
+                        "one by one: take the next state first, and set_recurrences afterwards"
+                    )
+                state = next(states, None)
+            if state is None:
+                return
+            yield state
+            del state  # not held while the next one is computed
+
+    def _unroll(self, x: Stream, run: LoopRun, backprop_last: int | None) -> Iterator[Stream]:
+        """As :meth:`unroll`, within one turn."""
         loop, wanted = self.loop, torch.is_grad_enabled()
         n = loop.R if backprop_last is None else backprop_last
         run.trains_gate = wanted
@@ -78,6 +97,7 @@ class LoopMixin(InterveningMixin):
                 x = self._leave_recurrence(r, x, run)
             yield self._home(x)
 
+    @in_turn
     def read_out(self, state: Stream, run: LoopRun) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of a state that has left its recurrence, as :meth:`unroll` gives it."""
         if self.cfg.pre_coda_norm:

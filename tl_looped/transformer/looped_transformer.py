@@ -41,6 +41,7 @@ from tl_looped.transformer.spreading import (
     plan_devices,
 )
 from tl_looped.transformer.tokens import is_text
+from tl_looped.transformer.turns import in_turn
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -168,6 +169,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         model._note_devices()
         return model.eval()
 
+    @in_turn
     def save_pretrained(self, folder: str | Path, format: str = "native") -> None:
         """Write a folder that :meth:`from_pretrained` reads: configs, safetensors, tokenizer.
 
@@ -187,6 +189,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             self, self.cfg, self.tokenizer, Path(folder), format, self.generation_config
         )
 
+    @in_turn
     def to_bridge(self, n_recurrences: int | None = None, state_seed: int | None = None) -> Any:
         """A TransformerLens bridge over this model's weights, for tools that insist on one.
 
@@ -217,7 +220,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             )
         from tl_looped.bridge.build import bridge_of  # imports all of TransformerLens's bridge
 
-        with self.recurrences(n_recurrences):
+        with self._call_with_recurrences(n_recurrences):
             return bridge_of(self, self.loop, self._checked_seed(state_seed))
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoopedTransformer:
@@ -241,6 +244,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
 
     # -- running ------------------------------------------------------------------------------
 
+    @in_turn
     def forward(
         self,
         input: str | list[Any] | Tensor | np.ndarray,
@@ -293,7 +297,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             InputError: tokens outside the vocabulary, too long a sequence, wrong shapes.
         """
         self._check_borrowed()
-        with self.recurrences(n_recurrences):
+        with self._call_with_recurrences(n_recurrences):
             if return_type not in _RETURN_TYPES:
                 raise InputError(f"return_type must be one of {_RETURN_TYPES}, got {return_type!r}")
             start = None if start_at_layer is None else self._layer_or_end(start_at_layer)

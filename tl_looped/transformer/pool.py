@@ -12,7 +12,7 @@ import gc
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,7 @@ from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, settle
 from tl_looped.model.names import resolve_name
 from tl_looped.model.norms import HookedRMSNorm, HookedStreamNorm, NormWeights
+from tl_looped.transformer.turns import Turns, in_turn
 
 
 class RecurrenceHooks(nn.Module):
@@ -114,7 +115,8 @@ class _GeometryView:
         self.blocks = [model._pooled_block(self.loop.locate(i)) for i in range(self.loop.n_layers)]
 
     def __getattr__(self, name: str) -> Any:
-        if "_model" not in self.__dict__:  # while it is being copied or unpickled
+        # While it is being unpickled; and a copy of it is one of the view, not of the model.
+        if "_model" not in self.__dict__ or name == "__deepcopy__":
             raise AttributeError(name)
         if name in _OF_GEOMETRY:
             return getattr(type(self._model), name).__get__(self)
@@ -126,9 +128,11 @@ class BlockPool(HookedRootModule):
 
     cfg: LoopedConfig
     loop: LoopGeometry
+    turn: Turns
 
     def _setup_hooks(self, cfg: LoopedConfig) -> None:
         """Make the global hook points and the pool; the weights must exist already."""
+        self.turn = Turns()
         self.hook_embed = LoopedHookPoint()
         self.hook_initial_state = LoopedHookPoint()
         final_norm = self._modules["final_norm"]
@@ -160,12 +164,17 @@ class BlockPool(HookedRootModule):
 
     # -- recurrences --------------------------------------------------------------------------
 
+    @in_turn
     def set_recurrences(self, n_recurrences: int) -> None:
         """Set the number of recurrences of every later run. Hooks and older caches stay right.
 
         Raises:
             RecurrenceCountError: if it is negative, or zero where the model has no meaning at zero.
+            InputError: if another thread has the model in an open context.
         """
+        self._go_to_recurrences(n_recurrences)
+
+    def _go_to_recurrences(self, n_recurrences: int) -> None:
         fewest = self.cfg.min_recurrences
         try:
             n_recurrences = operator.index(n_recurrences)  # numpy's integers too
@@ -186,14 +195,38 @@ class BlockPool(HookedRootModule):
 
     @contextmanager
     def recurrences(self, n_recurrences: int | None) -> Iterator[BlockPool]:
-        """Run with another number of recurrences for a while; None changes nothing."""
+        """Run with another number of recurrences for a while; None changes nothing.
+
+        Other threads cannot use the model meanwhile: ``n_recurrences=`` of a call is for those.
+        """
+        with self.turn.kept():
+            before = self.loop.R
+            try:
+                if n_recurrences is not None:
+                    self._go_to_recurrences(n_recurrences)
+                yield self
+            finally:
+                self.turn.take_over()
+                self._go_to_recurrences(before)
+
+    @contextmanager
+    def _call_with_recurrences(self, n_recurrences: int | None) -> Iterator[None]:
+        """As :meth:`recurrences`, within a call that has its turn already."""
         before = self.loop.R
         try:
             if n_recurrences is not None:
-                self.set_recurrences(n_recurrences)
-            yield self
+                self._go_to_recurrences(n_recurrences)
+            yield
         finally:
-            self.set_recurrences(before)
+            self._go_to_recurrences(before)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockPool:
+        """As copied by default, but not in the middle of another thread's run."""
+        with self.turn:
+            new = type(self).__new__(type(self))
+            memo[id(self)] = new
+            new.__dict__.update(deepcopy(self.__dict__, memo))
+        return new
 
     def train(self, mode: bool = True) -> BlockPool:
         """As in PyTorch, also for blocks beyond the current recurrences."""
@@ -215,7 +248,8 @@ class BlockPool(HookedRootModule):
             assert isinstance(weights, BlockWeights)
             block = Block(self.cfg, weights, location)
             settle(block, self.training)
-            self._block_pool[location] = block
+            # The first one stays: a cache may be read in one thread and a model run in another.
+            block = self._block_pool.setdefault(location, block)
         return block
 
     def _select(self) -> None:
@@ -296,6 +330,7 @@ class BlockPool(HookedRootModule):
 
     # -- flags --------------------------------------------------------------------------------
 
+    @in_turn
     def _set_flag(self, flag: str, on: bool) -> None:
         for block in self._block_pool.values():
             for suffix, gate in GATED_HOOKS.items():
