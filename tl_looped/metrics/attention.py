@@ -9,6 +9,7 @@ fp64, entries in fp32, or fp64 if they came so.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import (
+    BLOCK_BYTES,
     check_choice,
     checked_pattern,
     lengths,
@@ -283,11 +285,44 @@ def pairwise_attention_distance(
         patterns: All layers to compare, stacked: ``cache.stack_activation("pattern")``.
         mask: ``[..., pos]``, zero at padding.
     """
-    wide = Rows.of(patterns, mask).wide
-    layers = wide.flatten(-2).reshape(len(wide), -1, wide.shape[-1] ** 2)
-    total = torch.zeros(len(wide), len(wide), dtype=torch.float64, device=wide.device)
-    for one in layers.unbind(1):  # one head of one prompt at a time, or all of them in fp64
-        total += torch.cdist(
-            one.double(), one.double(), compute_mode="donot_use_mm_for_euclid_dist"
-        )
-    return total / layers.shape[1]
+    real = query_mask(patterns, mask)
+    own = real is not None and real.ndim == patterns.ndim - 1  # a mask for every layer
+    return distances_of_layers(patterns.unbind(), real if own else [real] * len(patterns))
+
+
+def distances_of_layers(
+    layers: Sequence[Tensor], real: Sequence[Tensor | None] | Tensor
+) -> Float[Tensor, "layer layer"]:
+    """As :func:`pairwise_attention_distance`, of layers that need not be copied into one tensor.
+
+    Works through a few rows of one head at a time: beside the patterns it takes some matrices of
+    ``layer x layer`` and ``BLOCK_BYTES``.
+
+    Args:
+        layers: ``[*batch, query, key]`` each.
+        real: Of each layer, see ``tl_looped.metrics.inputs.query_mask``.
+    """
+    shape, device, n_layers = layers[0].shape, layers[0].device, len(layers)
+    # A row that is undefined, or not finite, makes NaN of every distance that it enters.
+    undefined, masks = [], []
+    for layer, mask in zip(layers, real, strict=True):
+        undefined.append(checked_pattern(layer, mask).isnan().any(-1).reshape(-1, shape[-1]))
+        masks.append(None if mask is None else mask.expand(shape[:-1]).reshape(-1, shape[-1]))
+    flat = [layer.reshape(-1, *shape[-2:]) for layer in layers]
+    step = max(1, BLOCK_BYTES // (8 * n_layers * shape[-1]))
+    total = torch.zeros(n_layers, n_layers, dtype=torch.float64, device=device)
+    for head in range(len(flat[0])):  # of all prompts
+        squares = torch.zeros_like(total)
+        for start in range(0, shape[-2], step):
+            rows = slice(start, start + step)
+            block = total.new_empty(n_layers, len(flat[0][head, rows]), shape[-1])
+            for i, layer in enumerate(flat):
+                block[i] = layer[head, rows]
+                if (mask := masks[i]) is not None:
+                    block[i].masked_fill_(~(mask[head, rows, None] & mask[head, None]), 0.0)
+                block[i].masked_fill_(undefined[i][head, rows, None], torch.nan)
+            one = block.flatten(1)
+            for i in range(n_layers):
+                squares[i, i:] += (one[i:] - one[i]).square_().sum(-1)
+        total += squares.sqrt_()
+    return (total + total.triu(1).T) / len(flat[0])

@@ -12,10 +12,11 @@ from torch import Tensor
 from tl_looped._compat import ActivationCache
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
-from tl_looped.metrics.attention import pairwise_attention_distance
+from tl_looped.metrics.attention import distances_of_layers
+from tl_looped.metrics.inputs import query_mask, token_mask
 from tl_looped.metrics.over_cache import RunView
 from tl_looped.metrics.readouts import exit_distribution, kl_between_recurrences, lens_trajectory
-from tl_looped.metrics.states import cyclicity_index, pairwise_residual_cosine
+from tl_looped.metrics.states import cosines_of_layers, cyclicity_index
 
 _MATRICES = ("attention", "cosine")
 
@@ -46,10 +47,10 @@ def pairwise_over_cache(
     found: dict[str, Any] = {}
     dims = ("effective_layer", "other_layer", "prompt")
     if "attention" in which:
-        matrices = _each_prompt(view, "pattern", pairwise_attention_distance)
+        matrices = _each_prompt(view, "pattern", distances_of_layers)
         found["pairwise_attention_distance"] = (dims, matrices)
     if "cosine" in which:
-        matrices = _each_prompt(view, "resid_post", pairwise_residual_cosine)
+        matrices = _each_prompt(view, "resid_post", cosines_of_layers)
         found["pairwise_residual_cosine"] = (dims, matrices)
         core = slice(loop.p, loop.p + loop.k * loop.R)
         block = torch.from_numpy(np.moveaxis(matrices[core, core], -1, 0).copy())
@@ -70,11 +71,12 @@ def pairwise_over_cache(
 def _each_prompt(view: RunView, reads: str, metric: Any) -> np.ndarray:
     """``[layer, layer, prompt]``."""
     layers = [view(reads, i) for i in range(view.loop.n_layers)]
+    mask_of = query_mask if reads == "pattern" else token_mask
     matrices = []
     for prompt in range(len(layers[0])):
-        stack = torch.stack([layer[prompt] for layer in layers])
-        mask = None if view.mask is None else view.mask[prompt].to(stack.device)
-        matrices.append(metric(stack, mask).cpu().numpy())
+        each = [layer[prompt] for layer in layers]
+        mask = None if view.mask is None else view.mask[prompt].to(each[0].device)
+        matrices.append(metric(each, [mask_of(each[0], mask)] * len(each)).cpu().numpy())
     return np.stack(matrices, -1)
 
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 
+BLOCK_BYTES = 2**25
+"""What is copied to fp64 at a time where every two layers are compared."""
+
 # Largest |row sum - 1| of an attention pattern. An entry near one is off by 2^-9 in bf16 and by
 # 2^-12 in fp16, and a row adds up several of them.
 _ROW_SUM_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3}

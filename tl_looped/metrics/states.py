@@ -9,7 +9,7 @@ neither a relative distance nor a cosine: it is left out, and a prompt of such t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -21,6 +21,7 @@ from torch import Tensor
 from tl_looped.errors import InputError
 from tl_looped.metrics.attention import attention_distance
 from tl_looped.metrics.inputs import (
+    BLOCK_BYTES,
     at_least_fp32,
     check_choice,
     same_shape,
@@ -213,33 +214,51 @@ def pairwise_residual_cosine(
         prompts for which that holds are left out.
     """
     real = token_mask(states, mask)
-    n_layers, length, width = len(states), states.shape[-2], states.shape[-1]
-    prompts = states.reshape(n_layers, -1, length, width)
-    keep = torch.ones(prompts.shape[:-1], dtype=torch.bool, device=states.device)
-    if real is not None:
-        keep = real.expand(states.shape[:-1]).reshape(keep.shape)
-    total = torch.zeros(n_layers, n_layers, dtype=torch.float64, device=states.device)
+    own = real is not None and real.ndim == states.ndim - 1  # a mask for every layer
+    return cosines_of_layers(states.unbind(), real if own else [real] * len(states))
+
+
+def cosines_of_layers(
+    layers: Sequence[Tensor], real: Sequence[Tensor | None] | Tensor
+) -> Float[Tensor, "layer layer"]:
+    """As :func:`pairwise_residual_cosine`, of layers that need not be copied into one tensor.
+
+    Works through a few tokens at a time: beside the states it takes some matrices of ``layer x
+    layer`` and ``BLOCK_BYTES``.
+
+    Args:
+        layers: ``[*batch, pos, d_model]`` each.
+        real: Of each layer, see ``tl_looped.metrics.inputs.token_mask``.
+    """
+    shape, device, n_layers = layers[0].shape, layers[0].device, len(layers)
+    flat = [layer.reshape(-1, *shape[-2:]) for layer in layers]
+    masks = [None if m is None else m.expand(shape[:-1]).reshape(-1, shape[-2]) for m in real]
+    step = max(1, BLOCK_BYTES // (8 * n_layers * shape[-1]))
+    total = torch.zeros(n_layers, n_layers, dtype=torch.float64, device=device)
     count = torch.zeros_like(total)
-    for one, tokens in zip(prompts.unbind(1), keep.unbind(1), strict=True):
-        one = one.double().masked_fill(~tokens[..., None], 0.0)
-        cosine = _pairwise_cosine(one, tokens)
+    for prompt in range(len(flat[0])):
+        cosines, n_tokens = torch.zeros_like(total), torch.zeros_like(total)
+        broken = torch.zeros(n_layers, dtype=torch.bool, device=device)
+        for start in range(0, shape[-2], step):
+            tokens = slice(start, start + step)
+            block = total.new_empty(n_layers, len(flat[0][prompt, tokens]), shape[-1])
+            for i, layer in enumerate(flat):
+                block[i] = layer[prompt, tokens]
+                if (mask := masks[i]) is not None:
+                    block[i].masked_fill_(~mask[prompt, tokens, None], 0.0)
+            broken |= ~block.flatten(1).isfinite().all(-1)
+            size = torch.linalg.vector_norm(block, dim=-1, keepdim=True)
+            # The product of rows of unit vectors is a sum of cosines; padding has size zero.
+            unit = block.div_(size).masked_fill_(size == 0, 0.0).flatten(1)
+            cosines += unit @ unit.T
+            has = (size[..., 0] != 0).double()
+            n_tokens += has @ has.T
+        cosine = cosines.div_(n_tokens).clamp_(-1.0, 1.0)
         # A prompt is left out where no token has a cosine; a state that is not finite shows.
-        broken = ~one.flatten(1).isfinite().all(-1)
         defined = ~cosine.isnan() | broken[:, None] | broken[None]
         total += torch.where(defined, cosine, 0.0)
         count += defined
     return total / count
-
-
-def _pairwise_cosine(
-    states: Float[Tensor, "layer pos d_model"], keep: Bool[Tensor, "layer pos"]
-) -> Float[Tensor, "layer layer"]:
-    """Mean cosine over the tokens at which both layers have one; fp64 in."""
-    size = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-    # The product of rows of unit vectors is a sum of cosines.
-    unit = (states / size).masked_fill(size == 0, 0.0).flatten(1)
-    has = ((size[..., 0] != 0) & keep).double()
-    return (unit @ unit.T / (has @ has.T)).clamp(-1.0, 1.0)
 
 
 def cyclicity_index(
