@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 
+import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
@@ -20,6 +22,7 @@ from tl_looped.plots import (
 )
 from tl_looped.plots.attention_maps import attention_floor_plan
 from tl_looped.plots.overlays import neuron_fractions
+from tl_looped.plots.panels import as_written, new_figure
 
 
 @pytest.mark.parametrize("R", [4, 8, 12])
@@ -145,3 +148,14 @@ def test_the_floor_plan_frames_the_prelude_blue_below_and_the_coda_red_above() -
     # Rows count from the top of the sheet: what stands higher has the smaller y.
     assert coda.get_y() < prelude.get_y()
     assert prelude.get_height() == 2 * coda.get_height()
+
+
+@pytest.mark.parametrize("name", ["a$b$", "$x_^$", r"\$", "50 %"])
+def test_a_dollar_in_a_name_begins_no_mathematics(name: str) -> None:
+    """Names of models, files and tokens hold any character; drawing must not read them."""
+    figure = new_figure(4.0, 3.0, name, f"of {name}")
+    figure.subplots().set_title(as_written(name))
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(content, format="svg")
+    assert html.unescape(content.getvalue().decode()).count(name) >= 3

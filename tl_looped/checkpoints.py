@@ -34,6 +34,7 @@ from tl_looped.adapters import (
 from tl_looped.adapters.mapping import give_values, problems, stored_tensors
 from tl_looped.adapters.native import native_config
 from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
+from tl_looped.files import is_file, is_folder
 from tl_looped.model.bos import adds_bos
 from tl_looped.model.config import LoopedConfig
 
@@ -84,7 +85,7 @@ class Checkpoint:
                 f"({type(error).__name__}: {error})"
             ) from error
         # The name of a folder, not where it lies: a saved model should not tell its owner's paths.
-        cfg.model_name = Path(self.name).name if Path(self.name).is_dir() else self.name
+        cfg.model_name = Path(self.name).name if is_folder(self.name) else self.name
         return cfg
 
     def generation_config(self) -> dict[str, Any]:
@@ -186,16 +187,16 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     alias = all_aliases().get(name)
     if isinstance(path_or_hub_id, Path):
         alias = None
-        if not path_or_hub_id.is_dir():
+        if not is_folder(path_or_hub_id):
             raise CheckpointError(f"{name} is not a folder; a checkpoint is one with a config.json")
         folder = path_or_hub_id
     elif name in BUNDLED:
         folder = BUNDLED[name]
     elif alias is not None:
         folder = download(alias.hub_id, revision)
-    elif Path(name).is_dir():
+    elif is_folder(name):
         folder = Path(name)
-    elif Path(name).exists():
+    elif is_file(name):
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder with config.json in it")
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         folder = download(name, revision)
@@ -204,7 +205,7 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
         raise CheckpointError(
             f"{name!r} is neither a folder nor a hub id (owner/name) nor one of: {known}"
         )
-    if revision is not None and (folder in BUNDLED.values() or Path(name).is_dir()):
+    if revision is not None and (folder in BUNDLED.values() or is_folder(name)):
         raise CheckpointError(f"revision={revision!r} is for the hub, but {name} is a folder")
     raw = read_config(folder)
     files = tensor_files(folder)

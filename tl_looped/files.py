@@ -25,6 +25,20 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; no error for a name that none can have, of 5,000 characters."""
+    with suppress(OSError, ValueError):
+        return Path(path).is_file()
+    return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder; see :func:`is_file`."""
+    with suppress(OSError, ValueError):
+        return Path(path).is_dir()
+    return False
+
+
 def write_bytes(content: bytes | memoryview, path: Path) -> Path:
     """Write a file so that it is whole or not there, even after a loss of power.
 

@@ -19,7 +19,14 @@ console = Console()
 errors = Console(stderr=True)
 
 # What the user's disk says, not a mistake of the program's.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENAMETOOLONG,
+)
 
 
 def command_line() -> str:

@@ -40,6 +40,7 @@ from tl_looped.metrics.spectral import check_silent, spectrum_of_states, without
 from tl_looped.model.config import parse_dtype
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.spreading import PLANS
+from tl_looped.transformer.text_length import checked_lengths, is_surely_longer
 
 MOST_SPECTRA = 32
 """Prompts that get a spectrum, the first ones of a run: each costs hundreds of recurrences."""
@@ -135,11 +136,17 @@ def tokenize(engine: Engine, prompts: Prompts, too_long: str) -> tuple[list[Row]
         The rows, the number of each among ``prompts``, and how many were cut.
 
     Raises:
-        DataError: if none fits.
+        DataError: if none fits, or if one cannot be tokenized.
     """
     rows, numbers, n_cut = [], [], 0
+    tokenizer, n_ctx = engine.model.tokenizer, engine.model.cfg.n_ctx
     for number, text in enumerate(prompts.texts):
-        row, cut = engine.tokens(text)
+        if too_long == "skip" and is_surely_longer(tokenizer, text, n_ctx):
+            continue
+        try:
+            row, cut = engine.tokens(text)
+        except InputError as error:
+            raise DataError(f"prompts: row {prompts.rows[number]}: {error}") from error
         if cut and too_long == "skip":
             continue
         n_cut += cut
@@ -321,6 +328,7 @@ class FeedforwardEngine(Engine):
 
     def tokens(self, text: str) -> tuple[Row, bool]:
         """See :class:`Engine`; BOS as its looped sisters have it, which TransformerLens ignores."""
+        (text,) = checked_lengths(self.model.tokenizer, [text], None)
         row = self.model.to_tokens(text, prepend_bos=self.spec.prepend_bos, truncate=False)[0]
         bos = self.model.tokenizer.bos_token_id
         if bos is not None and row[:2].tolist() == [bos, bos]:

@@ -2,12 +2,16 @@
 
 Data sets come from a file that the user names, or from the hub through ``datasets``, which is
 optional. Nothing is downloaded unless the experiment names a data set of the hub and no file.
+
+Files are read line by line, twice: how many prompts there are decides which are chosen, and only
+those are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from tl_looped.experiments.spec import TEST_SENTENCE, PromptSet
 
 BUNDLED = Path(__file__).parents[1] / "data" / "word_problems.jsonl"
 """32 word problems of our own, one JSON object a line, `question`."""
+
+_LONGEST_LINE = 2**28  # characters
 
 COLUMNS = ("question", "ctx", "prompt", "text")
 
@@ -60,13 +66,17 @@ def load_prompts(wanted: PromptSet) -> Prompts:
         DataError: a file that is missing, empty or not what its name says; a data set that cannot
             be had.
     """
-    texts = _all_texts(wanted)
-    if not texts:
+    read = _reader(wanted)
+    n = sum(1 for _ in read())
+    if not n:
         raise DataError(f"prompts: {wanted.file or wanted.label} holds no prompt")
-    rows = choose(len(texts), wanted.subset, wanted.seed)
-    chosen = tuple(texts[row] for row in rows)
+    rows = choose(n, wanted.subset, wanted.seed)
+    keep = set(rows)
+    chosen = tuple(text for row, text in enumerate(read()) if row in keep)
+    if len(chosen) != len(rows):
+        raise DataError(f"prompts: {wanted.file} was changed while it was read")
     digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
-    return Prompts(chosen, rows, len(texts), digest)
+    return Prompts(chosen, rows, n, digest)
 
 
 def choose(n: int, subset: int, seed: int) -> tuple[int, ...]:
@@ -81,17 +91,39 @@ def choose(n: int, subset: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(ranked[:subset]))
 
 
-def _all_texts(wanted: PromptSet) -> list[str]:
-    if wanted.source == "text":
-        return list(wanted.texts)
-    if wanted.source == "sentence":
-        return [TEST_SENTENCE]
+def _reader(wanted: PromptSet) -> Callable[[], Iterator[str]]:
+    """What gives all texts from the first on, as often as it is called."""
     if wanted.source == "bundled":
-        return read_file(BUNDLED, "question")
+        return lambda: _each_of_file(BUNDLED, "question")
     if wanted.file is not None:
-        known = ON_THE_HUB.get(wanted.source)
-        return read_file(Path(wanted.file), wanted.column or (known.column if known else None))
-    return _from_hub(wanted)
+        known, path = ON_THE_HUB.get(wanted.source), Path(wanted.file)
+        column = wanted.column or (known.column if known else None)
+        return lambda: _each_of_file(path, column)
+    if wanted.source == "sentence":
+        return lambda: iter([TEST_SENTENCE])
+    texts = wanted.texts if wanted.source == "text" else _from_hub(wanted)
+    return lambda: _checked(texts)
+
+
+def _checked(texts: Iterable[str]) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        _check_characters(text, f"prompts: text {number}")
+        yield text
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Raise if a text holds half of a surrogate pair, which JSON and Python take for a character.
+
+    Raises:
+        DataError: saying where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half of a surrogate pair at character {error.start}, "
+            f"{text[error.start]!r}, which is no character: correct it, or leave it out"
+        ) from error
 
 
 def read_file(path: Path, column: str | None = None) -> list[str]:
@@ -100,18 +132,21 @@ def read_file(path: Path, column: str | None = None) -> list[str]:
     Raises:
         DataError: with the line's number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"prompts: {path} cannot be read: {error}") from error
-    numbered = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise DataError(f"prompts: {path} is empty")
-    if path.suffix.lower() not in (".jsonl", ".json"):
-        return [line for _, line in numbered]
-    texts: list[str] = []
-    for number, line in numbered:
+    return list(_each_of_file(path, column))
+
+
+def _each_of_file(path: Path, column: str | None) -> Iterator[str]:
+    """As :func:`read_file`, one after the other."""
+    as_json = path.suffix.lower() in (".jsonl", ".json")
+    is_empty = True
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        is_empty = False
         where = f"prompts: line {number} of {path}"
+        if not as_json:
+            yield line
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -120,8 +155,33 @@ def read_file(path: Path, column: str | None = None) -> list[str]:
         text = row.get(column) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{where} has no text in {column!r}; set prompts.column")
-        texts.append(text)
-    return texts
+        _check_characters(text, where)
+        yield text
+    if is_empty:
+        raise DataError(f"prompts: {path} is empty")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines, counted from 1; none is longer than the memory of an ordinary machine holds.
+
+    Raises:
+        DataError: if the file cannot be read as lines of text.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            number = 0
+            while line := file.readline(_LONGEST_LINE):
+                number += 1
+                if len(line) == _LONGEST_LINE:
+                    raise DataError(
+                        f"prompts: line {number} of {path} has {_LONGEST_LINE} characters or more: "
+                        "one prompt a line is read"
+                    )
+                yield number, line.rstrip("\n")
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"prompts: {path} cannot be read: {error}") from error
 
 
 def _column(row: Any, where: str) -> str:

@@ -42,6 +42,7 @@ from tl_looped.model.bos import bos_sentence
 from tl_looped.transformer import LoopedTransformer
 
 _LIMITING_WINDOW = 64
+_LONGEST_NAME, _CUT_NAME = 200, 80  # bytes; file systems take names of 255
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,11 @@ def _bos(spec: Experiment, source: Source) -> tuple[bool, str] | None:
 def run_folder(spec: Experiment, digest: str) -> str:
     """Name of a resolved run's folder: model, prompts, recurrences, beginning of the hash."""
     plain = (Path(spec.model).name, spec.prompts.label)
-    model, prompts = ("".join(c if c.isalnum() or c in "-._" else "-" for c in t) for t in plain)
-    return f"{model}_{prompts}_r{spec.recurrences}_{digest[:8]}"
+    names = ["".join(c if c.isalnum() or c in "-._" else "-" for c in t) for t in plain]
+    ending = f"r{spec.recurrences}_{digest[:8]}"
+    if len("_".join((*names, ending)).encode()) > _LONGEST_NAME:
+        names = [t.encode()[:_CUT_NAME].decode(errors="ignore") for t in names]
+    return "_".join((*names, ending))
 
 
 def run_experiment(

@@ -12,6 +12,7 @@ from tl_looped.checkpoints import BUNDLED, open_checkpoint, read_tokenizer
 from tl_looped.errors import CheckpointError, TLLoopedError
 from tl_looped.experiments.identity import folder_identity, module_identity
 from tl_looped.experiments.spec import Experiment
+from tl_looped.files import is_folder
 from tl_looped.model.bos import adds_bos
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.transformer import LoopedTransformer
@@ -67,7 +68,7 @@ def _habit(tokenizer: Any) -> tuple[bool, str] | None:
 
 
 def _feedforward_folder(spec: Experiment) -> Path:
-    if spec.model in BUNDLED or Path(spec.model).is_dir():
+    if spec.model in BUNDLED or is_folder(spec.model):
         folder = BUNDLED.get(spec.model, Path(spec.model))
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{spec.model} has no config.json")

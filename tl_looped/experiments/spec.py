@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tl_looped.errors import ConfigError, DataError
-from tl_looped.files import write_text
+from tl_looped.files import is_file, write_text
 from tl_looped.metrics.catalogue import select
 from tl_looped.metrics.inputs import check_choice
 from tl_looped.model.config import parse_dtype
@@ -47,6 +47,7 @@ EXTRAS = (
     "spectrum",
     "tokens",
 )
+_LONGEST_FILE = 2**26  # characters
 _LAYER = re.compile(r"(prelude|core|coda)\.(0|[1-9][0-9]*)")
 
 DEFAULT_METRICS = (
@@ -89,6 +90,7 @@ class PromptSet:
     too_long: str = "skip"
 
     def __post_init__(self) -> None:
+        _check_texts(self, "prompts.")
         check_choice("prompts.source", self.source, SOURCES)
         check_choice("prompts.too_long", self.too_long, ("skip", "truncate"))
         if self.subset < 0:
@@ -120,7 +122,7 @@ class PromptSet:
             return cls(source=name, file=path, **changes)
         if text in ("bundled", "sentence", "gsm8k", "hellaswag"):
             return cls(source=text, **changes)
-        if not Path(text).is_file():
+        if not is_file(text):
             near = difflib.get_close_matches(text, SOURCES[:4], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise DataError(
@@ -185,6 +187,7 @@ class Experiment:
     batching: str = "length"
 
     def __post_init__(self) -> None:
+        _check_texts(self)
         check_choice("kind", self.kind, KINDS)
         if not self.model.strip():
             raise ConfigError("model is empty: name a bundled model, a hub id or a folder")
@@ -246,9 +249,10 @@ class Experiment:
     def from_toml(cls, text: str) -> Experiment:
         """From TOML text."""
         try:
-            return cls.from_dict(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+            values = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # numbers and nesting without end as well
             raise ConfigError(f"the experiment is not TOML: {error}") from error
+        return cls.from_dict(values)
 
     def to_toml(self) -> str:
         """TOML text that :meth:`from_toml` turns into an equal experiment."""
@@ -268,8 +272,11 @@ class Experiment:
             ConfigError: if it is no experiment.
         """
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with path.open(encoding="utf-8") as file:
+                text = file.read(_LONGEST_FILE)
+            if len(text) == _LONGEST_FILE:
+                raise ValueError(f"{_LONGEST_FILE} characters or more")
+        except (OSError, ValueError) as error:
             raise DataError(f"the experiment {path} cannot be read: {error}") from error
         try:
             return cls.from_toml(text)
@@ -279,6 +286,14 @@ class Experiment:
     def write(self, path: Path) -> Path:
         """Write the TOML file."""
         return write_text(self.to_toml(), path)
+
+
+def _check_texts(spec: Any, where: str = "") -> None:
+    """Raise for a name that no file can hold, as one typed in another encoding is."""
+    for one in fields(spec):
+        text = getattr(spec, one.name)
+        if isinstance(text, str) and text.encode("utf-8", "replace").decode() != text:
+            raise ConfigError(f"{where}{one.name} holds what is no character: {text!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -25,7 +25,7 @@ from tl_looped.metrics.limiting import (
     LimitingBehaviors,
     classify_limiting_behavior,
 )
-from tl_looped.plots.panels import new_figure
+from tl_looped.plots.panels import as_written, new_figure
 
 _COLOURS = {
     LimitingBehavior.FIXED: "tab:blue",
@@ -84,7 +84,8 @@ def algorithm_steps(
     for i, row in enumerate(grid):
         label = LimitingBehavior(int(found.labels[i]))
         _draw_similarity(row[0], similarity[i], window, tau, _COLOURS[label])
-        row[0].set_title(f"{names[i]}: {label.name.lower()}{_detail(found, i)}", fontsize=9)
+        said = f"{names[i]}: {label.name.lower()}{_detail(found, i)}"
+        row[0].set_title(as_written(said), fontsize=9)
         rest, spectrum = amplitudes(np.nan_to_num(similarity[i]), window)
         row[1].plot(np.arange(-window, 0), rest, color=_COLOURS[label], linewidth=1.1)
         row[1].set_title("window without its line, under a Hann window", fontsize=9)

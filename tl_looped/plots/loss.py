@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from tl_looped.plots.panels import as_written
+
 
 def loss_curve(
     tokens: Sequence[float],
@@ -23,8 +25,8 @@ def loss_curve(
     axes.plot(millions, held_out, color="tab:blue", marker="o", markersize=3, label="held out")
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
+    axes.set_title(as_written(title))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.supxlabel(caption, fontsize=8, color="0.35")
+    figure.supxlabel(as_written(caption), fontsize=8, color="0.35")
     return figure

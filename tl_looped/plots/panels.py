@@ -153,6 +153,11 @@ def draw_panels(
     return figure
 
 
+def as_written(text: str) -> str:
+    """A text for matplotlib in which ``$``, of a model's name or a token, begins no mathematics."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(
     width: float, height: float, title: str, caption: str, beside: float = 0.0
 ) -> Figure:
@@ -168,9 +173,9 @@ def new_figure(
     text = _wrapped(caption, width, _CAPTION_SIZE)
     extra = 0.16 * (text.count("\n") + 1) * bool(text) + 0.2 * (heading.count("\n") + 1)
     figure = Figure(figsize=(width, height + extra), layout="constrained")
-    figure.suptitle(heading, fontsize=_TITLE_SIZE, x=0.01, ha="left")
+    figure.suptitle(as_written(heading), fontsize=_TITLE_SIZE, x=0.01, ha="left")
     if text:
-        figure.supxlabel(text, fontsize=_CAPTION_SIZE, color="0.3", x=0.01, ha="left")
+        figure.supxlabel(as_written(text), fontsize=_CAPTION_SIZE, color="0.3", x=0.01, ha="left")
     return figure
 
 
@@ -234,7 +239,7 @@ def draw_panel(axes: Axes, panel: Panel, label_width: int = 42) -> None:
     if not any(np.isfinite(line.values.mean).any() for line in panel.lines):
         say_undefined(axes)
     # Above the names of prelude and coda, which wide spans bring to the middle.
-    axes.set_title(panel.title, fontsize=10, pad=13 if panel.spans else 6)
+    axes.set_title(as_written(panel.title), fontsize=10, pad=13 if panel.spans else 6)
     axes.set_xlabel(panel.x_label, fontsize=9)
     axes.set_ylabel(textwrap.fill(panel.y_label, label_width), fontsize=9)
     axes.tick_params(which="both", labelsize=8)
@@ -286,7 +291,7 @@ def _draw_line(axes: Axes, line: Line, log: bool, n_lines: int, banded: int) -> 
     )
     few = len(mean) <= _MARKED and n_lines <= 2 * _MARKED
     marker = line.marker or ("o" if few else "")
-    label = line.label if line.key == "other" else "_"
+    label = as_written(line.label) if line.key == "other" else "_"
     thin = 0.55 if n_lines > 2 * _MARKED else 0.75 if n_lines > _MARKED else 1.0
     width = line.width * (1.0 if line.key == "other" else thin)
     axes.plot(
@@ -320,11 +325,15 @@ def _keys(panels: Sequence[Panel]) -> tuple[list[Line2D], dict[Key, dict[int, Co
     others = {line.label: line for line in lines if line.key == "other"}
     handles += [
         Line2D([], [], color=line.colour, linestyle=line.style, linewidth=line.width,
-               marker=line.marker, markersize=3, label=textwrap.fill(name, _LEGEND_LINE))
+               marker=line.marker, markersize=3,
+               label=as_written(textwrap.fill(name, _LEGEND_LINE)))
         for name, line in others.items()
     ]  # fmt: skip
     marks = {panel.marked_x[1]: None for panel in panels if panel.marked_x is not None}
-    handles += [Line2D([], [], label=textwrap.fill(text, _LEGEND_LINE), **_MARK) for text in marks]
+    handles += [
+        Line2D([], [], label=as_written(textwrap.fill(text, _LEGEND_LINE)), **_MARK)
+        for text in marks
+    ]
     return (handles if len(handles) > 1 or others else []), bars
 
 

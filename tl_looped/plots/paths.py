@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from tl_looped.errors import InputError
 from tl_looped.plots.colours import Colour, layer_colours, recurrence_colours
-from tl_looped.plots.panels import new_figure, say_undefined
+from tl_looped.plots.panels import as_written, new_figure, say_undefined
 
 _LEAST_FOR_LATE = 8
 
@@ -50,7 +50,7 @@ def pca_path(
     for axes, (name, first, kind) in zip(every, views, strict=True):
         _draw(axes, coordinates, first, kind)
         _label(axes, explained)
-        axes.set_title(name, fontsize=10)
+        axes.set_title(as_written(name), fontsize=10)
     _add_legend(every[0])
     _bar(figure, every[0], "core layer (0-based)", layer_colours(k))
     _bar(figure, every[1], "recurrence r (0-based)", recurrence_colours(R))
@@ -81,7 +81,7 @@ def token_paths(
     for axes, path, token in zip(every, coordinates, tokens, strict=False):
         _draw(axes, path, 0, "recurrence", size=5.0)
         _label(axes, explained)
-        axes.set_title(token, fontsize=9)
+        axes.set_title(as_written(token), fontsize=9)
     _add_legend(every[0])
     for axes in every[len(tokens) :]:
         axes.set_visible(False)

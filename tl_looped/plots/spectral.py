@@ -31,7 +31,15 @@ from tl_looped.errors import InputError
 from tl_looped.metrics.convergence import Verdict, default_eps
 from tl_looped.model.config import parse_dtype
 from tl_looped.plots.colours import NEUTRAL, SEVERAL, Colour, recurrence_colours
-from tl_looped.plots.panels import Line, Panel, draw_panels, new_figure, numbers_of, say_undefined
+from tl_looped.plots.panels import (
+    Line,
+    Panel,
+    as_written,
+    draw_panels,
+    new_figure,
+    numbers_of,
+    say_undefined,
+)
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.summaries import Summary
 
@@ -382,7 +390,15 @@ def _legend(
     handles = [Line2D([], [], color="0.45", linestyle="--", label="rate = radius")]
     if len(styles) > 1:
         handles += [
-            Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5, label=name)
+            Line2D(
+                [],
+                [],
+                color=colour,
+                marker=marker,
+                linestyle="",
+                markersize=5,
+                label=as_written(name),
+            )
             for name, (colour, marker) in styles.items()
         ]
     if not points["full"].all():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_looped.errors import InputError, TokenizerError
 from tl_looped.model.bos import adds_bos, bos_sentence, with_bos
+from tl_looped.transformer.text_length import checked_lengths
 from tl_looped.transformer.weights import WeightsMixin
 
 _SPECIAL = ("pad", "bos", "eos")
@@ -155,7 +156,8 @@ class TokensMixin(WeightsMixin):
         texts = [text] if isinstance(text, str) else text
         if not texts:
             raise InputError("no text was given")
-        rows = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+        fitting = checked_lengths(tokenizer, texts, None if truncate else self.cfg.n_ctx)
+        rows = [tokenizer.encode(t, add_special_tokens=False) for t in fitting]
         if prepend_bos:
             rows = [with_bos(row, self._bos_id()) for row in rows]
         for i, row in enumerate(rows):
