@@ -286,12 +286,13 @@ def pairwise_attention_distance(
         mask: ``[..., pos]``, zero at padding.
     """
     real = query_mask(patterns, mask)
-    own = real is not None and real.ndim == patterns.ndim - 1  # a mask for every layer
-    return distances_of_layers(patterns.unbind(), real if own else [real] * len(patterns))
+    if real is None or real.ndim < patterns.ndim - 1:
+        return distances_of_layers(patterns.unbind(), [real] * len(patterns))
+    return distances_of_layers(patterns.unbind(), real.unbind())  # a mask for every layer
 
 
 def distances_of_layers(
-    layers: Sequence[Tensor], real: Sequence[Tensor | None] | Tensor
+    layers: Sequence[Tensor], real: Sequence[Tensor | None]
 ) -> Float[Tensor, "layer layer"]:
     """As :func:`pairwise_attention_distance`, of layers that need not be copied into one tensor.
 

@@ -214,12 +214,13 @@ def pairwise_residual_cosine(
         prompts for which that holds are left out.
     """
     real = token_mask(states, mask)
-    own = real is not None and real.ndim == states.ndim - 1  # a mask for every layer
-    return cosines_of_layers(states.unbind(), real if own else [real] * len(states))
+    if real is None or real.ndim < states.ndim - 1:
+        return cosines_of_layers(states.unbind(), [real] * len(states))
+    return cosines_of_layers(states.unbind(), real.unbind())  # a mask for every layer
 
 
 def cosines_of_layers(
-    layers: Sequence[Tensor], real: Sequence[Tensor | None] | Tensor
+    layers: Sequence[Tensor], real: Sequence[Tensor | None]
 ) -> Float[Tensor, "layer layer"]:
     """As :func:`pairwise_residual_cosine`, of layers that need not be copied into one tensor.
 
