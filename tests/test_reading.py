@@ -1,4 +1,4 @@
-"""What a person may give as text, and what the model makes of it: BOS first of all."""
+"""What a person may give: texts, conversations, tokens in any holder; BOS; the end of a turn."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from conftest import GOLDEN, random_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from tl_looped import ConfigError, LoopedTransformer
+from tl_looped import ConfigError, InputError, LoopedTransformer, TokenizerError
 from tl_looped.cli import app
 from tl_looped.experiments.compare import load_runs
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import stream_metrics
 from tl_looped.model.bos import adds_bos
+from tl_looped.patching import patch_recurrences
 from tl_looped.training.corpus import pack
 
 BOS, EOS, PAD, A, B, C = range(6)
@@ -198,3 +204,228 @@ def test_the_command_line_says_which_and_takes_the_other(tmp_path: Path) -> None
     for data in load_runs([tmp_path / "out"]).values():
         lengths.append((data.attrs["prepend_bos"], int(data["n_tokens"][0])))
     assert sorted(lengths) == [(0, 3), (1, 4)]
+
+
+# -- holders of texts and tokens --------------------------------------------------------------
+
+TEXTS = ["a b c", "c"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}c{% endif %}"
+)
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+IDS = [[A, B, C], [C, A, B]]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoopedTransformer:
+    made = small(words(False), n_prelude=0, n_core=1, n_coda=0, n_recurrences=2)
+    made.tokenizer.chat_template = TEMPLATE
+    return made
+
+
+def one_batch(data: Any) -> Any:
+    return next(iter(DataLoader(data, batch_size=2)))
+
+
+TEXT_HOLDERS = {
+    "list": TEXTS,
+    "tuple": tuple(TEXTS),
+    "array": np.array(TEXTS),
+    "object array": np.array(TEXTS, dtype=object),
+    "numpy strings": [np.str_(text) for text in TEXTS],
+    "pandas": pd.Series(TEXTS, index=[7, 3]),
+    "pandas index": pd.Index(TEXTS),
+    "pandas strings": pd.Series(TEXTS, dtype="string"),
+    "pandas categories": pd.Series(TEXTS, dtype="category"),
+    "datasets": datasets.Dataset.from_dict({"text": TEXTS})["text"],
+    "arrow": datasets.Dataset.from_dict({"text": TEXTS}).data.column("text"),
+    "DataLoader": one_batch(TEXTS),
+    "DataLoader of a column": one_batch([{"text": text} for text in TEXTS])["text"],
+}
+
+
+@pytest.mark.parametrize("holder", TEXT_HOLDERS)
+def test_texts_are_read_from_any_holder(model, holder: str) -> None:
+    given, expected = TEXT_HOLDERS[holder], model(TEXTS)
+    assert torch.equal(model(given), expected)
+    logits, cache = model.run_with_cache(given)
+    assert torch.equal(logits, model.run_with_cache(TEXTS)[0])
+    assert torch.equal(cache.attention_mask, model.tokenize(TEXTS)[1])
+    assert torch.equal(model.to_tokens(given), model.to_tokens(TEXTS))
+    assert model.to_str_tokens(given) == [["a", "b", "c"], ["c"]]
+    assert [row.tolist() for row in model.token_rows(given)] == [[A, B, C], [C]]
+    greedy = {"max_new_tokens": 2, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    assert model.generate(given, **greedy) == model.generate(TEXTS, **greedy)
+
+
+def memmapped(folder: Path) -> np.ndarray:
+    np.array(IDS, dtype=np.uint16).tofile(folder / "tokens.bin")
+    return np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r", shape=(2, 3))
+
+
+TOKEN_HOLDERS = {
+    "list": IDS,
+    "tuples": tuple(map(tuple, IDS)),
+    "list of tensors": [torch.tensor(row) for row in IDS],
+    "list of arrays": [np.array(row, dtype=np.uint16) for row in IDS],
+    "reversed": np.array(IDS)[::-1, ::-1].copy()[::-1, ::-1],
+    "columns first": np.asfortranarray(IDS),
+    "every second": np.repeat(np.array(IDS, dtype=np.int32), 2, axis=1)[:, ::2],
+    "big endian": np.array(IDS, dtype=">i4"),
+    "DataLoader": one_batch(TensorDataset(torch.tensor(IDS))),
+    "DataLoader of ids": one_batch([{"input_ids": torch.tensor(row)} for row in IDS]),
+    "BatchEncoding": BatchEncoding({"input_ids": IDS, "token_type_ids": [[0] * 3] * 2}),
+    "pandas": pd.Series(IDS),
+} | {str(t): np.array(IDS, dtype=t) for t in ("i1", "i2", "i8", "u1", "u2", "u4", "u8")}
+TOKEN_HOLDERS |= {
+    str(t): torch.tensor(IDS).to(t) for t in (torch.int8, torch.int32, torch.uint16, torch.uint32)
+}
+
+
+@pytest.mark.parametrize("holder", [*TOKEN_HOLDERS, "memmap"])
+def test_tokens_are_read_from_any_holder(model, holder: str, tmp_path: Path) -> None:
+    given = memmapped(tmp_path) if holder == "memmap" else TOKEN_HOLDERS[holder]
+    expected = model(torch.tensor(IDS))
+    assert torch.equal(model(given), expected)
+    cached = model.run_with_cache(torch.tensor(IDS))[0]
+    assert torch.equal(model.run_with_cache(given)[0], cached)
+    assert torch.equal(model.run_with_hooks(given), expected)
+    assert [row.tolist() for row in model.token_rows(given)] == IDS
+    first = {"max_new_tokens": 1, "do_sample": False, "verbose": False, "return_type": "tokens"}
+    assert torch.equal(model.generate(given, **first)[:, :-1], torch.tensor(IDS))
+
+
+@pytest.mark.parametrize("as_tensors", [True, False])
+def test_what_a_tokenizer_returns_brings_its_mask(model, as_tensors: bool) -> None:
+    encoding = model.tokenizer(
+        ["a b c", "c"], padding=True, return_tensors="pt" if as_tensors else None
+    )
+    logits, alone = model(encoding), model("c")
+    torch.testing.assert_close(logits[1, :1], alone[0], rtol=1e-5, atol=1e-6)
+    _, cache = model.run_with_cache(encoding)
+    assert cache.attention_mask.tolist() == [[True] * 3, [True, False, False]]
+    assert [row.tolist() for row in model.token_rows(encoding)] == [[A, B, C], [C]]
+    batch = (
+        one_batch([{k: v[i] for k, v in encoding.items()} for i in range(2)]) if as_tensors else {}
+    )
+    if as_tensors:
+        assert torch.equal(model(batch), logits)
+    single = model.tokenizer("a b", return_tensors=None)
+    assert torch.equal(model(single), model("a b"))
+    with pytest.raises(InputError, match="attention_mask is given twice"):
+        model(encoding, attention_mask=torch.ones(2, 3))
+    with pytest.raises(InputError, match="pad on the left"):
+        model.generate(encoding, verbose=False)
+
+
+# A pad token in the middle of a text is no padding where the mask says so.
+def test_the_mask_of_an_encoding_wins_over_its_pad_tokens(model) -> None:
+    ids = torch.tensor([[PAD, A, B], [A, B, PAD]])
+    given = model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert torch.equal(given, model(ids, attention_mask=torch.ones_like(ids)))
+    assert not torch.equal(given, model(ids))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (None, "None"),
+        (b"a b", "bytes"),
+        (5, "a single token is"),
+        ({"a", "b"}, "a set"),
+        ((text for text in TEXTS), "a generator"),
+        ([], "there is no prompt"),
+        (np.array([], dtype=str), "there is no prompt"),
+        (["a", None], "item 1 of the input is None"),
+        ([None, "a"], "item 0 of the input is None"),
+        (["a", [A, B]], "item 1 of the input is a list"),
+        (pd.Series(["a", None]), "item 1 of the input is"),
+        (pd.DataFrame({"text": TEXTS}), r"a table.*\['text'\]"),
+        (datasets.Dataset.from_dict({"text": TEXTS}), r"a table.*\['text'\]"),
+        (np.array([["a"], ["b"]]), "one dimension"),
+        ("half \ud83d", "half of a surrogate pair at character 5"),
+        (["a", "\udc80"], "text 1 holds half"),
+        ([[A, B], [A]], r"have \[2, 1\] tokens"),
+        ([[A, B], "a"], "row 1 of the tokens"),
+        ([A, "a"], "numbers"),
+        ([[A, None]], "item 0|numbers|row 0"),
+        ([torch.tensor(IDS), torch.tensor(IDS)], "2 arrays of tokens"),
+        ([0.5, 1.0], "tokens must be integers"),
+        (torch.tensor(IDS).float(), "tokens must be integers"),
+        (torch.tensor(IDS) > 3, "tokens must be integers"),
+        (torch.complex(torch.ones(2), torch.ones(2)), "tokens must be integers"),
+        (np.array(["2026-01-01"], dtype="datetime64[D]"), "datetime64"),
+        ({"input_ids": IDS, "labels": IDS}, r"the keys \['labels'\]"),
+        ({"attention_mask": IDS}, "no input_ids"),
+        ({"input_ids": [[A, B], [A]]}, "input_ids: the rows of tokens"),
+        ({"input_ids": IDS, "attention_mask": [[1, 1], [1]]}, "attention_mask must be numbers"),
+        ({"input_ids": TEXTS}, "got text"),
+        ({"role": "user", "content": "a"}, "a single message"),
+        ([{"content": "a"}], r"message 0 must be.*\['content'\]"),
+        ([CHAT[0], "a"], "message 1 must be"),
+        ([CHAT, ["a"]], "message 0 must be"),
+    ],
+)
+def test_what_could_mean_two_things_or_none_is_refused(model, given: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        model(given)
+
+
+def test_columns_and_chats_in_patching(model) -> None:
+    _, cache = model.run_with_cache("a b c")
+    metric = lambda logits: logits[0, -1, A]  # noqa: E731
+    run = {"progress": False, "source_recurrences": [0], "target_recurrences": [0]}
+    wanted = [("c b a",), pd.Series(["c b a"]), model.tokenizer(["c b a"])]
+    expected = patch_recurrences(model, "c b a", cache, metric, "resid_post", **run)
+    for given in wanted:
+        found = patch_recurrences(model, given, cache, metric, "resid_post", **run)
+        xr.testing.assert_equal(found, expected)
+
+
+# -- conversations ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("holder", ["one", "tuple", "several", "pandas"])
+def test_conversations_are_taken_wherever_text_is(model, holder: str) -> None:
+    given = {"one": CHAT, "tuple": tuple(CHAT), "several": [CHAT], "pandas": pd.Series(CHAT)}[
+        holder
+    ]
+    ids = [BOS, A, B, C]  # what the template writes, the opening of a reply at its end
+    assert model.to_tokens(given).tolist() == [ids]
+    expected = model(torch.tensor([ids]))
+    assert torch.equal(model(given), expected)
+    assert torch.equal(model.run_with_cache(given)[0], model.run_with_cache(torch.tensor([ids]))[0])
+    assert torch.equal(model.run_with_hooks(given), expected)
+    strings = ["<bos>", "a", "b", "c"]
+    assert model.to_str_tokens(given) == ([strings] if holder == "several" else strings)
+    assert model.get_token_position("b", given) == 2
+    assert [row.tolist() for row in model.token_rows(given)] == [ids]
+    assert stream_metrics(model, given)["n_tokens"].values.tolist() == [4]
+    assert torch.equal(
+        model.loop_map(given).run(1)[-1], model.loop_map(torch.tensor([ids])).run(1)[-1]
+    )
+    assert model.to_tokens(model.chat_text(CHAT, add_generation_prompt=False)).tolist() == [ids[:3]]
+
+
+def test_conversations_of_unequal_length_are_padded(model) -> None:
+    assert model.to_tokens([CHAT, CHAT[:1]]).tolist() == [[BOS, A, B, C], [BOS, A, C, PAD]]
+    torch.testing.assert_close(model([CHAT, CHAT[:1]])[1, :3], model(CHAT[:1])[0])
+
+
+def test_conversations_need_a_template_that_takes_them(model) -> None:
+    with pytest.raises(TokenizerError, match="no chat template"):
+        small(words(False))(CHAT)
+    strict = small(words(False))
+    strict.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(TokenizerError, match="roles must alternate"):
+        strict.to_tokens(CHAT)
+    with pytest.raises(InputError, match="one conversation"):
+        model.chat_text([CHAT])
+
+
+def test_a_conversation_has_the_bos_of_its_template_alone() -> None:
+    model = small(words(True))
+    model.tokenizer.chat_template = TEMPLATE.removeprefix("{{ bos_token }}")
+    assert model.to_tokens(CHAT).tolist() == [[A, B, C]]
+    assert model.to_tokens(CHAT, prepend_bos=True).tolist() == [[BOS, A, B, C]]

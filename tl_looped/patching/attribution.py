@@ -35,7 +35,7 @@ from tl_looped.patching.grid import (
 
 def attribute_recurrences(
     model: Any,
-    corrupted_tokens: str | Sequence[str] | Int[Tensor, "batch pos"],
+    corrupted_tokens: Any,
     clean_cache: LoopedActivationCache,
     patching_metric: Metric,
     activation_name: str,

@@ -38,7 +38,7 @@ from tl_looped.transformer.intervening import Edit
 
 def patch_recurrences(
     model: Any,
-    corrupted_tokens: str | Sequence[str] | Int[Tensor, "batch pos"],
+    corrupted_tokens: Any,
     clean_cache: LoopedActivationCache,
     patching_metric: Metric,
     activation_name: str,
@@ -129,7 +129,6 @@ def as_tokens(model: Any, prompts: Any, run: dict[str, Any]) -> Int[Tensor, "bat
         raise InputError("corrupted_tokens: there is no prompt")
     mask = run.pop("attention_mask", None)
     mask = None if mask is None else torch.as_tensor(mask)
-    prompts = list(prompts) if isinstance(prompts, tuple) else prompts
     prepend_bos = run.pop("prepend_bos", None)
     tokens, mask = model._tokens_and_mask(prompts, mask, prepend_bos, None)
     if mask is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +23,8 @@ from tl_looped.transformer.cache_size import (
 )
 from tl_looped.transformer.hooking import LoopedHookManager
 from tl_looped.transformer.pool import collector_paused
+from tl_looped.transformer.reading import Tokens, n_prompts, read_input
 from tl_looped.transformer.turns import in_turn
-
-
-def n_rows(batch: Any) -> int:
-    """Number of prompts in an input; a text or an unbatched sequence of tokens is one."""
-    texts = isinstance(batch, list) and all(isinstance(item, str) for item in batch)
-    return len(batch) if texts or np.ndim(batch) > 1 else 1
 
 
 class CachingMixin(LoopedHookManager):
@@ -67,8 +61,8 @@ class CachingMixin(LoopedHookManager):
         """
         with self._call_with_recurrences(n_recurrences):
             batch = model_args[0] if model_args else kwargs.get("input")
-            if remove_batch_dim and n_rows(batch) > 1:
-                raise InputError(f"cannot remove the batch dimension of {n_rows(batch)} prompts")
+            if remove_batch_dim and (n := self._n_rows(batch, kwargs)) > 1:
+                raise InputError(f"cannot remove the batch dimension of {n} prompts")
             if not force:
                 self._refuse_too_large_cache(batch, kwargs)
             record = RunRecord()
@@ -202,17 +196,22 @@ class CachingMixin(LoopedHookManager):
 
     def _shape_of(self, input: Any, kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """Batch and positions of a model's input; None if it is none, which the run will tell."""
-        texts = [input] if isinstance(input, str) else input
-        if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        if kwargs.get("start_at_layer") is not None:
+            is_stream = isinstance(input, Tensor) and input.ndim == 3
+            return (input.shape[0], input.shape[1]) if is_stream else None
+        given = read_input(input)
+        if not isinstance(given, Tokens):
             text_arguments = (kwargs.get("prepend_bos"), kwargs.get("padding_side"))
-            tokens, _ = self.tokenize(input, *text_arguments)
-            return tuple(tokens.shape)
-        try:
-            shape = np.shape(input)
-        except ValueError:
-            return None
-        dims = len(shape) if kwargs.get("start_at_layer") is None else len(shape) - 1
-        return {1: (1, *shape[:1]), 2: shape[:2]}.get(dims)
+            tokens, _ = self.tokenize(given, *text_arguments)
+        else:
+            tokens = given.tokens[None] if given.tokens.ndim == 1 else given.tokens
+        return (tokens.shape[0], tokens.shape[1]) if tokens.ndim == 2 else None
+
+    def _n_rows(self, input: Any, kwargs: dict[str, Any]) -> int:
+        """Number of prompts in a model's input."""
+        if kwargs.get("start_at_layer") is not None:
+            return len(input) if isinstance(input, Tensor) and input.ndim else 1
+        return n_prompts(input)
 
     def get_caching_hooks(
         self,

@@ -26,8 +26,8 @@ from tl_looped.errors import InputError
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.transformer.exiting import ExitingMixin
+from tl_looped.transformer.reading import Chats, Given, Tokens, read_input
 from tl_looped.transformer.sampling import Sampler
-from tl_looped.transformer.tokens import is_chat, is_text
 from tl_looped.transformer.turns import in_turn
 
 
@@ -83,7 +83,7 @@ class GenerationMixin(ExitingMixin):
     @torch.no_grad()
     def generate(
         self,
-        input: str | list[Any] | Int[Tensor, "batch pos"],
+        input: Any,
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
         eos_token_id: int | list[int] | None = None,
@@ -108,8 +108,8 @@ class GenerationMixin(ExitingMixin):
         """Continue one or more prompts.
 
         Args:
-            input: Text, several texts (padded on the left), tokens, or a conversation: a list of
-                ``{"role": ..., "content": ...}``, or several, for the tokenizer's chat template.
+            input: As for the model itself: text, several texts (padded on the left), tokens, or a
+                conversation, or several, for the tokenizer's chat template.
             max_new_tokens: Most new tokens a row.
             stop_at_eos: End a row at a stop token; it is filled up with the first of them.
             eos_token_id: Stop token or tokens; the tokenizer's EOS if None.
@@ -169,7 +169,7 @@ class GenerationMixin(ExitingMixin):
     @in_turn
     def generate_stream(
         self,
-        input: str | list[Any] | Int[Tensor, "batch pos"],
+        input: Any,
         max_new_tokens: int = 10,
         max_tokens_per_yield: int = 25,
         **options: Any,
@@ -262,38 +262,31 @@ class GenerationMixin(ExitingMixin):
         if self.tokenizer is None and kind == "str":
             raise InputError("return_type='str' needs a tokenizer")
         options.sampler()  # checks its arguments
-        chat, many = is_chat(input), isinstance(input, list)
-        prepend_bos = options.prepend_bos
-        if chat:
-            many = not isinstance(input[0], dict)
-            texts = [self.chat_text(messages) for messages in (input if many else [input])]
-            # The template writes its own BOS.
-            input, prepend_bos = texts, False if prepend_bos is None else prepend_bos
-        in_text = is_text(input)
+        given, prepend_bos = read_input(input), options.prepend_bos
+        in_text, chat = not isinstance(given, Tokens), isinstance(given, Chats)
         cache = self._generation_cache(options)
         attention_mask = options.attention_mask
         if cache is not None and cache.length:
             # Neither a pad token nor a beginning of text stands in the middle of one.
             prepend_bos = False if prepend_bos is None else prepend_bos
-            if attention_mask is None and not in_text:
-                attention_mask = torch.ones_like(self._check_tokens(input))
-        tokens, mask = self._left_padded(input, prepend_bos, attention_mask)
+            if attention_mask is None and isinstance(given, Tokens) and given.mask is None:
+                attention_mask = torch.ones_like(self._check_tokens(given.tokens))
+        tokens, mask = self._left_padded(given, prepend_bos, attention_mask)
         total = tokens.shape[1] + n_new - 1
         self._check_state_covers(options.initial_state, total + (cache.length if cache else 0))
         self._check_context(mask, cache, n_new)
         to_text = in_text if kind == "input" else kind == "str"
         stop = self._stop_tokens(options)
-        return _Job(tokens, mask, n_new, stop, cache, options, to_text, many, chat)
+        return _Job(tokens, mask, n_new, stop, cache, options, to_text, given.many, chat)
 
     def _left_padded(
-        self, input: Any, prepend_bos: bool | None, attention_mask: Tensor | None
+        self, given: Given, prepend_bos: bool | None, attention_mask: Any
     ) -> tuple[Tensor, Tensor]:
-        if is_text(input):
-            return self.tokenize(input, prepend_bos, padding_side="left")
-        tokens, found = self._check_tokens(input), attention_mask
-        found = self._padding(tokens, prepend_bos) if found is None else found
-        given = self._check_mask(found, *tokens.shape)
-        mask = torch.ones_like(tokens, dtype=torch.bool) if given is None else given
+        if not isinstance(given, Tokens):
+            return self.tokenize(given, prepend_bos, padding_side="left")
+        tokens, found = self._tokens_and_mask(given, attention_mask, prepend_bos, None)
+        checked = self._check_mask(found, *tokens.shape)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if checked is None else checked
         if not bool(mask[:, -1].all()):
             raise InputError("generate continues from the last position: pad on the left")
         return tokens, mask

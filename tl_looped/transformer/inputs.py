@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,7 +12,17 @@ from tl_looped.errors import InputError
 from tl_looped.model.exit_rules import ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
-from tl_looped.transformer.tokens import TokensMixin, is_text
+from tl_looped.transformer.reading import (
+    Chats,
+    Rows,
+    Texts,
+    Tokens,
+    integers,
+    read_input,
+    read_rows,
+    read_tokens,
+)
+from tl_looped.transformer.tokens import TokensMixin
 
 
 class InputsMixin(TokensMixin):
@@ -29,10 +38,17 @@ class InputsMixin(TokensMixin):
         prepend_bos: bool | None,
         padding_side: str | None,
     ) -> tuple[Tensor, Tensor | None]:
-        if is_text(input):
-            tokens, own_mask = self.tokenize(input, prepend_bos, padding_side)
+        """Tokens of any input, and its mask: the given one, its own, or what pad tokens tell."""
+        given = read_input(input)
+        if not isinstance(given, Tokens):
+            tokens, own_mask = self.tokenize(given, prepend_bos, padding_side)
             return tokens, own_mask if mask is None else mask
-        tokens = self._check_tokens(input)
+        if given.mask is not None and mask is not None:
+            raise InputError(
+                "attention_mask is given twice, as an argument and within the input: leave one out"
+            )
+        mask = given.mask if mask is None else mask
+        tokens = self._check_tokens(given.tokens)
         return tokens, self._padding(tokens, prepend_bos) if mask is None else mask
 
     def token_rows(
@@ -41,7 +57,7 @@ class InputsMixin(TokensMixin):
         """The real tokens of every prompt, without padding, each ``[pos]``.
 
         Args:
-            prompts: A text or a list of texts; tokens ``[batch, pos]`` or ``[pos]``; or a list of
+            prompts: Whatever the model takes (``tl_looped.transformer.reading``); or a list of
                 token sequences of any lengths, which are taken as they are.
             attention_mask: ``[batch, pos]`` of tokens, zero at padding; read off the pad tokens, as
                 in a run, if None.
@@ -51,20 +67,16 @@ class InputsMixin(TokensMixin):
             InputError: without any prompt or token, or beyond the context; the prompt's number is
                 given.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if isinstance(prompts, (list, tuple)) and not prompts:
-            raise InputError("there is no prompt")
-        if isinstance(prompts, tuple) and isinstance(prompts[0], str):
-            prompts = list(prompts)
-        if is_text(prompts):
-            rows = [self.tokenize(text, prepend_bos)[0][0] for text in prompts]
-        elif isinstance(prompts, (list, tuple)) and not isinstance(prompts[0], int):
+        given = read_rows(prompts)
+        if isinstance(given, (Texts, Chats)):
+            texts, prepend_bos = self._texts(given, prepend_bos)
+            rows = [self.tokenize(text, prepend_bos)[0][0] for text in texts]
+        elif isinstance(given, Rows):
             if attention_mask is not None:
                 raise InputError("attention_mask is for tokens [batch, pos], not for a list")
-            rows = [self._token_row(number, row) for number, row in enumerate(prompts)]
+            rows = [self._token_row(number, row) for number, row in enumerate(given.rows)]
         else:
-            tokens, mask = self._tokens_and_mask(prompts, attention_mask, prepend_bos, None)
+            tokens, mask = self._tokens_and_mask(given, attention_mask, prepend_bos, None)
             mask = self._check_mask(mask, *tokens.shape)
             rows = list(tokens)
             if mask is not None:
@@ -79,10 +91,14 @@ class InputsMixin(TokensMixin):
 
     def _token_row(self, number: int, row: Any) -> Int[Tensor, " pos"]:
         """One sequence of a list of them."""
-        if np.ndim(row) != 1 or len(row) == 0 or isinstance(row, str):
-            shape = "a text" if isinstance(row, str) else f"shape {np.shape(row)}"
+        try:
+            given = read_input(row)
+        except InputError as error:
+            raise InputError(f"prompt {number} must be a sequence of token ids: {error}") from error
+        if not isinstance(given, Tokens) or given.tokens.ndim != 1:
+            shape = tuple(given.tokens.shape) if isinstance(given, Tokens) else "text"
             raise InputError(f"prompt {number} must be one sequence of token ids, got {shape}")
-        return self._check_tokens(row)[0]
+        return self._check_tokens(given.tokens)[0]
 
     def _check_loop_arguments(
         self,
@@ -109,8 +125,8 @@ class InputsMixin(TokensMixin):
         return enters
 
     def _check_tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
-        tokens = torch.as_tensor(tokens)
-        if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
+        tokens = integers(tokens) if isinstance(tokens, Tensor) else read_tokens(tokens)
+        if tokens.dtype != torch.int64 or tokens.ndim not in (1, 2):
             raise InputError(
                 f"tokens must be integers of shape [batch, pos], got {tokens.dtype} of shape "
                 f"{tuple(tokens.shape)} (a residual stream needs start_at_layer=)"

@@ -33,6 +33,7 @@ from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.generation import GenerationMixin
 from tl_looped.transformer.loop_map import LoopMapMixin
 from tl_looped.transformer.loop_run import LoopRun
+from tl_looped.transformer.reading import Tokens, read_input
 from tl_looped.transformer.spreading import (
     DeviceMap,
     by_parameter,
@@ -40,7 +41,6 @@ from tl_looped.transformer.spreading import (
     device_map_of,
     plan_devices,
 )
-from tl_looped.transformer.tokens import is_text
 from tl_looped.transformer.turns import in_turn
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
@@ -247,7 +247,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
     @in_turn
     def forward(
         self,
-        input: str | list[Any] | Tensor | np.ndarray,
+        input: Any,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
@@ -266,7 +266,9 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         """Run the model.
 
         Args:
-            input: Text, several texts, tokens ``[batch, pos]`` or ``[pos]``; with
+            input: Text, texts, a conversation (messages ``{"role": ..., "content": ...}``), tokens
+                ``[batch, pos]`` or ``[pos]``, or what a tokenizer returns, in a list, an array, a
+                column or a DataLoader's batch: see ``tl_looped.transformer.reading``. With
                 ``start_at_layer`` the residual stream ``[batch, pos, d_model]`` that it receives
                 (give ``attention_mask`` or ``tokens`` again if the batch is padded).
             return_type: ``"logits"`` ``[batch, pos, d_vocab]``, ``"loss"``, ``"both"`` or None.
@@ -306,6 +308,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                 raise InputError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
             mask = attention_mask
             if start is None:
+                input = read_input(input)
                 if past_kv_cache is not None and past_kv_cache.length:
                     # Neither a pad token nor a beginning of text stands in the middle of one.
                     mask = _no_padding_after(input) if mask is None else mask
@@ -460,8 +463,8 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         record.n_past = 0 if run.context.kv is None else run.context.kv.n_past
 
 
-def _no_padding_after(tokens: Any) -> Tensor | None:
+def _no_padding_after(given: Any) -> Tensor | None:
     """A full mask for tokens that follow others, where a pad token is no padding any more."""
-    if is_text(tokens):
+    if not isinstance(given, Tokens) or given.mask is not None:
         return None
-    return torch.ones_like(torch.atleast_2d(torch.as_tensor(tokens)), dtype=torch.bool)
+    return torch.ones_like(torch.atleast_2d(given.tokens), dtype=torch.bool)

@@ -20,27 +20,11 @@ from torch import Tensor
 
 from tl_looped.errors import InputError, TokenizerError
 from tl_looped.model.bos import adds_bos, bos_sentence, with_bos
+from tl_looped.transformer.reading import Chats, Given, Rows, Tokens, read_input, read_rows
 from tl_looped.transformer.text_length import checked_lengths
 from tl_looped.transformer.weights import WeightsMixin
 
 _SPECIAL = ("pad", "bos", "eos")
-
-
-def is_text(input: Any) -> bool:
-    """Whether an input is text: a string or a list of strings."""
-    if isinstance(input, list):
-        return all(isinstance(item, str) for item in input)
-    return isinstance(input, str)
-
-
-def is_chat(input: Any) -> bool:
-    """Whether an input is a conversation, a list of messages, or a list of conversations."""
-    if not isinstance(input, list) or not input:
-        return False
-    first = input[0]
-    if isinstance(first, list) and first:
-        return all(is_chat(item) for item in input) and isinstance(first[0], dict)
-    return all(isinstance(item, dict) for item in input)
 
 
 class TokensMixin(WeightsMixin):
@@ -130,7 +114,7 @@ class TokensMixin(WeightsMixin):
 
     def tokenize(
         self,
-        text: str | list[str],
+        text: Any,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         truncate: bool = False,
@@ -138,7 +122,9 @@ class TokensMixin(WeightsMixin):
         """Tokens of one or more texts, and the mask of the real ones.
 
         Args:
-            text: One text or several; several are padded to the longest.
+            text: One text or several, padded to the longest, or conversations: see
+                ``tl_looped.transformer.reading``. A conversation is written by :meth:`chat_text`,
+                with the opening of the model's reply, and gets no BOS but the template's own.
             prepend_bos: Overrides ``cfg.default_prepend_bos``. A text that begins with BOS gets
                 no second one either way.
             padding_side: ``"left"`` or ``"right"``; the tokenizer's own side if None.
@@ -146,16 +132,14 @@ class TokensMixin(WeightsMixin):
 
         Raises:
             TokenizerError: without a tokenizer, or if a text gives no token at all.
-            InputError: if a text is longer than the context, or padding_side is unknown.
+            InputError: if a text is longer than the context or no text, or padding_side is unknown.
         """
+        texts, prepend_bos = self._texts(read_input(text), prepend_bos)
         tokenizer = self._need_tokenizer()
         prepend_bos = self._prepends(prepend_bos)
         side = padding_side or getattr(tokenizer, "padding_side", None) or "right"
         if side not in ("left", "right"):
             raise InputError(f"padding_side must be 'left' or 'right', got {side!r}")
-        texts = [text] if isinstance(text, str) else text
-        if not texts:
-            raise InputError("no text was given")
         fitting = checked_lengths(tokenizer, texts, None if truncate else self.cfg.n_ctx)
         rows = [tokenizer.encode(t, add_special_tokens=False) for t in fitting]
         if prepend_bos:
@@ -178,7 +162,27 @@ class TokensMixin(WeightsMixin):
             mask[i, where] = True
         return tokens.to(self.W_E.device), mask.to(self.W_E.device)
 
-    def chat_text(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def _texts(self, given: Given, prepend_bos: bool | None) -> tuple[list[str], bool | None]:
+        """The texts of an input, and whether they get BOS: a chat template writes its own."""
+        if isinstance(given, Tokens):
+            raise InputError(
+                f"text is needed here, got token ids of shape {tuple(given.tokens.shape)}"
+            )
+        if isinstance(given, Chats):
+            texts = [self.chat_text(messages) for messages in given.chats]
+            return texts, False if prepend_bos is None else prepend_bos
+        for number, text in enumerate(given.texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"text {number} holds half of a surrogate pair at character {error.start}, "
+                    "which is no character: read it with the right encoding, or drop it by "
+                    "text.encode(errors='ignore').decode()"
+                ) from error
+        return given.texts, prepend_bos
+
+    def chat_text(self, messages: Any, add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's chat template writes it, special tokens included.
 
         Args:
@@ -186,27 +190,37 @@ class TokensMixin(WeightsMixin):
             add_generation_prompt: End with the opening of the model's reply.
 
         Raises:
-            TokenizerError: without a tokenizer, or if it has no chat template.
+            TokenizerError: without a tokenizer, or if it has no chat template, or one that refuses
+                the messages.
+            InputError: if they are no messages.
         """
         tokenizer = self._need_tokenizer()
         if getattr(tokenizer, "chat_template", None) is None:
             raise TokenizerError(
                 f"the tokenizer of {self.cfg.model_name} has no chat template: give text instead"
             )
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        given = read_input(messages)
+        if not isinstance(given, Chats) or given.many:
+            raise InputError("chat_text takes one conversation, a list of messages")
+        try:
+            text = tokenizer.apply_chat_template(
+                given.chats[0], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # the template's own, and jinja's
+            raise TokenizerError(
+                f"the chat template refuses the conversation ({type(error).__name__}: {error})"
+            ) from error
         return str(text)
 
     def to_tokens(
         self,
-        input: str | list[str],
+        input: Any,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         move_to_device: bool = True,
         truncate: bool = False,
     ) -> Int[Tensor, "batch pos"]:
-        """Tokens of one or more texts, padded to the longest; see :meth:`tokenize`."""
+        """Tokens of texts or conversations, padded to the longest; see :meth:`tokenize`."""
         tokens, mask = self.tokenize(input, prepend_bos, padding_side, truncate)
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         if ids == (None, None) and not bool(mask.all()):
@@ -244,12 +258,19 @@ class TokensMixin(WeightsMixin):
         at = torch.arange(tokens.shape[1], device=tokens.device)
         return (at >= leading[:, None]) & (at < tokens.shape[1] - trailing[:, None])
 
-    def to_string(
-        self, tokens: int | np.integer | list[int] | list[list[int]] | Tensor | np.ndarray
-    ) -> str | list[str]:
-        """Text of one sequence, or a list of texts of a batch."""
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """Text of one token, of a sequence, or a list of texts of several, of any lengths."""
         tokenizer = self._need_tokenizer()
-        ids = torch.as_tensor(tokens)
+        if isinstance(tokens, (int, np.integer)):
+            tokens = [tokens]
+        if isinstance(tokens, (list, tuple)) and not tokens:
+            return ""
+        given = read_rows(tokens)
+        if isinstance(given, Rows):
+            return [str(self.to_string(row)) for row in given.rows]
+        if not isinstance(given, Tokens):
+            raise InputError("to_string takes token ids, got text")
+        ids = given.tokens
         if ids.ndim > 2:
             raise InputError(f"tokens must have at most 2 dimensions, got shape {tuple(ids.shape)}")
         if ids.ndim == 2:
@@ -259,21 +280,32 @@ class TokensMixin(WeightsMixin):
 
     def to_str_tokens(
         self,
-        input: str | list[str] | Tensor | np.ndarray,
+        input: Any,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
     ) -> list[str] | list[list[str]]:
-        """Each token as a string; a list of texts gives a list of such lists, unpadded."""
-        if isinstance(input, list):
-            return [cast(list[str], self.to_str_tokens(text, prepend_bos)) for text in input]
-        if isinstance(input, str):
-            ids = self.tokenize(input, prepend_bos)[0][0]
-        else:
-            ids = torch.as_tensor(input).squeeze()
-            ids = ids[None] if ids.ndim == 0 else ids
-            if ids.ndim != 1:
-                raise InputError(f"to_str_tokens takes one sequence, got shape {tuple(ids.shape)}")
+        """Each token as a string; a list of texts, conversations or token sequences gives a list of
+        such lists, unpadded.
+        """
+        given = read_rows(input)
+        if isinstance(given, Rows):
+            return [cast(list[str], self.to_str_tokens(row, prepend_bos)) for row in given.rows]
+        if isinstance(given, Tokens):
+            squeezed = Tokens(given.tokens.squeeze(), None, given.many)
+            return self._strings(self._one_sequence("to_str_tokens", squeezed))
+        texts, prepend_bos = self._texts(given, prepend_bos)
+        found = [self._strings(self.tokenize(text, prepend_bos)[0][0]) for text in texts]
+        return found if given.many else found[0]
+
+    def _strings(self, ids: Int[Tensor, " pos"]) -> list[str]:
         return [str(self.to_string(token)) for token in ids]
+
+    def _one_sequence(self, method: str, given: Tokens) -> Int[Tensor, " pos"]:
+        """The only row of tokens."""
+        ids = given.tokens
+        if ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
+            raise InputError(f"{method} takes one sequence, got shape {tuple(ids.shape)}")
+        return ids.reshape(-1)
 
     def to_single_token(self, string: str) -> int:
         """The id of a text that is exactly one token.
@@ -295,12 +327,12 @@ class TokensMixin(WeightsMixin):
     def get_token_position(
         self,
         single_token: str | int | Tensor,
-        input: str | Tensor,
+        input: Any,
         mode: str = "first",
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
     ) -> int:
-        """Position of a token in a text or a token sequence ``[pos]`` or ``[1, pos]``.
+        """Position of a token in a text, a conversation or tokens ``[pos]`` or ``[1, pos]``.
 
         Raises:
             InputError: if it does not occur, if there is more than one sequence, or if ``mode``
@@ -308,10 +340,10 @@ class TokensMixin(WeightsMixin):
         """
         if mode not in ("first", "last"):
             raise InputError(f"mode must be 'first' or 'last', got {mode!r}")
-        ids = self.tokenize(input, prepend_bos)[0] if isinstance(input, str) else input
-        if ids.ndim == 2 and ids.shape[0] != 1:
-            raise InputError(f"get_token_position takes one sequence, got {ids.shape[0]}")
-        ids = ids.reshape(-1)
+        given = read_input(input)
+        if not isinstance(given, Tokens):
+            given = Tokens(self.tokenize(given, prepend_bos)[0], None, given.many)
+        ids = self._one_sequence("get_token_position", given)
         is_text = isinstance(single_token, str)
         token = self.to_single_token(str(single_token)) if is_text else int(single_token)
         found = (ids == token).nonzero().flatten().tolist()
