@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,22 @@ import torch
 from conftest import random_config
 from typer.testing import CliRunner
 
-from tl_looped import CheckpointError, ConfigError, DataError, Injection, LoopedTransformer
+from tl_looped import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Injection,
+    LoopedTransformer,
+    TokenizerError,
+)
 from tl_looped.cli import app
 from tl_looped.training import section51, texts
-from tl_looped.training.corpus import read_texts, shared_tokenizer
+from tl_looped.training.corpus import pack, read_texts, shared_tokenizer, split, train_tokenizer
 from tl_looped.training.evaluation import loss_by_recurrences
+from tl_looped.training.losses import ExitWeighted
+from tl_looped.training.record import rows_digest
 from tl_looped.training.spec import TrainSpec
-from tl_looped.training.texts import Shape, train_on_texts
+from tl_looped.training.texts import Shape, train_model_on_texts, train_on_texts
 from tl_looped.training.trainer import LOG_FIELDS, read_log
 
 TEXTS = [f"{a} plus {b} is {a + b}" for a in range(10) for b in range(10)]
@@ -64,6 +74,12 @@ def test_paragraphs_lines_and_folders_are_documents(tmp_path: Path) -> None:
         ("a.jsonl", b"[1]\n", "line 1"),
         ("a.jsonl", b"{", "line 1"),
         ("a.csv", b"a,b", r"\.txt or a \.jsonl"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "line 2.*RecursionError"),
+        ("a.jsonl", b'{"text": "a", "z": ' + b"1" * 5000 + b"}", "line 1.*4300 digits"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1.*surrogate"),
+        ("a.jsonl", b'{"question": "a", "answer": "\\udfff"}', "line 1.*surrogate"),
+        ("a.jsonl", b'{"text": "' + b"word " * 900_000 + b'"}', "line 1.*4,500,000 characters"),
+        ("a.txt", b"word " * 900_000, "4,499,999 characters.*blank lines"),
     ],
 )
 def test_corpora_that_cannot_be_read(tmp_path, name: str, content: bytes, message: str) -> None:
@@ -73,6 +89,8 @@ def test_corpora_that_cannot_be_read(tmp_path, name: str, content: bytes, messag
 
 
 def test_an_absent_or_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_texts(str(tmp_path / ("n" * 300)))
     with pytest.raises(DataError, match="does not exist"):
         read_texts(str(tmp_path / "absent"))
     with pytest.raises(DataError, match="empty corpus"):
@@ -118,6 +136,27 @@ def test_a_tokenizer_is_trained_once_and_then_read(tmp_path: Path) -> None:
         shared_tokenizer(TEXTS, 300, tmp_path / "tokenizer")
 
 
+def test_a_tokenizer_that_is_named_is_never_made_there(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer that can be read"):
+        train_on_texts(str(corpus), tmp_path / "run", SMALL, SPEC, 10, tmp_path / "absent")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("vocabulary", [0, 258, 2**20 + 1, 10**12])
+def test_vocabularies_that_no_tokenizer_has(vocabulary: int) -> None:
+    with pytest.raises(ConfigError, match=r"vocabulary must be from 259 .* to 1048576"):
+        Shape(vocabulary=vocabulary)
+    assert Shape(vocabulary=259).vocabulary == 259
+
+
+def test_documents_are_packed_with_or_without_bos() -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    rows = pack(["1 plus 1", "2"], tokenizer, 2, prepend_bos=False)
+    text = [*tokenizer.encode("1 plus 1"), tokenizer.eos_token_id, *tokenizer.encode("2")]
+    assert rows.flatten().tolist() == [*text, tokenizer.eos_token_id][: rows.numel()]
+    assert int((pack(["1 plus 1", "2"], tokenizer, 2) == tokenizer.bos_token_id).sum()) == 2
+
+
 # -- runs -----------------------------------------------------------------------------------------
 
 
@@ -157,6 +196,113 @@ def test_the_command_trains_draws_and_goes_on(corpus, tmp_path: Path, monkeypatc
     final = LoopedTransformer.from_pretrained(out / "final", device="cpu")
     assert str(final.loop) == "(1, 1 x 2, 1)"
     assert final.to_tokens("1 plus 2").shape[1] > 3
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A looped model with a tokenizer of its own, which puts no BOS before a text."""
+    changes = {"n_core": 1, "n_prelude": 1, "n_recurrences": 2, "exit_gate": True, "n_ctx": 24}
+    tokenizer = train_tokenizer([t.replace("plus", "and") for t in TEXTS], 280)
+    config = random_config(d_vocab=len(tokenizer), **changes)
+    folder = tmp_path_factory.mktemp("source") / "looped"
+    LoopedTransformer.from_config(config, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_the_command_goes_on_training_a_model(corpus, source, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(texts, "EVALUATED", range(1, 3))
+    out = tmp_path / "healed"
+    arguments = (
+        f"train {corpus} --from {source} --out {out} --steps 4 --batch-size 2 --warmup 1 "
+        "--evaluate-every 2 --held-out 10 --loss exit --snapshots 1 --recurrences 3"
+    ).split()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    before, first, final = (
+        LoopedTransformer.from_pretrained(folder, device="cpu")
+        for folder in (source, out / "snapshots" / "step-000000", out / "final")
+    )
+    assert str(final.loop) == "(1, 1 x 3, 1)"
+    for a, b, c in zip(*(m.parameters() for m in (before, first, final)), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+    assert final.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+    assert (final.tokenizer.eos_token, final.tokenizer.bos_token) == ("<|eos|>", "<|bos|>")
+    # Rows of the model's own context, since it is shorter than 256, and without BOS.
+    training, aside = split(read_texts(str(corpus)), 10, 0)
+    record = json.loads((out / "run.json").read_text())
+    for name, documents in (("rows", training), ("held_out", aside)):
+        rows = pack(documents, before.tokenizer, 24, prepend_bos=False)
+        assert record[name] == rows_digest(rows)
+    steps: list[int] = []
+    _, table = train_model_on_texts(
+        LoopedTransformer.from_pretrained(source, 3, device="cpu"),
+        str(corpus),
+        out,
+        TrainSpec(4, 2, warmup=1, evaluate_every=2, loss=ExitWeighted(0.1)),
+        held_out=10,
+        tick=lambda tick: steps.append(tick.step),
+        say=pytest.fail,
+        fresh=True,
+    )
+    assert (steps, table["recurrences"].tolist()) == ([], [1, 2])
+
+
+def test_a_folder_goes_on_with_the_model_that_it_began_with(corpus, source, tmp_path) -> None:
+    out, other = tmp_path / "healed", tmp_path / "looped"
+    base = f"train {corpus} --out {out} --steps 2 --batch-size 2 --evaluate-every 2 --held-out 10"
+    started = LoopedTransformer.from_pretrained(source, device="cpu")
+    spec = TrainSpec(2, 2, warmup=100, evaluate_every=2)
+    train_model_on_texts(started, str(corpus), out, spec, held_out=10)
+    started.save_pretrained(other)  # of the same name and shape, with other weights
+    result = CliRunner().invoke(app, [*base.split(), "--from", str(other)])
+    assert isinstance(result.exception, ConfigError)
+    assert "weights that it begins with" in str(result.exception)
+    result = CliRunner().invoke(app, [*base.split(), "--from", str(source), "--core", "4"])
+    assert isinstance(result.exception, ConfigError)
+    assert "leave out --core" in str(result.exception)
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_no_run_is_trained_into_the_folder_of_a_model(corpus, source, start: bool) -> None:
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    arguments = ["train", str(corpus), "--out", str(source), "--steps", "2", "--held-out", "10"]
+    result = CliRunner().invoke(app, [*arguments, *(["--from", str(source)] if start else [])])
+    assert isinstance(result.exception, ConfigError)
+    assert "--from" in str(result.exception)
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+
+
+def test_models_that_cannot_be_trained_on_texts(corpus: Path, tmp_path: Path) -> None:
+    plain = LoopedTransformer.from_config(random_config())
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        train_model_on_texts(plain, str(corpus), tmp_path, SPEC)
+    plain.tokenizer = train_tokenizer(TEXTS, 300)
+    plain.tokenizer.eos_token = None
+    with pytest.raises(TokenizerError, match="without EOS"):
+        train_model_on_texts(plain, str(corpus), tmp_path, SPEC)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["o" * 300, os.fsdecode(b"s\xff"), "a\0b"])
+def test_names_that_no_run_can_have(corpus: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be (the|used as a) folder"):
+        train_on_texts(str(corpus), tmp_path / name, SMALL, SPEC, held_out=10)
+    assert os.listdir(tmp_path) == []
+
+
+def test_dollar_signs_and_brackets_in_names_are_signs(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(texts, "EVALUATED", range(1, 2))
+    corpus, out = tmp_path / r"$\frac$.txt", tmp_path / r"$\bad{$ [b"
+    corpus.write_text("\n\n".join(TEXTS))
+    arguments = (
+        "--steps 1 --batch-size 2 --evaluate-every 1 --d-model 16 --heads 2 --context 16 "
+        "--vocabulary 259 --held-out 10 --prelude 0 --core 1 --coda 0 --recurrences 1"
+    )
+    result = CliRunner().invoke(app, ["train", str(corpus), "--out", str(out), *arguments.split()])
+    assert result.exit_code == 0, result.exception
+    assert str(out) in result.output
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_runs_are_one_message(corpus: Path, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tl_looped.cli.console import console
+from tl_looped.cli.console import console, note
+from tl_looped.errors import ConfigError
 
 
 class LossName(str, Enum):
@@ -24,10 +26,25 @@ class LossName(str, Enum):
 def train_command(
     data: Annotated[str, typer.Argument(help=".txt or .jsonl, a folder of them, or hub:NAME.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted one goes on.")],
-    prelude: Annotated[int, typer.Option(help="Layers before the loop.")] = 2,
-    core: Annotated[int, typer.Option(help="Layers of the loop.")] = 4,
-    coda: Annotated[int, typer.Option(help="Layers after the loop.")] = 2,
-    recurrences: Annotated[int, typer.Option(help="Recurrences.")] = 4,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Go on training this looped model (folder, hub id or bundled name) with its own "
+            "tokenizer, for instance a retrofit; a new one of the sizes below if left out.",
+        ),
+    ] = None,
+    prelude: Annotated[
+        int | None, typer.Option(help="Layers before the loop.", show_default="2")
+    ] = None,
+    core: Annotated[int | None, typer.Option(help="Layers of the loop.", show_default="4")] = None,
+    coda: Annotated[
+        int | None, typer.Option(help="Layers after the loop.", show_default="2")
+    ] = None,
+    recurrences: Annotated[
+        int | None,
+        typer.Option(help="Recurrences.", show_default="4, or the model's own with --from"),
+    ] = None,
     sampled: Annotated[
         float | None, typer.Option(help="Sample recurrences: 1 + Poisson of this mean rate.")
     ] = None,
@@ -35,13 +52,20 @@ def train_command(
     backprop_last: Annotated[
         int | None, typer.Option(help="Backpropagate through the last n recurrences.")
     ] = None,
-    injection: Annotated[bool, typer.Option(help="Inject the prelude's output.")] = False,
+    injection: Annotated[
+        bool | None, typer.Option(help="Inject the prelude's output.", show_default="no-injection")
+    ] = None,
     loss: Annotated[LossName, typer.Option(help="What is minimised.")] = LossName.LAST,
     beta: Annotated[float, typer.Option(help="Entropy weight of --loss exit.")] = 0.1,
-    d_model: Annotated[int, typer.Option(help="Dimensions.")] = 128,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
-    vocabulary: Annotated[int, typer.Option(help="Tokens of the new tokenizer.")] = 2048,
+    d_model: Annotated[int | None, typer.Option(help="Dimensions.", show_default="128")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.", show_default="4")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens a row.", show_default="256; no more than the model's context"),
+    ] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Tokens of the new tokenizer.", show_default="2048")
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
     held_out: Annotated[int, typer.Option(help="Documents that are set aside.")] = 100,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
@@ -62,11 +86,18 @@ def train_command(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train a looped model; run the same command again to go on after an interruption."""
+    """Train a looped model; run the same command again to go on after an interruption.
+
+    A new one: tl-looped train texts.jsonl --out runs/mine --core 4 --injection
+
+    A retrofit: tl-looped train texts.jsonl --from looped --out runs/healed --learning-rate 1e-4
+    """
     from tl_looped.training.losses import EveryRecurrence, ExitWeighted, LastState
+    from tl_looped.training.record import check_vacant
     from tl_looped.training.recurrences import PoissonLogNormal
     from tl_looped.training.spec import TrainSpec
-    from tl_looped.training.texts import Shape, train_on_texts
+    from tl_looped.training.texts import Shape, train_model_on_texts, train_on_texts
+    from tl_looped.transformer import LoopedTransformer
 
     losses: dict[str, Any] = {
         "last": LastState(),
@@ -87,15 +118,53 @@ def train_command(
         backprop_last=backprop_last,
         optimizer=optimizer,
     )
-    shape = Shape(prelude, core, coda, recurrences, injection, d_model, heads, context, vocabulary)
+    check_vacant(out)
+    of_a_new_model: dict[str, Any] = {
+        name: value
+        for name, value in {
+            "prelude": prelude,
+            "core": core,
+            "coda": coda,
+            "injection": injection,
+            "d_model": d_model,
+            "heads": heads,
+            "vocabulary": vocabulary,
+        }.items()
+        if value is not None
+    }
+    of_any: dict[str, Any] = {"recurrences": recurrences, "context": context}
     with _training_progress() as progress:
         report, tick = _reports(progress, steps, "training")
-        log, _ = train_on_texts(
-            data, out, shape, spec, held_out, tokenizer, device, report, tick, snapshots
-        )
+        if start is None:
+            given = {name: value for name, value in of_any.items() if value is not None}
+            shape = Shape(**of_a_new_model, **given)
+            log, _ = train_on_texts(
+                data, out, shape, spec, held_out, tokenizer, device, report, tick, snapshots, note
+            )
+        else:
+            _refuse_sizes(start, [*of_a_new_model, *(["tokenizer"] if tokenizer else [])])
+            model = LoopedTransformer.from_pretrained(start, recurrences, device=device)
+            log, _ = train_model_on_texts(
+                model, data, out, spec, context, held_out, report, tick, snapshots, note, fresh=True
+            )
     if _is_main_process():
-        _write_loss_plot(log, out, f"{data}, seed {seed}")
-        console.print(f"The run is in [bold]{out.resolve()}[/bold]", soft_wrap=True)
+        shown = data.encode("utf-8", "replace").decode("utf-8")
+        _write_loss_plot(log, out, f"{shown}, seed {seed}")
+        console.print(f"The run is in [bold]{escape(str(out.resolve()))}[/bold]", soft_wrap=True)
+
+
+def _refuse_sizes(start: str, given: list[str]) -> None:
+    """A model that is there has its sizes and its tokenizer.
+
+    Raises:
+        ConfigError: an option of a new model beside ``--from``.
+    """
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(
+            f"--from {start} takes that model's sizes and tokenizer, so leave out {options}; "
+            "without --from a new model is trained"
+        )
 
 
 def train_section51_command(
@@ -124,7 +193,7 @@ def train_section51_command(
         )
     for folder in folders:
         _write_loss_plot(read_log(folder / "log.csv"), folder, folder.name)
-    console.print(f"The runs are in [bold]{out.resolve()}[/bold]", soft_wrap=True)
+    console.print(f"The runs are in [bold]{escape(str(out.resolve()))}[/bold]", soft_wrap=True)
 
 
 def train_demo_command(
@@ -144,7 +213,10 @@ def train_demo_command(
     with _training_progress() as progress:
         train_demo(data, out, SPEC, *_reports(progress, SPEC.steps, "training"))
     bundle = bundle_demo(out, data, SPEC, out / "bundle")
-    console.print(f"The model and its card are in [bold]{bundle.resolve()}[/bold]", soft_wrap=True)
+    console.print(
+        f"The model and its card are in [bold]{escape(str(bundle.resolve()))}[/bold]",
+        soft_wrap=True,
+    )
 
 
 def _training_progress() -> Progress:

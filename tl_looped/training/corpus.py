@@ -4,13 +4,15 @@ Each text is one document between BOS and EOS. Documents are joined in a seeded 
 rows of one context length each, so a row may hold the end of one and the start of another. A jsonl
 line holds ``text``, or ``question`` and ``answer``, which are joined by a newline; GSM8K's
 calculator notes (``<<48/2=24>>``) are then taken out. A text file's documents are its paragraphs,
-which blank lines part.
+which blank lines part. No document may be longer than ``LONGEST``: a tokenizer needs some 190 times
+a text's size in memory, and ends the whole process where there is not as much.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,12 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_looped.errors import CheckpointError, DataError
 from tl_looped.model.bos import with_bos
+from tl_looped.training.saved import saving
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+LONGEST = 2**22
+"""Characters of the longest document, four million: a long novel."""
+
 _CALCULATOR_NOTE = re.compile(r"<<[^>]*>>")
 
 
@@ -55,23 +61,28 @@ def read_texts(source: str) -> list[str]:
             the same fields as jsonl lines.
 
     Raises:
-        DataError: nothing there, another kind of file, a line that is no document (its number is
-            given), no document at all, or a data set that cannot be had.
+        DataError: nothing there, another kind of file, a line that is not a document (its number
+            is given), a document longer than ``LONGEST`` or with half of a surrogate pair, no
+            document at all, or a data set that cannot be had.
     """
     if source.startswith("hub:"):
         texts = _hub_texts(source)
     else:
-        path = Path(source)
-        if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl"))
-        elif path.is_file():
-            files = [path]
-        else:
-            raise DataError(f"{path} does not exist: give a file, a folder or hub:NAME")
-        texts = [text for file in files for text in _file_texts(file)]
+        texts = [text for file in _files(Path(source)) for text in _file_texts(file)]
     if not texts:
         raise DataError(f"{source} holds no text: an empty corpus cannot be trained on")
     return texts
+
+
+def _files(path: Path) -> list[Path]:
+    try:
+        if path.is_dir():
+            return sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl"))
+        if path.is_file():
+            return [path]
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise DataError(f"{path} cannot be read: {error}") from error
+    raise DataError(f"{path} does not exist: give a file, a folder or hub:NAME")
 
 
 def _file_texts(path: Path) -> list[str]:
@@ -80,7 +91,10 @@ def _file_texts(path: Path) -> list[str]:
     if path.suffix != ".txt":
         raise DataError(f"{path} must be a .txt or a .jsonl file")
     paragraphs = re.split(r"\n[ \t]*\n", _utf8(path))
-    return [text.strip() for text in paragraphs if text.strip()]
+    try:
+        return [_checked(text.strip()) for text in paragraphs if text.strip()]
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; blank lines part the documents of a text") from error
 
 
 def _utf8(path: Path) -> str:
@@ -98,7 +112,7 @@ def _json_lines(path: Path, wanted: str, document: Callable[[Any], str]) -> list
             continue
         try:
             texts.append(document(json.loads(line)))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}, line {number}: expected an object with {wanted} ({error!r})"
             ) from error
@@ -106,7 +120,7 @@ def _json_lines(path: Path, wanted: str, document: Callable[[Any], str]) -> list
 
 
 def _problem(row: Any) -> str:
-    return _CALCULATOR_NOTE.sub("", f"{row['question']}\n{row['answer']}")
+    return _checked(_CALCULATOR_NOTE.sub("", f"{row['question']}\n{row['answer']}"))
 
 
 def _document(row: Any) -> str:
@@ -114,7 +128,23 @@ def _document(row: Any) -> str:
         return _problem(row)
     if not isinstance(row["text"], str):
         raise TypeError(f"text is {type(row['text']).__name__}")
-    return row["text"]
+    return _checked(row["text"])
+
+
+def _checked(text: str) -> str:
+    """A text that a tokenizer takes.
+
+    Raises:
+        ValueError: it is too long, or holds half of a surrogate pair.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"a document of {len(text):,} characters is longer than {LONGEST:,}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"half of a surrogate pair, {half!r}, is no character") from None
+    return text
 
 
 def _hub_texts(source: str) -> list[str]:
@@ -134,10 +164,10 @@ def _hub_texts(source: str) -> list[str]:
         raise DataError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
     try:
         return [_document(row) for row in rows]
-    except (KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{source}: expected rows with text, or question and answer; the columns are "
-            f"{rows.column_names}"
+            f"{source} ({error!r}): expected rows with text, or question and answer; the columns "
+            f"are {rows.column_names}"
         ) from error
 
 
@@ -171,8 +201,20 @@ def shared_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> PreTrai
     """
     if not (folder / "tokenizer.json").is_file():
         partial = folder.with_name(folder.name + ".partial")
-        train_tokenizer(texts, vocab_size).save_pretrained(partial)
-        partial.replace(folder)
+        made = train_tokenizer(texts, vocab_size)
+        shutil.rmtree(partial, ignore_errors=True)
+        with saving(partial):
+            made.save_pretrained(partial)
+            partial.replace(folder)
+    return read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read, or has no BOS and EOS.
+    """
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:
@@ -195,8 +237,16 @@ def split(texts: list[str], held_out: int, seed: int) -> tuple[list[str], list[s
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def pack(texts: list[str], tokenizer: Any, length: int) -> Int[Tensor, "row length"]:
+def pack(
+    texts: list[str], tokenizer: Any, length: int, prepend_bos: bool = True
+) -> Int[Tensor, "row length"]:
     """Documents between BOS and EOS, joined and cut into rows; the rest at the end is dropped.
+
+    Args:
+        texts: The documents.
+        tokenizer: With EOS, and BOS if it is prepended.
+        length: Tokens a row.
+        prepend_bos: Whether BOS begins each document; EOS alone parts them otherwise.
 
     Raises:
         DataError: if the texts do not fill one row.
@@ -204,7 +254,9 @@ def pack(texts: list[str], tokenizer: Any, length: int) -> Int[Tensor, "row leng
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     stream: list[int] = []
     for text in texts:
-        stream += [*with_bos(tokenizer.encode(text, add_special_tokens=False), bos), eos]
+        # Not verbose: a document may be longer than the context, since rows are cut afterwards.
+        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        stream += [*(with_bos(ids, bos) if prepend_bos else ids), eos]
     n = len(stream) // length
     if n == 0:
         raise DataError(f"{len(stream)} tokens do not fill one row of {length}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_looped.errors import CheckpointError, ConfigError
+from tl_looped.errors import CheckpointError, ConfigError, DataError
 from tl_looped.model.config import TRAINED, LoopedConfig
 from tl_looped.training.saved import (
     MANIFEST,
@@ -69,10 +69,15 @@ def check_vacant(out: Path) -> None:
 
     Raises:
         ConfigError: naming what is there.
+        DataError: no folder can be called so, or it cannot be looked into.
     """
-    if (out / RUN).is_file() or not out.is_dir():
-        return
-    names = sorted(path.name for path in out.iterdir())
+    try:
+        str(out).encode("utf-8")  # as the libraries need it that save weights and tokenizers
+        if (out / RUN).is_file() or not out.is_dir():
+            return
+        names = sorted(path.name for path in out.iterdir())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(out)!r} cannot be the folder of a run: {error}") from error
     run = [name for name in names if name in _OF_A_RUN]
     if run:
         raise ConfigError(

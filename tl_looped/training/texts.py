@@ -1,4 +1,4 @@
-"""From a corpus and a shape to a trained model: what ``tl-looped train`` does."""
+"""From a corpus, and a shape or a model, to a trained model: what ``tl-looped train`` does."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from accelerate import PartialState
+from torch import Tensor
 
-from tl_looped.errors import ConfigError
+from tl_looped.errors import ConfigError, TokenizerError
+from tl_looped.files import make_folder
 from tl_looped.model.config import InitialState, Injection, LoopedConfig
-from tl_looped.training.corpus import pack, read_texts, shared_tokenizer, split
+from tl_looped.training.corpus import (
+    pack,
+    read_texts,
+    read_tokenizer,
+    shared_tokenizer,
+    split,
+)
 from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_table
+from tl_looped.training.log import Entry
 from tl_looped.training.losses import ExitWeighted
+from tl_looped.training.record import check_vacant
+from tl_looped.training.saved import Say, warn
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import Tick, train
 from tl_looped.transformer import LoopedTransformer
 
 EVALUATED_ROWS = 16
+CONTEXT = 256
+LEAST_VOCABULARY = 259
+"""Every byte, and BOS, EOS and PAD."""
+MOST_VOCABULARY = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,11 @@ class Shape:
         d_model: Dimensions.
         heads: Attention heads; divides ``d_model``.
         context: Tokens a row.
-        vocabulary: Tokens of the tokenizer that is trained on the corpus.
+        vocabulary: Tokens of the tokenizer that is trained on the corpus, 259 (every byte and
+            three special tokens) to 1,048,576.
+
+    Raises:
+        ConfigError: for another vocabulary.
     """
 
     prelude: int = 2
@@ -44,8 +62,15 @@ class Shape:
     injection: bool = False
     d_model: int = 128
     heads: int = 4
-    context: int = 256
+    context: int = CONTEXT
     vocabulary: int = 2048
+
+    def __post_init__(self) -> None:
+        if not LEAST_VOCABULARY <= self.vocabulary <= MOST_VOCABULARY:
+            raise ConfigError(
+                f"vocabulary must be from {LEAST_VOCABULARY} (every byte, BOS, EOS and PAD) to "
+                f"{MOST_VOCABULARY}, got {self.vocabulary}"
+            )
 
     def config(self, d_vocab: int, seed: int, exit_gate: bool, device: str) -> LoopedConfig:
         """The configuration of a model of this shape.
@@ -89,11 +114,12 @@ def train_on_texts(
     held_out: int = 100,
     tokenizer: Path | None = None,
     device: str = "cpu",
-    report: Callable[[dict[str, Any]], None] = lambda entry: None,
+    report: Callable[[Entry], None] = lambda entry: None,
     tick: Callable[[Tick], None] = lambda tick: None,
     snapshots: int | None = None,
-) -> tuple[list[dict[str, Any]], pd.DataFrame]:
-    """Train a model of a shape on a corpus; called again, an interrupted run goes on.
+    say: Say = warn,
+) -> tuple[list[Entry], pd.DataFrame]:
+    """Train a new model of a shape on a corpus; called again, an interrupted run goes on.
 
     Besides the files of :func:`tl_looped.training.trainer.train`, ``out`` gets ``tokenizer/`` and
     ``evaluation.csv``, the final model's held-out loss at 1 to 32 recurrences.
@@ -107,22 +133,90 @@ def train_on_texts(
         held_out: Documents that are set aside.
         tokenizer: Folder of a tokenizer with BOS and EOS; trained on the corpus if None.
         device: Where to train.
-        report, tick, snapshots: As in ``train``.
+        report, tick, snapshots, say: As in ``train``.
 
     Returns:
         The log and the evaluation.
+
+    Raises:
+        ConfigError: ``out`` holds another run, a model or a tokenizer.
+        CheckpointError: ``tokenizer`` holds none.
     """
-    seed = spec.seed if spec.data_seed is None else spec.data_seed
+    check_vacant(out)
     # One process reads and trains the tokenizer, the others find it.
     with PartialState(cpu=device == "cpu").main_process_first():
-        training, aside = split(read_texts(source), held_out, seed)
-        found = shared_tokenizer(training, shape.vocabulary, tokenizer or out / "tokenizer")
+        training, aside = _corpus(source, held_out, spec)
+        found = (
+            shared_tokenizer(training, shape.vocabulary, make_folder(out) / "tokenizer")
+            if tokenizer is None
+            else read_tokenizer(tokenizer)
+        )
     rows, held_out_rows = (pack(texts, found, shape.context) for texts in (training, aside))
     gate = isinstance(spec.loss, ExitWeighted)
     cfg = shape.config(len(found), spec.seed, gate, device)
     model = LoopedTransformer.from_config(cfg, found)
-    log = train(model, rows, held_out_rows, spec, out, report, tick, snapshots)
-    table = loss_by_recurrences(model, held_out_rows[:EVALUATED_ROWS], EVALUATED)
+    log = train(model, rows, held_out_rows, spec, out, report, tick, snapshots, say)
+    return log, _evaluated(model, held_out_rows, out)
+
+
+def train_model_on_texts(
+    model: LoopedTransformer,
+    source: str,
+    out: Path,
+    spec: TrainSpec,
+    context: int | None = None,
+    held_out: int = 100,
+    report: Callable[[Entry], None] = lambda entry: None,
+    tick: Callable[[Tick], None] = lambda tick: None,
+    snapshots: int | None = None,
+    say: Say = warn,
+    fresh: bool = False,
+) -> tuple[list[Entry], pd.DataFrame]:
+    """Go on training a model with its own tokenizer: heal a retrofit, fine-tune a looped model.
+
+    Each document begins with BOS if the model's texts do (``cfg.default_prepend_bos``), and ends
+    with EOS. ``out`` gets what :func:`train_on_texts` writes but for ``tokenizer/``; ``best`` and
+    ``final`` hold the model's tokenizer.
+
+    Args:
+        model: Changed in place.
+        source: See :func:`tl_looped.training.corpus.read_texts`.
+        out: Folder of the run, not the one that the model was read from.
+        spec: Hyperparameters. A trained model wants a lower learning rate than a new one.
+        context: Tokens a row; the model's context or 256, whichever is less, if None.
+        held_out: Documents that are set aside.
+        report, tick, snapshots, say, fresh: As in ``train``.
+
+    Returns:
+        The log and the evaluation.
+
+    Raises:
+        ConfigError: ``out`` holds another run, a model or a tokenizer.
+        TokenizerError: the model has no tokenizer, or one without EOS.
+    """
+    check_vacant(out)
+    tokenizer = model.tokenizer
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        lacks = "no tokenizer" if tokenizer is None else "a tokenizer without EOS"
+        raise TokenizerError(
+            f"the model has {lacks}, so it cannot be trained on texts: pack rows of token ids "
+            "yourself and call tl_looped.training.trainer.train"
+        )
+    training, aside = _corpus(source, held_out, spec)
+    length = min(CONTEXT, model.cfg.n_ctx) if context is None else context
+    bos = bool(model.cfg.default_prepend_bos) and tokenizer.bos_token_id is not None
+    rows, held_out_rows = (pack(texts, tokenizer, length, bos) for texts in (training, aside))
+    log = train(model, rows, held_out_rows, spec, out, report, tick, snapshots, say, fresh)
+    return log, _evaluated(model, held_out_rows, out)
+
+
+def _corpus(source: str, held_out: int, spec: TrainSpec) -> tuple[list[str], list[str]]:
+    seed = spec.seed if spec.data_seed is None else spec.data_seed
+    return split(read_texts(source), held_out, seed)
+
+
+def _evaluated(model: LoopedTransformer, held_out: Tensor, out: Path) -> pd.DataFrame:
+    table = loss_by_recurrences(model, held_out[:EVALUATED_ROWS], EVALUATED)
     if PartialState().is_main_process:
         write_table(table, out / "evaluation.csv")
-    return log, table
+    return table
