@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN
+from feedforwards import feedforward
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tl_looped import (
@@ -23,7 +26,9 @@ from tl_looped import (
     ConfigError,
     LoopedTransformer,
     TLLoopedError,
+    TokenizerError,
     UnknownArchitectureError,
+    retrofit,
 )
 from tl_looped.adapters import all_aliases
 
@@ -251,3 +256,180 @@ def test_unknown_name_lists_the_aliases(name: str) -> None:
 def test_dtype_must_be_a_float(dtype: Any) -> None:
     with refused(ConfigError, repr(dtype), "bfloat16"):
         load(GOLDEN / "ouro", dtype=dtype)
+
+
+# -- what is no weight ------------------------------------------------------------------------
+
+NORM = {"ouro": "model.norm.weight"} | dict.fromkeys(
+    ("huginn", "retrofit_llama", "retrofit_tinyllama", "retrofit_olmo"), "transformer.ln_f.weight"
+)
+CODES = {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+def with_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("case", NORM)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_codes_in_place_of_weights_are_refused(case: str, device: str, tmp_path: Path) -> None:
+    made = shutil.copytree(GOLDEN / case, tmp_path / "model")
+    name = NORM[case]
+    for dtype, called in CODES.items():
+        with_tensor(made, name, lambda weight, dtype=dtype: torch.ones_like(weight).to(dtype))
+        with refused(CheckpointError, f"dtype: {name} is {called}", "dequantised"):
+            LoopedTransformer.from_pretrained(made, device=device)
+
+
+def test_a_table_that_is_not_needed_may_be_of_any_type(tmp_path: Path) -> None:
+    made = shutil.copytree(GOLDEN / "huginn", tmp_path / "model")
+    logits = load(made)(torch.tensor([[1, 2]]), initial_state="zeros")
+    with_tensor(made, "freqs_cis", lambda table: table.to(torch.int8))
+    assert torch.equal(load(made)(torch.tensor([[1, 2]]), initial_state="zeros"), logits)
+
+
+def test_packed_tensors_are_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    layer = "model.layers.0.self_attn.q_proj"
+    del tensors[f"{layer}.weight"]
+    tensors |= {
+        f"{layer}.qweight": torch.zeros(8, 64, dtype=torch.int32),
+        f"{layer}.scales": torch.ones(1, 64),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    with refused(
+        CheckpointError,
+        f"missing: {layer}.weight [64, 64]",
+        f"unexpected: {layer}.qweight [8, 64]",
+        f"unexpected: {layer}.scales [1, 64]",
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_a_quantisation_in_the_config_is_refused(method: str, folder: Path, tmp_path: Path) -> None:
+    said = {"quantization_config": {"quant_method": method, "bits": 4}}
+    change_config(folder, **said)
+    with refused(ConfigError, "quantization_config", method, "dequantise"):
+        load(folder)
+    source = tmp_path / "source"
+    feedforward("llama").save_pretrained(source)
+    change_config(source, **said)
+    with refused(ConfigError, "quantization_config", method, "dequantise"):
+        retrofit(source, core=[3], device="cpu")
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_no_quantisation_in_the_config_is_harmless(nothing: Any, folder: Path) -> None:
+    change_config(folder, quantization_config=nothing, compression_config=nothing)
+    assert load(folder).cfg.architecture == "ouro"
+
+
+def test_a_feedforward_folder_of_codes_is_refused(tmp_path: Path) -> None:
+    feedforward("llama").save_pretrained(tmp_path)
+    with_tensor(tmp_path, "model.norm.weight", lambda w: torch.ones_like(w).to(torch.int8))
+    with refused(CheckpointError, "dtype: model.norm.weight is I8"):
+        retrofit(tmp_path, core=[3], device="cpu")
+
+
+def test_a_feedforward_model_of_codes_is_refused() -> None:
+    source = feedforward("llama")
+    codes = torch.ones(48, dtype=torch.int8)
+    source.model.norm.weight = torch.nn.Parameter(codes, requires_grad=False)
+    with refused(ConfigError, "model.norm.weight is torch.int8", "dequantise"):
+        retrofit(source, core=[3], device="cpu")
+
+
+# -- weights that are no numbers --------------------------------------------------------------
+
+
+def broken(value: float) -> Callable[[Tensor], Tensor]:
+    def change(weight: Tensor) -> Tensor:
+        weight = weight.clone()
+        weight.view(-1)[5] = weight.view(-1)[9] = value
+        return weight
+
+    return change
+
+
+@pytest.mark.parametrize("case", NORM)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(case: str, value: float, tmp_path: Path) -> None:
+    made = shutil.copytree(GOLDEN / case, tmp_path / "model")
+    with_tensor(made, NORM[case], broken(value))
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        with refused(CheckpointError, NORM[case], "2 of its 64", "[5]"):
+            load(made, dtype=dtype)
+    with refused(CheckpointError, "model.norm.weight"):
+        source = feedforward("llama")
+        source.model.norm.weight.data[5] = value
+        retrofit(source, core=[3], device="cpu")
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(folder: Path) -> None:
+    with_tensor(folder, "model.norm.weight", broken(-1e5))
+    with refused(CheckpointError, "model.norm.weight holds 1e+05", "torch.float16", "bfloat16"):
+        load(folder, dtype="float16")
+    assert load(folder, dtype="bfloat16").ln_final.w.min() < -9e4
+
+
+# -- sizes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "part"),
+    [
+        ("huginn", {"n_embd": 2**40}, "embedding of 97 * 1099511627776"),
+        ("huginn", {"vocab_size": 2**40, "padded_vocab_size": 2**40}, "embedding of"),
+        ("retrofit_llama", {"intermediate_size": 2**62}, "layers of at least"),
+        ("retrofit_olmo", {"n_heads": 2**40, "num_key_value_heads": 2**40}, "layers of at least"),
+        ("ouro", {"head_dim": 2**50}, "layers of at least"),
+        ("ouro", {"num_hidden_layers": 100_000}, "100000 layers of at least"),
+        ("ouro", {"hidden_size": 2**40, "vocab_size": 2**40}, "embedding of"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sizes_far_beyond_the_files_are_refused_before_they_are_allocated(
+    case: str, changes: dict[str, Any], part: str, device: str, tmp_path: Path
+) -> None:
+    made = shutil.copytree(GOLDEN / case, tmp_path / "model")
+    change_config(made, **changes)
+    with refused(CheckpointError, part, "the files hold"):
+        LoopedTransformer.from_pretrained(made, device=device)
+
+
+def test_wrong_tensors_are_refused_on_the_meta_device_too(folder: Path) -> None:
+    change_config(folder, intermediate_size=95)
+    with refused(CheckpointError, "is [96, 64], expected [95, 64]"):
+        LoopedTransformer.from_pretrained(folder, device="meta")
+
+
+# -- tokenizers -------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
+    words = {f"w{i}": i for i in range(96)} | {"hole": 97}
+    larger = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0"))
+    )
+    assert len(larger) == 97  # the model has as many rows, for the ids 0 to 96
+    model = load(folder)
+    for give in (model.set_tokenizer, lambda tokenizer: setattr(model, "tokenizer", tokenizer)):
+        with refused(TokenizerError, "'hole' (97)", "vocabulary 97"):
+            give(larger)
+        assert model.tokenizer is None
+    with refused(TokenizerError, "'hole' (97)"):
+        LoopedTransformer.from_config(model.cfg, larger)
+    larger.save_pretrained(folder)
+    with refused(TokenizerError, "'hole' (97)"):
+        load(folder)

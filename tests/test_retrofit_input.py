@@ -257,6 +257,15 @@ def test_weights_that_are_no_numbers_are_noticed() -> None:
     model = small_llama()
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight is not finite"):
+        retrofit(model, core=[3], device="cpu")
+
+
+def test_logits_that_are_no_numbers_are_noticed() -> None:
+    model = small_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e30)
+        model.lm_head.weight.fill_(1e30)
     with pytest.raises(ConfigError, match="gives logits that are not finite"):
         retrofit(model, core=[3], device="cpu")
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -33,6 +32,15 @@ from tl_looped.adapters import (
 )
 from tl_looped.adapters.mapping import give_values, problems, stored_tensors
 from tl_looped.adapters.native import native_config
+from tl_looped.adapters.stored import (
+    Header,
+    Reader,
+    read_headers,
+    refuse_quantised,
+    refuse_sizes,
+    tensor_files,
+    wrong_dtypes,
+)
 from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
 from tl_looped.files import is_file, is_folder
 from tl_looped.model.bos import adds_bos
@@ -47,9 +55,6 @@ _GENERATION = "generation_config.json"
 _NOT_OF_THE_FORMAT = ("dtype", "model_name", "init_mode", "initializer_range", "seed")
 """Fields of the machine, of the name, and of how random weights were once drawn."""
 
-REOPEN_AFTER = 2**27
-"""Bytes after which a file is opened anew while a checkpoint is read."""
-
 
 @dataclass
 class Checkpoint:
@@ -59,8 +64,7 @@ class Checkpoint:
         folder: Where it is.
         name: What the user called it.
         raw: Its ``config.json``.
-        shapes: Shape of every tensor.
-        files: The file that holds each tensor.
+        headers: Every tensor's file, shape and dtype.
         adapter: The family.
         n_recurrences: Recurrences that the alias asks for, or None.
     """
@@ -68,13 +72,18 @@ class Checkpoint:
     folder: Path
     name: str
     raw: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
-    files: dict[str, Path]
+    headers: dict[str, Header]
     adapter: Adapter
     n_recurrences: int | None = None
 
     def config(self) -> LoopedConfig:
-        """The model's configuration."""
+        """The model's configuration.
+
+        Raises:
+            ConfigError: a value that no supported model has, or a quantised checkpoint.
+            CheckpointError: sizes far beyond those of the tensors.
+        """
+        refuse_quantised(self.raw, self.name)
         try:
             cfg = self.adapter.config(self.raw)
         except TLLoopedError:
@@ -84,6 +93,7 @@ class Checkpoint:
                 f"{self.name}: config.json holds a value of the wrong kind "
                 f"({type(error).__name__}: {error})"
             ) from error
+        refuse_sizes(cfg, self.headers, self.name)
         # The name of a folder, not where it lies: a saved model should not tell its owner's paths.
         cfg.model_name = Path(self.name).name if is_folder(self.name) else self.name
         return cfg
@@ -100,6 +110,29 @@ class Checkpoint:
                 setattr(tokenizer, f"{kind}_token", token)
         return tokenizer
 
+    def check(self, model: nn.Module) -> None:
+        """Compare the tensors that there are with those that a model needs, none of them read.
+
+        Args:
+            model: Of this checkpoint's configuration, on any device.
+
+        Raises:
+            CheckpointError: missing, unexpected, mis-shaped or quantised tensors, all of them
+                listed.
+        """
+        cfg = self.config()
+        sources, duplicates = self.adapter.sources(cfg), self.adapter.duplicates(cfg)
+        targets = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shapes = {name: header.shape for name, header in self.headers.items()}
+        used = [name for source in sources.values() for name in source.names] + [*duplicates]
+        optional = self.adapter.ignored(cfg) | set(duplicates)
+        found = problems(sources, targets, shapes, optional) + wrong_dtypes(self.headers, used)
+        if found:
+            listed = "\n  ".join(found)
+            raise CheckpointError(
+                f"{self.name} does not hold the tensors of a {self.adapter.name} model:\n  {listed}"
+            )
+
     def load_into(
         self,
         model: nn.Module,
@@ -111,64 +144,22 @@ class Checkpoint:
         Every tensor goes from its mapped file straight to its device.
 
         Args:
-            model: Its parameters are replaced.
+            model: Its parameters are replaced; :meth:`check` has found its tensors in order.
             device: Of all of them, or of each by name.
             dtype: Of all of them.
 
         Raises:
-            CheckpointError: missing, unexpected or mis-shaped tensors, all of them listed.
+            CheckpointError: a weight that is not finite, or a second copy of one that differs.
         """
         cfg = self.config()
-        sources, duplicates = self.adapter.sources(cfg), self.adapter.duplicates(cfg)
-        targets = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        optional = self.adapter.ignored(cfg) | set(duplicates)
-        found = problems(sources, targets, self.shapes, optional)
-        if found:
-            listed = "\n  ".join(found)
-            raise CheckpointError(
-                f"{self.name} does not hold the tensors of a {self.adapter.name} model:\n  {listed}"
-            )
-        with _Reader(self.files) as read:
-            for extra, original in duplicates.items():
-                if extra in self.shapes and not torch.equal(read(extra), read(original)):
+        with Reader(self.headers) as read:
+            for extra, original in self.adapter.duplicates(cfg).items():
+                if extra in self.headers and not torch.equal(read(extra), read(original)):
                     raise CheckpointError(
                         f"{self.name}: {extra} is stored and differs from {original}, "
                         "but the config says that the two are tied"
                     )
-            give_values(model, sources, read, device, dtype)
-
-
-class _Reader:
-    """Tensors of a checkpoint's files, mapped and not copied.
-
-    As long as a file is open, all that was read of it counts as memory of the process, which would
-    in the end hold the checkpoint twice. So a file is opened anew from time to time; for each
-    tensor it would take as long as a tenth of the reading.
-    """
-
-    def __init__(self, files: dict[str, Path]) -> None:
-        self.files = files
-        self._path: Path | None = None
-        self._file: Any = None
-        self._n_bytes = 0
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.__exit__(*error)
-        self._path = self._file = None
-
-    def __call__(self, name: str) -> Tensor:
-        path = self.files[name]
-        if path != self._path or self._n_bytes > REOPEN_AFTER:
-            self.__exit__(None, None, None)
-            self._path, self._n_bytes = path, 0
-            self._file = safe_open(path, framework="pt").__enter__()
-        tensor: Tensor = self._file.get_tensor(name)
-        self._n_bytes += tensor.nbytes
-        return tensor
+            give_values(model, self.adapter.sources(cfg), read, device, dtype)
 
 
 def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Checkpoint:
@@ -208,17 +199,10 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     if revision is not None and (folder in BUNDLED.values() or is_folder(name)):
         raise CheckpointError(f"revision={revision!r} is for the hub, but {name} is a folder")
     raw = read_config(folder)
-    files = tensor_files(folder)
-    shapes: dict[str, tuple[int, ...]] = {}
-    where: dict[str, Path] = {}
-    for path in files:
-        for tensor_name, shape in read_shapes(path).items():
-            if tensor_name in where:
-                raise CheckpointError(f"{tensor_name} is in both {where[tensor_name]} and {path}")
-            shapes[tensor_name], where[tensor_name] = shape, path
-    adapter = find_adapter(raw, set(shapes))
+    headers = read_headers(tensor_files(folder))
+    adapter = find_adapter(raw, set(headers))
     recurrences = alias.n_recurrences if alias else None
-    return Checkpoint(folder, name, raw, shapes, where, adapter, recurrences)
+    return Checkpoint(folder, name, raw, headers, adapter, recurrences)
 
 
 def download(hub_id: str, revision: str | None) -> Path:
@@ -275,56 +259,6 @@ def read_tokenizer(folder: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:
         raise CheckpointError(f"{folder}/tokenizer.json cannot be read: {error}") from error
-
-
-def tensor_files(folder: Path) -> list[Path]:
-    """Files of the weights: ``model.safetensors``, else the index's, else every safetensors.
-
-    The order is that of transformers, which leaves an old index in the folder when a model is saved
-    anew as one file.
-    """
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
-        bad = [n for n in names if not isinstance(n, str) or Path(n).name != n]
-        if bad:
-            raise CheckpointError(f"{index} names files outside its folder: {bad}")
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder} lacks the shards {missing} that its index names")
-        return [folder / n for n in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has weights only as pickles ({', '.join(pickles)}), which can run code when "
-            "they are opened. Convert them to safetensors first; they are not read here."
-        )
-    raise CheckpointError(f"{folder} has no safetensors file")
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in a file, from its header alone.
-
-    Raises:
-        CheckpointError: if the file is damaged or cut off.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); it may be truncated, fetch it again"
-        ) from error
 
 
 def save(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_looped.adapters.base import Source
+from tl_looped.errors import CheckpointError
 
 
 def problems(
@@ -71,6 +72,9 @@ def give_values(
         read: Gives a stored tensor by name.
         device: Of all parameters, or of each by name.
         dtype: Of all of them.
+
+    Raises:
+        CheckpointError: a weight that is not finite, as it is stored or in ``dtype``.
     """
     for name, parameter in dict(model.named_parameters()).items():
         place = device[name] if isinstance(device, Mapping) else device
@@ -78,9 +82,32 @@ def give_values(
         source = sources[name]
         for stored_name, part in zip(source.names, value.split(_rows(source, value)), strict=True):
             stored = read(stored_name).detach()
-            part.copy_((stored[source.index] if source.index else stored).reshape(part.shape))
+            stored = stored[source.index] if source.index else stored
+            part.copy_(stored.reshape(part.shape))
+            _refuse_not_finite(part, stored, stored_name)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+def _refuse_not_finite(value: Tensor, stored: Tensor, name: str) -> None:
+    """One pass over a weight that was just written, without a copy: its least and largest value.
+
+    A NaN is both, if there is one.
+    """
+    if not value.numel() or all(bound.isfinite() for bound in value.aminmax()):
+        return
+    finite = stored.isfinite()
+    if finite.all():
+        largest = float(stored.abs().max())
+        raise CheckpointError(
+            f"{name} holds {largest:.4g}, which is too large for {value.dtype}: load it with "
+            "dtype='bfloat16' or 'float32'"
+        )
+    n, first = int((~finite).sum()), (~finite).nonzero()[0].tolist()
+    raise CheckpointError(
+        f"{name} is not finite: NaN or infinity in {n} of its {finite.numel()} numbers, the first "
+        f"at {first}. The checkpoint is damaged, or its training diverged; take an earlier one"
+    )
 
 
 def stored_tensors(

@@ -27,7 +27,7 @@ from torch import Tensor
 from tl_looped._compat import get_device
 from tl_looped.adapters import Source
 from tl_looped.adapters.mapping import give_values, problems
-from tl_looped.errors import CheckpointError, InputError
+from tl_looped.errors import CheckpointError, ConfigError, InputError
 from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
 from tl_looped.retrofitting.families import feedforward_sources, looped_config
 from tl_looped.retrofitting.feedforward import Feedforward, open_feedforward
@@ -145,6 +145,11 @@ def _parts(
     sources = feedforward_sources(cfg, source.family, plan, tied)
     tensors = source.tensors()
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ConfigError(
+                f"{source.name} is quantised: its {name} is {tensor.dtype}; dequantise it first "
+                "(transformers: model.dequantize())"
+            )
         # Biases of queries, keys and values are stored by head here.
         if name.endswith("_proj.bias") and len(tensor) % cfg.d_head == 0:
             tensors[name] = tensor.unflatten(0, (-1, cfg.d_head))

@@ -18,14 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tl_looped.adapters.rope import refuse_contradictions
-from tl_looped.checkpoints import (
-    download,
-    read_config,
-    read_generation_config,
-    read_shapes,
-    read_tokenizer,
-    tensor_files,
-)
+from tl_looped.adapters.stored import read_headers, refuse_quantised, tensor_files, wrong_dtypes
+from tl_looped.checkpoints import download, read_config, read_generation_config, read_tokenizer
 from tl_looped.errors import CheckpointError, ConfigError, InputError
 from tl_looped.retrofitting.families import Family, family_of
 
@@ -150,8 +144,12 @@ def _load(
     refuse_contradictions(raw)
     if type(raw.get("num_hidden_layers")) is int:
         check_layers(raw["num_hidden_layers"])
-    for file in tensor_files(folder):  # says what is wrong with a folder of pickles
-        read_shapes(file)  # and with a file that is cut off
+    refuse_quantised(raw, name)
+    # These say what is wrong with a folder of pickles, a file that is cut off, a quantised tensor.
+    headers = read_headers(tensor_files(folder))
+    codes = wrong_dtypes(headers, headers)
+    if codes:
+        raise CheckpointError("\n  ".join((f"{name} is not a checkpoint of weights:", *codes)))
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,

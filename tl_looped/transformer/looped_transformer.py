@@ -125,7 +125,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                 tokenizer files are read: no remote code, no pickles.
             n_recurrences: Recurrences; the checkpoint's own number if None.
             device: TransformerLens's default device if None. ``"meta"`` loads no values.
-            dtype: fp32 if None, as in TransformerLens.
+            dtype: fp32 if None, as in TransformerLens. A weight that it cannot hold is refused.
             revision: Branch, tag or commit on the hub.
             device_map: Spread the weights over several devices: ``"auto"``, ``"balanced"``,
                 ``"balanced_low_0"`` or ``"sequential"`` as in accelerate, or a dict of module names
@@ -155,6 +155,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             cfg.default_prepend_bos, cfg.bos_from = default_prepend_bos, "caller"
         model = cls(cfg, source.tokenizer())
         model.generation_config = source.generation_config()
+        source.check(model)
         wanted = source.n_recurrences if n_recurrences is None else n_recurrences
         if wanted is not None:
             model.set_recurrences(wanted)

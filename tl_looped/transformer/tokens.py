@@ -22,6 +22,7 @@ from tl_looped.errors import InputError, TokenizerError
 from tl_looped.model.bos import adds_bos, bos_sentence, with_bos
 from tl_looped.transformer.reading import Chats, Given, Rows, Tokens, read_input, read_rows
 from tl_looped.transformer.text_length import checked_lengths
+from tl_looped.transformer.vocabulary import refuse_larger
 from tl_looped.transformer.weights import WeightsMixin
 
 _SPECIAL = ("pad", "bos", "eos")
@@ -30,7 +31,19 @@ _SPECIAL = ("pad", "bos", "eos")
 class TokensMixin(WeightsMixin):
     """The tokenizer's side of a model."""
 
-    tokenizer: Any
+    @property
+    def tokenizer(self) -> Any:
+        """A Hugging Face tokenizer, or None for a model of token ids only.
+
+        Raises:
+            TokenizerError: when one is set that gives ids without an embedding.
+        """
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        refuse_larger(tokenizer, self.cfg.d_vocab)
+        self._tokenizer = tokenizer
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
         """Use this tokenizer from now on.
@@ -40,13 +53,9 @@ class TokensMixin(WeightsMixin):
             default_padding_side: ``"left"`` or ``"right"``; the tokenizer's own if None.
 
         Raises:
-            TokenizerError: if it has more tokens than the model's vocabulary.
+            TokenizerError: if it gives ids for which the model has no embedding.
         """
-        if len(tokenizer) > self.cfg.d_vocab:
-            raise TokenizerError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
-                f"{self.cfg.d_vocab}: some texts would have no embedding"
-            )
+        refuse_larger(tokenizer, self.cfg.d_vocab)
         if default_padding_side not in (None, "left", "right"):
             raise InputError(
                 f"default_padding_side must be 'left' or 'right', got {default_padding_side!r}"
