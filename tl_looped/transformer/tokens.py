@@ -55,7 +55,6 @@ class TokensMixin(WeightsMixin):
         Raises:
             TokenizerError: if it gives ids for which the model has no embedding.
         """
-        refuse_larger(tokenizer, self.cfg.d_vocab)
         if default_padding_side not in (None, "left", "right"):
             raise InputError(
                 f"default_padding_side must be 'left' or 'right', got {default_padding_side!r}"
