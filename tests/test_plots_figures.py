@@ -70,7 +70,10 @@ def test_a_figure_has_caption_numbers_and_the_paper_s_recurrences(
     assert "(2, 3 x 3, 1)" in drawn.caption
     paper = FIGURES[number].recurrences
     if number != 33 and paper is not None:
-        assert f"3 recurrences (the paper's figure has {paper})" in drawn.caption
+        assert (
+            f"3 recurrences (not trained as a loop; the paper's figure has {paper})"
+            in drawn.caption
+        )
     assert drawn.settings["recurrences"] == 3
     for axes in drawn.figure.axes:
         assert axes.get_xlabel() or axes.get_ylabel()

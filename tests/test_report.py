@@ -240,7 +240,8 @@ def test_runs_of_one_model_share_a_row(tmp_path: Path) -> None:
     add_run(tmp_path / "other", result(model_identity="other weights"))
     rows = read_findings(tmp_path).rows()
     assert [(row.model, row.shape, len(row.runs)) for row in rows] == [
-        ("toy", f"({P}, {K} x {R}, {C})", 1), ("toy", f"({P}, {K} x R, {C}), trained with {R}", 4),
+        ("toy (weights other we)", f"({P}, {K} x {R}, {C})", 1),
+        ("toy", f"({P}, {K} x R, {C}), trained with {R}", 4),
         ("base", "6 layers, feedforward", 1),
     ]  # fmt: skip
     fixed, rate, _, cyclicity, mirroring = rows[1].cells

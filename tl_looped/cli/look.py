@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tl_looped.cli.console import command_line, console, note
 from tl_looped.errors import InputError
-from tl_looped.words import count, training
+from tl_looped.words import count, differing, training
 
 _DTYPES = {"float32": 4, "bfloat16": 2}
 
@@ -46,15 +46,19 @@ def compare(
     make_folder(out)
     for notice in found.notices:
         note(notice)
-    console.print(_table("Runs", found.runs.drop(columns="hash")))
+    short = dict(zip(runs, differing(list(runs)), strict=True))
+    console.print(_runs_table(found.runs, short))
+    for name, label in short.items():
+        if name != label:
+            console.print(f"  {label}: {name}", highlight=False, soft_wrap=True)
     if not found.mirroring.empty:
         keys = ["run", "feedforward", "metric", "curve"]
         means = found.mirroring.groupby(keys)[["pearson", "spearman", "lag"]].mean()
-        console.print(_table("Mirroring, mean over recurrences", means.reset_index()))
+        console.print(_table("Mirroring, mean over recurrences", means.reset_index(), short))
     if not found.clusters.empty:
         keys = ["run", "feedforward"]
         means = found.clusters.groupby(keys)[["agreement", "rand_index", "transitions"]].mean()
-        console.print(_table("Stages, mean over recurrences", means.reset_index()))
+        console.print(_table("Stages, mean over recurrences", means.reset_index(), short))
     found.write(out / "tables")
     if figures:
         _overlays(runs, out / "figures")
@@ -134,10 +138,29 @@ def info(
     console.print(table)
 
 
-def _table(title: str, data: Any) -> Table:
+def _runs_table(runs: Any, short: dict[str, str]) -> Table:
+    """The runs and what tells them apart; columns that are alike in all stand in the title."""
+    runs = runs.drop(columns="hash")
+    alike = [c for c in runs.columns if c != "run" and len(runs) > 1 and runs[c].nunique() == 1]
+    said = ", ".join(f"{c} {runs[c].iloc[0]}" for c in alike if str(runs[c].iloc[0]))
+    return _table(f"Runs; all: {said}" if said else "Runs", runs.drop(columns=alike), short)
+
+
+def _table(title: str, data: Any, short: dict[str, str]) -> Table:
+    """A table that folds what is too wide, and cuts nothing off; runs by their short names."""
     table = Table(title=title)
     for column in data.columns:
-        table.add_column(str(column))
+        table.add_column(str(column), overflow="fold")
     for row in data.itertuples(index=False):
-        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
+        cells = zip(data.columns, row, strict=True)
+        table.add_row(
+            *(
+                f"{x:.3g}"
+                if isinstance(x, float)
+                else short.get(x, str(x))
+                if column in ("run", "feedforward")
+                else str(x)
+                for column, x in cells
+            )
+        )
     return table

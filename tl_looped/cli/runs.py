@@ -58,6 +58,15 @@ Bos = Annotated[
 ]
 
 
+SkipFirst = Annotated[
+    int,
+    typer.Option(
+        help="Tokens at the beginning of prompts that norms, steps, entropy, verdicts and rates "
+        "leave out."
+    ),
+]
+
+
 def analyze(
     model: Annotated[str, typer.Argument(help="demo, an alias, a hub id or a folder.")],
     prompts: Prompts = "bundled",
@@ -87,6 +96,7 @@ def analyze(
     state_seed: Annotated[int, typer.Option(help="Of a random initial state.")] = 0,
     too_long: TooLong = "skip",
     bos: Bos = None,
+    skip_first: SkipFirst = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -109,6 +119,7 @@ def analyze(
         state_seed=state_seed,
         dtype=dtype,
         prepend_bos=bos,
+        skip_first=skip_first or None,
     )
     spec = with_needs(_with_metrics(spec, _names(metrics)), numbers)
     specs = [_at(spec, n) for n in _counts(recurrences)]

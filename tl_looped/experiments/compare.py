@@ -21,7 +21,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.reading import is_feedforward, same_prompts
+from tl_looped.experiments.reading import display_names, is_feedforward, same_prompts
 from tl_looped.experiments.store import RESULTS, find_runs, read_dataset
 from tl_looped.experiments.tables import write_table
 from tl_looped.metrics import mirroring_score, stage_clusters
@@ -121,6 +121,7 @@ def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
     if len(runs) < 2:
         raise InputError(f"compare needs at least two runs, got {len(runs)}: {', '.join(runs)}")
     notices: list[str] = []
+    names = display_names(runs)
     forward = [name for name, data in runs.items() if is_feedforward(data)]
     looped = [name for name in runs if name not in forward]
     pairs = [(a, b) for a in looped for b in forward]
@@ -136,7 +137,7 @@ def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
         mirrored += _mirroring(a, b, runs, notices, seed)
         clustered += cluster_rows(a, b, runs, notices, seed)
     return Comparison(
-        runs=pd.DataFrame([_about(name, data) for name, data in runs.items()]),
+        runs=pd.DataFrame([_about(name, names[name], data) for name, data in runs.items()]),
         curves=pd.concat([_curves(*item) for item in runs.items()], ignore_index=True),
         mirroring=pd.DataFrame(mirrored),
         clusters=pd.DataFrame(clustered),
@@ -144,11 +145,11 @@ def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
     )
 
 
-def _about(name: str, data: xr.Dataset) -> dict[str, object]:
+def _about(name: str, model: str, data: xr.Dataset) -> dict[str, object]:
     attributes = data.attrs
     return {
         "run": name,
-        "model": attributes.get("model", ""),
+        "model": model,
         "shape": str(geometry_of(data)),
         "feedforward": is_feedforward(data),
         "prompt_set": attributes.get("prompt_set", ""),

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -239,6 +240,7 @@ class LoopedEngine(Engine):
             reference_recurrences=self.spec.reference_recurrences,
             batch_size=len(rows),
             batching=self.spec.batching,
+            skip_first=self.spec.skip_first or 0,
             **self._start,
         )
         with self._running(n_recurrences):
@@ -338,9 +340,11 @@ class FeedforwardEngine(Engine):
 
     def run(self, rows: list[Row]) -> xr.Dataset:
         """See :class:`Engine`; the rows must be of one length."""
-        data = over_cache(self._cache(torch.stack(rows)), self.metrics, over="depth")
-        # A folder of the hub's cache would tell a path and say nothing.
-        return data.assign_attrs(model=self.spec.model)
+        cache, skip = self._cache(torch.stack(rows)), self.spec.skip_first or 0
+        data = over_cache(cache, self.metrics, over="depth", skip_first=skip)
+        # As looped models are called: a hub id, or the last part of a folder and not where it lies.
+        name = self.spec.model
+        return data.assign_attrs(model=Path(name).name if Path(name).is_dir() else name)
 
     def pairwise(self, row: Row) -> xr.Dataset:
         """See :class:`Engine`."""

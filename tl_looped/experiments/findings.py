@@ -13,6 +13,7 @@ from tl_looped.experiments import report_text
 from tl_looped.experiments.reading import is_feedforward, read_results
 from tl_looped.experiments.store import RESULTS, SPEC, find_runs
 from tl_looped.experiments.summary import RunSummary, by_model, summarise
+from tl_looped.words import called
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ def read_findings(folder: Path, feedforward: str | None = None) -> Findings:
     folders, waiting = _run_folders(folder)
     data = {name: read_results(path / RESULTS) for name, path in folders.items()}
     if feedforward is not None:
-        others = {run: d.attrs.get("model") for run, d in data.items() if is_feedforward(d)}
-        if feedforward not in {*others, *others.values()}:
+        others = {
+            run: called(str(d.attrs.get("model"))) for run, d in data.items() if is_feedforward(d)
+        }
+        if not {feedforward, Path(feedforward).name} & {*others, *others.values()}:
             raise InputError(
                 f"feedforward: no feedforward run in {folder} is called {feedforward!r} or of a "
                 f"model of that name; there are {', '.join(others) or 'none'}"

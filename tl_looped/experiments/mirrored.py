@@ -29,6 +29,7 @@ from tl_looped.metrics.catalogue import OUTPUTS, STAGE
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.metrics.mirroring import GRID_POINTS
 from tl_looped.model.geometry import LoopGeometry
+from tl_looped.words import called
 
 _AT_A_TIME = 50  # resamples; part of what a seed means
 
@@ -128,7 +129,7 @@ def mirroring_of(
             scores.append(score)
     if not scores:
         return Missing("; ".join(dict.fromkeys(missing.reason for missing in without.values())))
-    model = str(other.attrs.get("model", "")) or against
+    model = called(str(other.attrs.get("model", "")) or against)
     return MirroringTable(against, model, tuple(scores), without)
 
 
@@ -140,7 +141,7 @@ def _feedforward_of(name: str, runs: Mapping[str, xr.Dataset]) -> str | Missing:
     if isinstance(named, str) and named:
         # A folder is named by its path, and its model by the last part of that.
         names = {named, Path(named).name}
-        others = {r: d for r, d in others.items() if names & {r, d.attrs.get("model")}}
+        others = {r: d for r, d in others.items() if names & {r, *_names(d)}}
         if not others:
             return Missing(f"the feedforward result {named!r} is not among the runs")
     else:
@@ -155,6 +156,12 @@ def _feedforward_of(name: str, runs: Mapping[str, xr.Dataset]) -> str | Missing:
             'feedforward = "..." in the specification, or tl-looped report --feedforward'
         )
     return found[0]
+
+
+def _names(data: xr.Dataset) -> set[str]:
+    """What the model of a result is called; in results of earlier versions by a path."""
+    model = str(data.attrs.get("model", ""))
+    return {model, called(model)}
 
 
 def _score(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import xarray as xr
@@ -12,6 +13,7 @@ import xarray as xr
 from tl_looped.errors import DataError
 from tl_looped.experiments.store import read_dataset
 from tl_looped.metrics.labels import geometry_of, trained_recurrences
+from tl_looped.words import called, told_apart
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,25 @@ def is_feedforward(data: xr.Dataset) -> bool:
     """
     loop = geometry_of(data)
     return loop.p == loop.c == 0 and loop.R == (trained_recurrences(data) or 1) == 1
+
+
+def display_names(runs: Mapping[str, xr.Dataset]) -> dict[str, str]:
+    """What the model of each run is called, by the run's name.
+
+    A hub id or short name, or the last part of a folder. Where two models of other weights would
+    have one name, the folder that each lies in is added if those differ, the beginning of the
+    weights' hash if not; never a path.
+    """
+    names = [called(str(data.attrs.get("model", "")) or "unnamed model") for data in runs.values()]
+    weights = [str(data.attrs.get("model_identity", "")) for data in runs.values()]
+    folders = [PurePath(str(specification(d).get("model", ""))).parent.name for d in runs.values()]
+    ends = []
+    for name, own, folder in zip(names, weights, folders, strict=True):
+        there = {(w, f) for n, w, f in zip(names, weights, folders, strict=True) if n == name}
+        apart = len({w for w, _ in there}) == len({f for _, f in there}) == len(there)
+        end = f"in {folder}" if apart and all(f for _, f in there) else f"weights {own[:8]}"
+        ends.append(end if len({w for w, _ in there}) > 1 and (own or folder) else "")
+    return dict(zip(runs, told_apart(names, ends), strict=True))
 
 
 def specification(data: xr.Dataset) -> dict[str, Any]:

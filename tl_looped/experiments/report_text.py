@@ -19,8 +19,8 @@ from tl_looped.experiments.summary import (
     Verdicts,
     most_telling,
 )
-from tl_looped.metrics.convergence import Verdict
-from tl_looped.words import count, training
+from tl_looped.metrics.convergence import VERDICT_WORDS, Verdict
+from tl_looped.words import IGNORED_STATE, count, heavy_token, training
 
 NOT_COMPUTED = "not computed"
 _DIGITS = 3
@@ -35,25 +35,29 @@ class VerdictText:
     css: str
 
 
-VERDICTS = {
-    Verdict.CONVERGED: VerdictText(
-        "fixed point", "the steps became small and stay so, and nothing moves after them", "good"
+_SAID = {
+    Verdict.CONVERGED: (
+        "the steps became small and stay so, and nothing moves after them",
+        "good",
     ),
-    Verdict.PROJECTIVE: VerdictText(
-        "fixed direction", "the direction settles while the norm keeps growing", "near"
+    Verdict.PROJECTIVE: (
+        "the direction settles while the norm keeps growing",
+        "near",
     ),
-    Verdict.DEGENERATE: VerdictText(
-        "shared fixed point", "it settles, and all layers share one limit", "near"
+    Verdict.DEGENERATE: ("it settles, and all layers share one limit", "near"),
+    Verdict.ORBIT: ("the state keeps coming back to where it was", "turn"),
+    Verdict.DRIFT: ("the state moves on along a straight line", "away"),
+    Verdict.NOT_CONVERGED: (
+        "none of these; a loop that is still contracting included",
+        "away",
     ),
-    Verdict.ORBIT: VerdictText("orbit", "the state keeps coming back to where it was", "turn"),
-    Verdict.DRIFT: VerdictText("drift", "the state moves on along a straight line", "away"),
-    Verdict.NOT_CONVERGED: VerdictText(
-        "not converged", "none of these; a loop that is still contracting included", "away"
-    ),
-    Verdict.UNDEFINED: VerdictText(
-        "undefined", "a state is not finite, or there are fewer than four recurrences", "none"
+    Verdict.UNDEFINED: (
+        "a state is not finite, or there are fewer than four recurrences",
+        "none",
     ),
 }
+
+VERDICTS = {v: VerdictText(VERDICT_WORDS[v], meaning, css) for v, (meaning, css) in _SAID.items()}
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Row:
         shape: Of its loop.
         runs: Anchor and short name of each of its runs.
         feedforward: Whether it has no loop.
+        notes: What must be known to read the cells.
         cells: A column each.
     """
 
@@ -93,6 +98,7 @@ class Row:
     shape: str
     runs: tuple[tuple[str, str], ...]
     feedforward: bool
+    notes: tuple[str, ...]
     cells: tuple[Cell, ...]
 
 
@@ -140,6 +146,9 @@ def model_name(summary: RunSummary) -> str:
     """A model, with what was taken from it or changed."""
     parts = [summary.model, summary.start]
     parts += [summary.dtype] if summary.dtype not in ("", "float32") else []
+    if summary.skip_first:
+        first = "first token" if summary.skip_first == 1 else f"first {summary.skip_first} tokens"
+        parts.append(f"states without the {first}")
     if summary.ablated:
         parts.append(f"without the MLP output of {', '.join(summary.ablated)}")
     return ", ".join(filter(None, parts))
@@ -163,8 +172,23 @@ def row(runs: Sequence[RunSummary], anchors: Mapping[str, str]) -> Row:
         shape=f"{loop.n_layers} layers, feedforward" if first.feedforward else shape,
         runs=tuple((anchors[one.run], run_name(one)) for one in runs),
         feedforward=first.feedforward,
+        notes=_notes(runs),
         cells=tuple(_cell(name, text, runs, anchors) for name, text in _COLUMNS.items()),
     )
+
+
+def _notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
+    """Of the run whose verdict and rate stand in the row."""
+    judged = most_telling(runs, "verdicts")
+    notes = []
+    if judged.ignores_state:
+        notes.append(f"{IGNORED_STATE[0].upper()}{IGNORED_STATE[1:]}.")
+    if judged.heavy is not None and not judged.feedforward:
+        heavy = judged.heavy
+        said = heavy_token(heavy.prompts, heavy.of, heavy.most, heavy.is_first)
+        leave = "; --skip-first 1 leaves it out" if heavy.is_first else ""
+        notes.append(f"{said[0].upper()}{said[1:]}{leave}.")
+    return tuple(notes)
 
 
 def _cell(

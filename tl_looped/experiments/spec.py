@@ -164,6 +164,9 @@ class Experiment:
             decides no number of this run, and is no part of its hash.
         prepend_bos: Whether every prompt begins with BOS; as the model's configuration or tokenizer
             says if None.
+        skip_first: Tokens at the beginning of every prompt that metrics of states, and so verdict
+            and rate, leave out of their means: where attention sinks, one token's norm can decide
+            them. None, as all leave out none; pairwise matrices, spectrum and path do not heed it.
         initial_state: ``"model"`` for the model's own, or ``"zeros"``.
         state_seed: Of a random initial state.
         dtype: Of the weights, as PyTorch names it.
@@ -181,6 +184,7 @@ class Experiment:
     ablate_mlp: tuple[str, ...] = ()
     feedforward: str | None = None
     prepend_bos: bool | None = None
+    skip_first: int | None = None
     initial_state: str = "model"
     state_seed: int = 0
     dtype: str = "float32"
@@ -207,6 +211,10 @@ class Experiment:
             n = getattr(self, key)
             if n is not None and n < 1:
                 raise ConfigError(f"{key} must be at least 1, got {n}")
+        if self.skip_first is not None and self.skip_first < 1:
+            raise ConfigError(
+                f"skip_first must be at least 1, got {self.skip_first}; leave it out to skip none"
+            )
         needs_own_end = sorted({"confirm", "convergence", "limiting"} & set(self.extras))
         if self.reference_recurrences is not None and needs_own_end:
             raise ConfigError(

@@ -35,9 +35,10 @@ from jaxtyping import Float
 from tl_looped.errors import DataError
 from tl_looped.experiments.compare import N_STAGES, cluster_rows
 from tl_looped.experiments.mirrored import MirroringTable, Resampling, mirroring_of
-from tl_looped.experiments.reading import Missing, is_feedforward
-from tl_looped.metrics.convergence import Verdict
-from tl_looped.metrics.labels import geometry_of, trained_recurrences
+from tl_looped.experiments.reading import Missing, display_names, is_feedforward
+from tl_looped.metrics.convergence import FIXED_POINTS, Verdict
+from tl_looped.metrics.labels import IGNORES_STATE, geometry_of, trained_recurrences
+from tl_looped.metrics.of_result import HeavyToken, heavy_token
 from tl_looped.metrics.states import cyclicity_index
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.plots.captions import ablated_layers
@@ -108,16 +109,20 @@ class RunSummary:
 
     Args:
         run: Name of the run.
-        model: Of the model.
+        model: What it is called, see ``reading.display_names``.
         prompts: What the prompts are called.
         loop: Shape of the run.
         trained: Recurrences of the training; 0 if it was not trained as a loop, None if not known.
-        identity: What tells models apart: name, weights, dtype, initial state, ablated layers.
+        identity: What tells models apart: name, weights, dtype, initial state, skipped tokens,
+            ablated layers.
         ablated: Layers without the output of their MLP.
         start: The initial state, if it is not the model's own with seed 0.
         dtype: Of the weights.
         n_prompts: Prompts that were run.
         feedforward: Whether the model has no loop.
+        ignores_state: Whether the adapter's part for the state is zero.
+        heavy: Whether one token holds most of the norm, see ``metrics.of_result.heavy_token``.
+        skip_first: Tokens at the beginning that metrics of states left out.
         verdicts, rate, half_life, cyclicity, mirroring, clusters: See the module.
     """
 
@@ -132,6 +137,9 @@ class RunSummary:
     dtype: str
     n_prompts: int
     feedforward: bool
+    ignores_state: bool
+    heavy: HeavyToken | None
+    skip_first: int
     verdicts: Verdicts | Missing
     rate: Median | Missing
     half_life: Median | Missing
@@ -145,18 +153,21 @@ def summarise(
 ) -> list[RunSummary]:
     """One row a run, in the order given; ``runs`` are results by name."""
     resampling = resampling or Resampling()
-    return [_summary(name, runs, resampling) for name in runs]
+    names = display_names(runs)
+    return [_summary(name, names[name], runs, resampling) for name in runs]
 
 
-def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) -> RunSummary:
+def _summary(
+    name: str, model: str, runs: Mapping[str, xr.Dataset], resampling: Resampling
+) -> RunSummary:
     data = runs[name]
     loop, feedforward = geometry_of(data), is_feedforward(data)
-    model = str(data.attrs.get("model", "")) or "unnamed model"
     ablated = tuple(ablated_layers(data))
     start = str(data.attrs.get("initial_state", ""))
     seed = str(data.attrs.get("state_seed", ""))
     told_apart = [str(data.attrs.get(key, "")) for key in ("model_identity", "dtype")]
     told_apart += [start, seed, str(feedforward)]
+    told_apart += [str(data.attrs.get("skip_first", ""))]
     row = partial(
         RunSummary,
         run=name,
@@ -170,6 +181,9 @@ def _summary(name: str, runs: Mapping[str, xr.Dataset], resampling: Resampling) 
         dtype=str(data.attrs.get("dtype", "")).removeprefix("torch."),
         n_prompts=data.sizes["prompt"],
         feedforward=feedforward,
+        ignores_state=bool(data.attrs.get(IGNORES_STATE)),
+        heavy=heavy_token(data),
+        skip_first=int(data.attrs.get("skip_first", 0)),
     )
     if feedforward:
         no = Missing("no loop: every layer ran once")
@@ -281,7 +295,7 @@ def _median(data: xr.Dataset, name: str) -> Median | Missing:
         return _lacks(name)
     values = _per_prompt(data, name)
     if "verdict" in data:
-        arrived = np.isin(_per_prompt(data, "verdict"), (Verdict.CONVERGED, Verdict.DEGENERATE))
+        arrived = np.isin(_per_prompt(data, "verdict"), FIXED_POINTS)
         if not arrived.any():
             return Missing("not applicable: no prompt reaches a fixed point")
         values = np.where(arrived, values, np.nan)

@@ -42,9 +42,9 @@ Reads = Literal["pattern", "resid_post"]
 Prepared = Rows | Sized
 
 
-def prepare(reads: Reads, x: Tensor, mask: Tensor | None) -> Prepared:
+def prepare(reads: Reads, x: Tensor, mask: Tensor | None, skip_first: int = 0) -> Prepared:
     """Check an activation and compute what all its metrics share."""
-    return Rows.of(x, mask) if reads == "pattern" else Sized.of(x, mask)
+    return Rows.of(x, mask) if reads == "pattern" else Sized.of(x, mask, skip_first)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _named(prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _entropy(form: EntropyForm) -> Callable[[Sized], dict[str, Tensor]]:
-    return lambda x: {f"entropy_{form}": matrix_entropy(x.x, form, x.real)}
+    return lambda x: {f"entropy_{form}": matrix_entropy(x.x, form, x.counted)}
 
 
 def _from_previous(previous: Any, x: Any) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def _to_reference(reference: Any, x: Any) -> dict[str, Tensor]:
 
 def _turn(oldest: Any, previous: Any, x: Any) -> dict[str, Tensor]:
     states = torch.stack([oldest.x, previous.x, x.x])
-    steps = step_geometry(states, x.real)
+    steps = step_geometry(states, x.counted)
     return {
         "step_turning_cosine": steps.turning_cosine[-1],
         "step_acceleration": steps.acceleration[-1],
@@ -117,7 +117,7 @@ def _turn(oldest: Any, previous: Any, x: Any) -> dict[str, Tensor]:
 
 
 def _adjacent(before: Any, x: Any) -> dict[str, Tensor]:
-    angle = angular_distance(torch.stack([before.x, x.x]), mask=x.real)[0]
+    angle = angular_distance(torch.stack([before.x, x.x]), mask=x.counted)[0]
     return {"angular_distance": angle}
 
 

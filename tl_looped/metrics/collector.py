@@ -60,11 +60,13 @@ class Collector:
         loop: Geometry of the run.
         names: Metrics, as ``catalogue.select`` gives them.
         mask: ``[prompt, pos]``, zero at padding.
+        skip_first: Tokens at the beginning that metrics of states leave out.
     """
 
     loop: LoopGeometry
     names: list[str]
     mask: Bool[Tensor, "prompt pos"] | None
+    skip_first: int = 0
     values: dict[tuple[str, bool], Float[Tensor, "site prompt *head"]] = field(default_factory=dict)
     _references: dict[tuple[Reads, Slot], Prepared] = field(default_factory=dict)
     _previous: dict[tuple[Reads, Slot], list[Prepared]] = field(default_factory=dict)
@@ -92,7 +94,7 @@ class Collector:
 
     def refer(self, slot: Slot, reads: Reads, x: Tensor) -> None:
         """Take an activation for the fixed point of a slot."""
-        self._references[reads, slot] = prepare(reads, x, self.mask)
+        self._references[reads, slot] = prepare(reads, x, self.mask, self.skip_first)
 
     def see(self, site: Site, reads: Reads, x: Tensor, compare: bool) -> None:
         """Metrics of a layer, and of its step from the previous recurrence.
@@ -103,7 +105,7 @@ class Collector:
             x: The activation.
             compare: Compare with the fixed point too; the references must be there.
         """
-        prepared = prepare(reads, x, self.mask)
+        prepared = prepare(reads, x, self.mask, self.skip_first)
         self._compute("layer", site, reads, prepared)
         if reads == "resid_post" and site.slot != STATE_OUT:
             self._compute_adjacent(site, prepared)
@@ -140,7 +142,7 @@ class Collector:
     def compare(self, site: Site, reads: Reads, x: Tensor) -> None:
         """Compare an activation of the core with its fixed point."""
         assert site.slot is not None
-        self._compare(site, site.slot, reads, prepare(reads, x, self.mask))
+        self._compare(site, site.slot, reads, prepare(reads, x, self.mask, self.skip_first))
 
     def _compare(self, site: Site, slot: Slot, reads: Reads, x: Prepared) -> None:
         if reads not in self.needs_reference:

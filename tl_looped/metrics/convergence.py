@@ -79,6 +79,21 @@ class Verdict(IntEnum):
     UNDEFINED = 6
 
 
+VERDICT_WORDS = {
+    Verdict.CONVERGED: "fixed point",
+    Verdict.PROJECTIVE: "fixed direction",
+    Verdict.DEGENERATE: "shared fixed point",
+    Verdict.ORBIT: "orbit",
+    Verdict.DRIFT: "drift",
+    Verdict.NOT_CONVERGED: "not converged",
+    Verdict.UNDEFINED: "undefined",
+}
+"""What verdicts are called in captions and reports."""
+
+FIXED_POINTS = (Verdict.CONVERGED, Verdict.DEGENERATE)
+"""Verdicts of a prompt that reaches a fixed point, and so approaches it at a rate."""
+
+
 @dataclass(frozen=True)
 class ConvergenceSeries:
     """What the verdict is decided on, each a mean over a prompt's tokens (then a layer's maximum).
@@ -121,7 +136,11 @@ class ConvergenceResult:
         rate: ``exp`` of the slope of ``ln step`` over the recurrences before the first step below
             ten times the noise floor; NaN with fewer than two such steps. The floor is the rounding
             of the states: the machine epsilon of their dtype times the largest norm.
-        half_life: Recurrences in which the step halves; infinite for a rate of 1 or more.
+        relative_rate: The same of the relative steps, in which every token counts alike, where of
+            ``step`` a token with a norm far above the others' decides. The floor is that of a norm
+            of one.
+        half_life: Recurrences in which the step halves, by ``rate``; infinite for a rate of 1 or
+            more.
         period: The smallest lag at which an ORBIT repeats itself, in whole recurrences, or comes
             back to within 0.75 steps if it never does; NaN otherwise.
         bound: ``rate / (1 - rate)`` times the last relative step, see :func:`a_posteriori_bound`.
@@ -133,6 +152,7 @@ class ConvergenceResult:
     verdict: Int[Tensor, "*batch"]
     settled_at: Int[Tensor, "*batch"]
     rate: Float[Tensor, "*batch"]
+    relative_rate: Float[Tensor, "*batch"]
     half_life: Float[Tensor, "*batch"]
     period: Float[Tensor, "*batch"]
     bound: Float[Tensor, "*batch"]
@@ -226,6 +246,9 @@ def convergence_verdict(series: ConvergenceSeries, eps: float | None = None) -> 
         verdict=verdict,
         settled_at=torch.where(undefined, -1, settled),
         rate=torch.where(undefined, nan, rate),
+        relative_rate=torch.where(
+            undefined, nan, _decay_rate(relative, torch.ones_like(norm), series.dtype)
+        ),
         half_life=torch.where(undefined, nan, half_life(rate)),
         period=torch.where(verdict == Verdict.ORBIT, period, nan),
         bound=torch.where(undefined, nan, bound),
@@ -246,7 +269,7 @@ def _undefined(undefined: Tensor, series: ConvergenceSeries, eps: float) -> Conv
     whole = torch.full_like(undefined, -1, dtype=torch.long)
     no = torch.zeros_like(undefined)
     return ConvergenceResult(
-        whole + 1 + Verdict.UNDEFINED, whole, nan, nan, nan, nan, no, no,
+        whole + 1 + Verdict.UNDEFINED, whole, nan, nan, nan, nan, nan, no, no,
         series.residual is not None, eps,
     )  # fmt: skip
 

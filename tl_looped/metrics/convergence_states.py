@@ -17,7 +17,7 @@ from tl_looped.metrics.convergence import (
     convergence_verdict,
     fixed_point_residual,
 )
-from tl_looped.metrics.inputs import token_mask, token_mean
+from tl_looped.metrics.inputs import counted_tokens, token_mask, token_mean
 from tl_looped.words import count
 
 # Two runs of one prompt differ by rounding alone, if the batch is computed in another order.
@@ -28,6 +28,7 @@ def convergence_series(
     states: Float[Tensor, "recurrence layer *batch pos d_model"],
     states_2r: Float[Tensor, "recurrence2 layer *batch pos d_model"] | None = None,
     mask: Tensor | None = None,
+    skip_first: int = 0,
 ) -> ConvergenceSeries:
     """Summary series of a loop, one number a recurrence and prompt, in fp64.
 
@@ -41,6 +42,7 @@ def convergence_series(
             (``S(x_R)`` is its next state) and the distance to ``x_2R``. Its first R recurrences
             are the states again.
         mask: ``[*batch, pos]``, zero at padding.
+        skip_first: Real tokens at the beginning that are left out of all means.
 
     Raises:
         InputError: wrong shapes; ``states_2r`` has other than 2R recurrences or belongs to
@@ -53,7 +55,7 @@ def convergence_series(
         )
     if states_2r is not None:
         _check_same_run(states, states_2r)
-    real = token_mask(states[0], mask)
+    real = counted_tokens(states[0], mask, skip_first)
 
     def mean(values: Tensor) -> Tensor:
         """Mean over tokens where the value is defined, then the largest over layers."""
@@ -77,7 +79,7 @@ def convergence_series(
         if states_2r is None
         else mean(fixed_point_residual(states_2r[len(states) - 1], states_2r[len(states)])),
         distance_2r=None if states_2r is None else mean(fixed_point_residual(last, states_2r[-1])),
-        min_layer_cosine=min_layer_cosine(last, mask),
+        min_layer_cosine=min_layer_cosine(last, mask if real is None else real),
     )
 
 
@@ -130,6 +132,25 @@ def verdict_of_states(
     states_2r: Float[Tensor, "recurrence2 layer *batch pos d_model"] | None = None,
     mask: Tensor | None = None,
     eps: float | None = None,
+    skip_first: int = 0,
+    per_token: bool = False,
 ) -> ConvergenceResult:
-    """:func:`convergence_verdict` of every prompt, from states; arguments of both functions."""
-    return convergence_verdict(convergence_series(states, states_2r, mask), eps)
+    """:func:`convergence_verdict` of every prompt, from states.
+
+    Args:
+        states, states_2r, mask, skip_first: Of :func:`convergence_series`.
+        eps: Of :func:`convergence_verdict`.
+        per_token: Judge each token by itself: results are ``[*batch, pos]``, UNDEFINED at padding
+            and at the tokens that are skipped.
+    """
+    if not per_token:
+        return convergence_verdict(convergence_series(states, states_2r, mask, skip_first), eps)
+    counted = counted_tokens(states[0], mask, skip_first)
+
+    def alone(x: Tensor) -> Tensor:
+        if counted is not None:
+            x = x.masked_fill(~counted[..., None], math.nan)
+        return x.unsqueeze(-2)
+
+    longer = None if states_2r is None else alone(states_2r)
+    return convergence_verdict(convergence_series(alone(states), longer), eps)

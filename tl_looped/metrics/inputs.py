@@ -6,6 +6,11 @@ key]``, and ``d_model`` last in a state, ``[..., pos, d_model]``. A mask has one
 model takes it. A masked input gives what each unpadded prompt gives alone. A value that is not
 finite makes NaN (or, of norms and distances, infinity) of every number that it enters, and of no
 other prompt's or head's; a wrong input raises an error that names the argument.
+
+``skip_first`` leaves the first real tokens of every prompt out of means over tokens and of the
+entropy of states. In many models the first token, where attention sinks, has a norm hundreds of
+times that of the others, and what is averaged over tokens is then mostly its own. Patterns are not
+changed by it: their rows must sum to one, and the sink is what they show.
 """
 
 from __future__ import annotations
@@ -114,6 +119,30 @@ def token_mask(
     if mask is None:
         return None
     return _checked_mask(mask, tuple(states.shape[:-1]), "states", tuple(states.shape))
+
+
+def counted_tokens(
+    states: Float[Tensor, "*batch pos d_model"], mask: Tensor | None, skip_first: int = 0
+) -> Bool[Tensor, "*mask pos"] | None:
+    """Tokens that a mean is of: the real ones without the first ``skip_first``; None if all are.
+
+    Raises:
+        InputError: as :func:`token_mask`, or if ``skip_first`` leaves a prompt without a token.
+    """
+    real = token_mask(states, mask)
+    if type(skip_first) is not int or skip_first < 0:
+        raise InputError(f"skip_first must be an integer of at least 0, got {skip_first!r}")
+    if skip_first == 0:
+        return real
+    if real is None:
+        real = torch.ones(states.shape[-2], dtype=torch.bool, device=states.device)
+    counted = real & (real.cumsum(-1) > skip_first)
+    if not bool(counted.any(-1).all()):
+        raise InputError(
+            f"skip_first={skip_first} leaves no token of a prompt of {int(real.sum(-1).min())}: "
+            "leave out fewer, or take longer prompts"
+        )
+    return counted
 
 
 def _checked_mask(

@@ -30,6 +30,9 @@ from tl_looped.metrics.collector import Collector
 from tl_looped.model.config import TRAINED
 from tl_looped.model.geometry import LoopGeometry
 
+IGNORES_STATE = "adapter_ignores_state"
+"""The attribute, 1, of a model whose adapter gives the state no weight at all."""
+
 NOT_TRAINED = 0
 """The attribute ``trained_recurrences`` of a model that was not trained as a loop."""
 
@@ -56,11 +59,15 @@ def labelled(
                 continue
             if name in DERIVED:
                 n = n_tokens.to(values.device)
+                # What is derived of patterns has heads; of states the tokens that count are fewer.
+                n = n if values.ndim == 3 else n - collector.skip_first
                 n = n[:, None] if values.ndim == 3 else n  # [site, prompt, head]
                 values = DERIVED[name].convert(values, n, d_model)
             suffix = "_state_out" if out and name != LOWEST_COSINE else ""
             found[name + suffix] = _variable(name, values, out)
     loop = collector.loop
+    if collector.skip_first:
+        attributes = attributes | {"skip_first": collector.skip_first}
     places = [loop.locate(i) for i in range(loop.n_layers)]
     data = xr.Dataset(found, attrs=attributes)
     if "effective_layer" in data.dims:
@@ -137,6 +144,17 @@ def trained_recurrences(data: xr.Dataset) -> int | float | None:
     return int(said) if float(said) == int(said) else float(said)
 
 
+def ignores_state(model: Any) -> bool:
+    """Whether the adapter's columns for the state are exactly zero, as in a new retrofit.
+
+    Every recurrence then repeats the first, bit for bit.
+    """
+    weight = getattr(getattr(model, "injection", None), "weight", None)
+    if weight is None or weight.device.type == "meta":
+        return False
+    return not bool(weight[:, : weight.shape[0]].any())
+
+
 def run_attributes(model: Any, loop: LoopGeometry, state_seed: int | None = None) -> dict[str, Any]:
     """Attributes that describe a model, the shape of its run and its random initial state."""
     cfg = model.cfg
@@ -148,6 +166,7 @@ def run_attributes(model: Any, loop: LoopGeometry, state_seed: int | None = None
         **{k: str(getattr(v, "value", v)) for k, v in switches.items() if v is not None},
         **dict(shape),
         **trained,
+        **({IGNORES_STATE: 1} if ignores_state(model) else {}),
         "dtype": str(getattr(cfg, "dtype", "")),
         "tl_looped": __version__,
         "torch": str(torch.__version__),  # a class of its own, which files do not hold

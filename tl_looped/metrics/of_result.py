@@ -7,6 +7,7 @@ without any state. They are of whole prompts: of each quantity the largest over 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,13 @@ TOKEN = ("token_cosine", "token_distance_similarity")
 """What :func:`limiting_of_result` reads, one or the other."""
 
 
+HEAVY_SHARE = 0.5
+"""Share of the summed norm above which one token decides what is averaged over tokens."""
+
+FEWEST_TOKENS = 4
+"""Of a prompt that :func:`heavy_token` looks at: of two, one always holds half."""
+
+
 def convergence_of_result(
     data: xr.Dataset,
     longer: xr.Dataset | None = None,
@@ -55,7 +63,7 @@ def convergence_of_result(
 
     Returns:
         Over ``prompt``: ``verdict`` (values of :class:`Verdict`; ``verdict_name`` spells them),
-        ``settled_at``, ``rate``, ``half_life``, ``period``, ``bound``.
+        ``settled_at``, ``rate``, ``relative_rate``, ``half_life``, ``period``, ``bound``.
 
     Raises:
         InputError: if a result lacks a metric, compares with another reference than its own last
@@ -84,7 +92,7 @@ def convergence_of_result(
         ),
         eps,
     )
-    names = ("verdict", "settled_at", "rate", "half_life", "period", "bound")
+    names = ("verdict", "settled_at", "rate", "relative_rate", "half_life", "period", "bound")
     found = {name: ("prompt", getattr(result, name).numpy()) for name in names}
     spelled = [Verdict(value).name for value in result.verdict.tolist()]
     found["verdict_name"] = ("prompt", np.array(spelled))
@@ -134,6 +142,11 @@ def _of_longer(data: xr.Dataset, longer: xr.Dataset, same_start: bool) -> tuple[
     here, there = by_recurrence(data), by_recurrence(longer)
     norm = here["residual_mean"]
     start = [d.attrs.get(name) for d in (data, longer) for name in ("state_seed", "initial_state")]
+    if data.attrs.get("skip_first") != longer.attrs.get("skip_first"):
+        raise InputError(
+            f"longer leaves out {longer.attrs.get('skip_first', 0)} tokens (skip_first), data "
+            f"{data.attrs.get('skip_first', 0)}: give both the same"
+        )
     off = max(
         float((np.abs(here[name] - there[name].isel(recurrence=slice(n))) / norm).max())
         for name in ("residual_mean", "successive_abs")
@@ -152,6 +165,53 @@ def _of_longer(data: xr.Dataset, longer: xr.Dataset, same_start: bool) -> tuple[
 
     step = there["successive_abs"].isel(recurrence=n)
     return largest(step), largest(there["fixed_point_abs"].isel(recurrence=n - 1))
+
+
+@dataclass(frozen=True)
+class HeavyToken:
+    """That one token of a prompt holds most of the norm of its states.
+
+    Args:
+        prompts: In how many prompts it does.
+        of: Prompts with at least ``FEWEST_TOKENS`` tokens.
+        most: Largest share of the summed norm that one token holds.
+        is_first: Whether it is the first token in all of them.
+    """
+
+    prompts: int
+    of: int
+    most: float
+    is_first: bool
+
+
+def heavy_token(data: xr.Dataset) -> HeavyToken | None:
+    """Whether means over tokens are mostly one token's; None if not, or if the data do not say.
+
+    So it is said where one token's norm is more than half (``HEAVY_SHARE``) of the sum of all
+    tokens' norms, at some core layer and recurrence. Steps and residual entropy are then mostly its
+    own too: ``skip_first`` leaves it out. Read from ``residual_mean`` and ``residual_max``.
+    """
+    names = ("residual_mean", "residual_max")
+    if not {*names, "n_tokens"} <= {*data.variables} or "prompt" not in data.dims:
+        return None
+    loop = geometry_of(data)
+    core = slice(loop.p, loop.p + loop.k * loop.R)
+    if "effective_layer" in data.dims:
+        data = data.isel(effective_layer=core)
+    n = data["n_tokens"] - int(data.attrs.get("skip_first", 0))
+    enough = (n >= FEWEST_TOKENS).to_numpy()
+    data, n = data.isel(prompt=enough), n.isel(prompt=enough)
+    largest = data["residual_max"]
+    share = (largest / (data["residual_mean"] * n)).where(np.isfinite(largest))
+    places = [dim for dim in share.dims if dim != "prompt"]
+    heavy = share > HEAVY_SHARE
+    prompts = int(heavy.any(places).sum())
+    if not prompts:
+        return None
+    is_first = False
+    if "residual_first" in data:
+        is_first = bool((np.isclose(data["residual_first"], largest) | ~heavy).all())
+    return HeavyToken(prompts, data.sizes["prompt"], float(share.max()), is_first)
 
 
 def limiting_of_result(

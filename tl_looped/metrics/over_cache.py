@@ -112,6 +112,7 @@ def over_cache(
     over: Over | str = "recurrence",
     attention_mask: Tensor | None = None,
     reference: ActivationCache | None = None,
+    skip_first: int = 0,
 ) -> xr.Dataset:
     """Metrics of a run, labelled.
 
@@ -124,6 +125,8 @@ def over_cache(
         attention_mask: ``[prompt, pos]`` of a padded run; a LoopedActivationCache knows its own.
         reference: A cache of more recurrences on the same prompts, whose last states are taken for
             the fixed points; the run's own last states if None.
+        skip_first: Tokens at the beginning of every prompt that metrics of states leave out of
+            their means; see ``tl_looped.metrics.inputs``.
 
     Returns:
         One variable a metric, see ``tl_looped.metrics.labels``. NaN where a metric is undefined:
@@ -135,7 +138,7 @@ def over_cache(
     """
     check_choice("over", over, get_args(Over))
     view = RunView(cache, attention_mask)
-    collector = Collector(view.loop, select(metrics), None)
+    collector = Collector(view.loop, select(metrics), None, skip_first)
     reads = sorted(collector.reads)
     some = view(reads[0], 0)
     mask = None if view.mask is None else view.mask.to(some.device)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.metrics.inputs import at_least_fp32, check_choice, lengths, token_mask
+from tl_looped.metrics.inputs import at_least_fp32, check_choice, counted_tokens, lengths
 
 EntropyForm = Literal["nats", "bits", "norm_max", "skean"]
 
@@ -23,6 +23,7 @@ def matrix_entropy(
     x: Float[Tensor, "*batch pos d_model"],
     form: EntropyForm | str = "bits",
     mask: Tensor | None = None,
+    skip_first: int = 0,
 ) -> Float[Tensor, "*batch"]:
     """Entropy of the squared singular values: 0 for rank one, ``ln T`` for orthogonal equal rows.
 
@@ -33,13 +34,14 @@ def matrix_entropy(
         form: ``nats``; ``bits``; ``norm_max``, ``H / min(ln T, ln D)`` in [0, 1]; ``skean``, in
             nats after removing the mean over tokens and giving each row norm 1 (Skean et al.).
         mask: ``[..., pos]``, zero at padding.
+        skip_first: Real tokens at the beginning that are left out, as if they were not there.
 
     Returns:
         One value a prompt. NaN where all states are zero (with ``skean``: are equal) and for
         non-finite states; ``norm_max`` also for a single token or dimension.
     """
     check_choice("form", form, get_args(EntropyForm))
-    real = token_mask(x, mask)
+    real = counted_tokens(x, mask, skip_first)
     wide = at_least_fp32(x).double()
     if real is not None:
         wide = wide.masked_fill(~real[..., None], 0.0)

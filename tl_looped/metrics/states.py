@@ -24,6 +24,7 @@ from tl_looped.metrics.inputs import (
     BLOCK_BYTES,
     at_least_fp32,
     check_choice,
+    counted_tokens,
     same_shape,
     token_mask,
     token_mean,
@@ -50,18 +51,20 @@ class Sized:
         x: ``[..., pos, d_model]`` in fp32 or fp64.
         size: Norms ``[..., pos]``.
         real: Which tokens are real; None means all.
+        counted: Which of them means are of; None means all.
     """
 
     x: Float[Tensor, "*batch pos d_model"]
     size: Float[Tensor, "*batch pos"]
     real: Bool[Tensor, "*mask pos"] | None
+    counted: Bool[Tensor, "*counted pos"] | None
 
     @classmethod
-    def of(cls, x: Tensor, mask: Tensor | None) -> Sized:
+    def of(cls, x: Tensor, mask: Tensor | None, skip_first: int = 0) -> Sized:
         """Check and prepare states."""
-        real = token_mask(x, mask)
+        real, counted = token_mask(x, mask), counted_tokens(x, mask, skip_first)
         wide = at_least_fp32(x)
-        return cls(wide, norms(wide), real)
+        return cls(wide, norms(wide), real, counted)
 
     @cached_property
     def unit(self) -> Float[Tensor, "*batch pos d_model"]:
@@ -78,6 +81,7 @@ def state_distance(
     reference: Float[Tensor, "*batch pos d_model"],
     form: StateForm | str = "abs",
     mask: Tensor | None = None,
+    skip_first: int = 0,
 ) -> Float[Tensor, "*batch"]:
     """How far states are from reference states, averaged over tokens.
 
@@ -88,9 +92,11 @@ def state_distance(
             ``cosine``, the similarity (1 means no angle); ``direction``, the distance of the unit
             vectors, ``sqrt(2 - 2 cos)``, which keeps the digits that a cosine near 1 loses.
         mask: ``[..., pos]``, zero at padding.
+        skip_first: Real tokens at the beginning that are left out of the mean.
     """
     check_choice("form", form, get_args(StateForm))
-    return distances(Sized.of(x, mask), Sized.of(reference, mask), (form,))[form]
+    ours, theirs = (Sized.of(states, mask, skip_first) for states in (x, reference))
+    return distances(ours, theirs, (form,))[form]
 
 
 def distances(
@@ -104,14 +110,15 @@ def distances(
     if forms & {"abs", "rel"}:
         step = norms(x.x - reference.x)
         if "abs" in forms:
-            found["abs"] = token_mean(step, x.real)
+            found["abs"] = token_mean(step, x.counted)
         if "rel" in forms:
-            found["rel"] = token_mean(step / reference.size, x.real, zero)
+            found["rel"] = token_mean(step / reference.size, x.counted, zero)
     if "cosine" in forms:
-        found["cosine"] = token_mean(token_cosine(x, reference), x.real, zero | (x.size == 0))
+        cosine = token_cosine(x, reference)
+        found["cosine"] = token_mean(cosine, x.counted, zero | (x.size == 0))
     if "direction" in forms:
         turn = norms(x.unit - reference.unit)
-        found["direction"] = token_mean(turn, x.real, zero | (x.size == 0))
+        found["direction"] = token_mean(turn, x.counted, zero | (x.size == 0))
     return found
 
 
@@ -121,7 +128,10 @@ def token_cosine(x: Sized, reference: Sized) -> Float[Tensor, "*batch pos"]:
 
 
 def successive_difference(
-    states: States, form: Form | str = "abs", mask: Tensor | None = None
+    states: States,
+    form: Form | str = "abs",
+    mask: Tensor | None = None,
+    skip_first: int = 0,
 ) -> PerRecurrence:
     """Step from the previous recurrence, same layer (Figs 3, 24, 25).
 
@@ -132,15 +142,17 @@ def successive_difference(
             its ``||x_r||``; ``cosine`` of ``x_r`` and ``x_(r-1)``; ``direction``, distance of their
             unit vectors; ``attention``, Frobenius distance of the patterns, for each head.
         mask: ``[..., pos]``, zero at padding.
+        skip_first: Real tokens at the beginning that are left out of the mean; of states alone.
 
     Returns:
         ``[recurrence, layer, ...]``, NaN at the first recurrence, which has no previous one.
     """
     check_choice("form", form, get_args(Form))
     if form == "attention":
+        _whole_patterns(skip_first)
         step = attention_distance(states[:-1], states[1:], mask)
     else:
-        step = state_distance(states[:-1], states[1:], form, mask)
+        step = state_distance(states[:-1], states[1:], form, mask, skip_first)
     return torch.cat((step.new_full((1, *step.shape[1:]), math.nan), step))
 
 
@@ -149,6 +161,7 @@ def fixed_point_distance(
     form: Form | str = "abs",
     mask: Tensor | None = None,
     reference: Float[Tensor, "*layers pos_ d_model_"] | None = None,
+    skip_first: int = 0,
 ) -> PerRecurrence:
     """Distance to the approximate fixed point of the same layer (Figs 4, 22, 23).
 
@@ -162,14 +175,24 @@ def fixed_point_distance(
         mask: ``[..., pos]``, zero at padding.
         reference: The fixed points ``[layer, ..., pos, d_model]``, of the shape of one recurrence;
             the last recurrence's states if None.
+        skip_first: As in :func:`successive_difference`.
     """
     check_choice("form", form, get_args(Form))
     if reference is not None:
         same_shape("reference", states[-1], reference)
     last = (states[-1] if reference is None else reference).unsqueeze(0).expand_as(states)
     if form == "attention":
+        _whole_patterns(skip_first)
         return attention_distance(states, last, mask)
-    return state_distance(states, last, form, mask)
+    return state_distance(states, last, form, mask, skip_first)
+
+
+def _whole_patterns(skip_first: int) -> None:
+    if skip_first:
+        raise InputError(
+            f"skip_first={skip_first} is for states: patterns are compared whole, rows of a part "
+            "would not sum to 1"
+        )
 
 
 def lowest_cosine_to_fixed_points(
@@ -299,6 +322,7 @@ def residual_magnitude(
     states: Float[Tensor, "*batch pos d_model"],
     statistic: Magnitude | str = "mean",
     mask: Tensor | None = None,
+    skip_first: int = 0,
 ) -> Float[Tensor, "*batch"]:
     """Size of the residual stream (Fig. 9).
 
@@ -307,20 +331,22 @@ def residual_magnitude(
         statistic: ``mean`` or ``max`` over tokens of ``||x||``; ``first``, that of the first real
             token, where massive activations stand; ``rms``, the mean over ``sqrt(d_model)``.
         mask: ``[..., pos]``, zero at padding.
+        skip_first: Real tokens at the beginning that are left out of all but ``first``.
     """
     check_choice("statistic", statistic, get_args(Magnitude))
-    return magnitudes(Sized.of(states, mask))[statistic]
+    return magnitudes(Sized.of(states, mask, skip_first))[statistic]
 
 
 def magnitudes(states: Sized) -> dict[str, Float[Tensor, "*batch"]]:
     """:func:`residual_magnitude` in all its forms, by form."""
-    size, real = states.size, states.real
-    mean = token_mean(size, real)
+    size, real, counted = states.size, states.real, states.counted
+    mean = token_mean(size, counted)
     if real is None:
-        first, largest = size[..., 0], size.amax(-1)
+        first = size[..., 0]
     else:
         is_first = real & (real.cumsum(-1) == 1)
         first = size.masked_fill(~is_first, 0.0).sum(-1)
-        largest = size.masked_fill(~real, -math.inf).amax(-1)
+    shown = size if counted is None else size.masked_fill(~counted, -math.inf)
+    largest = shown.amax(-1)
     rms = mean / math.sqrt(states.x.shape[-1])
     return {"mean": mean, "max": largest, "first": first, "rms": rms}

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.metrics.inputs import token_mask, token_mean
+from tl_looped.metrics.inputs import counted_tokens, token_mask, token_mean
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class StepGeometry:
 
 
 def step_geometry(
-    states: Float[Tensor, "recurrence *batch pos d_model"], mask: Tensor | None = None
+    states: Float[Tensor, "recurrence *batch pos d_model"],
+    mask: Tensor | None = None,
+    skip_first: int = 0,
 ) -> StepGeometry:
     """Size, turning and acceleration of successive steps (the two scales of Pappone et al. 2025).
 
@@ -44,6 +46,7 @@ def step_geometry(
     Args:
         states: Of one layer, or several with the layer in front of the batch.
         mask: ``[*batch, pos]``, zero at padding.
+        skip_first: Real tokens at the beginning that are left out of the means.
 
     Raises:
         InputError: wrong shapes.
@@ -52,7 +55,7 @@ def step_geometry(
         raise InputError(
             f"states must be [recurrence, ..., pos, d_model], got shape {tuple(states.shape)}"
         )
-    real = token_mask(states[0], mask)
+    real = counted_tokens(states[0], mask, skip_first)
     undefined = torch.full(states.shape[1:-2], math.nan, dtype=torch.float64, device=states.device)
     rows = []
     step, before = None, None  # this step and the one before it

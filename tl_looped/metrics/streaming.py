@@ -60,6 +60,8 @@ class StreamOptions:
         folder: Where the temporary file of ``states="disk"`` is made.
         state_seed: Seed of random initial states; the model's if None.
         initial_state: ``"zeros"`` in place of the model's own; needs no seed then.
+        skip_first: Tokens at the beginning of every prompt that metrics of states leave out of
+            their means; see ``tl_looped.metrics.inputs``.
     """
 
     n_recurrences: int | None = None
@@ -70,6 +72,7 @@ class StreamOptions:
     folder: Path | None = None
     state_seed: int | None = None
     initial_state: str | None = None
+    skip_first: int = 0
 
     def __post_init__(self) -> None:
         check_choice("states", self.states, get_args(States))
@@ -191,7 +194,7 @@ def _run_batch(
     """Metrics of one batch, by depth."""
     tokens, mask = _padded([rows[n] for n in numbers])
     with model.turn, model.recurrences(options.n_recurrences):
-        collector = Collector(model.loop, names, mask)
+        collector = Collector(model.loop, names, mask, options.skip_first)
         if options.states == "disk" and collector.needs_reference:
             _through_the_disk(model, tokens, collector, options)
         else:

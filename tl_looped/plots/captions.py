@@ -12,8 +12,11 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
+from tl_looped import words
 from tl_looped.metrics.attention import SINK_THRESHOLD
-from tl_looped.metrics.labels import trained_recurrences
+from tl_looped.metrics.convergence import FIXED_POINTS, VERDICT_WORDS, Verdict
+from tl_looped.metrics.labels import IGNORES_STATE, trained_recurrences
+from tl_looped.metrics.of_result import heavy_token
 from tl_looped.plots.summaries import Band, Runs, as_runs, name_of, shape_of, summary
 from tl_looped.words import count, training
 
@@ -30,6 +33,10 @@ _PROMPT_SETS = {
     "sentence": "the test sentence alone",
     "text": "the specification",
 }
+
+
+# What is a mean over tokens of states, or their entropy.
+_OF_STATES = ("successive_abs", "fixed_point_abs", "residual_mean", "residual_rms", "entropy")
 
 
 def caption_of(
@@ -60,6 +67,7 @@ def caption_of(
         "" if about == "models" else _model(run),
         _prompts(every, prompt_set) if about in ("prompts", "models") else "",
         *([] if about == "weights" else [_recurrences(run, paper_recurrences), _start(run)]),
+        words.IGNORED_STATE if IGNORES_STATE in run.attrs and about == "prompts" else "",
         f"{count(seeds, 'run')}, one a seed" if seeds and about != "models" else "",
         *_of_metrics(run, names),
         _lines(band, seeds, run, names),
@@ -125,6 +133,12 @@ def _start(run: xr.Dataset) -> str:
 
 def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
     out = []
+    if any(name.startswith(_OF_STATES) for name in names):
+        if skipped := int(run.attrs.get("skip_first", 0)):
+            first = "token" if skipped == 1 else count(skipped, "token")
+            out.append(f"metrics of states leave out the first {first}")
+        if found := heavy_token(run):
+            out.append(words.heavy_token(found.prompts, found.of, found.most, found.is_first))
     if "sink_rate" in names:
         out.append(f"a head is a sink if its score is at least {SINK_THRESHOLD}")
     if any(name.startswith("fixed_point") for name in names):
@@ -136,12 +150,41 @@ def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
             else f"at the last recurrence, r = {last}"
         )
         out.append(f"the fixed point is taken for the state {where}")
+        if not longer:
+            out.append(_what_the_distance_says(run))
     if any(f"{name}_state_out" in run for name in names):
         out.append("the last core layer's values are those before the loop norm")
     if "prediction" in names:
         threshold = run.attrs.get("kurtosis_threshold", run.attrs.get("threshold", 10.0))
         out.append(f"kurtosis above {threshold:g}, skew above (below) 0: prediction (suppression)")
     return out
+
+
+def verdict_of(run: xr.Dataset) -> tuple[str, int, int] | None:
+    """The most frequent verdict of prompts that reach no fixed point, how many, and of how many.
+
+    None where most prompts reach one, and where the results hold no verdicts.
+    """
+    if "verdict" not in run or run["verdict"].dims != ("prompt",) or not run.sizes["prompt"]:
+        return None
+    values = run["verdict"].to_numpy()
+    if 2 * np.isin(values, FIXED_POINTS).sum() > len(values):
+        return None
+    others = values[~np.isin(values, FIXED_POINTS)].tolist()
+    most = max(sorted(set(others)), key=others.count)
+    return VERDICT_WORDS[Verdict(int(most))], others.count(most), len(values)
+
+
+def _what_the_distance_says(run: xr.Dataset) -> str:
+    """The distance to the last state falls to zero whatever a run does."""
+    found = verdict_of(run)
+    if found is None:
+        return "every run approaches its own last state, a drift too"
+    word, n, of = found
+    return (
+        f"the verdict is {word} for {n:,} of {count(of, 'prompt')}: every run approaches its own "
+        "last state, and the lines show no convergence"
+    )
 
 
 def _lines(band: Band | str, seeds: int, run: xr.Dataset, names: Sequence[str]) -> str:

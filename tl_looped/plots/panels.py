@@ -228,6 +228,8 @@ def draw_panel(axes: Axes, panel: Panel, label_width: int = 42) -> None:
         _plain_ticks(axes)
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
+    if panel.log and not log and _all_zero(panel):
+        axes.text(0.5, 0.5, "0 everywhere", transform=axes.transAxes, ha="center", va="bottom")
     _limit(axes, panel, log)
     if panel.marked_x is not None:
         axes.axvline(panel.marked_x[0], **_MARK)
@@ -265,6 +267,13 @@ def _plain_ticks(axes: Axes) -> None:
     if high / low < 100 and low >= 1e-4 and high < 1e5:
         for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_formatter(_Plain(minor_thresholds=(2, 0.5)))
+
+
+def _all_zero(panel: Panel) -> bool:
+    """Whether every value is zero: a logarithmic axis has no room for them."""
+    values = np.concatenate([line.values.mean for line in panel.lines])
+    finite = values[np.isfinite(values)]
+    return bool(finite.size) and not finite.any()
 
 
 def _limit(axes: Axes, panel: Panel, log: bool) -> None:

@@ -20,13 +20,14 @@ from matplotlib.figure import Figure
 from tl_looped.errors import InputError
 from tl_looped.metrics.labels import trained_recurrences
 from tl_looped.plots.attention_maps import attention_floor_plan
-from tl_looped.plots.captions import About, ablated_layers, caption_of
+from tl_looped.plots.captions import About, ablated_layers, caption_of, verdict_of
 from tl_looped.plots.groupings import over_depth, over_realised_depth, over_recurrences
 from tl_looped.plots.heat_maps import layer_matrix, matrix_numbers
 from tl_looped.plots.overlays import block_halves, neuron_fractions
 from tl_looped.plots.panels import Panel, draw_panels, numbers_of
 from tl_looped.plots.paths import path_numbers, pca_path, token_paths
 from tl_looped.plots.summaries import Runs, as_runs, name_of, shape_of
+from tl_looped.words import count
 
 TITLES = {
     "sink_rate": "sink rate",
@@ -207,7 +208,15 @@ def by_layer(request: Request, data: Runs, log: bool = False) -> list[DrawnFigur
         over_recurrences(data, name, band_of(request), log, _title_of(request, name), trained)
         for name in request.variables
     ]
-    return [of_panels(request, data, panels)]
+    # The distance to the last state falls whatever the run does: the title says if it converges.
+    found = verdict_of(as_runs(data)[0]) if _to_last_state(request, data) else None
+    what = f" ({found[0]} for {found[1]:,} of {count(found[2], 'prompt')})" if found else ""
+    return [of_panels(request, data, panels, what=what)]
+
+
+def _to_last_state(request: Request, data: Runs) -> bool:
+    own = "reference_recurrences" not in as_runs(data)[0].attrs
+    return own and any(name.startswith("fixed_point") for name in request.variables)
 
 
 def by_recurrence_over_depth(

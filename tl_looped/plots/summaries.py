@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -22,6 +21,7 @@ from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import check_choice
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.model.geometry import LoopGeometry
+from tl_looped.words import called
 
 Band = Literal["sd", "quantiles", "range", "none"]
 """Mean +- one standard deviation (divisor n - 1), 10 to 90 %, least to largest, or nothing."""
@@ -90,8 +90,7 @@ def shape_of(runs: Runs) -> LoopGeometry:
 
 def name_of(run: xr.Dataset) -> str:
     """The model's name; of a folder its last part."""
-    name = str(run.attrs.get("model") or "model without a name")
-    return PurePath(name).name if PurePath(name).is_absolute() else name
+    return called(str(run.attrs.get("model") or "model without a name"))
 
 
 def per_prompt(data: xr.Dataset, name: str) -> Float[np.ndarray, "site prompt"]:
