@@ -11,7 +11,7 @@ called, so a plain cache would misread itself once the model's number of recurre
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from tl_looped._compat import Slice, SliceInput, get_act_name
 from tl_looped.decomposition import DecompositionMixin
 from tl_looped.decomposition.steps import Target
 from tl_looped.errors import LayerIndexError, MissingActivationError
+from tl_looped.model.edits import EditLog, Edits
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 from tl_looped.model.names import canonical_name
 
@@ -37,6 +38,18 @@ class RunRecord:
     attention_mask: Tensor | None = None
     n_pos: int | None = None
     n_past: int = 0
+    log: EditLog = field(default_factory=EditLog)
+    interventions: tuple[str, ...] = ()
+
+    def edits(self, kept: dict[str, Tensor]) -> Edits:
+        """What changed the run, for a cache that holds ``kept``."""
+        names = set(self.log.names())
+        for name in list(names):
+            layer, _, activation = name.rpartition(".")
+            if activation == "hook_result" and name not in kept:
+                # Computed from z later on, it would be what it was before the edit.
+                names.add(f"{layer}.output")
+        return Edits(frozenset(names), self.interventions)
 
 
 class LoopedActivationCache(DecompositionMixin):
@@ -53,6 +66,8 @@ class LoopedActivationCache(DecompositionMixin):
         attention_mask: ``[batch, pos]`` of the run, False at padding; None if nothing was padded.
         n_pos: Positions of the run, padding included; None if unknown.
         n_past: Positions before them, in the run's key-value cache.
+        edits: What hooks and interventions changed in the run; None if unknown, as in a cache that
+            is made by hand. Then a decomposition needs activations to check its sum against.
 
     Examples:
         ``cache["resid_post", (3, 1)]``, ``cache["resid_post", 7]``,
@@ -74,6 +89,7 @@ class LoopedActivationCache(DecompositionMixin):
         attention_mask: Tensor | None = None,
         n_pos: int | None = None,
         n_past: int = 0,
+        edits: Edits | None = None,
     ) -> None:
         self.loop: LoopGeometry = model.loop if loop is None else loop
         self.attention_mask = attention_mask
@@ -82,6 +98,7 @@ class LoopedActivationCache(DecompositionMixin):
         self.state_seed = state_seed
         self.state_given = state_given
         self.early_exit = early_exit
+        self.edits = edits
         super().__init__(cache_dict, model, has_batch_dim)
 
     @property
@@ -195,7 +212,7 @@ class LoopedActivationCache(DecompositionMixin):
         return label if layer == "final" else f"{self.loop.locate(int(layer)).label}.{where}"
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> LoopedActivationCache:
-        """As in TransformerLens; the result keeps the run's geometry, seed and mask."""
+        """As in TransformerLens; the result keeps the run's geometry, seed, mask and edits."""
         plain = super().apply_slice_to_batch_dim(batch_slice)
         mask = self.attention_mask
         if mask is not None:
@@ -211,6 +228,7 @@ class LoopedActivationCache(DecompositionMixin):
             mask,
             self.n_pos,
             self.n_past,
+            self.edits,
         )
 
     def __repr__(self) -> str:

@@ -7,14 +7,14 @@ in d_model, so it serves projections onto a few directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.decomposition.components import Rows
-from tl_looped.decomposition.steps import EnterLoop, Inject, Rescale, Step, Write
+from tl_looped.decomposition.steps import EnterLoop, Inject, Place, Rescale, Step, Write
 from tl_looped.decomposition.writes import Writes
 
 
@@ -27,7 +27,10 @@ def _rows(steps: Sequence[Step], writes: Writes, rows: Rows) -> list[tuple[Step,
 
 
 def carry(
-    steps: Sequence[Step], writes: Writes, rows: Rows
+    steps: Sequence[Step],
+    writes: Writes,
+    rows: Rows,
+    after_each: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "row *batch_pos d_model"] | None:
     """Every wanted write as it arrives at the end of the steps, summed by row.
 
@@ -35,14 +38,15 @@ def carry(
         steps: From the embedding to the place where the stream is read.
         writes: Reads the writes.
         rows: Groups; filled here.
+        after_each: Sees all rows after each step that changes the stream, and may change them.
 
     Returns:
         None if no write is wanted.
     """
     planned = _rows(steps, writes, rows)
     stack = None
+    used = 0 if after_each is None else len(rows)
     e = injected_e = None  # the prelude's components, and what they inject
-    used = 0
     for step, where in planned:
         if isinstance(step, Write) and where:
             values = writes.values(step)
@@ -65,6 +69,8 @@ def carry(
             if e is not None:
                 injected_e = e @ e_map.T if injected_e is None else injected_e
                 stack[: len(e)] += injected_e
+        if after_each is not None and not isinstance(step, Place):
+            after_each(live)
     return stack
 
 

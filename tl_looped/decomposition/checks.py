@@ -1,47 +1,177 @@
-"""Checks that a cache holds what its writes add up to.
+"""Checks that a decomposition is of the run that the cache is of.
 
-A hook that edits the stream (patching, for instance) makes the writes of the run add up to
-something else, and so do weights that changed since. Carrying writes past the edit would then give
-wrong numbers. So, where the cache holds what is needed and in fp32 or better, two things are
-checked at every position that is read:
+Carrying writes past an edit of the stream would give wrong numbers, and so would weights that
+changed since. So two things are checked, in every precision:
 
-- all writes, carried, sum to the stream where it is read, also if only some of them were asked for;
-- the heads of a layer sum to its ``hook_attn_out``, its neurons to its ``hook_mlp_out``.
-
-An edit behind the last place that is checked, in a cache that lacks these activations, or in half
-precision goes unnoticed.
+- *Provenance.* A run notes what hooks and interventions changed (:mod:`tl_looped.model.edits`).
+  Edits of a write, or of what a write is computed from (queries, patterns, z, neurons), leave the
+  sum exact. Edits of the stream, of a norm in it, or of a sublayer's output while its heads or
+  neurons are wanted, are refused, also where the activation that would show them is not cached. An
+  edit at one position counts for all. An edit behind the place that is read counts for nothing.
+- *Numbers.* Where the cache holds what is needed, all writes, carried, sum to the stream where it
+  is read, and the heads and neurons of a layer to its output, at every position that is read and
+  up to rounding (:mod:`tl_looped.decomposition.closeness`). A cache that is made by hand has no
+  provenance, so it must hold what is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_looped._compat import Slice
 from tl_looped.decomposition.carry import carry
-from tl_looped.decomposition.closeness import EXACT, check_close
+from tl_looped.decomposition.closeness import check_close, rounding, unchecked
 from tl_looped.decomposition.components import Component, Rows
-from tl_looped.decomposition.steps import Step, Target
+from tl_looped.decomposition.steps import Place, Rescale, Step, Target, Write
 from tl_looped.decomposition.writes import Selection, Writes
 from tl_looped.errors import InvalidDecompositionError, MissingActivationError
 
+N_PROBES = 2
+"""Samples of a run's rounding error; each is a vector at every position."""
+
+
+# -- provenance -----------------------------------------------------------------------------------
+
+
+def refuse_edits(cache: Any, names: Iterator[str], what: str) -> None:
+    """Raise if the run of a cache was edited at one of these names.
+
+    Args:
+        cache: The cache; one that is made by hand has no record, and passes.
+        names: Where an edit makes ``what`` wrong.
+        what: What is asked for.
+    """
+    if cache.edits is None:
+        return
+    found = [name for name in names if name in cache.edits.names]
+    if found:
+        by = ", ".join(cache.edits.interventions)
+        by = f"a hook or one of the interventions {by}" if by else "a hook"
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise InvalidDecompositionError(
+            f"{by} edited the run of this cache at {found[0]}{more}, so {what}. Decompose a layer "
+            "before the edit, run without it, or pass raw=True for the writes as they were added. "
+            "Edits of q, k, v, z, patterns, neurons or whole sublayer outputs do not matter."
+        )
+
+
+def where_edits_break(steps: Sequence[Step], selection: Selection, posts: bool) -> Iterator[str]:
+    """Names at which an edit keeps writes from adding up to the stream at the end of the steps.
+
+    Args:
+        steps: From the embedding to the place where the stream is read.
+        selection: Heads and neurons must also add up to their layer's output.
+        posts: Whether sublayers end in a norm.
+    """
+    for step in steps:
+        if isinstance(step, Place):
+            yield step.name
+        elif isinstance(step, Rescale):
+            yield from _of_norm(step.scale.removesuffix(".hook_scale"))
+        elif isinstance(step, Write) and step.layer is not None:
+            yield from where_parts_break(step, selection, posts)
+
+
+def where_parts_break(write: Write, selection: Selection, posts: bool) -> Iterator[str]:
+    """The same for the heads or neurons of one layer; nothing if they are not wanted."""
+    is_attn = write.kind == "attn_out"
+    if (selection.attn if is_attn else selection.mlp) == "parts":
+        block = f"blocks.{write.layer}"
+        yield f"{block}.hook_{write.kind}"
+        yield f"{block}.{'attn' if is_attn else 'mlp'}.output"
+        yield f"{block}.weights"
+        if posts:
+            yield from _of_norm(f"{block}.{'ln1_post' if is_attn else 'ln2_post'}")
+
+
+def where_norm_breaks(cache: Any, target: Target) -> Iterator[str]:
+    """Names at which an edit keeps the norm at a target from being a division by its scale."""
+    loop = cache.loop
+    if target.layer == loop.n_layers:
+        yield from _of_norm("ln_final")
+        if loop.c == 0 and loop.R:  # the last loop norm may be the same computation
+            yield from _of_norm(f"recurrence.{loop.R - 1}.ln_loop")
+        return
+    block = f"blocks.{target.layer}"
+    yield from _of_norm(f"{block}.{'ln2' if target.mid else 'ln1'}")
+    if target.mid:
+        yield f"{block}.hook_mlp_in"
+    else:
+        yield f"{block}.hook_attn_in"
+        yield from (f"{block}.attn.hook_{which}_input" for which in "qkv")
+
+
+def where_logits_break(loop: Any) -> Iterator[str]:
+    """Names at which an edit keeps logits from being the unembedding of the normalised stream."""
+    if loop.c == 0 and loop.R:  # where the final norm ends the loop, a state stands behind it
+        yield f"recurrence.{loop.R - 1}.hook_state_out"
+    yield "unembed.hook_in"
+    yield "unembed.hook_out"
+
+
+def _of_norm(path: str) -> Iterator[str]:
+    yield f"{path}.hook_scale"
+    yield f"{path}.hook_normalized"
+    block, _, norm = path.rpartition(".")
+    if norm in ("ln_mid", "ln_out"):
+        yield f"{block}.weights"
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
 
 def check_stream(cache: Any, steps: Sequence[Step], target: Target, positions: Slice) -> None:
-    """Raise if all writes of a run, carried to a target, do not sum to the stream there."""
-    name = target.hook(cache.loop)
-    stream = cache.cache_dict.get(name)
-    if stream is None or stream.dtype not in EXACT:
+    """Raise if all writes of a run, carried to a target, do not sum to the stream there.
+
+    Rounding is not bounded but simulated: vectors of random signs as large as the rounding of each
+    step are carried along, through the same norms and matrices.
+    """
+    ends = [target.hook(cache.loop)]
+    if isinstance(steps[-1], Place) and steps[-1].name not in ends:
+        ends.append(steps[-1].name)
+    held = [name for name in ends if name in cache.cache_dict]
+    known = cache.edits is not None
+    if not held and known:
         return
-    writes = Writes(cache, Selection(), positions, checked=False)
+    writes = Writes(cache, Selection(), positions)
     try:
-        total = carry(steps, writes, Rows(lambda component: Component("remainder")))
-    except MissingActivationError:
-        return
+        streams = [(name, writes.read(name)) for name in held or ends]
+        dtypes = writes.dtypes([*held, *writes.names(steps)])
+        probes = _Probes(dtypes)
+        total = carry(steps, writes, probes.rows, probes)
+    except MissingActivationError as missing:
+        if known:
+            return
+        raise unchecked(missing) from missing
     if total is not None:
-        check_close(total[0], writes.read(name), name)
+        expected = total[1:].norm(dim=-1).amax(0)
+        for name, stream in streams:
+            check_close(total[0], stream, expected, name)
+
+
+class _Probes:
+    """Rows to carry: the sum of all writes, and behind it samples of its rounding error."""
+
+    def __init__(self, dtypes: set[torch.dtype]) -> None:
+        total = Component("remainder")
+        probes = [Component("rounding", index=i) for i in range(N_PROBES)]
+        self.rows = Rows(lambda component: component if component in probes else total)
+        for row in (total, *probes):
+            self.rows.of(row)
+        self._dtypes = dtypes
+        self._random: torch.Generator | None = None
+
+    def __call__(self, stack: Tensor) -> None:
+        if self._random is None:
+            self._random = torch.Generator(stack.device).manual_seed(0)
+        size = rounding(stack[0], self._dtypes, stack.shape[-1])
+        signs = torch.empty_like(stack[1:]).bernoulli_(0.5, generator=self._random)
+        stack[1:] += size * (2 * signs - 1)
 
 
 def with_one_scale(cache: Any, target: Target) -> Any:

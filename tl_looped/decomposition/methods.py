@@ -12,9 +12,10 @@ see ``tl_looped.decomposition.components.grouping``. As in TransformerLens, ``la
 and ``n_layers`` mean the input of the final norm; a layer may also be (recurrence, layer), and what
 is decomposed is what that layer receives, injection included.
 
-If a hook edited the stream itself during the run, its writes do not add up to it, and nothing can
-be carried past the edit; see ``tl_looped.decomposition.checks`` for what is noticed. ``raw=True``
-checks nothing.
+A decomposition is exact or refused. If a hook or an intervention edited the stream itself during
+the run, its writes do not add up to it, and nothing can be carried past the edit: that is an error,
+in every precision and with every ``names_filter``. ``tl_looped.decomposition.checks`` says which
+edits are none. ``raw=True`` checks nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +29,20 @@ from torch import Tensor
 
 from tl_looped._compat import ActivationCache, Slice, SliceInput
 from tl_looped.decomposition.carry import carry, project
-from tl_looped.decomposition.checks import check_stream, with_one_scale
+from tl_looped.decomposition.checks import (
+    check_stream,
+    refuse_edits,
+    where_edits_break,
+    where_logits_break,
+    where_norm_breaks,
+    where_parts_break,
+    with_one_scale,
+)
 from tl_looped.decomposition.components import Component, Rows, grouping
 from tl_looped.decomposition.steps import Step, Target, Write, stream_steps
 from tl_looped.decomposition.writes import Selection, Writes
 from tl_looped.errors import InputError, InvalidDecompositionError
+from tl_looped.model.edits import Edits
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 
 _ORDER = {"head": 0, "neuron": 1, "mlp_out": 1, "embed": 2, "initial_state": 3}
@@ -58,6 +68,7 @@ class DecompositionMixin(ActivationCache):
     loop: LoopGeometry
     state_given: bool
     early_exit: bool
+    edits: Edits | None
 
     @torch.no_grad()
     def _decompose(
@@ -80,13 +91,15 @@ class DecompositionMixin(ActivationCache):
         steps: list[Step] = list(stream_steps(self.model, self.loop, self.state_given, target))
         if options.raw:
             steps = [step for step in steps if isinstance(step, Write)]
+        else:
+            names = where_edits_break(steps, selection, writes.posts)
+            refuse_edits(self, names, f"its writes do not add up to {target.hook(self.loop)}")
 
         def normed(stack: Tensor) -> Tensor:
             if not options.apply_ln:
                 return stack
-            return self.apply_ln_to_stack(
-                stack, target.layer, target.mid, positions, has_batch_dim=self.has_batch_dim
-            )
+            where = {"pos_slice": positions, "has_batch_dim": self.has_batch_dim}
+            return self._apply_ln(stack, target, where, checked=not options.raw)
 
         directions = None
         if onto is None:
@@ -133,26 +146,35 @@ class DecompositionMixin(ActivationCache):
 
         Raises:
             InvalidDecompositionError: the final norm of a run without a coda that left the loop
-                early read another stream than the cached one; or, with ``use_attn_in`` or
-                ``use_split_qkv_input``, the heads of a layer read streams of different scales.
+                early read another stream than the cached one; the norm or its input was edited; or,
+                with ``use_attn_in`` or ``use_split_qkv_input``, the heads of a layer read streams
+                of different scales.
         """
+        where = {
+            "pos_slice": pos_slice,
+            "batch_slice": batch_slice,
+            "has_batch_dim": has_batch_dim,
+            "recompute_ln": recompute_ln,
+        }
         target = Target.of(layer, mlp_input, self.loop)
+        return self._apply_ln(residual_stack, target, where, checked=not recompute_ln)
+
+    def _apply_ln(
+        self, stack: Tensor, target: Target, where: dict[str, Any], checked: bool
+    ) -> Tensor:
         if target.layer == self.loop.n_layers and self.early_exit and self.loop.c == 0:
             raise InvalidDecompositionError(
                 "tokens of this run could leave the loop early, and each was read at its own "
                 "recurrence, not at the last, whose stream and final norm the cache holds: run "
                 "without exit_rule"
             )
-        return ActivationCache.apply_ln_to_stack(
-            with_one_scale(self, target),
-            residual_stack,
-            target.layer,
-            target.mid,
-            pos_slice,
-            batch_slice,
-            has_batch_dim,
-            recompute_ln,
-        )
+        single = with_one_scale(self, target)
+        if checked:
+            names = where_norm_breaks(self, target)
+            refuse_edits(
+                self, names, f"the norm behind {target.hook(self.loop)} read another value"
+            )
+        return ActivationCache.apply_ln_to_stack(single, stack, target.layer, target.mid, **where)
 
     # -- TransformerLens's methods ---------------------------------------------------------------
 
@@ -285,16 +307,23 @@ class DecompositionMixin(ActivationCache):
         neuron_slice: Positions = None,
         pos_slice: Positions = None,
         project_output_onto: Direction | None = None,
+        raw: bool = False,
     ) -> Float[Tensor, "*batch_pos_neuron out"]:
         """What each neuron of one layer added to the stream there, not carried.
 
         As in TransformerLens, in fp32 or better; behind a post-norm, its part of the normalised
-        output, so that the neurons of a layer always sum to ``hook_mlp_out``.
+        output, so that the neurons of a layer always sum to ``hook_mlp_out``. With ``raw`` that is
+        not checked.
         """
         neurons = _as_slice(neuron_slice)
         selection = Selection(False, "none", "parts", _keeping_axis(neurons))
-        writes = Writes(self, selection, _as_slice(pos_slice))
+        writes = Writes(self, selection, _as_slice(pos_slice), checked=not raw)
         write = Write("mlp_out", self.loop.resolve(layer))
+        if not raw:
+            names = where_parts_break(write, selection, writes.posts)
+            refuse_edits(
+                self, names, f"the neurons of layer {write.layer} do not sum to its output"
+            )
         with torch.no_grad():
             if project_output_onto is None:
                 stack = writes.values(write)
@@ -314,7 +343,12 @@ class DecompositionMixin(ActivationCache):
 
         The final norm's gain counts, folded into ``W_U`` or not, so that the attributions of
         components that sum to the final stream sum to the logit.
+
+        Raises:
+            InvalidDecompositionError: the final norm, what it gave or the logits were edited.
         """
+        names = where_logits_break(self.loop)
+        refuse_edits(self, names, "attributions do not sum to its logits")
         gain = self.model.ln_final.w
         return super().logit_attrs(residual_stack * gain.to(residual_stack.device), *args, **kw)
 

@@ -52,7 +52,14 @@ class Inject:
     """The stream becomes A_s stream + A_e e."""
 
 
-Step = Write | Rescale | EnterLoop | Inject
+@dataclass(frozen=True)
+class Place:
+    """Here the stream, as it is, passes a hook point of this name."""
+
+    name: str
+
+
+Step = Write | Rescale | EnterLoop | Inject | Place
 
 
 @dataclass(frozen=True)
@@ -102,16 +109,24 @@ def stream_steps(model: Any, loop: LoopGeometry, state_given: bool, to: Target) 
     yield Write("embed")
     for i in range(loop.n_layers):
         yield from _boundary_steps(cfg, loop, i, state_given)
+        yield Place(f"blocks.{i}.hook_resid_pre")
         if to == Target(i):
             return
         yield Write("attn_out", i)
         if on_sums:
+            yield Place(f"blocks.{i}.hook_resid_mid_sum")
             yield _block_norm(loop, i, "ln_mid")
+        yield Place(f"blocks.{i}.hook_resid_mid")
         if to == Target(i, mid=True):
             return
         yield Write("mlp_out", i)
         if on_sums:
+            yield Place(f"blocks.{i}.hook_resid_post_sum")
             yield _block_norm(loop, i, "ln_out")
+        yield Place(f"blocks.{i}.hook_resid_post")
+    if loop.c == 0 and loop.R and not cfg.loop_norm:
+        # No coda and no norm behind the loop: the final norm reads the last state.
+        yield Place(f"recurrence.{loop.R - 1}.hook_state_out")
 
 
 def _boundary_steps(cfg: Any, loop: LoopGeometry, i: int, given: bool) -> Iterator[Step]:
@@ -119,14 +134,19 @@ def _boundary_steps(cfg: Any, loop: LoopGeometry, i: int, given: bool) -> Iterat
     for event, r in loop.boundary(i):
         if event == "enter_loop":
             yield EnterLoop(anew)
-            if anew:
-                yield Write("initial_state")
-        elif event == "leave" and cfg.loop_norm:
-            yield Rescale(f"recurrence.{r}.ln_loop.hook_scale", "final_norm")
-        elif event == "enter" and cfg.injection is not Injection.NONE:
-            skips = cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER and not given
-            if not (skips and r == 0):
-                yield Inject()
+            # A state that does not come from the prelude is a component, edited or not.
+            yield Write("initial_state") if anew else Place("hook_initial_state")
+        elif event == "leave":
+            if cfg.loop_norm:
+                yield Rescale(f"recurrence.{r}.ln_loop.hook_scale", "final_norm")
+            yield Place(f"recurrence.{r}.hook_state_out")
+        elif event == "enter":
+            yield Place(f"recurrence.{r}.hook_state_in")
+            if cfg.injection is not Injection.NONE:
+                skips = cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER and not given
+                if not (skips and r == 0):
+                    yield Inject()
+                yield Place(f"recurrence.{r}.hook_injected")
         elif event == "leave_loop" and cfg.pre_coda_norm:
             yield Rescale("ln_pre_coda.hook_scale", "final_norm")
 

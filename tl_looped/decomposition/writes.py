@@ -7,7 +7,7 @@ gain / scale, so that the heads of a layer sum to ``hook_attn_out`` and its neur
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped._compat import Slice
-from tl_looped.decomposition.closeness import EXACT, check_close
+from tl_looped.decomposition.closeness import check_close, rounding, unchecked
 from tl_looped.decomposition.components import Component
-from tl_looped.decomposition.steps import Rescale, Write, weights_path
+from tl_looped.decomposition.steps import Rescale, Step, Write, weights_path
+from tl_looped.errors import MissingActivationError
 from tl_looped.model.config import NormLayout
 
 Part = Literal["none", "whole", "parts"]
@@ -79,17 +80,20 @@ class Writes:
     def values(self, write: Write) -> Float[Tensor, "component *batch_pos d_model"]:
         """The writes of :meth:`components`, in its order."""
         if write.layer is None:
-            return self.read(f"hook_{write.kind}")[None]
+            return self.read(_name(write))[None]
         part = self.selection.attn if write.kind == "attn_out" else self.selection.mlp
         if part == "whole":
-            return self.read(f"blocks.{write.layer}.hook_{write.kind}")[None]
+            return self.read(_name(write))[None]
         if write.kind == "attn_out":
             values = self._heads(write.layer)
         else:
             values = self.neuron_activations(write.layer)[..., None] * self.neuron_rows(write)
         post = self.post_factor(write)
         values = values if post is None else values * post.unsqueeze(-2)
-        self._check_parts(write, lambda: values.sum(-2))
+        if write.kind == "attn_out":
+            self._check_parts(write, values.sum(-2), values.square().sum(-2))
+        else:
+            self._check_neurons(write, post)
         return values.movedim(-2, 0)
 
     def projected(
@@ -105,17 +109,45 @@ class Writes:
             return (values.unsqueeze(-2) @ onto).squeeze(-2)
         post, neurons = self.post_factor(write), self.neuron_activations(write.layer)
         W_out = self.neuron_rows(write)
-        self._check_parts(write, lambda: neurons @ W_out * (1 if post is None else post))
+        self._check_neurons(write, post)
         onto = onto if post is None else post[..., None] * onto
         return (neurons[..., None] * (W_out @ onto)).movedim(-2, 0)
 
-    def _check_parts(self, write: Write, total: Callable[[], Tensor]) -> None:
+    def _check_neurons(self, write: Write, post: Tensor | None) -> None:
+        """As :meth:`_check_parts`, of all neurons of a layer, also if some were asked for."""
+        if self.checked:
+            neurons = self.read(f"blocks.{write.layer}.mlp.hook_post")
+            W_out = self.weight(self.model.blocks[write.layer].mlp.W_out)
+            post = neurons.new_ones(()) if post is None else post
+            squares = neurons.square() @ W_out.square() * post.square()
+            self._check_parts(write, neurons @ W_out * post, squares)
+
+    def _check_parts(self, write: Write, total: Tensor, squares: Tensor) -> None:
         """Raise if a layer's heads or neurons do not sum to its cached output."""
-        name = f"blocks.{write.layer}.hook_{write.kind}"
+        name = _name(write)
         whole = self.cache.cache_dict.get(name)
-        some = write.kind == "mlp_out" and self.selection.neurons.mode != "identity"
-        if self.checked and not some and whole is not None and whole.dtype in EXACT:
-            check_close(total(), self.read(name), name)
+        if not self.checked or (whole is None and self.cache.edits is not None):
+            return
+        if whole is None:
+            missing = MissingActivationError(f"the cache holds no {name!r}.")
+            raise unchecked(missing) from missing
+        truth, cfg = self.read(name), self.model.cfg
+        n_terms = cfg.d_mlp if write.kind == "mlp_out" else cfg.n_heads * cfg.d_head
+        # Each part may have been rounded by itself, and the sum is, before a post-norm and behind.
+        spread = squares.sqrt()
+        dtypes = self.dtypes([name])
+        expected = rounding(spread, dtypes, n_terms).norm(dim=-1)
+        expected = expected + rounding(truth, dtypes, n_terms).norm(dim=-1)
+        check_close(total, truth, expected, name)
+
+    def dtypes(self, names: Iterable[str]) -> set[torch.dtype]:
+        """Precisions of the cached activations of these names."""
+        return {self.cache[name].dtype for name in names}
+
+    @staticmethod
+    def names(steps: Iterable[Step]) -> list[str]:
+        """Hooks of what is written in these steps."""
+        return [_name(step) for step in steps if isinstance(step, Write)]
 
     def neuron_activations(self, layer: int | None) -> Float[Tensor, "*batch_pos neuron"]:
         """``mlp.hook_post`` of the selected neurons."""
@@ -152,7 +184,15 @@ class Writes:
     def weight(self, weight: Tensor) -> Tensor:
         """A weight where the cache is, in the precision of the decomposition."""
         like = next(iter(self.cache.cache_dict.values()))
-        return self._as_float(weight.detach().to(like.device))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return weight.detach().to(like.device, dtype)
 
     def _as_float(self, x: Tensor) -> Tensor:
         return x if x.dtype == torch.float64 else x.float()
+
+
+def _name(write: Write) -> str:
+    """The hook of a whole write."""
+    return (
+        f"hook_{write.kind}" if write.layer is None else f"blocks.{write.layer}.hook_{write.kind}"
+    )

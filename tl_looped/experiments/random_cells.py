@@ -235,7 +235,8 @@ def _first(cache: Any, model: LoopedTransformer, n: int) -> LoopedActivationCach
     loop = cache.loop.with_recurrences(n)
     kept = {f"blocks.{i}.hook_resid_post" for i in range(loop.n_layers)}
     some = {name: value for name, value in cache.items() if name in kept}
-    return LoopedActivationCache(some, model, loop=loop, state_seed=cache.state_seed)
+    known = {"state_seed": cache.state_seed, "edits": cache.edits}
+    return LoopedActivationCache(some, model, loop=loop, **known)
 
 
 def _spectrum(

@@ -71,6 +71,7 @@ class Attention(QuickModule):
         norm: The norm at its input, if there is one: its gain may count as part of W_Q, W_K, W_V.
     """
 
+    noted_as = ("hook_z", "input", "output")
     _weights: AttentionWeights
     _norm: HookedRMSNorm | None
 

@@ -61,6 +61,7 @@ class Block(QuickModule):
     # Read by TransformerLens's logit lens: block outputs are one [batch, pos, d_model] stream.
     hook_out_is_single_residual_stream = True
 
+    noted_as = ("hook_resid_pre", "hook_resid_pre", "hook_resid_post")
     weights: BlockWeights
     ln1: HookedRMSNorm
     ln1_post: HookedRMSNorm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 from torch.utils.hooks import RemovableHandle
 
 from tl_looped._compat import HookPoint, Slice
+from tl_looped.model.edits import UNWATCHED, EditLog, Watch, watched_call
 from tl_looped.model.geometry import LayerLocation
 
 # Position axis, from the right, of activations that are not [batch, pos, d] or [.., query, key].
@@ -38,6 +39,11 @@ def _has_torch_hooks(own: dict[str, Any]) -> bool:
         or _global_forward_pre_hooks
         or _global_backward_pre_hooks
     )
+
+
+def has_torch_hooks(module: nn.Module) -> bool:
+    """Whether PyTorch would call any hook for this module."""
+    return _has_torch_hooks(module.__dict__)
 
 
 class Arming:
@@ -97,6 +103,7 @@ class LoopedHookPoint(Arming, HookPoint):
         reader: Looks at the activation, as the hooks left it, for instance to store it for the
             cache of the present run. It is called directly: torch's way to call a hook takes longer
             than most of the model's own operations on small activations.
+        watch: Where the model says whether the edits of the present run are noted.
     """
 
     def __init__(self, pos_dim: int = -2) -> None:
@@ -104,6 +111,7 @@ class LoopedHookPoint(Arming, HookPoint):
         self.pos_dim = pos_dim
         self.location: LayerLocation | None = None
         self.reader: Reader | None = None
+        self.watch: Watch = UNWATCHED
         self.armed = False
 
     @property
@@ -142,10 +150,15 @@ class LoopedHookPoint(Arming, HookPoint):
             or _global_backward_pre_hooks
         ):
             own["armed"] = _has_torch_hooks(own)
-            device, x = x.device, super().__call__(x)
+            given, log = x, own["watch"].log
+            if log is not None and (own["_forward_pre_hooks"] or _global_forward_pre_hooks):
+                given = x.clone()  # these hooks get the tensor itself
+            x = super().__call__(x)
             # What a hook brings along, from a cache for instance, may be on another device.
-            if isinstance(x, Tensor) and x.device != device:
-                x = x.to(device)
+            if isinstance(x, Tensor) and x.device != given.device:
+                x = x.to(given.device)
+            if log is not None:
+                log.compare(own["name"], given, x)
         if own["reader"] is not None:
             own["reader"](x, self)
         return x
@@ -165,7 +178,14 @@ class QuickModule(Arming, nn.Module):
     """A module whose call goes straight to ``forward`` while no torch hook is attached to it.
 
     PyTorch's own call takes several times as long to find that out.
+
+    Attributes:
+        noted_as: A hook point of the module, which knows its name and the present run; and the
+            names within the module under which edits by torch hooks are noted: of its first
+            argument, of its result. None if nothing needs to know.
     """
+
+    noted_as: ClassVar[tuple[str, str, str] | None] = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +202,16 @@ class QuickModule(Arming, nn.Module):
             or _global_backward_pre_hooks
         ):
             own["armed"] = _has_torch_hooks(own) or self._compiled_call_impl is not None
-            return super().__call__(*args, **kwargs)
+            if self.noted_as is None:
+                return super().__call__(*args, **kwargs)
+            where, *names = self.noted_as
+            point = own["_modules"][where]
+            log, path = point.watch.log, str(point.name).removesuffix(where)
+            if log is None:
+                return super().__call__(*args, **kwargs)
+            before, after = (path + name for name in names)
+            inputs = (args, kwargs)
+            return watched_call(self, super().__call__, log, (before, after), inputs)
         return self.forward(*args, **kwargs)
 
 
@@ -205,6 +234,7 @@ class CacheWriter:
         device: Where the copy lives; the activation's own device if None.
         remove_batch_dim: Drop a leading dimension of one.
         suffix: Appended to the name, for gradients.
+        log: Of the run that the cache is of; what runs within its hooks is not stored.
     """
 
     def __init__(
@@ -214,12 +244,15 @@ class CacheWriter:
         device: Any,
         remove_batch_dim: bool,
         suffix: str = "",
+        log: EditLog | None = None,
     ) -> None:
         self.store, self.positions, self.device = store, positions, device
-        self.remove_batch_dim, self.suffix = remove_batch_dim, suffix
+        self.remove_batch_dim, self.suffix, self.log = remove_batch_dim, suffix, log
 
     def __call__(self, tensor: Tensor, hook: LoopedHookPoint) -> None:
         """Store the activation; return nothing, so that it goes on unchanged."""
+        if self.log is not None and self.log.paused:
+            return
         kept = tensor.detach() if tensor.requires_grad else tensor
         if self.device is not None:
             kept = kept.to(self.device)

@@ -40,6 +40,7 @@ class MLP(QuickModule):
         norm: The norm at its input, if there is one: its gain may count as part of W_in, W_gate.
     """
 
+    noted_as = ("hook_post", "input", "output")
     _weights: MLPWeights
     _norm: HookedRMSNorm | None
 

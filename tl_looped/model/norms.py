@@ -45,6 +45,7 @@ def rms_norm(x: Float[Tensor, "... d"], weights: NormWeights) -> Float[Tensor, "
 class HookedRMSNorm(QuickModule):
     """RMSNorm with hook points, on borrowed weights."""
 
+    noted_as = ("hook_scale", "hook_normalized", "hook_normalized")
     weights: NormWeights
 
     def __init__(self, weights: NormWeights, pos_dim: int = -2) -> None:

@@ -89,6 +89,8 @@ class CachingMixin(LoopedHookManager):
                 record.attention_mask,
                 record.n_pos,
                 record.n_past,
+                # Hooks that stay write later runs into the same dict.
+                record.edits(cache_dict) if kwargs.get("reset_hooks_end", True) else None,
             )
             return out, cache
 
@@ -230,7 +232,8 @@ class CachingMixin(LoopedHookManager):
         common = (store, Slice.unwrap(pos_slice), device, remove_batch_dim)
         names = self.names_filter_set(names_filter)
         ordered = [name for name in self.hook_dict if name in names]
-        writer, grad_writer = CacheWriter(*common), CacheWriter(*common, "_grad")
+        log = self._records[-1].log if self._caches_this_run else None
+        writer, grad_writer = CacheWriter(*common, log=log), CacheWriter(*common, "_grad", log)
         fwd = [(name, writer) for name in ordered]
         bwd = [(name, grad_writer) for name in ordered] if incl_bwd else []
         return store, fwd, bwd

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.devices import beside
-from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.model.hook_points import LoopedHookPoint, QuickModule
 from tl_looped.model.norms import NormWeights
 
 
@@ -26,7 +26,7 @@ class Embed(nn.Module):
         return embedded if self.scale == 1.0 else embedded * self.scale
 
 
-class Unembed(nn.Module):
+class Unembed(QuickModule):
     """Map from the normalised stream to logits; shares the embedding's matrix if tied.
 
     Args:
@@ -35,6 +35,7 @@ class Unembed(nn.Module):
         norm: The final norm's weights; its gain may count as part of W_U.
     """
 
+    noted_as = ("hook_in", "hook_in", "hook_out")
     weight: nn.Parameter
     _embed: Embed
     _norm: NormWeights

@@ -46,8 +46,8 @@ class ExitingMixin(LensesMixin):
             )
         if loop.R == 0:
             raise InputError("exit_rule needs at least one recurrence")
-        if self._records and self._records[-1].filled:
-            self._records[-1].early_exit = True
+        if self._record is not None:
+            self._record.early_exit = True
         tracker = ExitTracker(rule, kv is not None, mask)
         for r, state in enumerate(self._unroll(x, run, None)):
             logits = partial(self._exit_logits, state, run, kv is not None)

@@ -132,6 +132,8 @@ class InterveningMixin(InputsMixin):
                 changes = intervention.changes(self, run)
                 # At once: a later intervention finds the layers in the order that this one left.
                 for block, weights in changes.weights:
+                    if weights is not block.weights:
+                        run.borrowed.add(block.hook_resid_pre.layer())
                     stack.callback(block.borrow, block.weights)
                     block.borrow(weights)
                 edits += [

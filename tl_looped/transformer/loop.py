@@ -23,6 +23,7 @@ from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.context import RunContext
 from tl_looped.model.devices import beside
 from tl_looped.model.geometry import LayerLocation
+from tl_looped.model.hook_points import has_torch_hooks
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.intervening import InterveningMixin
@@ -185,8 +186,18 @@ class LoopMixin(InterveningMixin):
         if r in run.injection_factors:
             e = e * run.injection_factors[r]
         # One product over the concatenation, as the reference rounds it in half precision.
-        injected = self.injection(torch.cat((state, e), -1))
+        both = torch.cat((state, e), -1)
+        alone = self._injection_alone(both)
+        injected = self.injection(both)
+        if alone is not None and self._record is not None:
+            self._record.log.compare(hooks.hook_injected.name, alone, injected)
         return hooks.hook_injected(injected)
+
+    def _injection_alone(self, both: Tensor) -> Tensor | None:
+        """What the injection gives without torch hooks; None if it has none, or nobody asks."""
+        if self._record is None or not has_torch_hooks(self.injection):
+            return None
+        return nn.functional.linear(both, self.injection.weight)
 
     def _skips_first_adapter(self, run: LoopRun) -> bool:
         skip = self.cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER

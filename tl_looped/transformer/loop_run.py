@@ -26,6 +26,7 @@ class LoopRun:
         injection_factors: Factor on ``e`` where a recurrence injects it; one where it is missing.
         enters_loop: Whether the run passes the start of the loop.
         trains_gate: Whether the gate keeps a graph where its state has none (truncation).
+        borrowed: Effective layers that run with another layer's weights.
     """
 
     context: RunContext
@@ -37,3 +38,4 @@ class LoopRun:
     injection_factors: dict[int, float] = field(default_factory=dict)
     enters_loop: bool = True
     trains_gate: bool = False
+    borrowed: set[int] = field(default_factory=set)

@@ -328,7 +328,8 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             kv = self._kv_run(past_kv_cache, x, mask)
             run = self._new_run(x, mask, kv, initial_state, state_seed, prelude_output)
             run.enters_loop = enters
-            with self._intervened(run) if self.interventions else nullcontext():
+            recorded = self._recording() if self._records else nullcontext()
+            with recorded, self._intervened(run) if self.interventions else nullcontext():
                 self._note_run(run, mask)
                 if start is None:
                     x = self.hook_embed(x)
@@ -452,16 +453,24 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
 
     def _note_run(self, run: LoopRun, mask: Tensor | None) -> None:
         """Tell a cache that is being made what run it is of."""
-        if not self._records or self._records[-1].filled:
+        record = self._record
+        if record is None:
             return
-        record = self._records[-1]
         given = run.initial_state is not None
         random = not given and self.cfg.initial_state is InitialState.RANDOM
         record.state_seed = run.state_seed if random and run.enters_loop else None
-        record.state_given, record.filled = given, True
+        record.state_given = given
         record.attention_mask = None if mask is None or bool(mask.all()) else mask
         record.n_pos = run.context.positions.shape[-1]
         record.n_past = 0 if run.context.kv is None else run.context.kv.n_past
+        record.interventions = tuple(map(repr, self.interventions))
+        for r in run.repeats:
+            record.log.add(f"recurrence.{r}.hook_state_in")
+        for r, factor in run.injection_factors.items():
+            if factor != 1 and not (r == 0 and self._skips_first_adapter(run)):
+                record.log.add(f"recurrence.{r}.hook_injected")
+        for i in run.borrowed:
+            record.log.add(f"blocks.{i}.weights")
 
 
 def _no_padding_after(given: Any) -> Tensor | None:

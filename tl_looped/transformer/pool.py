@@ -22,6 +22,7 @@ from tl_looped.cache import RunRecord
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights
 from tl_looped.model.config import Injection, LoopedConfig
+from tl_looped.model.edits import Watch
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, settle
 from tl_looped.model.names import resolve_name
@@ -129,6 +130,10 @@ class BlockPool(HookedRootModule):
     cfg: LoopedConfig
     loop: LoopGeometry
     turn: Turns
+    # Of the runs whose caches are being made, the innermost last; and of the present run, if it is
+    # one of these and not a run within its hooks.
+    _records: list[RunRecord]
+    _record: RunRecord | None
 
     def _setup_hooks(self, cfg: LoopedConfig) -> None:
         """Make the global hook points and the pool; the weights must exist already."""
@@ -145,7 +150,8 @@ class BlockPool(HookedRootModule):
         self._block_pool: dict[LayerLocation, Block] = {}
         self._recurrence_pool: list[RecurrenceHooks] = []
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
-        self._records: list[RunRecord] = []
+        self._records, self._record = [], None
+        self._watch = Watch()
         self._borrowed = list(_weight_modules(self))
         self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
         self._select()
@@ -228,6 +234,28 @@ class BlockPool(HookedRootModule):
             new.__dict__.update(deepcopy(self.__dict__, memo))
         return new
 
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Within ``run_with_cache``: a record is of its own run, not of those that its hooks start.
+
+        While a hook runs the model, nothing is stored for the outer cache, and no edit is noted.
+        """
+        newest, outer = self._records[-1], self._record
+        self._record = None if newest.filled else newest
+        newest.filled = True
+        others = [record.log for record in self._records if record is not self._record]
+        paused = [log.paused for log in others]
+        for log in others:
+            log.paused = True
+        self._watch.log = None if self._record is None else self._record.log
+        try:
+            yield
+        finally:
+            self._record = outer
+            self._watch.log = None if outer is None else outer.log
+            for log, was in zip(others, paused, strict=True):
+                log.paused = was
+
     def train(self, mode: bool = True) -> BlockPool:
         """As in PyTorch, also for blocks beyond the current recurrences."""
         super().train(mode)
@@ -276,7 +304,7 @@ class BlockPool(HookedRootModule):
         def add(module: nn.Module, prefix: str) -> None:
             for name, child in module.named_modules(prefix=prefix):
                 if isinstance(child, LoopedHookPoint):
-                    child.name = name
+                    child.name, child.watch = name, self._watch
                     hooks[name] = child
 
         def add_block(i: int) -> None:
@@ -315,7 +343,7 @@ class BlockPool(HookedRootModule):
             if suffix not in GATED_HOOKS or getattr(self.cfg, GATED_HOOKS[suffix])
         }
         for name, hook in named.items():
-            hook.name = name
+            hook.name, hook.watch = name, self._watch
         per_head = self.cfg.use_split_qkv_input or self.cfg.use_attn_in
         for suffix in ("ln1.hook_scale", "ln1.hook_normalized"):
             if suffix in block.hook_suffixes:
