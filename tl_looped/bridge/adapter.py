@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import torch
 from transformer_lens import ActivationCache
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -31,6 +30,7 @@ from tl_looped.bridge.cache import LoopedBridgeCache
 from tl_looped.bridge.unrolled import UnrolledModel
 from tl_looped.errors import InvalidDecompositionError
 from tl_looped.model.config import LoopedConfig, NormLayout, RotaryStyle
+from tl_looped.model.masks import real_tokens
 
 
 class LoopedBridge(TransformerBridge):
@@ -52,7 +52,7 @@ class LoopedBridge(TransformerBridge):
                 cache.has_batch_dim,
                 loop=unrolled.loop,
                 state_seed=unrolled.state_seed if unrolled.is_seeded else None,
-                attention_mask=None if mask is None else torch.as_tensor(mask) != 0,
+                attention_mask=None if mask is None else real_tokens(mask),
             )
         return output, cache
 

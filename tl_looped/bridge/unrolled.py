@@ -29,6 +29,7 @@ from tl_looped.model.config import InitialState, Injection, LoopedConfig
 from tl_looped.model.context import RunContext
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.model.initial_state import draw_initial_state
+from tl_looped.model.masks import real_tokens
 from tl_looped.model.mlp import MLPWeights
 from tl_looped.model.norms import rms_norm
 
@@ -277,7 +278,7 @@ class UnrolledModel(nn.Module):
                 f"attention_mask must have shape [batch, pos] = {tuple(x.shape[:2])}, "
                 f"got {tuple(mask.shape)}"
             )
-        mask = None if mask is None else mask.to(x.device) != 0
+        mask = None if mask is None else real_tokens(mask).to(x.device)
         length = x.shape[1] if mask is None else int(mask.sum(-1).max())
         if length > self.looped_cfg.n_ctx:
             raise InputError(

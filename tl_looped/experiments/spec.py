@@ -24,6 +24,7 @@ from tl_looped.errors import ConfigError, DataError
 from tl_looped.files import is_file, write_text
 from tl_looped.metrics.catalogue import select
 from tl_looped.metrics.inputs import check_choice
+from tl_looped.model import limits
 from tl_looped.model.config import parse_dtype
 
 if sys.version_info >= (3, 11):
@@ -211,6 +212,10 @@ class Experiment:
             n = getattr(self, key)
             if n is not None and n < 1:
                 raise ConfigError(f"{key} must be at least 1, got {n}")
+            if n is not None and n > limits.most_layers:
+                raise ConfigError(
+                    f"{key} must be at most {limits.most_layers}, got {n} ({limits.HOW_TO_RAISE})"
+                )
         if self.skip_first is not None and self.skip_first < 1:
             raise ConfigError(
                 f"skip_first must be at least 1, got {self.skip_first}; leave it out to skip none"

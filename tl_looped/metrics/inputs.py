@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.model.masks import real_tokens
 
 BLOCK_BYTES = 2**25
 """What is copied to fp64 at a time where every two layers are compared."""
@@ -154,7 +155,7 @@ def _checked_mask(
             f"mask must be [..., pos] with the last dimensions of {batch_and_pos} for {what} of "
             f"shape {shape}, got {tuple(mask.shape)}"
         )
-    real = mask != 0
+    real = real_tokens(mask, "mask")
     if not bool(real.any(-1).all()):
         raise InputError("mask leaves a prompt without any real token")
     return real

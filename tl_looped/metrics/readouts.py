@@ -18,6 +18,7 @@ from torch import Tensor
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import mask_of_cache
 from tl_looped.model.exit_gate import exit_distribution
+from tl_looped.model.masks import real_tokens
 
 __all__ = [
     "KLBetweenRecurrences",
@@ -217,7 +218,7 @@ def _real(mask: Tensor | None, states: Tensor) -> Tensor:
         return torch.ones(shape, dtype=torch.bool, device=states.device)
     if tuple(mask.shape) != shape:
         raise InputError(f"mask must be [batch, pos] = {shape}, got {tuple(mask.shape)}")
-    return mask.to(states.device) != 0
+    return real_tokens(mask).to(states.device)
 
 
 def _positions(real: Tensor, position: int) -> Int[Tensor, " batch"]:

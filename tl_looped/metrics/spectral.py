@@ -31,6 +31,8 @@ from torch import Tensor
 from tl_looped.errors import InputError
 from tl_looped.metrics.convergence import fixed_point_residual
 from tl_looped.metrics.dynamics import loop_jacobian_spectrum
+from tl_looped.model.limits import checked_recurrences
+from tl_looped.model.masks import real_tokens
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.loop_map import LoopMap
 
@@ -57,6 +59,7 @@ def reached_state(loop_map: LoopMap, n_recurrences: int) -> Float[Tensor, "batch
     """
     if type(n_recurrences) is not int or n_recurrences < 1:
         raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences!r}")
+    checked_recurrences(n_recurrences)
     with torch.no_grad():
         state: Tensor = loop_map.run(1)[-1]  # the first recurrence may be another than the map
         for _ in range(n_recurrences - 1):
@@ -111,7 +114,7 @@ def spectrum_of_states(
         )
     real = torch.ones_like(tokens, dtype=torch.bool)
     if attention_mask is not None:
-        real = torch.atleast_2d(attention_mask) != 0
+        real = torch.atleast_2d(real_tokens(attention_mask))
     if real.shape != tokens.shape or not bool(real.any(-1).all()):
         raise InputError(
             f"attention_mask must be like tokens, {tuple(tokens.shape)}, with a real token for "

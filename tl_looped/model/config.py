@@ -17,6 +17,8 @@ import torch
 
 from tl_looped._compat import TransformerLensConfig
 from tl_looped.errors import ConfigError
+from tl_looped.model import limits
+from tl_looped.model.limits import MOST_UNITS
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -97,6 +99,7 @@ _NUMBERS: dict[str, float] = {
     "initializer_range": 0.0,
 }
 """Least value of every field that is a number and no count."""
+_UNITS = ("d_model", "d_head", "n_heads", "n_key_value_heads", "d_vocab", "d_mlp")
 _SWITCHES = (
     "loop_norm", "pre_coda_norm", "exit_gate", "qk_bias", "v_bias", "qk_norm", "qk_norm_per_head",
     "rotary_in_fp32", "tie_embeddings",
@@ -282,6 +285,15 @@ class LoopedConfig(TransformerLensConfig):
                 continue
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if name in _UNITS and value > MOST_UNITS:
+                raise ConfigError(f"{name} must be at most {MOST_UNITS}, got {value}")
+        layers = self.n_prelude + self.n_core * self.n_recurrences + self.n_coda
+        if max(layers, self.n_core) > limits.most_layers:
+            raise ConfigError(
+                f"a model of ({self.n_prelude}, {self.n_core} x {self.n_recurrences}, "
+                f"{self.n_coda}) layers has {layers} effective layers, and {limits.most_layers} are"
+                f" the limit: take fewer recurrences ({limits.HOW_TO_RAISE})"
+            )
         for name, smallest in _NUMBERS.items():
             setattr(self, name, _number(name, getattr(self, name), smallest))
         for name in _SWITCHES:

@@ -35,16 +35,40 @@ def truncated_normal(seed: int, start: int, stop: int, d: int) -> Float[Tensor, 
     Returns:
         fp64 on the CPU. Row t is the same for every ``start`` and ``stop``.
     """
+    if type(seed) is not int:
+        raise InputError(f"state_seed must be an integer, got {seed!r}")
     if not 0 <= seed < 2**128:
         raise InputError(f"state_seed must be from 0 to 2**128 - 1, got {seed}")
+    # Outside torch.compile the operator would cost more than the draw, and load the compiler.
+    draw = _uniform_as_operator if torch.compiler.is_compiling() else _uniform
+    uniform = draw(str(seed), start, stop, d)
+    below = torch.special.ndtr(torch.tensor(-CUT, dtype=torch.float64))
+    return torch.special.ndtri(below + uniform * (1.0 - 2.0 * below))
+
+
+def _uniform(seed: str, start: int, stop: int, d: int) -> Tensor:
+    """Uniform numbers between 0 and 1, exclusive, ``[pos, d]``; a seed has more than 64 bits."""
     steps = math.ceil(d / _WORDS_PER_STEP)
-    generator = np.random.Philox(key=seed)
+    generator = np.random.Philox(key=int(seed))
     generator.advance(start * steps)
     raw = generator.random_raw((stop - start) * steps * _WORDS_PER_STEP)
     words = raw.reshape(stop - start, -1)[:, :d]
-    uniform = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54)
-    below = torch.special.ndtr(torch.tensor(-CUT, dtype=torch.float64))
-    return torch.special.ndtri(below + uniform * (1.0 - 2.0 * below))
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54)
+
+
+# torch.compile traces numpy's arithmetic with its own, which lacks shifts of unsigned integers, and
+# would keep the drawn numbers as constants. An operator is called as it is.
+_uniform_as_operator = torch.library.custom_op(
+    "tl_looped::uniform_by_seed_and_position",
+    _uniform,
+    mutates_args=(),
+    schema="(str seed, SymInt start, SymInt stop, SymInt d) -> Tensor",
+)
+
+
+@_uniform_as_operator.register_fake
+def _shape_of_uniform(seed: str, start: int, stop: int, d: int) -> Tensor:
+    return torch.empty(stop - start, d, dtype=torch.float64)
 
 
 def draw_initial_state(

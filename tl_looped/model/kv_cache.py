@@ -18,6 +18,7 @@ approximation, and changes the logits.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLocation
 
 Keys = Float[Tensor, "batch pos n_kv_heads d_head"]
@@ -57,6 +59,8 @@ class LoopedKeyValueCache:
         self.mask: Bool[Tensor, "batch pos"] | None = None
         self.n_recurrences = 0
         self.entries: dict[LayerLocation, tuple[PastKeys, PastKeys]] = {}
+        self._owner: weakref.ref[Any] | None = None
+        self._made_with: dict[str, Any] = {}
 
     @classmethod
     def init_cache(
@@ -69,12 +73,44 @@ class LoopedKeyValueCache:
         """A cache of its own, without the gradients' history, which cannot be copied."""
         new = LoopedKeyValueCache(self.recurrence_slots)
         new.frozen, new.n_recurrences = self.frozen, self.n_recurrences
+        new._owner, new._made_with = self._owner, dict(self._made_with)
         new.mask = None if self.mask is None else self.mask.clone()
         new.entries = {
             slot: (keys.detach().clone(), values.detach().clone())
             for slot, (keys, values) in self.entries.items()
         }
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles know the shape of the model, not which one it was."""
+        return self.__dict__ | {"_owner": None}
+
+    def own(self, model: Any, cfg: LoopedConfig) -> None:
+        """Note whose keys and values these are, after a run has extended them."""
+        if not self.frozen:
+            self._owner, self._made_with = weakref.ref(model), _made_with(cfg)
+
+    def check_owner(self, model: Any, cfg: LoopedConfig) -> None:
+        """Raise if what is held was computed by another model, or in another dtype or place.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        if not self.entries:
+            return
+        now = _made_with(cfg)
+        if self._made_with and self._made_with != now:
+            differs = {k: (v, now[k]) for k, v in self._made_with.items() if v != now[k]}
+            told = ", ".join(f"{k} {was} and not {is_}" for k, (was, is_) in differs.items())
+            raise InputError(
+                f"past_kv_cache holds keys and values of a model with {told}: begin with "
+                "past_kv_cache=LoopedKeyValueCache()"
+            )
+        if self._owner is not None and self._owner() is not model:
+            raise InputError(
+                "past_kv_cache holds keys and values that another model computed: begin with "
+                "past_kv_cache=LoopedKeyValueCache(), one for each model"
+            )
 
     @property
     def length(self) -> int:
@@ -108,6 +144,11 @@ class LoopedKeyValueCache:
         if place.recurrence is None or self.recurrence_slots is None:
             return place
         return place._replace(recurrence=place.recurrence % self.recurrence_slots)
+
+
+def _made_with(cfg: LoopedConfig) -> dict[str, Any]:
+    names = ("n_prelude", "n_core", "n_coda", "n_kv_heads", "d_head", "dtype", "device")
+    return {name: getattr(cfg, name) for name in names}
 
 
 @dataclass

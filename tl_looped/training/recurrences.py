@@ -14,8 +14,16 @@ from scipy.special import ndtri
 from scipy.stats import poisson
 
 from tl_looped.errors import ConfigError
+from tl_looped.model import limits
 
 _STREAM = 2**63  # keys from here on: apart from those of the random initial states
+
+
+def _refuse_too_many(name: str, n: int | float) -> None:
+    if n > limits.most_layers:
+        raise ConfigError(
+            f"{name} must be at most {limits.most_layers}, got {n} ({limits.HOW_TO_RAISE})"
+        )
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Constant:
     def __post_init__(self) -> None:
         if type(self.n) is not int or self.n < 1:
             raise ConfigError(f"n must be an integer of at least 1, got {self.n!r}")
+        _refuse_too_many("n", self.n)
 
     @property
     def mean(self) -> float:
@@ -76,6 +85,7 @@ class PoissonLogNormal:
     def __post_init__(self) -> None:
         if not 0 < self.rate < float("inf"):
             raise ConfigError(f"rate must be a finite number above 0, got {self.rate!r}")
+        _refuse_too_many("rate", self.rate)
         if not 0 <= self.sigma < float("inf"):
             raise ConfigError(f"sigma must be a finite number of at least 0, got {self.sigma!r}")
 

@@ -283,8 +283,12 @@ class GenerationMixin(ExitingMixin):
         self, given: Given, prepend_bos: bool | None, attention_mask: Any
     ) -> tuple[Tensor, Tensor]:
         if not isinstance(given, Tokens):
-            return self.tokenize(given, prepend_bos, padding_side="left")
-        tokens, found = self._tokens_and_mask(given, attention_mask, prepend_bos, None)
+            tokens, own = self.tokenize(given, prepend_bos, padding_side="left")
+            if attention_mask is None:
+                return tokens, own
+            found = attention_mask
+        else:
+            tokens, found = self._tokens_and_mask(given, attention_mask, prepend_bos, None)
         checked = self._check_mask(found, *tokens.shape)
         mask = torch.ones_like(tokens, dtype=torch.bool) if checked is None else checked
         if not bool(mask[:, -1].all()):
@@ -297,6 +301,7 @@ class GenerationMixin(ExitingMixin):
             if given is not None:
                 raise InputError("past_kv_cache is given, but use_past_kv_cache is False")
             return None
+        self._check_cache(given)
         if given is not None and given.frozen:
             raise InputError("past_kv_cache is frozen, and generation extends it: unfreeze() it")
         return LoopedKeyValueCache() if given is None else given

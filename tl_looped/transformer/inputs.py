@@ -12,6 +12,7 @@ from tl_looped.errors import InputError
 from tl_looped.model.exit_rules import ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
+from tl_looped.model.masks import real_tokens
 from tl_looped.transformer.reading import (
     Chats,
     Rows,
@@ -40,6 +41,11 @@ class InputsMixin(TokensMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens of any input, and its mask: the given one, its own, or what pad tokens tell."""
         given = read_input(input)
+        if padding_side is not None and isinstance(given, Tokens):
+            raise InputError(
+                f"padding_side={padding_side!r} is for text; the padding of tokens is read from "
+                "them, on either side: pass attention_mask= to say where it is"
+            )
         if not isinstance(given, Tokens):
             tokens, own_mask = self.tokenize(given, prepend_bos, padding_side)
             return tokens, own_mask if mask is None else mask
@@ -154,7 +160,7 @@ class InputsMixin(TokensMixin):
                 f"attention_mask must have shape {(batch, length)} like the tokens, "
                 f"got {tuple(mask.shape)}"
             )
-        mask = mask.to(self.W_E.device) != 0
+        mask = real_tokens(mask).to(self.W_E.device)
         if not rows_continue:
             self._check_rows(mask)
         return mask
@@ -163,6 +169,18 @@ class InputsMixin(TokensMixin):
         if not bool(mask.any(-1).all()):
             empty = (~mask.any(-1)).nonzero().flatten().tolist()
             raise InputError(f"attention_mask leaves rows {empty} without any token")
+
+    def _check_cache(self, cache: Any) -> None:
+        """Raise if these are no keys and values of this model as it is now."""
+        if cache is None:
+            return
+        if not isinstance(cache, LoopedKeyValueCache):
+            raise InputError(
+                f"past_kv_cache must be a LoopedKeyValueCache, which has a slot for each "
+                f"recurrence and layer, got {type(cache).__name__}: begin with "
+                "past_kv_cache=LoopedKeyValueCache()"
+            )
+        cache.check_owner(self, self.cfg)
 
     def _check_whole(self, cache: LoopedKeyValueCache | None, rule: ExitRule | None) -> None:
         """A part of the layers can neither extend a cache nor leave the loop early."""
@@ -178,14 +196,9 @@ class InputsMixin(TokensMixin):
         x: Float[Tensor, "batch pos d_model"],
         mask: Bool[Tensor, "batch pos"] | None,
     ) -> KVRun | None:
-        """The pass of new tokens over a cache."""
+        """The pass of new tokens over a cache, which is checked already."""
         if cache is None:
             return None
-        if not isinstance(cache, LoopedKeyValueCache):
-            raise InputError(
-                f"past_kv_cache must be a LoopedKeyValueCache, which has a slot for each "
-                f"recurrence and layer, got {type(cache).__name__}"
-            )
         if self.loop.R == 0 and cache.n_recurrences > 0:
             raise InputError(
                 "a run of no recurrence would leave its tokens without keys in the loop, where the "

@@ -22,6 +22,7 @@ from tl_looped.model.config import Injection
 from tl_looped.model.context import RunContext
 from tl_looped.model.devices import beside
 from tl_looped.model.initial_state import draw_initial_state
+from tl_looped.model.limits import checked_recurrences
 from tl_looped.model.norms import rms_norm
 from tl_looped.transformer.loop import LoopMixin
 from tl_looped.transformer.loop_run import LoopRun, Stream
@@ -63,9 +64,14 @@ class LoopMap:
         Args:
             n_recurrences: At least 1.
             state: Where to start; ``initial_state``, as the model does, if None.
+
+        Raises:
+            InputError, RecurrenceCountError: for another number, or one beyond
+                :data:`tl_looped.model.limits.most_layers`.
         """
         if type(n_recurrences) is not int or n_recurrences < 1:
             raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences}")
+        checked_recurrences(n_recurrences)
         if state is None and self.skips_first_adapter:
             states = [self._layers(self.initial_state)]
         else:

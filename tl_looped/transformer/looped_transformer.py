@@ -28,6 +28,7 @@ from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
 from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
+from tl_looped.model.masks import real_tokens
 from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.generation import GenerationMixin
@@ -307,6 +308,9 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             stop = None if stop_at_layer is None else self._layer_or_end(stop_at_layer)
             if stop is not None and (start or 0) > stop:
                 raise InputError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
+            self._check_cache(past_kv_cache)
+            if start_at_layer is not None and padding_side is not None:
+                raise InputError("padding_side is for text, and start_at_layer takes a stream")
             mask = attention_mask
             if start is None:
                 input = read_input(input)
@@ -344,6 +348,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                     logits, steps = self._run_with_exits(x, run, exit_rule, mask)
             if kv is not None:
                 kv.commit(self.loop.R)
+                kv.cache.own(self, self.cfg)
             result = self._result(logits, tokens, mask, return_type, loss_per_token)
             return result if steps is None else ExitResult(result, steps)
 
@@ -366,7 +371,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         Computed in fp32 or better: in bf16 a loss of 2 to 4 nats is a multiple of 1/64.
         """
         if attention_mask is not None:
-            attention_mask = attention_mask != 0
+            attention_mask = real_tokens(attention_mask)
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)

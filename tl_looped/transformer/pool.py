@@ -9,7 +9,6 @@ effective index moves.
 from __future__ import annotations
 
 import gc
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -25,6 +24,7 @@ from tl_looped.model.config import Injection, LoopedConfig
 from tl_looped.model.edits import Watch
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, settle
+from tl_looped.model.limits import checked_recurrences
 from tl_looped.model.names import resolve_name
 from tl_looped.model.norms import HookedRMSNorm, HookedStreamNorm, NormWeights
 from tl_looped.transformer.turns import Turns, in_turn
@@ -175,26 +175,22 @@ class BlockPool(HookedRootModule):
         """Set the number of recurrences of every later run. Hooks and older caches stay right.
 
         Raises:
-            RecurrenceCountError: if it is negative, or zero where the model has no meaning at zero.
+            RecurrenceCountError: if it is negative, or zero where the model has no meaning at zero;
+                beyond :data:`tl_looped.model.limits.most_layers` effective layers.
             InputError: if another thread has the model in an open context.
         """
         self._go_to_recurrences(n_recurrences)
 
     def _go_to_recurrences(self, n_recurrences: int) -> None:
-        fewest = self.cfg.min_recurrences
-        try:
-            n_recurrences = operator.index(n_recurrences)  # numpy's integers too
-        except TypeError:
-            raise RecurrenceCountError(
-                f"n_recurrences must be an integer, got {n_recurrences!r}"
-            ) from None
+        if type(n_recurrences) is int and n_recurrences == self.loop.R:
+            return
+        loop, fewest = self.loop, self.cfg.min_recurrences
+        n_recurrences = checked_recurrences(n_recurrences, core=loop.k, others=loop.p + loop.c)
         if n_recurrences < fewest:
             raise RecurrenceCountError(
                 f"n_recurrences must be at least {fewest} for this model, got {n_recurrences}"
                 + ("" if n_recurrences else ": without injection and coda, zero has no output")
             )
-        if n_recurrences == self.loop.R:
-            return
         self.loop = self.loop.with_recurrences(n_recurrences)
         self.cfg.n_recurrences, self.cfg.n_layers = n_recurrences, self.loop.n_layers
         self._select()
@@ -265,7 +261,9 @@ class BlockPool(HookedRootModule):
 
     def view_at(self, n_recurrences: int) -> Any:
         """The model as TransformerLens's tools would see it at another number of recurrences."""
-        return _GeometryView(self, n_recurrences)
+        loop = self.loop
+        n = checked_recurrences(n_recurrences, core=loop.k, others=loop.p + loop.c)
+        return _GeometryView(self, n)
 
     def _pooled_block(self, location: LayerLocation) -> Block:
         block = self._block_pool.get(location)
