@@ -121,6 +121,7 @@ def info(
         f"{cfg.d_model} dimensions, {cfg.n_heads} heads of {cfg.d_head}, MLP {cfg.d_mlp}",
         f"vocabulary {cfg.d_vocab}, context {cfg.n_ctx}",
         found.describe_bos(),
+        *_ends(found),
         f"{n_parameters:,} parameters: "
         + ", ".join(f"{readable(n_parameters * size)} in {name}" for name, size in _DTYPES.items()),
     ):
@@ -136,6 +137,14 @@ def info(
         sizes = [found.estimate_cache_bytes(preset, 1, tokens, n) for n in counts]
         table.add_row(preset, *(readable(size).split(" (")[0] for size in sizes))
     console.print(table)
+
+
+def _ends(model: Any) -> list[str]:
+    """A line on the tokens that end a generated text; none without a tokenizer."""
+    if model.tokenizer is None:
+        return []
+    tokens = [repr(model.to_string(token)) for token in model.stop_tokens()]
+    return [f"a generated text ends at {', '.join(tokens) or 'no token'}"]
 
 
 def _runs_table(runs: Any, short: dict[str, str]) -> Table:

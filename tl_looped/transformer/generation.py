@@ -28,6 +28,7 @@ from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.transformer.exiting import ExitingMixin
 from tl_looped.transformer.reading import Chats, Given, Tokens, read_input
 from tl_looped.transformer.sampling import Sampler
+from tl_looped.transformer.stopping import Ends, checked_strings, end_of_turn
 from tl_looped.transformer.turns import in_turn
 
 
@@ -54,6 +55,7 @@ class GenerationOptions:
     seed: int | None = None
     past_kv_cache: LoopedKeyValueCache | None = None
     exit_rule: ExitRule | None = None
+    stop_strings: Any = None
 
     def sampler(self) -> Sampler:
         """How tokens are chosen."""
@@ -68,7 +70,8 @@ class _Job:
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     n_new: int
-    stop: list[int]
+    ends: Ends
+    fill: int  # what stands behind the end of a row
     cache: LoopedKeyValueCache | None
     options: GenerationOptions
     in_text: bool  # what comes out is text
@@ -78,6 +81,8 @@ class _Job:
 
 class GenerationMixin(ExitingMixin):
     """``generate`` and ``generate_stream`` with TransformerLens's arguments."""
+
+    generation_config: dict[str, Any]
 
     @in_turn
     @torch.no_grad()
@@ -104,6 +109,7 @@ class GenerationMixin(ExitingMixin):
         seed: int | None = None,
         past_kv_cache: LoopedKeyValueCache | None = None,
         exit_rule: ExitRule | None = None,
+        stop_strings: Any = None,
     ) -> Any:
         """Continue one or more prompts.
 
@@ -112,7 +118,7 @@ class GenerationMixin(ExitingMixin):
                 conversation, or several, for the tokenizer's chat template.
             max_new_tokens: Most new tokens a row.
             stop_at_eos: End a row at a stop token; it is filled up with the first of them.
-            eos_token_id: Stop token or tokens; the tokenizer's EOS if None.
+            eos_token_id: Stop token or tokens, in place of :meth:`stop_tokens`.
             do_sample: Sample; otherwise take the most likely token.
             top_k, top_p, temperature, freq_penalty, repetition_penalty: As in TransformerLens; the
                 penalties count real tokens only.
@@ -129,10 +135,14 @@ class GenerationMixin(ExitingMixin):
             past_kv_cache: A cache to use, for instance one that shares slots,
                 ``LoopedKeyValueCache(recurrence_slots=1)``, or one that holds a prefix already.
             exit_rule: When tokens leave the loop.
+            stop_strings: Text or texts that end a row once its reply contains one; the token that
+                completes it stays. It is filled up as behind a stop token, or with padding.
 
         Returns:
-            Prompt and continuation, as text without special tokens or as tokens ``[batch, pos]``;
-            of a conversation the reply alone. With ``exit_rule`` an :class:`ExitResult` of that and
+            Prompt and continuation, as text or as tokens ``[batch, pos]``; of a conversation the
+            reply alone. In text, special tokens of the prompt and the one that ends a row are left
+            out; others of the reply are written, so that no marker vanishes from a text that goes
+            on behind it. With ``exit_rule`` an :class:`ExitResult` of that and
             the recurrence after which each new token's prediction left the loop ``[batch, new]``.
         """
         options = GenerationOptions(
@@ -155,6 +165,7 @@ class GenerationMixin(ExitingMixin):
             seed=seed,
             past_kv_cache=past_kv_cache,
             exit_rule=exit_rule,
+            stop_strings=stop_strings,
         )
         job = self._job(input, max_new_tokens, options)
         with self._call_with_recurrences(n_recurrences):
@@ -192,14 +203,14 @@ class GenerationMixin(ExitingMixin):
 
     def _pieces(self, job: _Job, size: int) -> Iterator[Any]:
         piece: list[Tensor] = []
-        with_prompt = not job.reply_only
+        with_prompt, start = not job.reply_only, 0
         for token, _ in self._new_tokens(job):
             piece.append(token)
             if len(piece) == size:
-                yield self._as_asked(job, torch.stack(piece, 1), with_prompt)
-                piece, with_prompt = [], False
+                yield self._as_asked(job, torch.stack(piece, 1), with_prompt, start)
+                piece, with_prompt, start = [], False, start + size
         if piece:
-            yield self._as_asked(job, torch.stack(piece, 1), with_prompt)
+            yield self._as_asked(job, torch.stack(piece, 1), with_prompt, start)
 
     # -- the steps -------------------------------------------------------------------------------
 
@@ -208,22 +219,20 @@ class GenerationMixin(ExitingMixin):
         options, cache = job.options, job.cache
         tokens, mask, sampler = job.tokens, job.mask, options.sampler()
         prefix = 0 if cache is None else cache.length
-        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         progress = tqdm(range(job.n_new), disable=not options.verbose, desc="generating")
         for _ in progress:
             start = 0 if cache is None else cache.length - prefix
             with torch.no_grad():
                 logits, left = self._step(job, tokens[:, start:], mask[:, start:], prefix + start)
                 new = sampler.next_tokens(logits[:, -1], tokens, mask)
-            if job.stop:
-                new = torch.where(done, job.stop[0], new)
-                done |= torch.isin(new, torch.tensor(job.stop, device=new.device))
+            new = torch.where(job.ends.done(new.device), job.fill, new)
+            job.ends.note(new)
             tokens = torch.cat((tokens, new[:, None]), 1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
             if cache is not None and options.verbose:
                 progress.set_postfix_str(f"KV cache {cache.nbytes / 2**20:.1f} MiB", refresh=False)
             yield new, left
-            if bool(done.all()):
+            if None not in job.ends.lengths:
                 break
 
     def _step(
@@ -276,8 +285,13 @@ class GenerationMixin(ExitingMixin):
         self._check_state_covers(options.initial_state, total + (cache.length if cache else 0))
         self._check_context(mask, cache, n_new)
         to_text = in_text if kind == "input" else kind == "str"
+        strings = checked_strings(options.stop_strings)
+        if strings and self.tokenizer is None:
+            raise InputError("stop_strings need a tokenizer, and the model has none")
         stop = self._stop_tokens(options)
-        return _Job(tokens, mask, n_new, stop, cache, options, to_text, given.many, chat)
+        ends = Ends(len(tokens), stop, strings, self.tokenizer)
+        fill = stop[0] if stop else self._pad_id()
+        return _Job(tokens, mask, n_new, ends, fill, cache, options, to_text, given.many, chat)
 
     def _left_padded(
         self, given: Given, prepend_bos: bool | None, attention_mask: Any
@@ -311,13 +325,24 @@ class GenerationMixin(ExitingMixin):
             return []
         given = options.eos_token_id
         if given is None:
-            given = getattr(self.tokenizer, "eos_token_id", None)
-        if given is None:
-            if self.tokenizer is not None:
+            found = self.stop_tokens()
+            if not found and self.tokenizer is not None and not options.stop_strings:
                 raise InputError("stop_at_eos=True, but there is no EOS token: pass eos_token_id=")
-            return []
-        many = given if isinstance(given, (list, tuple)) else [given]
-        return [_integer("eos_token_id", token) for token in many]
+            return found
+        return [_integer("eos_token_id", token) for token in _listed(given)]
+
+    def stop_tokens(self) -> list[int]:
+        """Tokens that end a generated text, unless ``eos_token_id`` says otherwise.
+
+        The tokenizer's EOS; those of the checkpoint's ``generation_config.json``; and the special
+        token that the chat template writes behind a reply, the end of a turn.
+        """
+        name = "eos_token_id"
+        of_file = [_integer(name, token) for token in _listed(self.generation_config.get(name))]
+        own = getattr(self.tokenizer, name, None)
+        turn = None if self.tokenizer is None else end_of_turn(self.tokenizer)
+        found = [own, *of_file, turn]
+        return list(dict.fromkeys(int(token) for token in found if token is not None))
 
     def _check_context(self, mask: Tensor, cache: LoopedKeyValueCache | None, n_new: int) -> None:
         longest = int(mask.sum(-1).max()) + n_new - 1
@@ -336,21 +361,28 @@ class GenerationMixin(ExitingMixin):
                 f"got shape {tuple(state.shape)}"
             )
 
-    def _as_asked(self, job: _Job, new: Int[Tensor, "batch new"], with_prompt: bool) -> Any:
-        """New tokens, with the prompt or without it, as tokens or text."""
-        out = torch.cat((job.tokens, new), 1) if with_prompt else new
+    def _as_asked(
+        self, job: _Job, new: Int[Tensor, "batch new"], with_prompt: bool, start: int = 0
+    ) -> Any:
+        """New tokens, the first of which is number ``start``, with the prompt or without it."""
         if not job.in_text:
-            return out
-        real = torch.ones_like(out, dtype=torch.bool)
-        if with_prompt:
-            real[:, : job.tokens.shape[1]] = job.mask
-        texts = [
-            self.tokenizer.decode(
-                row[keep].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            for row, keep in zip(out, real, strict=True)
-        ]
+            return torch.cat((job.tokens, new), 1) if with_prompt else new
+        texts = []
+        for row, reply in enumerate(new.tolist()):
+            length = job.ends.lengths[row]
+            ids = reply if length is None else reply[: max(0, length - start)]
+            if with_prompt:
+                prompt = job.tokens[row][job.mask[row]].tolist()
+                ids = [token for token in prompt if token not in job.ends.special] + ids
+            texts.append(str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
         return texts if job.many or len(texts) > 1 else texts[0]
+
+
+def _listed(value: Any) -> list[Any]:
+    """One or several values, or none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _integer(name: str, value: Any) -> int:
