@@ -21,6 +21,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.utils import logging
 
 from tl_looped import CheckpointError, ConfigError, InputError, retrofit
 from tl_looped.cli import main
@@ -41,6 +42,13 @@ def source() -> Any:
 def folder(tmp_path: Path, source: Any) -> Path:
     source.save_pretrained(tmp_path / "source")
     return tmp_path / "source"
+
+
+def test_transformers_bars_do_not_pass_through(folder: Path, capfd: Any) -> None:
+    assert logging.is_progress_bar_enabled()
+    retrofit(folder, core=[2], device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 # -- layers -----------------------------------------------------------------------------------

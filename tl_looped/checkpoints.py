@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from tl_looped._version import __version__
 from tl_looped.adapters import (
@@ -259,6 +261,18 @@ def read_tokenizer(folder: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:
         raise CheckpointError(f"{folder}/tokenizer.json cannot be read: {error}") from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """While transformers loads a model: without its progress bars, which would mix with ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def save(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tl_looped.adapters.rope import refuse_contradictions
-from tl_looped.checkpoints import read_config
+from tl_looped.checkpoints import read_config, without_bars
 from tl_looped.errors import CheckpointError, ConfigError
 
 
@@ -34,7 +34,8 @@ def load_feedforward(folder: Path, device: str, dtype: torch.dtype) -> Any:
         ) from error
     refuse_contradictions(read_config(folder))
     try:
-        bridge = TransformerBridge.boot_transformers(str(folder), device=device, dtype=dtype)
+        with without_bars():
+            bridge = TransformerBridge.boot_transformers(str(folder), device=device, dtype=dtype)
     except Exception as error:  # whatever transformers and TransformerLens raise
         raise CheckpointError(
             f"TransformerLens cannot load {folder} ({type(error).__name__}: {error})"

@@ -19,7 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tl_looped.adapters.rope import refuse_contradictions
 from tl_looped.adapters.stored import read_headers, refuse_quantised, tensor_files, wrong_dtypes
-from tl_looped.checkpoints import download, read_config, read_generation_config, read_tokenizer
+from tl_looped.checkpoints import (
+    download,
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+    without_bars,
+)
 from tl_looped.errors import CheckpointError, ConfigError, InputError
 from tl_looped.retrofitting.families import Family, family_of
 
@@ -151,15 +157,16 @@ def _load(
     if codes:
         raise CheckpointError("\n  ".join((f"{name} is not a checkpoint of weights:", *codes)))
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told here, with names
-        )
+        with without_bars():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told here, with names
+            )
     except Exception as error:  # whatever transformers raises about a config or a file
         raise CheckpointError(
             f"transformers cannot load {text} ({type(error).__name__}: {error})"
