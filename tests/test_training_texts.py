@@ -367,6 +367,8 @@ def test_runs_of_section_51_share_rows_and_go_on(tmp_path: Path, monkeypatch) ->
         data, tmp_path / "runs", names, (0, 1), spec, tick=lambda run, tick: trained.add(run)
     )
     assert trained == {"no-prelude-coda-seed1", "feedforward-seed1"}
+    with pytest.raises(ConfigError, match=r"spec\.clip"):  # finished, with other settings
+        section51.run_section51(data, tmp_path / "runs", names, (0, 1), replace(spec, clip=2.0))
     records = [json.loads((folder / "run.json").read_text()) for folder in folders]
     assert len({(r["rows"], r["held_out"], r["spec"]["data_seed"]) for r in records}) == 1
     assert [r["model"]["seed"] for r in records] == [0, 0, 1, 1]

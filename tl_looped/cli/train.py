@@ -190,6 +190,7 @@ def train_section51_command(
             out,
             report=lambda run, entry: of(run)[0](entry),
             tick=lambda run, value: of(run)[1](value),
+            say=note,
         )
     for folder in folders:
         _write_loss_plot(read_log(folder / "log.csv"), folder, folder.name)
@@ -211,7 +212,7 @@ def train_demo_command(
 
     make_folder(out)
     with _training_progress() as progress:
-        train_demo(data, out, SPEC, *_reports(progress, SPEC.steps, "training"))
+        train_demo(data, out, SPEC, *_reports(progress, SPEC.steps, "training"), note)
     bundle = bundle_demo(out, data, SPEC, out / "bundle")
     console.print(
         f"The model and its card are in [bold]{escape(str(bundle.resolve()))}[/bold]",

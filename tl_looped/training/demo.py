@@ -14,6 +14,7 @@ from typing import Any
 
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout
 from tl_looped.training.corpus import pack, read_problems, split, train_tokenizer
+from tl_looped.training.saved import Say, warn
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import Tick, train
 from tl_looped.transformer import LoopedTransformer
@@ -58,6 +59,7 @@ def train_demo(
     spec: TrainSpec = SPEC,
     report: Callable[[dict[str, Any]], None] = lambda entry: None,
     tick: Callable[[Tick], None] = lambda tick: None,
+    say: Say = warn,
 ) -> list[dict[str, Any]]:
     """Train the demo model on a jsonl file of problems.
 
@@ -70,4 +72,4 @@ def train_demo(
     tokenizer = train_tokenizer(training, VOCABULARY)
     model = LoopedTransformer.from_config(demo_config(len(tokenizer), spec.seed), tokenizer)
     rows, held_out_rows = (pack(texts, tokenizer, CONTEXT) for texts in (training, held_out))
-    return train(model, rows, held_out_rows, spec, out, report, tick)
+    return train(model, rows, held_out_rows, spec, out, report, tick, say=say)

@@ -26,6 +26,8 @@ from tl_looped.errors import ConfigError
 from tl_looped.model.config import Injection, LoopedConfig
 from tl_looped.training.corpus import pack, read_problems, shared_tokenizer, split
 from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_table
+from tl_looped.training.record import claim, make_record
+from tl_looped.training.saved import Say, warn
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import Tick, train
 from tl_looped.transformer import LoopedTransformer
@@ -107,6 +109,7 @@ def run_section51(
     spec: TrainSpec = SPEC,
     report: Callable[[str, dict[str, Any]], None] = lambda run, entry: None,
     tick: Callable[[str, Tick], None] = lambda run, tick: None,
+    say: Say = warn,
 ) -> list[Path]:
     """Train all configurations for one seed, then for the next; finished runs are passed over.
 
@@ -122,9 +125,13 @@ def run_section51(
         spec: Hyperparameters; its seed is replaced.
         report: Called with the run's name and every entry of its log.
         tick: Called with the run's name after every step.
+        say: As in ``train``.
 
     Returns:
         The folders.
+
+    Raises:
+        ConfigError: a folder holds a run of other settings, finished or not.
     """
     configs = {(n, s): section51_config(n, VOCABULARY, s) for s in seeds for n in names}
     tokenizer, rows, held_out = prepare(data, out)
@@ -132,18 +139,23 @@ def run_section51(
     for (name, seed), config in configs.items():
         run = f"{name}-seed{seed}"
         folders.append(out / run)
-        if (out / run / "evaluation.csv").is_file():
-            continue
         config.d_vocab = len(tokenizer)
         model = LoopedTransformer.from_config(config, tokenizer)
+        own, aside = replace(spec, seed=seed), held_out[:HELD_OUT_ROWS]
+        if (out / run / "evaluation.csv").is_file():
+            # Passed over, unless it is of other settings than these.
+            record = make_record(own, model, model.cfg, rows, aside)
+            claim(out / run, record, begins=False, fresh=False, say=say)
+            continue
         train(
             model,
             rows,
-            held_out[:HELD_OUT_ROWS],
-            replace(spec, seed=seed),
+            aside,
+            own,
             out / run,
             lambda entry, run=run: report(run, entry),  # type: ignore[misc]
             lambda value, run=run: tick(run, value),  # type: ignore[misc]
+            say=say,
         )
         numbers = (1,) if name == "feedforward" else EVALUATED
         table = loss_by_recurrences(model, held_out[:EVALUATED_ROWS], numbers)
