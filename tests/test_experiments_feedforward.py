@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tl_looped import CheckpointError, InputError, LoopedTransformer
 from tl_looped.checkpoints import BUNDLED
+from tl_looped.experiments import jobs
 from tl_looped.experiments.compare import compare_runs, load_runs, mean_curve
+from tl_looped.experiments.engines import load_engine
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
+from tl_looped.metrics import over_cache, pairwise_over_cache
 
 TEXTS = ("Tom has 3 pens.", "Six boxes hold 4 pens each, he says.", "It is so, is it?")
 PROMPTS = PromptSet("text", texts=TEXTS)
@@ -83,6 +87,49 @@ def test_metrics_are_those_of_transformers_own_run(llama: Path, runs: Path) -> N
         np.testing.assert_allclose(
             data["residual_mean"].isel(prompt=n).values[:-1], norms, rtol=1e-5
         )
+
+
+def test_layers_are_read_as_they_run_and_no_pattern_is_kept(llama: Path) -> None:
+    """The numbers of a cache of the whole run, which would hold the attention of every layer."""
+    spec = Experiment(str(llama), kind="feedforward", metrics=("all",), prompts=PROMPTS)
+    engine = load_engine(spec, find_model(spec), "cpu")
+    row = torch.randint(5, 2000, (7,), generator=torch.Generator().manual_seed(0))
+    _, cache = engine.model.run_with_cache(row[None], attention_mask=torch.ones_like(row[None]))
+    wanted = over_cache(cache, spec.metrics, over="depth")
+    matrices = pairwise_over_cache(cache)
+    del cache
+    patterns: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def look(x: torch.Tensor, hook: object) -> None:
+        alive.append(sum(pattern() is not None for pattern in patterns))
+        patterns.append(weakref.ref(x))
+
+    hooks = [(f"blocks.{i}.attn.hook_pattern", look) for i in range(LAYERS)]
+    with engine.model.hooks(fwd_hooks=hooks):
+        found = engine.run([row])
+    assert len(alive) == LAYERS
+    assert max(alive) <= 1  # the last layer's, where it is not yet let go
+    assert list(found.data_vars) == list(wanted.data_vars)
+    for name in found.data_vars:
+        np.testing.assert_array_equal(found[name].values, wanted[name].values, err_msg=str(name))
+    pairs = engine.pairwise(row)
+    for name in pairs.data_vars:
+        np.testing.assert_allclose(pairs[name].values, matrices[name].values, atol=1e-12)
+
+
+@pytest.mark.parametrize(("extras", "needed"), [((), 2 * 4 * 4 * 9**2), (("pairwise",), 2**25)])
+def test_what_cannot_fit_the_memory_is_refused_before_anything_runs(
+    llama: Path, tmp_path: Path, monkeypatch, extras: tuple[str, ...], needed: int
+) -> None:
+    text = PromptSet("text", texts=("1" * 9,))
+    spec = Experiment(
+        str(llama), kind="feedforward", prompts=text, extras=extras, prepend_bos=False
+    )
+    monkeypatch.setattr(jobs, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(InputError, match=r"the attention of 9 tokens.*of memory at least"):
+        run_experiment(spec, tmp_path, device="cpu")
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_each_looped_run_is_compared_with_each_feedforward_one(runs: Path) -> None:

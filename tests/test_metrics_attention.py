@@ -301,3 +301,25 @@ def test_a_short_prompt_has_no_score_for_a_late_key() -> None:
     assert score.isnan().tolist() == [[True, True], [False, False]]
     rate = sink_rate(torch.stack([whole, long]), key=4, mask=torch.stack([mask, torch.ones(5)]))
     assert rate.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("mask", [None, [[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]])
+def test_all_pairs_row_by_row_are_the_distances_of_pairs(monkeypatch, mask) -> None:
+    """Whatever the size of a block: against each pair by itself, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(4, 2, 3, 7, 7, generator=generator, dtype=torch.float64)
+    real = None if mask is None else torch.tensor(mask)
+    hidden = torch.ones(7, 7, dtype=torch.bool).triu(1).expand(2, 1, 7, 7)
+    if real is not None:
+        hidden = hidden | (real[:, None, None, :] == 0)
+    patterns = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num()
+    wanted = [
+        [attention_distance(a, b, real).mean() for b in patterns.unbind()]
+        for a in patterns.unbind()
+    ]
+    for block in (1, 8 * 4 * 7 * 3, 2**30):
+        monkeypatch.setattr("tl_looped.metrics.attention.BLOCK_BYTES", block)
+        found = pairwise_attention_distance(patterns, real)
+        torch.testing.assert_close(found, torch.tensor(wanted).double(), rtol=1e-13, atol=1e-13)
+        assert torch.equal(found, found.T)
+        assert bool((found.diagonal() == 0).all())

@@ -321,3 +321,19 @@ def test_a_state_that_is_not_finite_shows() -> None:
 def test_refusals(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("mask", [None, [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]])
+def test_all_pairs_token_by_token_are_the_cosines_of_pairs(monkeypatch, mask) -> None:
+    """Whatever the size of a block: against each pair by itself, in fp64."""
+    states = torch.randn(4, 2, 5, 6, generator=torch.Generator().manual_seed(0)).double()
+    states[1, 0, 3] = 0  # left out of its pairs
+    real = None if mask is None else torch.tensor(mask)
+    wanted = [
+        [state_distance(a, b, "cosine", real).mean() for b in states.unbind()]
+        for a in states.unbind()
+    ]
+    for block in (1, 8 * 4 * 6 * 2, 2**30):
+        monkeypatch.setattr("tl_looped.metrics.states.BLOCK_BYTES", block)
+        found = pairwise_residual_cosine(states, real)
+        torch.testing.assert_close(found, torch.tensor(wanted).double(), rtol=1e-13, atol=1e-13)

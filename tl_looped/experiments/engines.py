@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +25,23 @@ from tl_looped.experiments.labelling import beside, neuron_fractions, pattern_va
 from tl_looped.experiments.prompts import Prompts
 from tl_looped.experiments.sources import Source
 from tl_looped.experiments.spec import Experiment
+from tl_looped.experiments.stacking import Stacked, layer_hook
+from tl_looped.files import is_folder
 from tl_looped.metrics import (
     CONVERGENCE,
     StreamOptions,
     convergence_of_result,
-    over_cache,
-    pairwise_over_cache,
     pca_trajectory,
     prediction_suppression_by_layer,
     prediction_suppression_feedforward,
     stream_batches,
 )
-from tl_looped.metrics.catalogue import reads_of, select
+from tl_looped.metrics.catalogue import Reads, reads_of, select
+from tl_looped.metrics.collector import Collector, Site
+from tl_looped.metrics.labels import labelled, run_attributes
 from tl_looped.metrics.spectral import check_silent, spectrum_of_states, without_spectrum
 from tl_looped.model.config import parse_dtype
+from tl_looped.model.geometry import LoopGeometry
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.spreading import PLANS
 from tl_looped.transformer.text_length import checked_lengths, is_surely_longer
@@ -277,9 +280,19 @@ class LoopedEngine(Engine):
             )
         return cache
 
+    @torch.inference_mode()
     def pairwise(self, row: Row) -> xr.Dataset:
         """See :class:`Engine`."""
-        return pairwise_over_cache(self._cache(row, ("hook_resid_post", "attn.hook_pattern")))
+        with self._running(self.spec.recurrences):
+            kept = Stacked(self.model.loop.n_layers)
+            with self.model.readers(kept.hooks()):
+                self.model(
+                    row[None],
+                    attention_mask=torch.ones_like(row[None]),
+                    return_type=None,
+                    **self._start,
+                )
+        return kept.matrices()
 
     def spectrum(self, rows: Sequence[Row | None]) -> xr.Dataset:
         """See :class:`Engine`; the state is the loop map's own, with the ablations of the run."""
@@ -322,7 +335,11 @@ class LoopedEngine(Engine):
 
 
 class FeedforwardEngine(Engine):
-    """A TransformerBridge, through its cache; one that fits in memory batch by batch."""
+    """A TransformerBridge, read layer by layer as it runs: a core that runs once.
+
+    No pattern outlives its layer. The states of all layers are kept, for comparison with the last
+    ones, which they are themselves.
+    """
 
     def __init__(self, bridge: Any, spec: Experiment) -> None:
         self.model, self.spec = bridge, spec
@@ -340,32 +357,64 @@ class FeedforwardEngine(Engine):
 
     def run(self, rows: list[Row]) -> xr.Dataset:
         """See :class:`Engine`; the rows must be of one length."""
-        cache, skip = self._cache(torch.stack(rows)), self.spec.skip_first or 0
-        data = over_cache(cache, self.metrics, over="depth", skip_first=skip)
+        tokens = torch.stack(rows)
+        loop = LoopGeometry(0, self.model.cfg.n_layers, 0, 1)
+        collector = Collector(loop, self.metrics, None, self.spec.skip_first or 0)
+        states: dict[int, Tensor] = {}
+
+        def look(i: int, name: Reads, x: Tensor) -> None:
+            compared = name in collector.needs_reference
+            if compared:
+                collector.refer(i, name, x)
+            collector.see(Site.of_layer(loop, i), name, x, compare=compared and name == "pattern")
+            if name == "pattern":
+                collector.forget(i, name)
+            elif compared:
+                states[i] = x
+
+        self._run(tokens, sorted(collector.reads), look)
+        for i, state in states.items():
+            collector.compare(Site.of_layer(loop, i), "resid_post", state)
+        n_tokens = torch.full((len(tokens),), tokens.shape[1])
+        attributes = run_attributes(self.model, loop)
+        data = labelled(collector, n_tokens, self.model.cfg.d_model, attributes)
         # As looped models are called: a hub id, or the last part of a folder and not where it lies.
         name = self.spec.model
-        return data.assign_attrs(model=Path(name).name if Path(name).is_dir() else name)
-
-    def pairwise(self, row: Row) -> xr.Dataset:
-        """See :class:`Engine`."""
-        return pairwise_over_cache(self._cache(row[None]))
+        return data.assign_attrs(model=Path(name).name if is_folder(name) else name)
 
     @torch.inference_mode()
-    def _cache(self, tokens: Int[Tensor, "prompt pos"]) -> Any:
-        # Given, so that no token of a text is taken for padding.
-        _, cache = self.model.run_with_cache(
+    def _run(
+        self,
+        tokens: Int[Tensor, "prompt pos"],
+        names: Sequence[Reads],
+        look: Callable[[int, Reads, Tensor], None],
+    ) -> None:
+        """Let a function look at activations of every layer, in the order of the forward pass."""
+
+        def reader(i: int, name: Reads) -> Callable[..., None]:
+            return lambda x, hook: look(i, name, x)
+
+        layers = range(self.model.cfg.n_layers)
+        self.model.run_with_hooks(
             tokens,
+            # Given, so that no token of a text is taken for padding.
             attention_mask=torch.ones_like(tokens),
-            names_filter=lambda n: n.endswith(("hook_resid_post", "attn.hook_pattern")),
+            fwd_hooks=[(layer_hook(i, name), reader(i, name)) for i in layers for name in names],
+            return_type=None,
         )
-        return cache
+
+    @torch.inference_mode()
+    def pairwise(self, row: Row) -> xr.Dataset:
+        """See :class:`Engine`."""
+        kept = Stacked(self.model.cfg.n_layers)
+        self._run(row[None], ("pattern", "resid_post"), kept.put)
+        return kept.matrices()
 
     def patterns(self, row: Row) -> dict[str, Any]:
         """See :class:`Engine`."""
-        cache = self._cache(row[None])
-        layers = range(self.model.cfg.n_layers)
-        every = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"][0] for i in layers])
-        return pattern_variables(every, self.model.to_str_tokens(row))
+        kept = Stacked(self.model.cfg.n_layers)
+        self._run(row[None], ("pattern",), kept.put)
+        return pattern_variables(kept["pattern"], self.model.to_str_tokens(row))
 
     def spectrum(self, rows: Sequence[Row | None]) -> xr.Dataset:
         """Refused by the specification."""

@@ -19,9 +19,10 @@ from tl_looped.experiments.parallel import Workers
 from tl_looped.experiments.parts import Parts
 from tl_looped.experiments.prompts import Prompts
 from tl_looped.experiments.spec import Experiment
+from tl_looped.experiments.stacking import bytes_of_matrices
 from tl_looped.metrics import StreamOptions
 from tl_looped.metrics.streaming import batches_of
-from tl_looped.transformer.cache_size import free_bytes
+from tl_looped.transformer.cache_size import free_bytes, readable
 
 LARGEST_BATCH = 32
 _LARGEST_PATTERNS = 2**29
@@ -60,6 +61,7 @@ class Job:
         self.rows, self.numbers, self.n_cut = tokenize(engine, prompts, spec.prompts.too_long)
         self.parts = Parts(folder, digest, len(self.rows))
         self._check_patterns()
+        self._check_memory()
         n_ctx = engine.model.cfg.n_ctx
         if n_left_out := len(prompts.texts) - len(self.rows):
             watch.say(
@@ -73,10 +75,7 @@ class Job:
         """Whether the attention of the first prompt fits a result, before anything runs."""
         if "patterns" not in self.spec.extras:
             return
-        cfg, length = self.engine.model.cfg, len(self.rows[0])
-        layers = cfg.n_layers
-        if self.spec.kind == "looped":
-            layers = self.engine.model.loop.with_recurrences(self.spec.recurrences).n_layers
+        cfg, length, layers = self.engine.model.cfg, len(self.rows[0]), self._n_layers()
         size = 4 * layers * cfg.n_heads * length**2
         if size > _LARGEST_PATTERNS:
             raise InputError(
@@ -85,6 +84,35 @@ class Job:
                 f"{_LARGEST_PATTERNS / 2**30:.1f} GiB is the most: take a shorter prompt or fewer "
                 "recurrences"
             )
+
+    def _n_layers(self) -> int:
+        """Effective layers of the run."""
+        if self.spec.kind == "looped":
+            return int(self.engine.model.loop.with_recurrences(self.spec.recurrences).n_layers)
+        return int(self.engine.model.cfg.n_layers)
+
+    def _check_memory(self) -> None:
+        """Whether the longest prompt can be run alone, as far as can be told before it runs."""
+        cfg, longest = self.engine.model.cfg, max(map(len, self.rows))
+        size = next(self.engine.model.parameters()).element_size()
+        needed = 2 * size * cfg.n_heads * longest**2  # scores and pattern of one layer
+        what = f"the attention of {longest} tokens"
+        if "pairwise" in self.spec.extras:
+            layers = self._n_layers()
+            needed += bytes_of_matrices(layers, cfg.n_heads, cfg.d_model, longest, size)
+            what += f" at {layers} effective layers, which pairwise compares,"
+        free = self._free()
+        if free is not None and needed > free:
+            raise InputError(
+                f"{what} takes {readable(needed)} of memory at least, and {readable(free)} are "
+                "free: take shorter prompts or fewer recurrences, a smaller dtype, another device"
+            )
+
+    def _free(self) -> int | None:
+        """Free memory: of a spread model, on the fullest device; None where it is not known."""
+        devices = {parameter.device for parameter in self.engine.model.parameters()}
+        known = [n for n in map(free_bytes, devices) if n is not None]
+        return min(known, default=None)
 
     # -- what is to be done -------------------------------------------------------------------
 
@@ -104,10 +132,7 @@ class Job:
     def _suggested_size(self) -> int:
         """A power of two whose largest activations take a quarter of the free memory."""
         cfg, longest = self.engine.model.cfg, max(map(len, self.rows))
-        # Of a spread model, the fullest device; the metrics are computed on the embedding's.
-        devices = {parameter.device for parameter in self.engine.model.parameters()}
-        known = [n for n in map(free_bytes, devices) if n is not None]
-        free = min(known, default=None)
+        free = self._free()
         kept = max(1, getattr(cfg, "n_core", cfg.n_layers))
         # Two patterns and states of each core layer (the last, the reference), and working space.
         pattern, state = cfg.n_heads * longest**2, longest * (cfg.d_model + (cfg.d_mlp or 0))

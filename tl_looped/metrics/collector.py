@@ -96,6 +96,14 @@ class Collector:
         """Take an activation for the fixed point of a slot."""
         self._references[reads, slot] = prepare(reads, x, self.mask, self.skip_first)
 
+    def forget(self, slot: Slot, reads: Reads) -> None:
+        """Let go of a slot's activation and its fixed point: nothing compares with them any more.
+
+        Of a core that runs once, which has a slot for every layer, they would be the whole run.
+        """
+        self._references.pop((reads, slot), None)
+        self._previous.pop((reads, slot), None)
+
     def see(self, site: Site, reads: Reads, x: Tensor, compare: bool) -> None:
         """Metrics of a layer, and of its step from the previous recurrence.
 

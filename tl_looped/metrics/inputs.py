@@ -25,7 +25,7 @@ from torch import Tensor
 from tl_looped.errors import InputError
 from tl_looped.model.masks import real_tokens
 
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**24
 """What is copied to fp64 at a time where every two layers are compared."""
 
 # Largest |row sum - 1| of an attention pattern. An entry near one is off by 2^-9 in bf16 and by
