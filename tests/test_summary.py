@@ -61,7 +61,7 @@ def test_no_rate_of_what_does_not_converge() -> None:
     assert found.half_life == Median(1.45, 0.5, 2.4, 2, 5)
     for verdict in set(Verdict) - {Verdict.CONVERGED, Verdict.DEGENERATE}:
         data = with_numbers(result(), verdict=[verdict] * N, rate=[0.9] * N)
-        assert only(data).rate == Missing("not applicable: no prompt reaches a fixed point")
+        assert only(data).rate == Missing("no prompt reaches a fixed point", applies=False)
 
 
 def test_the_rate_in_a_row_is_of_the_run_of_its_verdict() -> None:

@@ -359,11 +359,16 @@ def write_reports(folder: Path, feedforward: str | None = None) -> None:
 
     found = read_findings(folder, feedforward)
     path, rows = write_report(found), found.rows()
-    table = Table("model", *(cell.label for cell in rows[0].cells))
+    table = Table()
+    for column in ("model", *(cell.label for cell in rows[0].cells)):
+        table.add_column(column, overflow="fold")
     for row in rows:
         cells = ["-" if cell.missing else cell.main for cell in row.cells]
         table.add_row(f"{row.model} {row.shape}", *cells)
     console.print(table)
+    for row in rows:
+        for said in row.notes:
+            console.print(f"{row.model}: {said}", highlight=False, soft_wrap=True)
     console.print(f"The report is [bold]{path.resolve()}[/bold]", soft_wrap=True)
 
 

@@ -18,9 +18,16 @@ from tl_looped.words import called, told_apart
 
 @dataclass(frozen=True)
 class Missing:
-    """A number that cannot be given, and why."""
+    """A number that cannot be given, and why.
+
+    Args:
+        reason: In words.
+        applies: Whether it could be had of another run of the model; what does not apply has no
+            meaning for what was found.
+    """
 
     reason: str
+    applies: bool = True
 
 
 def read_results(path: Path) -> xr.Dataset:

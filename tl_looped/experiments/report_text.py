@@ -23,6 +23,7 @@ from tl_looped.metrics.convergence import VERDICT_WORDS, Verdict
 from tl_looped.words import IGNORED_STATE, count, heavy_token, training
 
 NOT_COMPUTED = "not computed"
+NOT_APPLICABLE = "not applicable"
 _DIGITS = 3
 
 
@@ -205,7 +206,8 @@ def _cell(
 
 
 def _missing(label: str, missing: Missing) -> Cell:
-    return Cell(label, NOT_COMPUTED, missing.reason, missing=True)
+    main = NOT_COMPUTED if missing.applies else NOT_APPLICABLE
+    return Cell(label, main, missing.reason, missing=True)
 
 
 def _verdict(found: Verdicts | Missing) -> Cell:

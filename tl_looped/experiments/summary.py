@@ -297,7 +297,7 @@ def _median(data: xr.Dataset, name: str) -> Median | Missing:
     if "verdict" in data:
         arrived = np.isin(_per_prompt(data, "verdict"), FIXED_POINTS)
         if not arrived.any():
-            return Missing("not applicable: no prompt reaches a fixed point")
+            return Missing("no prompt reaches a fixed point", applies=False)
         values = np.where(arrived, values, np.nan)
     there = values[~np.isnan(values)]
     if not len(there):

@@ -228,7 +228,7 @@ def draw_panel(axes: Axes, panel: Panel, label_width: int = 42) -> None:
         _plain_ticks(axes)
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
-    if panel.log and not log and _all_zero(panel):
+    if panel.log and not log and all_zero(panel):
         axes.text(0.5, 0.5, "0 everywhere", transform=axes.transAxes, ha="center", va="bottom")
     _limit(axes, panel, log)
     if panel.marked_x is not None:
@@ -269,7 +269,7 @@ def _plain_ticks(axes: Axes) -> None:
             set_formatter(_Plain(minor_thresholds=(2, 0.5)))
 
 
-def _all_zero(panel: Panel) -> bool:
+def all_zero(panel: Panel) -> bool:
     """Whether every value is zero: a logarithmic axis has no room for them."""
     values = np.concatenate([line.values.mean for line in panel.lines])
     finite = values[np.isfinite(values)]

@@ -24,7 +24,7 @@ from tl_looped.plots.captions import About, ablated_layers, caption_of, verdict_
 from tl_looped.plots.groupings import over_depth, over_realised_depth, over_recurrences
 from tl_looped.plots.heat_maps import layer_matrix, matrix_numbers
 from tl_looped.plots.overlays import block_halves, neuron_fractions
-from tl_looped.plots.panels import Panel, draw_panels, numbers_of
+from tl_looped.plots.panels import Panel, all_zero, draw_panels, numbers_of
 from tl_looped.plots.paths import path_numbers, pca_path, token_paths
 from tl_looped.plots.summaries import Runs, as_runs, name_of, shape_of
 from tl_looped.words import count
@@ -185,7 +185,7 @@ def of_panels(
     several: bool = False,
 ) -> DrawnFigure:
     """Panels of lines as a drawn figure; see ``finished`` and ``draw_panels``."""
-    if any(panel.log for panel in panels):
+    if any(panel.log and not all_zero(panel) for panel in panels):
         extra = [*extra, "on logarithmic axes, zeros are not drawn"]
     caption = caption_for(request, runs, extra, "models" if several else "prompts")
 
