@@ -17,6 +17,8 @@ from conftest import VARIANTS, random_config
 
 from tl_looped import DataError, LoopedTransformer
 from tl_looped.experiments import sealing, store
+from tl_looped.experiments.compare import compare_runs, load_runs
+from tl_looped.experiments.findings import read_findings
 from tl_looped.experiments.jobs import Watch
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
@@ -175,6 +177,22 @@ def test_results_without_a_checksum_are_used_and_said(tiny, whole, tmp_path: Pat
         assert "has no checksum" in said[0]
         assert not store.has_checksum(again.load())
     assert again.load().drop_attrs().identical(whole.drop_attrs())
+
+
+def test_doors_of_results_refuse_those_of_another_run(tiny, tmp_path: Path) -> None:
+    mine, theirs = (run_experiment(s, tmp_path, model=tiny, batch_size=1) for s in (SPEC, OTHER))
+    content = (theirs.folder / "results.nc").read_bytes()
+    (mine.folder / "results.nc").write_bytes(content)
+    for door in (load_runs, lambda folders: read_findings(folders[0])):
+        with pytest.raises(DataError, match=r"results\.nc holds the results of another run"):
+            door([tmp_path])
+    renamed = mine.folder.rename(tmp_path / "any name")
+    (renamed / "results.nc").write_bytes(sealing.opened(content)[0])
+    runs = load_runs([tmp_path])
+    assert set(runs) == {"any name", theirs.folder.name}
+    assert [n for n in compare_runs(runs).notices if "has no checksum" in n] == [
+        store.unchecked("any name")
+    ]
 
 
 @pytest.mark.parametrize("missing", ["layers.csv", "prompts.parquet"])

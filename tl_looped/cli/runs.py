@@ -356,8 +356,12 @@ def write_reports(folder: Path, feedforward: str | None = None) -> None:
 
     from tl_looped.experiments.findings import read_findings
     from tl_looped.experiments.report import write_report
+    from tl_looped.experiments.store import has_checksum, unchecked
 
     found = read_findings(folder, feedforward)
+    for name, data in found.data.items():
+        if not has_checksum(data):
+            note(unchecked(name))
     path, rows = write_report(found), found.rows()
     table = Table()
     for column in ("model", *(cell.label for cell in rows[0].cells)):

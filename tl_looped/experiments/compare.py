@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from tl_looped.errors import InputError
 from tl_looped.experiments.reading import display_names, is_feedforward, same_prompts
-from tl_looped.experiments.store import RESULTS, find_runs, read_dataset
+from tl_looped.experiments.store import RESULTS, find_runs, has_checksum, read_run, unchecked
 from tl_looped.experiments.tables import write_table
 from tl_looped.metrics import mirroring_score, stage_clusters
 from tl_looped.metrics.catalogue import STAGE
@@ -87,7 +87,7 @@ def load_runs(folders: list[Path]) -> dict[str, xr.Dataset]:
             name = run.resolve().name
             if name in found:
                 raise InputError(f"two runs are called {name!r}: rename one of the folders")
-            found[name] = read_dataset(run / RESULTS)
+            found[name] = read_run(run / RESULTS)
     return found
 
 
@@ -120,7 +120,7 @@ def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
     """
     if len(runs) < 2:
         raise InputError(f"compare needs at least two runs, got {len(runs)}: {', '.join(runs)}")
-    notices: list[str] = []
+    notices = [unchecked(name) for name, data in runs.items() if not has_checksum(data)]
     names = display_names(runs)
     forward = [name for name, data in runs.items() if is_feedforward(data)]
     looped = [name for name in runs if name not in forward]

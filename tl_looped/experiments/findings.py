@@ -13,6 +13,7 @@ from tl_looped.experiments import report_text
 from tl_looped.experiments.reading import is_feedforward, read_results
 from tl_looped.experiments.store import RESULTS, SPEC, find_runs
 from tl_looped.experiments.summary import RunSummary, by_model, summarise
+from tl_looped.files import is_folder
 from tl_looped.words import called
 
 
@@ -72,7 +73,7 @@ def read_findings(folder: Path, feedforward: str | None = None) -> Findings:
 
 
 def _run_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataError(f"{folder} is not a folder: give a run's folder, or a folder of runs")
     specified = {path.parent for path in folder.glob(f"*/{SPEC}")}
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import xarray as xr
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.store import read_dataset
+from tl_looped.experiments.store import read_run
 from tl_looped.metrics.labels import geometry_of, trained_recurrences
 from tl_looped.words import called, told_apart
 
@@ -34,9 +34,10 @@ def read_results(path: Path) -> xr.Dataset:
     """A run's results, in memory, if they say what they are.
 
     Raises:
-        DataError: if the file is missing, damaged, of another format, or does not say what it is.
+        DataError: if the file is missing, damaged, of another format or of another run than its
+            folder, or does not say what it is.
     """
-    data = read_dataset(path)
+    data = read_run(path)
     try:
         loop = geometry_of(data)
     except (KeyError, ValueError) as error:

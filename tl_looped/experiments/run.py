@@ -179,9 +179,8 @@ def _found(spec: Experiment, folder: Path, workers: Workers, data: xr.Dataset, w
     if workers.first:
         if not store.has_checksum(data):
             watch.say(
-                f"{folder / store.RESULTS} has no checksum: an earlier version or another program "
-                "wrote it, and whether it has changed since cannot be told. Remove it to run the "
-                "experiment again"
+                f"{store.unchecked(str(folder / store.RESULTS))}. Remove it to run the experiment "
+                "again"
             )
         stored = specification(data)
         if stored and stored.get("feedforward") != spec.feedforward:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import xarray as xr
 
 from tl_looped.errors import DataError
 from tl_looped.experiments.sealing import opened, sealed
-from tl_looped.files import make_folder, write_bytes
+from tl_looped.files import is_file, is_folder, make_folder, write_bytes
 
 FORMAT = 1
 """Version of the result files; another one means that their variables mean something else."""
@@ -30,6 +31,7 @@ RESULTS = "results.nc"
 SPEC = "spec.toml"
 PARTS = "parts"
 PART_SUFFIX = ".npz"
+_NAMED = re.compile(r"_r[0-9]+_([0-9a-f]{8})$")
 ASIDE = "set-aside"
 """Folder of a run for parts and records that could not be used."""
 
@@ -70,7 +72,7 @@ def read_dataset(path: Path) -> xr.Dataset:
     Raises:
         DataError: if there is no file, if it is damaged, or of another format.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"there is no {path}: run the experiment first (tl-looped analyze)")
     checked = False
     try:
@@ -183,6 +185,30 @@ def read_if_usable(path: Path, digest: str) -> tuple[xr.Dataset | None, str]:
     return data, ""
 
 
+def read_run(path: Path) -> xr.Dataset:
+    """The ``results.nc`` in a run's folder; see :func:`read_dataset`.
+
+    Raises:
+        DataError: as :func:`read_dataset`, and if the folder is named for another run's hash.
+    """
+    data = read_dataset(path)
+    named, found = _NAMED.search(path.parent.resolve().name), data.attrs.get("hash")
+    if named and found is not None and not str(found).startswith(named[1]):
+        raise DataError(
+            f"{path} holds the results of another run: its hash begins with {str(found)[:8]}, its "
+            f"folder's name ends with {named[1]}. Run the experiment again, or rename the folder"
+        )
+    return data
+
+
+def unchecked(name: str) -> str:
+    """The notice of results for which :func:`has_checksum` is False."""
+    return (
+        f"{name} has no checksum: an earlier version or another program wrote it, and whether it "
+        "has changed since cannot be told"
+    )
+
+
 def set_aside(path: Path, folder: Path | None = None) -> Path:
     """Rename a file that cannot be used to ``NAME.old-N.SUFFIX``; nothing is lost.
 
@@ -210,9 +236,9 @@ def find_runs(folder: Path) -> list[Path]:
     Raises:
         DataError: if there is none.
     """
-    if (folder / RESULTS).is_file():
+    if is_file(folder / RESULTS):
         return [folder]
-    found = sorted(path.parent for path in folder.glob(f"*/{RESULTS}")) if folder.is_dir() else []
+    found = sorted(p.parent for p in folder.glob(f"*/{RESULTS}")) if is_folder(folder) else []
     if not found:
         raise DataError(f"{folder} holds no finished run (no {RESULTS} in it or one level below)")
     return found
