@@ -212,7 +212,8 @@ def train_demo_command(
 
     make_folder(out)
     with _training_progress() as progress:
-        train_demo(data, out, SPEC, *_reports(progress, SPEC.steps, "training"), note)
+        report, tick = _reports(progress, SPEC.steps, "training")
+        train_demo(data, out, SPEC, report, tick, note)
     bundle = bundle_demo(out, data, SPEC, out / "bundle")
     console.print(
         f"The model and its card are in [bold]{escape(str(bundle.resolve()))}[/bold]",
