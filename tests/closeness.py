@@ -54,6 +54,14 @@ def assert_same(actual: Tensor, expected: Tensor, scale: float = 0.0) -> None:
     )
 
 
+def assert_rounded_once(actual: Tensor, exact: Tensor) -> None:
+    """An fp32 tensor that is the fp64 one rounded, or the sum of a few such roundings."""
+    assert (actual.dtype, exact.dtype) == (torch.float32, torch.float64)
+    largest = float(exact.detach().abs().max())
+    bound = SAMPLES * torch.finfo(torch.float32).eps * largest
+    torch.testing.assert_close(actual.double(), exact, atol=bound, rtol=0.0, check_stride=False)
+
+
 def assert_same_data(actual: xr.Dataset, expected: xr.Dataset) -> None:
     """Two sets of metrics of fp64 states: the same variables, coordinates and values."""
     assert set(actual.data_vars) == set(expected.data_vars)

@@ -107,6 +107,15 @@ def random_config(**changes: Any) -> LoopedConfig:
     return LoopedConfig(**(values | changes))
 
 
+def exact_config(**changes: Any) -> LoopedConfig:
+    """The same in fp64.
+
+    For tests that compare two runs: they compare what is computed, and not how this processor
+    rounds. See closeness.py.
+    """
+    return random_config(**({"dtype": torch.float64} | changes))
+
+
 # One model of every norm layout, with and without injection, grouped heads, gate, loop norm.
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre": {},
@@ -139,13 +148,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def plain() -> LoopedTransformer:
-    """(2, 3 x 4, 1) without injection."""
-    return LoopedTransformer.from_config(random_config())
+    """(2, 3 x 4, 1) without injection, in fp64."""
+    return LoopedTransformer.from_config(exact_config())
 
 
 @pytest.fixture(params=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> LoopedTransformer:
-    return LoopedTransformer.from_config(random_config(**VARIANTS[request.param]))
+    return LoopedTransformer.from_config(exact_config(**VARIANTS[request.param]))
 
 
 @pytest.fixture

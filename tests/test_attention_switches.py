@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_config
+from closeness import assert_same
+from conftest import exact_config
 from torch import Tensor
 
 from tl_looped import ConfigError, LoopedKeyValueCache, LoopedTransformer
@@ -20,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def make(kind: str, **changes: Any) -> LoopedTransformer:
     """Gains that are not one, and biases that are not zero."""
-    model = LoopedTransformer.from_config(random_config(**(KINDS[kind] | changes)))
+    model = LoopedTransformer.from_config(exact_config(**(KINDS[kind] | changes)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,7 +46,7 @@ def test_values_are_those_of_the_weights_that_are_shown(tokens: Tensor) -> None:
         W, b = (getattr(model, f"{letter}_{which.upper()}")[i] for letter in "Wb")
         expected = torch.einsum("btd,hdk->bthk", x, W) + b
         found = cache[f"blocks.{i}.attn.hook_{which}"].repeat_interleave(repeats, 2)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert_same(found, expected)
     assert model.tl_parameters()[f"blocks.{i}.attn.b_V"].abs().max() > 0.1
     # Two query heads share a key-value head, and so its bias.
     assert torch.equal(model.b_V[i, 0], model.b_V[i, 1])
@@ -83,7 +84,7 @@ def test_key_value_cache_gives_the_logits_of_a_whole_run(
 ) -> None:
     past = LoopedKeyValueCache()
     pieces = [model(tokens[:, part], past_kv_cache=past) for part in (slice(0, 4), slice(4, 9))]
-    torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), atol=1e-5, rtol=1e-5)
+    assert_same(torch.cat(pieces, 1), model(tokens))
 
 
 def test_heads_results_add_up_to_the_attention_output(
@@ -93,9 +94,9 @@ def test_heads_results_add_up_to_the_attention_output(
     model.set_use_attn_result(True)
     model.set_use_split_qkv_input(True)
     logits, cache = model.run_with_cache(tokens)
-    torch.testing.assert_close(logits, plain, atol=1e-5, rtol=1e-5)
+    assert_same(logits, plain)
     result = cache["blocks.3.attn.hook_result"].sum(2)
-    torch.testing.assert_close(result, cache["blocks.3.hook_attn_out"], atol=1e-5, rtol=1e-5)
+    assert_same(result, cache["blocks.3.hook_attn_out"])
 
 
 def test_estimated_bytes_are_those_of_a_cache(model: LoopedTransformer, tokens: Tensor) -> None:
@@ -108,7 +109,7 @@ def test_saved_model_gives_the_same_bits(
     model: LoopedTransformer, tokens: Tensor, tmp_path
 ) -> None:
     model.save_pretrained(tmp_path)
-    again = LoopedTransformer.from_pretrained(tmp_path, device="cpu")
+    again = LoopedTransformer.from_pretrained(tmp_path, device="cpu", dtype=torch.float64)
     assert torch.equal(again(tokens), model(tokens))
 
 
@@ -116,9 +117,9 @@ def test_padding_on_the_left_changes_nothing(model: LoopedTransformer, tokens: T
     padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), tokens), 1)
     mask = (torch.arange(12) >= 3).expand(2, -1).long()
     found = model(padded, attention_mask=mask)[:, 3:]
-    torch.testing.assert_close(found, model(tokens), atol=1e-5, rtol=1e-5)
+    assert_same(found, model(tokens))
 
 
 def test_head_norms_without_norms_are_refused() -> None:
     with pytest.raises(ConfigError, match="set qk_norm=True with it"):
-        random_config(qk_norm_per_head=True)
+        exact_config(qk_norm_per_head=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Golden, load_golden, random_config
+from closeness import assert_same
+from conftest import CASES, Golden, exact_config, load_golden
 from refusals import FAMILY, refused
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def test_every_error_is_of_one_family_and_a_fitting_built_in() -> None:
 
 @pytest.fixture(scope="module")
 def injected() -> LoopedTransformer:
-    return LoopedTransformer.from_config(random_config(injection=Injection.LINEAR))
+    return LoopedTransformer.from_config(exact_config(injection=Injection.LINEAR))
 
 
 # -- recurrences ------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ GATED = {
 
 @pytest.mark.parametrize(("suffix", "flag", "shape"), [(k, *v) for k, v in GATED.items()])
 def test_gated_hook_needs_its_flag(suffix: str, flag: str, shape: tuple[int, ...]) -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     tokens, name = torch.tensor([[1, 2, 3], [4, 5, 6]]), f"blocks.(1, 2).{suffix}"
     with refused(GatedHookError, repr(name), f"set_{flag}(True)"):
         model.run_with_cache(tokens, names_filter=name)
@@ -186,7 +187,7 @@ def test_gated_hook_needs_its_flag(suffix: str, flag: str, shape: tuple[int, ...
     assert {key: tuple(value.shape) for key, value in cache.items()} == {
         f"blocks.7.{suffix}": shape
     }
-    torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=1e-5)
+    assert_same(logits, plain_logits)
 
 
 # -- tokens, masks, states --------------------------------------------------------------------
@@ -292,11 +293,11 @@ def test_text_without_a_tokenizer_is_refused(plain: LoopedTransformer) -> None:
 )
 def test_bad_config_is_refused(changes: dict[str, Any], parts: list[str]) -> None:
     with refused(ConfigError, *parts):
-        random_config(**changes)
+        exact_config(**changes)
 
 
 @pytest.mark.parametrize("name", ["norm_layout", "injection", "rotary_style", "initial_state"])
 def test_unknown_choice_in_a_config_lists_the_known_ones(name: str) -> None:
-    good = random_config().to_json()
+    good = exact_config().to_json()
     with refused(ConfigError, name, repr(good[name]), "'bogus'"):
         LoopedConfig.from_json(good | {name: "bogus"})

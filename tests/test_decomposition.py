@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, Golden, random_config
+from closeness import assert_same
+from conftest import VARIANTS, Golden, exact_config
 from torch import Tensor
 from transformer_lens import ActivationCache
 
@@ -24,7 +25,6 @@ from tl_looped import (
 )
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 KINDS: dict[str, dict[str, Any]] = VARIANTS | {
     "loop-norm-and-coda": {"loop_norm": True},
     "skip-adapter": {
@@ -42,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = VARIANTS | {
 def model_of(kind: str, **changes: Any) -> LoopedTransformer:
     """A small model with gains that are not one."""
     values = {"n_prelude": 2, "n_core": 2, "n_recurrences": 3} | KINDS[kind] | changes
-    model = LoopedTransformer.from_config(random_config(**values))
+    model = LoopedTransformer.from_config(exact_config(**values))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -161,7 +161,7 @@ def test_a_component_is_what_doubling_its_write_adds_to_the_stream(
             place = model.loop.locate(int(name.split(".")[1])).label
             assert label == f"{place}.{name.split('hook_')[1]}"
         change = change_from_doubling(model, cache, tokens, name, None)
-        torch.testing.assert_close(component, change, **CLOSE)
+        assert_same(component, change)
 
 
 def test_a_head_is_what_doubling_its_result_adds_to_the_stream(
@@ -181,7 +181,7 @@ def test_a_head_is_what_doubling_its_result_adds_to_the_stream(
         change = change_from_doubling(model, cache, tokens, name, double)
         row = labels.index(f"{model.loop.locate(layer).label}h{head}")
         assert row == layer * 4 + head
-        torch.testing.assert_close(stack[row], change, **CLOSE)
+        assert_same(stack[row], change)
 
 
 def test_parts_sum_to_their_sublayers_and_groups_to_their_members(
@@ -196,10 +196,10 @@ def test_parts_sum_to_their_sublayers_and_groups_to_their_members(
             (cache.stack_neuron_results(**where, by="effective_layer", return_labels=True), "mlp"),
         ):
             for row, label in zip(*stack, strict=True):
-                torch.testing.assert_close(row, by_label[f"{label}.{kind}_out"], **CLOSE)
+                assert_same(row, by_label[f"{label}.{kind}_out"])
         for by in ("recurrence", "layer", "effective_layer", "head"):
             grouped = cache.decompose_resid(**where, by=by)
-            torch.testing.assert_close(grouped.sum(0), whole.sum(0), **CLOSE)
+            assert_same(grouped.sum(0), whole.sum(0))
 
 
 def test_groups_are_named_and_hold_their_members(tokens: Tensor) -> None:
@@ -217,13 +217,13 @@ def test_groups_are_named_and_hold_their_members(tokens: Tensor) -> None:
             mine = [name in (label, *label.split(".")) for label in labels]
             if name.startswith(("prelude.", "coda.")):
                 mine = [label.startswith(name) for label in labels]
-            torch.testing.assert_close(row, whole[torch.tensor(mine)].sum(0), **CLOSE)
+            assert_same(row, whole[torch.tensor(mine)].sum(0))
     heads, names = cache.stack_head_results(by="head", return_labels=True)
     assert names[8:12] == ["l0h0", "l0h1", "l0h2", "l0h3"]
     every, labels = cache.stack_head_results(return_labels=True)
     mine = torch.tensor([label.endswith(".l0h2") for label in labels])
     assert int(mine.sum()) == 3
-    torch.testing.assert_close(heads[10], every[mine].sum(0), **CLOSE)
+    assert_same(heads[10], every[mine].sum(0))
     with pytest.raises(InputError, match="recurrence"):
         cache.decompose_resid(by="recurrences")
 
@@ -248,7 +248,7 @@ def test_a_plain_stream_decomposes_as_in_transformerlens(tokens: Tensor) -> None
             ("get_full_resid_decomposition", {"project_output_onto": model.W_U[:, :3]}),
         ):
             mine = getattr(cache, method)(**arguments)
-            torch.testing.assert_close(mine, getattr(theirs, method)(**arguments), **CLOSE)
+            assert_same(mine, getattr(theirs, method)(**arguments))
 
 
 def test_raw_writes_are_the_cached_ones(model: LoopedTransformer, tokens: Tensor) -> None:
@@ -257,16 +257,16 @@ def test_raw_writes_are_the_cached_ones(model: LoopedTransformer, tokens: Tensor
     for layer in range(model.loop.n_layers):
         assert torch.equal(stack[layer], cache["attn_out", layer])
     heads = cache.stack_head_results(raw=True, by="effective_layer")
-    torch.testing.assert_close(heads, stack, **CLOSE)
+    assert_same(heads, stack)
     for layer in ((0, 1), (2, 0)):
         neurons = cache.get_neuron_results(layer)
-        torch.testing.assert_close(neurons.sum(-2), cache["mlp_out", layer], **CLOSE)
-        direction = torch.arange(32.0)
+        assert_same(neurons.sum(-2), cache["mlp_out", layer])
+        direction = torch.arange(32.0, dtype=torch.float64)
         projected = cache.get_neuron_results(layer, (3, 9), -1, project_output_onto=direction)
-        torch.testing.assert_close(projected, neurons[:, -1, 3:9] @ direction, **CLOSE)
+        assert_same(projected, neurons[:, -1, 3:9] @ direction)
         two = torch.stack((direction, direction.flip(0)), 1)
         one_neuron = cache.get_neuron_results(layer, 5, project_output_onto=two)
-        torch.testing.assert_close(one_neuron, neurons[..., 5, :] @ two, **CLOSE)
+        assert_same(one_neuron, neurons[..., 5, :] @ two)
 
 
 # -- projections, norms, remainders -------------------------------------------------------------
@@ -282,21 +282,18 @@ def test_pulling_a_direction_back_equals_projecting_the_components(
     for pos_slice in everywhere:
         common: dict[str, Any] = {"apply_ln": apply_ln, "pos_slice": pos_slice}
         full = cache.get_full_resid_decomposition(**common)
-        torch.testing.assert_close(
-            cache.get_full_resid_decomposition(**common, project_output_onto=onto),
-            full @ onto,
-            **CLOSE,
+        assert_same(
+            cache.get_full_resid_decomposition(**common, project_output_onto=onto), full @ onto
         )
         neurons = cache.stack_neuron_results(-1, incl_remainder=True, neuron_slice=5, **common)
         found = cache.stack_neuron_results(
             -1, incl_remainder=True, neuron_slice=5, **common, project_output_onto=onto[:, 0]
         )
-        torch.testing.assert_close(found, neurons @ onto[:, 0], **CLOSE)
+        assert_same(found, neurons @ onto[:, 0])
     row = cache.apply_slice_to_batch_dim(0)
-    torch.testing.assert_close(
+    assert_same(
         row.get_full_resid_decomposition(apply_ln=apply_ln, project_output_onto=onto),
         cache.get_full_resid_decomposition(apply_ln=apply_ln, project_output_onto=onto)[:, 0],
-        **CLOSE,
     )
 
 
@@ -308,7 +305,7 @@ def test_the_remainder_fills_heads_up_to_the_stream(
         stack, labels = cache.stack_head_results(layer, return_labels=True, incl_remainder=True)
         truth = cache[name, -1 if layer is None else layer]
         assert labels[-1] == "remainder"
-        torch.testing.assert_close(stack.sum(0), truth, **CLOSE)
+        assert_same(stack.sum(0), truth)
     assert cache.stack_head_results(0).shape == (0, *tokens.shape, 32)
 
 
@@ -324,7 +321,7 @@ def test_a_given_state_is_a_component_of_its_own(
     cache = cached(model, tokens, initial_state=given)
     stack, labels = cache.decompose_resid(return_labels=True)
     assert "initial_state" in labels
-    torch.testing.assert_close(stack.sum(0), cache["resid_post", -1], **CLOSE)
+    assert_same(stack.sum(0), cache["resid_post", -1])
     if model.cfg.injection is Injection.NONE:
         # Nothing of the prompt reaches the end but through attention.
         before = [row for row, label in zip(stack, labels, strict=True) if "prelude" in label]
@@ -346,7 +343,7 @@ def test_no_recurrence_at_all(tokens: Tensor) -> None:
     cache = cached(model, tokens, n_recurrences=0)
     stack, labels = cache.decompose_resid(return_labels=True)
     assert labels[-3:] == ["initial_state", "coda.0.attn_out", "coda.0.mlp_out"]
-    torch.testing.assert_close(stack.sum(0), cache["resid_post", -1], **CLOSE)
+    assert_same(stack.sum(0), cache["resid_post", -1])
 
 
 def test_padding_and_half_precision(tokens: Tensor) -> None:
@@ -354,7 +351,7 @@ def test_padding_and_half_precision(tokens: Tensor) -> None:
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     cache = cached(model, tokens, attention_mask=mask)
-    torch.testing.assert_close(cache.decompose_resid().sum(0), cache["resid_post", -1], **CLOSE)
+    assert_same(cache.decompose_resid().sum(0), cache["resid_post", -1])
     half = cached(model.to(torch.bfloat16), tokens)
     stack = half.decompose_resid()
     assert stack.dtype == torch.float32
@@ -396,9 +393,7 @@ def test_a_stream_that_a_hook_edited_is_no_sum_of_writes(tokens: Tensor) -> None
         with model.hooks(fwd_hooks=[(name, shift)]):
             cache = cached(model, tokens)
         if name == "hook_initial_state":  # a drawn state is a component, edited or not
-            torch.testing.assert_close(
-                cache.decompose_resid().sum(0), cache["resid_post", -1], **CLOSE
-            )
+            assert_same(cache.decompose_resid().sum(0), cache["resid_post", -1])
             continue
         with pytest.raises(InvalidDecompositionError, match="edited"):
             cache.decompose_resid()
@@ -407,7 +402,7 @@ def test_a_stream_that_a_hook_edited_is_no_sum_of_writes(tokens: Tensor) -> None
 
 def test_an_edit_is_noticed_whatever_part_is_asked_for(tokens: Tensor) -> None:
     model = model_of("pre")
-    direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1)).double()
     noise = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2))
     hooks = [("recurrence.1.hook_state_in", lambda value, hook: value + noise)]
     with model.hooks(fwd_hooks=hooks):
@@ -430,7 +425,7 @@ def test_an_edit_is_noticed_whatever_part_is_asked_for(tokens: Tensor) -> None:
             with pytest.raises(InvalidDecompositionError, match="edited"):
                 call(cache)
         before = cache.decompose_resid((0, 1))  # what stands before the edit is as it was
-        torch.testing.assert_close(before.sum(0), cache["resid_pre", (0, 1)], **CLOSE)
+        assert_same(before.sum(0), cache["resid_pre", (0, 1)])
 
 
 def test_heads_and_neurons_that_are_not_what_was_written(tokens: Tensor) -> None:
@@ -438,7 +433,7 @@ def test_heads_and_neurons_that_are_not_what_was_written(tokens: Tensor) -> None
     ablated = ["blocks.3.hook_attn_out", "blocks.3.hook_mlp_out"]
     with model.hooks(fwd_hooks=[(name, lambda value, hook: value * 0) for name in ablated]):
         cache = cached(model, tokens)
-    torch.testing.assert_close(cache.decompose_resid().sum(0), cache["resid_post", -1], **CLOSE)
+    assert_same(cache.decompose_resid().sum(0), cache["resid_post", -1])
     direction = torch.ones(32)
     for call in (
         lambda: cache.stack_head_results(),
@@ -465,8 +460,8 @@ def test_a_norm_for_each_head_is_one_norm_unless_a_hook_parts_them(
     streams = cached(model, tokens).accumulated_resid(5, apply_ln=True)
     getattr(model, f"set_use_{flag}")(True)
     cache = cached(model, tokens)
-    torch.testing.assert_close(cache.decompose_resid(5, **wanted), expected, **CLOSE)
-    torch.testing.assert_close(cache.accumulated_resid(5, apply_ln=True), streams, **CLOSE)
+    assert_same(cache.decompose_resid(5, **wanted), expected)
+    assert_same(cache.accumulated_resid(5, apply_ln=True), streams)
     if flag == "attn_in":
 
         def part(value: Tensor, hook: Any) -> Tensor:
@@ -492,10 +487,10 @@ def test_layers_and_modes_out_of_range(tokens: Tensor) -> None:
 
 
 def test_the_final_gain_counts_in_attributions(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(norm_layout=NormLayout.PRE))
+    model = LoopedTransformer.from_config(exact_config(norm_layout=NormLayout.PRE))
     with torch.no_grad():
         model.final_norm.w.copy_(torch.linspace(-2, 2, 32))
         logits, cache = model.run_with_cache(tokens)
     attributions = cache.logit_attrs(cache.decompose_resid(), tokens.roll(-1, 1))
     expected = logits.gather(-1, tokens.roll(-1, 1)[..., None])[..., 0]
-    torch.testing.assert_close(attributions.sum(0), expected, **CLOSE)
+    assert_same(attributions.sum(0), expected)

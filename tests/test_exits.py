@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, load_golden, random_config
+from closeness import assert_same
+from conftest import TOLERANCE, VARIANTS, exact_config, load_golden
 from torch import Tensor
 
 from tl_looped import (
@@ -28,11 +29,10 @@ from tl_looped import (
 )
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def model_of(kind: str, **changes: Any) -> LoopedTransformer:
-    return LoopedTransformer.from_config(random_config(**(VARIANTS[kind] | changes)))
+    return LoopedTransformer.from_config(exact_config(**(VARIANTS[kind] | changes)))
 
 
 def recurrences_run(model: LoopedTransformer, tokens: Tensor, **run: Any) -> int:
@@ -55,11 +55,13 @@ def test_the_gate_rule_of_the_reference() -> None:
     model = golden.load()
     found = model(golden.tokens, exit_rule=GateExit(0.5))
     assert torch.equal(found.steps, golden.tensors["exit_steps_threshold_0.5"])
-    torch.testing.assert_close(found.output, golden.tensors["logits_exit_threshold_0.5"], **CLOSE)
+    torch.testing.assert_close(
+        found.output, golden.tensors["logits_exit_threshold_0.5"], **TOLERANCE
+    )
     # At threshold 1 all take the last step; it is the model's ordinary run.
     last = model(golden.tokens, exit_rule=GateExit(1.0))
     assert bool((last.steps == 3).all())
-    torch.testing.assert_close(last.output, golden.tensors["logits"], **CLOSE)
+    torch.testing.assert_close(last.output, golden.tensors["logits"], **TOLERANCE)
 
 
 def test_leaving_at_a_recurrence_gives_the_references_exit_logits() -> None:
@@ -67,7 +69,7 @@ def test_leaving_at_a_recurrence_gives_the_references_exit_logits() -> None:
     model = golden.load()
     for t in range(4):
         found = model(golden.tokens, exit_rule=ExitAt(t))
-        torch.testing.assert_close(found.output, golden.tensors[f"exit_logits.{t}"], **CLOSE)
+        torch.testing.assert_close(found.output, golden.tensors[f"exit_logits.{t}"], **TOLERANCE)
         assert bool((found.steps == t).all())
         assert recurrences_run(model, golden.tokens, exit_rule=ExitAt(t)) == t + 1
 
@@ -80,9 +82,9 @@ def test_leaving_at_a_recurrence_is_a_run_of_that_many(name: str) -> None:
     model = golden.load()
     for n in (1, 2):
         found = model(golden.tokens, exit_rule=ExitAt(n - 1), **golden.run)
-        torch.testing.assert_close(found.output, golden.tensors[f"logits_r{n}"], **CLOSE)
+        torch.testing.assert_close(found.output, golden.tensors[f"logits_r{n}"], **TOLERANCE)
     late = model(golden.tokens, exit_rule=ExitAt(30), **golden.run)
-    torch.testing.assert_close(late.output, golden.tensors["logits"], **CLOSE)
+    torch.testing.assert_close(late.output, golden.tensors["logits"], **TOLERANCE)
     assert bool((late.steps == model.loop.R - 1).all())
 
 
@@ -198,7 +200,7 @@ def test_each_token_reaches_the_coda_with_the_state_it_left_with(tokens: Tensor)
     assert len(set(found.steps.flatten().tolist())) > 2
     chosen = torch.stack(states).take_along_dim(found.steps[None, ..., None], 0)[0]
     scale = (chosen.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
-    torch.testing.assert_close(seen["x"], chosen / scale * model.final_norm.w, **CLOSE)
+    assert_same(seen["x"], chosen / scale * model.final_norm.w)
 
 
 # -- around it ------------------------------------------------------------------------------------
@@ -212,8 +214,8 @@ def test_what_a_run_returns_with_a_rule(tokens: Tensor) -> None:
         assert isinstance(found, ExitResult)
         assert found.steps.shape == tokens.shape
         expected = model(tokens, return_type=return_type, n_recurrences=2)
-        torch.testing.assert_close(found.output, expected, **CLOSE)
-    torch.testing.assert_close(model(tokens, exit_rule=ExitAt(1)).output, logits, **CLOSE)
+        assert_same(found.output, expected)
+    assert_same(model(tokens, exit_rule=ExitAt(1)).output, logits)
 
 
 def test_padding_waits_for_nobody(tokens: Tensor) -> None:
@@ -226,7 +228,7 @@ def test_padding_waits_for_nobody(tokens: Tensor) -> None:
     padded = model(tokens, attention_mask=mask, exit_rule=rule)
     assert torch.equal(padded.steps[:, 3:], alone.steps)
     assert bool((padded.steps[:, :3] == -1).all())
-    torch.testing.assert_close(padded.output[:, 3:], alone.output, **CLOSE)
+    assert_same(padded.output[:, 3:], alone.output)
 
 
 def test_the_cache_of_a_run_that_left_early_says_so(tokens: Tensor) -> None:
@@ -238,7 +240,7 @@ def test_the_cache_of_a_run_that_left_early_says_so(tokens: Tensor) -> None:
     with pytest.raises(InvalidDecompositionError, match="exit_rule"):
         cache.stack_head_results()
     inside = cache.decompose_resid((1, 2)).sum(0)
-    torch.testing.assert_close(inside, cache["resid_pre", (1, 2)], **CLOSE)
+    assert_same(inside, cache["resid_pre", (1, 2)])
 
 
 def test_without_a_coda_the_final_norm_of_an_early_exit_is_not_in_the_cache(
@@ -298,7 +300,7 @@ def test_a_rule_of_ones_own(tokens: Tensor) -> None:
     model = model_of("pre-injection")
     found = model(tokens, exit_rule=Never())
     assert bool((found.steps == 3).all())
-    torch.testing.assert_close(found.output, model(tokens), **CLOSE)
+    assert_same(found.output, model(tokens))
 
 
 def test_rules_that_make_no_sense(tokens: Tensor) -> None:

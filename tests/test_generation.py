@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, Golden, random_config
+from closeness import assert_same
+from conftest import TOLERANCE, VARIANTS, Golden, exact_config
 from torch import Tensor
 
 from tl_looped import (
@@ -21,7 +22,6 @@ from tl_looped import (
 )
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 GREEDY: dict[str, Any] = {"do_sample": False, "verbose": False, "stop_at_eos": False}
 
 
@@ -48,7 +48,7 @@ def test_tokens_fed_in_pieces_give_the_reference_logits(golden: Golden) -> None:
     ):
         run = {"initial_state": state} if golden.is_raven else {}
         logits.append(model(piece, past_kv_cache=cache, **run))
-    torch.testing.assert_close(torch.cat(logits, 1), golden.tensors["logits"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(logits, 1), golden.tensors["logits"], **TOLERANCE)
 
 
 def test_greedy_tokens_of_the_reference_with_and_without_the_cache(golden: Golden) -> None:
@@ -71,11 +71,9 @@ def test_pieces_of_any_size_give_the_logits_of_one_run(
 ) -> None:
     whole = variant(tokens)
     for cuts in ([1], [4], [2, 3, 8], list(range(1, 9))):
-        torch.testing.assert_close(run_in_pieces(variant, tokens, cuts), whole, **CLOSE)
+        assert_same(run_in_pieces(variant, tokens, cuts), whole)
     zero = {"n_recurrences": variant.cfg.min_recurrences}
-    torch.testing.assert_close(
-        run_in_pieces(variant, tokens, [3, 7], **zero), variant(tokens, **zero), **CLOSE
-    )
+    assert_same(run_in_pieces(variant, tokens, [3, 7], **zero), variant(tokens, **zero))
 
 
 def test_hooks_see_the_new_positions_as_in_one_run(
@@ -89,7 +87,7 @@ def test_hooks_see_the_new_positions_as_in_one_run(
     for name, value in new.items():
         expected = whole[name]
         expected = expected.narrow(variant.hook_dict[name].pos_dim, 6, 3)
-        torch.testing.assert_close(value, expected, **CLOSE)
+        assert_same(value, expected)
 
 
 def test_padded_rows_continue_as_they_would_alone(
@@ -108,17 +106,17 @@ def test_padded_rows_continue_as_they_would_alone(
     variant(tokens, attention_mask=right, past_kv_cache=past)
     after = variant(tokens[:, :2], past_kv_cache=past)
     joined = torch.cat((tokens[:1, :-3], tokens[:1, :2]), 1)
-    torch.testing.assert_close(after[:1], variant(joined)[:, -2:], **CLOSE)
+    assert_same(after[:1], variant(joined)[:, -2:])
 
 
 def test_a_frozen_cache_serves_many_continuations(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
     past = LoopedKeyValueCache()
     model(tokens[:, :5], past_kv_cache=past)
     past.freeze()
     for tail in (tokens[:, 5:], tokens[:, 5:].flip(0, 1)):
         expected = model(torch.cat((tokens[:, :5], tail), 1))[:, 5:]
-        torch.testing.assert_close(model(tail, past_kv_cache=past), expected, **CLOSE)
+        assert_same(model(tail, past_kv_cache=past), expected)
         assert past.length == 5
     with pytest.raises(InputError, match="unfreeze"):
         model.generate(tokens[:, 5:], past_kv_cache=past, verbose=False)
@@ -128,7 +126,7 @@ def test_a_frozen_cache_serves_many_continuations(tokens: Tensor) -> None:
 
 
 def test_a_run_that_fails_leaves_the_cache_as_it_was(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     past = LoopedKeyValueCache()
     model(tokens[:, :5], past_kv_cache=past)
 
@@ -140,11 +138,11 @@ def test_a_run_that_fails_leaves_the_cache_as_it_was(tokens: Tensor) -> None:
             tokens[:, 5:], past_kv_cache=past, fwd_hooks=[("blocks.5.hook_resid_post", fail)]
         )
     expected = model(tokens)[:, 5:]
-    torch.testing.assert_close(model(tokens[:, 5:], past_kv_cache=past), expected, **CLOSE)
+    assert_same(model(tokens[:, 5:], past_kv_cache=past), expected)
 
 
 def test_hooks_act_in_every_step_of_a_generation(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["residual-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["residual-injection"]))
     seen = []
 
     def silence(z: Tensor, hook: Any) -> Tensor:
@@ -196,43 +194,43 @@ def with_past_of(
 def test_fewer_slots_hold_the_last_recurrence_of_each(
     kind: str, slots: int, source: list[int], tokens: Tensor
 ) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS[kind], n_recurrences=4))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS[kind], n_recurrences=4))
     past = LoopedKeyValueCache(recurrence_slots=slots)
     before = model(tokens[:, :6], past_kv_cache=past)
-    torch.testing.assert_close(before, model(tokens)[:, :6], **CLOSE)
+    assert_same(before, model(tokens)[:, :6])
     expected = with_past_of(model, tokens, 6, source.__getitem__)
-    torch.testing.assert_close(model(tokens[:, 6:], past_kv_cache=past), expected, **CLOSE)
+    assert_same(model(tokens[:, 6:], past_kv_cache=past), expected)
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2), (1, 4)])
 def test_past_tokens_are_read_at_their_last_recurrence(
     first: int, then: int, tokens: Tensor
 ) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["residual-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["residual-injection"]))
     past = LoopedKeyValueCache()
     model(tokens[:, :6], past_kv_cache=past, n_recurrences=first)
     _, prefix = model.run_with_cache(tokens[:, :6], n_recurrences=first)
     model.set_recurrences(then)
     expected = with_past_of(model, tokens, 6, lambda r: min(r, first - 1), prefix)
-    torch.testing.assert_close(model(tokens[:, 6:], past_kv_cache=past), expected, **CLOSE)
+    assert_same(model(tokens[:, 6:], past_kv_cache=past), expected)
     # Back at more recurrences, the newer tokens too are read at the last that they ran.
     model(tokens[:, :1], past_kv_cache=past, n_recurrences=4)
     assert past.length == 10
 
 
 def test_shared_slots_hold_what_their_last_recurrence_reads(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
     past = LoopedKeyValueCache(recurrence_slots=2)
     _, prefix = model.run_with_cache(tokens[:, :6], n_recurrences=3)
     model(tokens[:, :6], past_kv_cache=past, n_recurrences=3)
     model.set_recurrences(6)
     # Recurrences 0 and 2 share a slot, which holds 2; from 3 on the past is read at its last, 2.
     expected = with_past_of(model, tokens, 6, lambda r: [2, 1, 2, 2, 2, 2][r], prefix)
-    torch.testing.assert_close(model(tokens[:, 6:], past_kv_cache=past), expected, **CLOSE)
+    assert_same(model(tokens[:, 6:], past_kv_cache=past), expected)
 
 
 def test_no_recurrence_leaves_no_past_for_the_loop(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
     past = LoopedKeyValueCache()
     model(tokens, past_kv_cache=past, n_recurrences=0)
     with pytest.raises(InputError, match="no recurrence"):
@@ -247,7 +245,7 @@ def test_no_recurrence_leaves_no_past_for_the_loop(tokens: Tensor) -> None:
 
 
 def test_a_copy_of_a_cache_goes_its_own_way(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     past = LoopedKeyValueCache()
     with torch.enable_grad():
         model(tokens[:, :5], past_kv_cache=past)
@@ -255,19 +253,19 @@ def test_a_copy_of_a_cache_goes_its_own_way(tokens: Tensor) -> None:
     model(tokens[:, 5:7], past_kv_cache=past)
     assert (past.length, other.length) == (7, 5)
     expected = model(tokens)[:, 5:]
-    torch.testing.assert_close(model(tokens[:, 5:], past_kv_cache=other), expected, **CLOSE)
+    assert_same(model(tokens[:, 5:], past_kv_cache=other), expected)
 
 
 def test_rows_may_pause_while_others_go_on(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["residual-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["residual-injection"]))
     past = LoopedKeyValueCache()
     model(tokens[:, :4], past_kv_cache=past)
     pause = torch.tensor([[1, 1], [0, 0]])
     model(tokens[:, 4:6], attention_mask=pause, past_kv_cache=past)
     last = model(tokens[:, 6:], past_kv_cache=past)
-    torch.testing.assert_close(last[:1], model(tokens[:1])[:, 6:], **CLOSE)
+    assert_same(last[:1], model(tokens[:1])[:, 6:])
     without = torch.cat((tokens[1:, :4], tokens[1:, 6:]), 1)
-    torch.testing.assert_close(last[1:], model(without)[:, 4:], **CLOSE)
+    assert_same(last[1:], model(without)[:, 4:])
 
 
 def test_text_behind_a_prefix_is_no_beginning() -> None:
@@ -277,7 +275,7 @@ def test_text_behind_a_prefix_is_no_beginning() -> None:
     before = past.length
     found = model(" boxes", past_kv_cache=past)
     together = torch.cat((model.to_tokens("Tom has 3"), model.to_tokens(" boxes", False)), 1)
-    torch.testing.assert_close(found, model(together)[:, before:], **CLOSE)
+    assert_same(found, model(together)[:, before:])
     prefix = LoopedKeyValueCache()
     model("Tom has 3", past_kv_cache=prefix)
     told = model.generate(" boxes", 3, past_kv_cache=prefix, **GREEDY)
@@ -289,12 +287,12 @@ def tensors(past: LoopedKeyValueCache) -> list[Tensor]:
 
 
 def test_memory_is_counted(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(n_key_value_heads=2))
+    model = LoopedTransformer.from_config(exact_config(n_key_value_heads=2))
     for slots, layers in ((None, 2 + 3 * 4 + 1), (1, 2 + 3 + 1), (2, 2 + 3 * 2 + 1)):
         past = LoopedKeyValueCache(recurrence_slots=slots)
         model(tokens, past_kv_cache=past)
-        # keys and values of 2 rows, 9 positions, 2 heads of 8 in fp32
-        assert past.nbytes == layers * 2 * (2 * 9 * 2 * 8 * 4)
+        # keys and values of 2 rows, 9 positions, 2 heads of 8 in fp64
+        assert past.nbytes == layers * 2 * (2 * 9 * 2 * 8 * 8)
         assert f"{layers} slots" in repr(past)
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(past)}
         assert sum(held.values()) == past.nbytes
@@ -318,7 +316,7 @@ def test_the_demo_model_writes_the_same_with_and_without_the_cache() -> None:
 
 
 def test_a_stream_gives_the_tokens_of_generate(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
     options = {"verbose": False, "stop_at_eos": False, "seed": 3, "n_recurrences": 2}
     whole = model.generate(tokens, 7, **options)
     pieces = []
@@ -338,7 +336,7 @@ def test_a_stream_gives_the_tokens_of_generate(tokens: Tensor) -> None:
 
 
 def test_penalties_do_not_count_padding(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     padded = tokens.clone()
     mask = torch.ones_like(tokens)
     mask[1, :5] = 0
@@ -352,7 +350,7 @@ def test_penalties_do_not_count_padding(tokens: Tensor) -> None:
 
 
 def test_several_stop_tokens(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     free = model.generate(tokens[:1], 8, **GREEDY)[0, 9:].tolist()
     stops = [free[4], free[2]]
     run = GREEDY | {"stop_at_eos": True, "eos_token_id": stops}
@@ -380,7 +378,7 @@ def test_a_conversation_goes_through_the_chat_template() -> None:
 
 
 def test_bad_arguments_of_generate(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     past = LoopedKeyValueCache()
     model(tokens[:1], past_kv_cache=past)
     for options, message in (
@@ -408,13 +406,13 @@ def test_bad_arguments_of_generate(tokens: Tensor) -> None:
 def test_later_tokens_read_a_token_at_the_recurrence_where_it_left(
     kind: str, tokens: Tensor
 ) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS[kind]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS[kind]))
     past = LoopedKeyValueCache()
     model(tokens[:, :6], past_kv_cache=past, exit_rule=ExitAt(1))
     # With nothing kept of later recurrences, the run is the one of two recurrences.
     _, prefix = model.run_with_cache(tokens[:, :6], n_recurrences=2)
     expected = with_past_of(model, tokens, 6, lambda r: min(r, 1), prefix)
-    torch.testing.assert_close(model(tokens[:, 6:], past_kv_cache=past), expected, **CLOSE)
+    assert_same(model(tokens[:, 6:], past_kv_cache=past), expected)
 
 
 @pytest.mark.parametrize("slots", [None, 1, 3])
@@ -422,7 +420,7 @@ def test_later_tokens_read_a_token_at_the_recurrence_where_it_left(
 def test_rows_that_leave_at_different_recurrences_go_on_as_they_would_alone(
     kind: str, slots: int | None, tokens: Tensor
 ) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS[kind], n_recurrences=8))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS[kind], n_recurrences=8))
 
     def generate(prompts: Tensor, rule: KLDivergence) -> ExitResult:
         past = LoopedKeyValueCache(recurrence_slots=slots)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_config
+from conftest import exact_config
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
@@ -50,7 +50,7 @@ MODULES = (
 
 @pytest.fixture
 def model() -> LoopedTransformer:
-    return LoopedTransformer.from_config(random_config())
+    return LoopedTransformer.from_config(exact_config())
 
 
 @pytest.mark.parametrize("kind", list(OWN))

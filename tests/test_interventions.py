@@ -10,7 +10,8 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from conftest import CASES, VARIANTS, load_golden, random_config
+from closeness import SAME, assert_same
+from conftest import CASES, TOLERANCE, VARIANTS, exact_config, load_golden
 from torch import Tensor
 
 from tests.byhand import ByHand
@@ -28,7 +29,6 @@ from tl_looped import (
 from tl_looped import interventions as iv
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 class Case:
@@ -50,7 +50,7 @@ class Case:
 
     def same(self, found: Tensor, by_hand: Tensor) -> None:
         """Equal, and not by doing nothing."""
-        torch.testing.assert_close(found, by_hand, **CLOSE)
+        assert_same(found, by_hand)
         assert (found - self.plain).abs().max() > 1e-3
 
 
@@ -65,7 +65,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_by_hand_is_the_reference_run(case: Case) -> None:
-    torch.testing.assert_close(case.hand.run(case.state), case.plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(case.hand.run(case.state), case.plain, **TOLERANCE)
 
 
 # -- recurrences and layers ---------------------------------------------------------------------
@@ -91,17 +91,17 @@ def test_a_repeated_recurrence_runs_again(case: Case) -> None:
 
     case.same(case.logits(iv.RepeatRecurrence(1, times=2)), hand.run(case.state, step))
     nested = case.logits(iv.RepeatRecurrence(1), iv.RepeatRecurrence(1))
-    torch.testing.assert_close(nested, hand.run(case.state, step), **CLOSE)
+    assert_same(nested, hand.run(case.state, step))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_skipping_and_repeating_count_recurrences(name: str) -> None:
     golden = load_golden(name)
-    model, run = golden.load(), golden.run
+    model, run = golden.load(dtype=torch.float64), golden.run
     for change, n in ((iv.SkipRecurrences(2), 3), (iv.RepeatRecurrence(0, 2), 6)):
         with model.intervening(change):
             found = model(golden.tokens, n_recurrences=4, **run)
-        torch.testing.assert_close(found, model(golden.tokens, n_recurrences=n, **run), **CLOSE)
+        assert_same(found, model(golden.tokens, n_recurrences=n, **run))
 
 
 def test_an_edit_at_a_repeated_recurrence_is_made_in_every_pass(llama: Case) -> None:
@@ -138,7 +138,7 @@ def test_the_decomposition_of_skipped_layers_stays_exact(llama: Case) -> None:
     with llama.model.intervening(iv.SkipLayers(1)):
         _, cache = llama.model.run_with_cache(llama.tokens, **llama.run)
     parts = cache.decompose_resid()
-    torch.testing.assert_close(parts.sum(0), cache["resid_post", -1], atol=1e-4, rtol=1e-4)
+    assert_same(parts.sum(0), cache["resid_post", -1])
 
 
 def test_layers_in_another_order(case: Case) -> None:
@@ -177,7 +177,7 @@ def test_all_weights_of_a_layer_move(variant: LoopedTransformer) -> None:
     last = {n: p.clone() for n, p in model.core[2].named_parameters()}
     for i in (0, 1):
         model.core[i].load_state_dict(last)
-    torch.testing.assert_close(found, model(tokens, n_recurrences=2), atol=0, rtol=0)
+    assert torch.equal(found, model(tokens, n_recurrences=2))
 
 
 # -- attention and fixed points -----------------------------------------------------------------
@@ -230,9 +230,7 @@ def test_a_frozen_loop_ends_where_it_froze(case: Case) -> None:
 
 def contracting() -> LoopedTransformer:
     """Injection, and a loop that reaches its fixed point in fp64 to the last bits."""
-    model = LoopedTransformer.from_config(
-        random_config(**VARIANTS["pre-injection"], dtype=torch.float64)
-    )
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
     of_state = model.injection.weight.detach()[:, : model.cfg.d_model]
     of_state *= 0.1 / of_state.norm(2)
     return model
@@ -252,11 +250,11 @@ def test_at_its_fixed_point_nothing_changes() -> None:
         iv.RepeatRecurrence(3),
     ):
         with model.intervening(unchanged):
-            torch.testing.assert_close(model(tokens, **start), plain, atol=1e-12, rtol=0)
+            assert_same(model(tokens, **start), plain)
     with model.intervening(iv.ReplaceInitialState(point.state)):
         assert torch.equal(model(tokens), plain)
     with model.intervening(iv.FreezeLoop(0, at=point)):  # from any start
-        torch.testing.assert_close(model(tokens, state_seed=9), plain, atol=1e-12, rtol=0)
+        assert_same(model(tokens, state_seed=9), plain)
 
 
 def test_no_fixed_point_is_an_error(llama: Case) -> None:
@@ -264,11 +262,11 @@ def test_no_fixed_point_is_an_error(llama: Case) -> None:
         iv.fixed_point(llama.model, llama.tokens, 3, **llama.run)
     taken = iv.fixed_point(llama.model, llama.tokens, 3, math.inf, **llama.run)
     _, cache = llama.model.run_with_cache(llama.tokens, n_recurrences=3, **llama.run)
-    torch.testing.assert_close(taken.state, cache["recurrence.2.hook_state_out"])
-    torch.testing.assert_close(taken.layers, cache.stack_recurrences("resid_post")[-1])
+    assert_same(taken.state, cache["recurrence.2.hook_state_out"])
+    assert_same(taken.layers, cache.stack_recurrences("resid_post")[-1])
     before, after = (cache[f"recurrence.{r}.hook_state_out"] for r in (1, 2))
     step = ((after - before).norm(dim=-1) / after.norm(dim=-1)).mean(-1).max()
-    assert taken.step == pytest.approx(float(step), rel=1e-5)
+    assert taken.step == pytest.approx(float(step), rel=SAME)
 
 
 # -- states and injection -----------------------------------------------------------------------
@@ -291,7 +289,7 @@ def test_the_seed_of_the_initial_state_is_replaced_and_recorded(llama: Case) -> 
     model, tokens = llama.model, llama.tokens
     with model.intervening(iv.ReplaceInitialState(5)):
         logits, cache = model.run_with_cache(tokens)
-    torch.testing.assert_close(logits, model(tokens, state_seed=5))
+    assert_same(logits, model(tokens, state_seed=5))
     assert cache.state_seed == 5
 
 
@@ -302,9 +300,7 @@ def test_another_prompts_fixed_point_as_the_start() -> None:
         _, cache = model.run_with_cache(torch.tensor([[7, 8, 9, 3]] * 2), n_recurrences=64)
     assert torch.equal(cache["hook_initial_state"], donor.state.expand(2, -1, -1))
     reached = iv.fixed_point(model, torch.tensor([[7, 8, 9, 3]])).state
-    torch.testing.assert_close(
-        cache["recurrence.63.hook_state_out"], reached.expand(2, -1, -1), atol=1e-12, rtol=0
-    )
+    assert_same(cache["recurrence.63.hook_state_out"], reached.expand(2, -1, -1))
 
 
 def test_scaled_injection(llama: Case) -> None:
@@ -354,7 +350,7 @@ def test_noise_depends_on_seed_recurrence_and_position_alone(llama: Case) -> Non
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     assert torch.equal(noise(rows, attention_mask=mask)[0, 1:], found[0, :2])
     assert not torch.equal(noise(rows, seed=5), found)
-    torch.testing.assert_close(noise(rows, std=2.0), 2.0 * found)
+    assert_same(noise(rows, std=2.0), 2.0 * found)
     with model.intervening(iv.AddNoise(0.0)):
         assert torch.equal(model(rows), model(rows))
 
@@ -371,7 +367,7 @@ def test_prompts_exchange_their_states(llama: Case) -> None:
 
         with model.intervening(iv.SwapStates(2, rows)):
             found = model(tokens, initial_state=state)
-        torch.testing.assert_close(found, hand.run(state, step), **CLOSE)
+        assert_same(found, hand.run(state, step))
         assert not torch.allclose(found, model(tokens, initial_state=state), atol=1e-3)
 
 
@@ -435,7 +431,7 @@ def test_heads_get_another_prompts_output(llama: Case) -> None:
     drawn = set()
     for logits in found.values():
         for b in range(len(logits)):
-            fits = [torch.allclose(logits[b], by_hand[b], **CLOSE) for by_hand in by_row]
+            fits = [float((logits[b] - x[b]).abs().max() / x.abs().max()) < SAME for x in by_row]
             assert sum(fits) == 1
             drawn.add(fits.index(True))
     assert drawn == {0, 1, 2}
@@ -551,8 +547,8 @@ def test_the_outer_acts_first_and_hooks_come_last(llama: Case) -> None:
         _, cache = model.run_with_cache(llama.tokens, names_filter="hook_embed")
         model.run_with_hooks(llama.tokens, fwd_hooks=list(zero.items()))
     expected = model.embed(llama.tokens) * 4 + 12.0
-    torch.testing.assert_close(cache["embed"], expected)
-    torch.testing.assert_close(seen[0], expected)
+    assert_same(cache["embed"], expected)
+    assert_same(seen[0], expected)
 
 
 def test_they_fit_every_number_of_recurrences(llama: Case) -> None:
@@ -560,7 +556,7 @@ def test_they_fit_every_number_of_recurrences(llama: Case) -> None:
     with model.intervening(iv.SkipRecurrences(slice(-2, None))):
         for n in (3, 9):
             found = model(tokens, n_recurrences=n)
-            torch.testing.assert_close(found, model_without(model, tokens, n - 2), **CLOSE)
+            assert_same(found, model_without(model, tokens, n - 2))
 
 
 def model_without(model: LoopedTransformer, tokens: Tensor, n: int) -> Tensor:
@@ -588,7 +584,7 @@ def test_exit_rules_run_under_interventions(llama: Case) -> None:
     model, tokens = llama.model, llama.tokens
     with model.intervening(iv.SkipRecurrences(1)):
         found = model(tokens, exit_rule=KLDivergence(0.0))
-        torch.testing.assert_close(found.output, model(tokens), **CLOSE)
+        assert_same(found.output, model(tokens))
 
 
 def test_an_edited_stream_is_not_decomposed(llama: Case) -> None:
@@ -710,7 +706,7 @@ def test_a_later_edit_in_place_reaches_nothing_that_is_kept(llama: Case) -> None
                 _, wiped = model.run_with_cache(tokens)
         assert not wiped["recurrence.2.hook_state_out"].any()
         for name in ("recurrence.1.hook_state_out", "recurrence.0.blocks.3.hook_resid_post"):
-            torch.testing.assert_close(wiped[name], plain[name])
+            assert_same(wiped[name], plain[name])
     assert torch.equal(point.state, before)
 
 
@@ -746,7 +742,7 @@ def skipping_model() -> LoopedTransformer:
         "initial_state": InitialState.PRELUDE_SKIP_ADAPTER,
         "dtype": torch.float64,
     }
-    return LoopedTransformer.from_config(random_config(**changes))
+    return LoopedTransformer.from_config(exact_config(**changes))
 
 
 def test_scaled_injection_where_the_first_recurrence_skips_the_adapter() -> None:
@@ -761,7 +757,7 @@ def test_scaled_injection_where_the_first_recurrence_skips_the_adapter() -> None
         twin.injection.weight[:, d:] = 0.0
         with twin.intervening(*changes[1:]) if zeros not in changes else nullcontext():
             start = {"initial_state": "zeros"} if zeros in changes else {}
-            torch.testing.assert_close(found, twin.eval()(tokens, **start), atol=1e-12, rtol=0)
+            assert_same(found, twin.eval()(tokens, **start))
     with model.intervening(iv.ScaleInjection(0.0, 0)), refused(InputError, "skips the adapter"):
         model(tokens)
 
@@ -779,7 +775,7 @@ def test_references_of_other_runs_are_refused(llama: Case) -> None:
     model, tokens = llama.model, llama.tokens
     _, last = model.run_with_cache(tokens, pos_slice=-1)
     _, other = LoopedTransformer.from_config(
-        random_config(n_core=4, n_recurrences=5, n_heads=2)
+        exact_config(n_core=4, n_recurrences=5, n_heads=2)
     ).run_with_cache(torch.tensor([[1, 2]]))
     for cache, part in ((last, "pos_slice="), (other, "another model")):
         change = iv.AblateHeads({1: 0}, by="mean", reference=cache)

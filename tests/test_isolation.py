@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from closeness import SAME, assert_same
-from conftest import VARIANTS, random_config
+from conftest import VARIANTS, exact_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -28,7 +28,7 @@ def edit_a_copy(value: Tensor, hook) -> Tensor:
 
 
 def test_two_models_of_one_configuration_are_independent(tokens: Tensor) -> None:
-    config = random_config(**VARIANTS["pre-injection"])
+    config = exact_config(**VARIANTS["pre-injection"])
     one, other = LoopedTransformer.from_config(config), LoopedTransformer.from_config(config)
     before = other(tokens)
     one.set_recurrences(7)
@@ -88,7 +88,7 @@ def test_gradients_are_cached_beside_an_edit_in_place(variant, tokens) -> None:
 
 
 def test_a_run_inside_a_hook_does_not_change_the_record(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
 
     def run_again(value: Tensor, hook) -> None:
         if hook.ctx.setdefault("runs", 0) == 0:
@@ -115,7 +115,6 @@ def test_an_old_caches_model_counts_in_its_own_geometry(variant, tokens) -> None
 
 
 def test_flags_change_shapes_of_the_first_norm_and_nothing_of_the_logits(variant, tokens) -> None:
-    variant.double()
     expected = variant.run_with_cache(tokens)[0]
     for switch in (variant.set_use_split_qkv_input, variant.set_use_attn_in):
         switch(True)
@@ -159,7 +158,7 @@ def test_short_names_of_attention_inputs(variant) -> None:
 
 
 def test_exits_of_a_padded_batch_with_a_coda(tokens: Tensor) -> None:
-    config = random_config(exit_gate=True, loop_norm=True, dtype=torch.float64)
+    config = exact_config(exit_gate=True, loop_norm=True)
     model = LoopedTransformer.from_config(config)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, :4] = False
@@ -189,7 +188,7 @@ KINDS = {
 @pytest.mark.parametrize("prepend_bos", [False, True])
 def test_padded_tokens_of_the_models_own_making_are_recognised(kind, side, prepend_bos) -> None:
     model = LoopedTransformer.from_config(
-        random_config(**VARIANTS["pre-injection"], dtype=torch.float64), tokenizer(**KINDS[kind])
+        exact_config(**VARIANTS["pre-injection"]), tokenizer(**KINDS[kind])
     )
     texts = ["5 6 7", "3 4 5 6 7 8"]
     batch = model.to_tokens(texts, prepend_bos=prepend_bos, padding_side=side)
@@ -211,9 +210,7 @@ def test_padded_tokens_of_the_models_own_making_are_recognised(kind, side, prepe
 
 
 def test_tokens_of_a_residual_input_bring_their_padding() -> None:
-    model = LoopedTransformer.from_config(
-        random_config(dtype=torch.float64), tokenizer(**KINDS["own pad"])
-    )
+    model = LoopedTransformer.from_config(exact_config(), tokenizer(**KINDS["own pad"]))
     batch = model.to_tokens(["5 6 7", "3 4 5 6 7 8"], padding_side="left")
     resid = model(batch, stop_at_layer=(2, 0))
     rest = model(resid, start_at_layer=(2, 0), tokens=batch)
@@ -221,13 +218,13 @@ def test_tokens_of_a_residual_input_bring_their_padding() -> None:
 
 
 def test_generation_checks_its_length_first() -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     with pytest.raises(InputError, match=r"would run the model on 65 tokens.* 64"):
         model.generate(torch.zeros(1, 3, dtype=torch.long), max_new_tokens=63, verbose=False)
 
 
 def test_saved_models_do_not_keep_hook_flags(tmp_path) -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     model.set_use_attn_result(True)
     model.save_pretrained(tmp_path)
     assert not LoopedTransformer.from_pretrained(tmp_path, device="cpu").cfg.use_attn_result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from closeness import assert_same
-from conftest import VARIANTS, random_config
+from conftest import VARIANTS, exact_config
 from torch import Tensor
 
 from tl_looped import HookNameError, LoopedTransformer, MissingActivationError
@@ -28,10 +28,10 @@ def double(value: Tensor, hook) -> Tensor:
 @pytest.mark.parametrize("name", ["pre", "post-qk-norm"])
 def test_the_loop_written_out_is_the_same_function(name: str, tokens: Tensor) -> None:
     """R recurrences of k layers equal one pass through R * k layers with copied weights."""
-    changes = VARIANTS[name] | {"dtype": torch.float64}
-    looped = LoopedTransformer.from_config(random_config(**changes))
+    changes = VARIANTS[name]
+    looped = LoopedTransformer.from_config(exact_config(**changes))
     k, R = looped.loop.k, looped.loop.R
-    config = random_config(**changes, n_core=k * R, n_recurrences=1)
+    config = exact_config(**changes, n_core=k * R, n_recurrences=1)
     flat = LoopedTransformer.from_config(config)
     source = dict(looped.named_parameters())
     with torch.no_grad():
@@ -195,8 +195,7 @@ def test_raw_torch_hooks_fire_too(variant, tokens) -> None:
 
 
 def test_fused_and_explicit_attention_agree(variant, tokens) -> None:
-    model = variant.double()
-    assert_same(model(tokens), model.run_with_cache(tokens)[0])
+    assert_same(variant(tokens), variant.run_with_cache(tokens)[0])
 
 
 # -- caches -----------------------------------------------------------------------------------
@@ -252,7 +251,6 @@ def test_position_slices_follow_each_activation(variant, tokens) -> None:
 
 
 def test_stopping_and_starting_again_is_the_whole_run(variant, tokens) -> None:
-    variant.double()
     logits, cache = variant.run_with_cache(
         tokens, names_filter=lambda name: name.endswith(("resid_pre", "resid_post", "embed"))
     )
@@ -285,10 +283,9 @@ def test_only_the_layers_asked_for_run(variant, tokens) -> None:
 
 
 def test_tied_weights_get_the_sum_of_their_recurrences_gradients(tokens) -> None:
-    exact = {"dtype": torch.float64}
-    looped = LoopedTransformer.from_config(random_config(**exact))
+    looped = LoopedTransformer.from_config(exact_config())
     k, R = looped.loop.k, looped.loop.R
-    flat = LoopedTransformer.from_config(random_config(**exact, n_core=k * R, n_recurrences=1))
+    flat = LoopedTransformer.from_config(exact_config(n_core=k * R, n_recurrences=1))
     source = dict(looped.named_parameters())
     for name, parameter in flat.named_parameters():
         stage, i, rest = (*name.split(".", 2), "", "")[:3]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xarray as xr
 from closeness import SAME, assert_same_data
-from conftest import Golden, random_config
+from conftest import Golden, exact_config
 from torch import Tensor
 
 from tl_looped import (
@@ -48,11 +48,6 @@ from tl_looped.metrics import (
 def golden_model(golden: Golden) -> LoopedTransformer:
     """In fp64, where the doors differ by nothing that rounding could excuse."""
     return golden.load(dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def plain() -> LoopedTransformer:
-    return LoopedTransformer.from_config(random_config(dtype=torch.float64))
 
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -168,12 +163,11 @@ def test_depth_holds_prelude_and_coda(plain: LoopedTransformer, tokens: Tensor) 
 
 def injected() -> LoopedTransformer:
     return LoopedTransformer.from_config(
-        random_config(
+        exact_config(
             injection=Injection.LINEAR,
             initial_state=InitialState.RANDOM,
             initial_state_std=0.5,
             initializer_range=0.2,
-            dtype=torch.float64,
         )
     )
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_same
 from conftest import Golden
 from torch import Tensor
 
 from tl_looped import LoopedTransformer
 
 LENGTHS = (11, 4, 7)
+
+
+@pytest.fixture
+def golden_model(golden: Golden) -> LoopedTransformer:
+    return golden.load(dtype=torch.float64)
 
 
 def padded(golden: Golden, side: str) -> tuple[Tensor, Tensor, list[slice]]:
@@ -38,16 +44,12 @@ def test_rows_equal_unpadded_runs(
         logits = golden_model(tokens, attention_mask=mask)
     for i, place in enumerate(where):
         alone, alone_cache = golden_model.run_with_cache(tokens[i : i + 1, place])
-        torch.testing.assert_close(logits[i, place], alone[0], atol=5e-5, rtol=1e-4)
+        assert_same(logits[i, place], alone[0])
         if cache is not None:
             state = cache["resid_post", (2, 1)][i, place]
-            torch.testing.assert_close(
-                state, alone_cache["resid_post", (2, 1)][0], atol=1e-4, rtol=1e-4
-            )
+            assert_same(state, alone_cache["resid_post", (2, 1)][0])
             pattern = cache["pattern", (2, 1)][i, :, place, place]
-            torch.testing.assert_close(
-                pattern, alone_cache["pattern", (2, 1)][0], atol=1e-5, rtol=1e-4
-            )
+            assert_same(pattern, alone_cache["pattern", (2, 1)][0])
 
 
 def test_patterns_of_padding_are_zero_and_nothing_is_nan(golden, golden_model) -> None:
@@ -75,4 +77,4 @@ def test_coda_lens_of_a_padded_batch(golden, golden_model) -> None:
     lens = golden_model.coda_lens(cache["resid_post", (1, -1)], attention_mask=mask)
     for i, place in enumerate(where):
         expected = golden_model(tokens[i : i + 1, place], n_recurrences=2)[0]
-        torch.testing.assert_close(lens[i, place], expected, atol=5e-5, rtol=1e-4)
+        assert_same(lens[i, place], expected)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import xarray as xr
 from closeness import SAME, assert_same_data
-from conftest import VARIANTS, random_config
+from conftest import VARIANTS, exact_config
 from test_interventions import contracting
 from torch import Tensor
 from transformer_lens import patching as tl_patching
@@ -39,8 +39,7 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def model_of(kind: str, **changes: Any) -> LoopedTransformer:
-    settings = VARIANTS[kind] | {"dtype": torch.float64} | changes
-    return LoopedTransformer.from_config(random_config(**settings))
+    return LoopedTransformer.from_config(exact_config(**(VARIANTS[kind] | changes)))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_config
+from closeness import assert_same
+from conftest import exact_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -36,7 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> LoopedTransformer:
     """Huginn's kind: random initial state, injection, norms on the residual sum."""
-    cfg = random_config(
+    cfg = exact_config(
         d_vocab=len(tokenizer),
         n_prelude=1,
         n_core=2,
@@ -98,7 +99,7 @@ def test_what_cannot_be_tokenised_is_refused(model, call, error, reason) -> None
 
 
 def test_a_model_without_a_tokenizer_asks_for_token_ids(model) -> None:
-    alone = LoopedTransformer.from_config(random_config(n_recurrences=1))
+    alone = LoopedTransformer.from_config(exact_config(n_recurrences=1))
     with pytest.raises(TokenizerError, match="no tokenizer"):
         alone("on")
 
@@ -150,13 +151,13 @@ def test_texts_of_unequal_length_run_as_they_do_alone(model, side: str) -> None:
     for row, text in zip(logits, TEXTS, strict=True):
         alone = model(text)[0]
         real = row[-len(alone) :] if side == "left" else row[: len(alone)]
-        torch.testing.assert_close(real, alone, atol=1e-5, rtol=1e-5)
+        assert_same(real, alone)
 
 
 def test_token_batches_padded_on_the_left_are_masked(model) -> None:
     tokens, mask = model.tokenize(TEXTS, padding_side="left")
     masked = model(tokens, attention_mask=mask)
-    torch.testing.assert_close(model(tokens)[mask], masked[mask], atol=1e-6, rtol=1e-6)
+    assert_same(model(tokens)[mask], masked[mask])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -235,10 +236,10 @@ def test_generation_without_an_eos_token_says_so(model) -> None:
 
 def test_a_tokenizer_can_be_set(model: LoopedTransformer) -> None:
     tokenizer = model.tokenizer
-    small = LoopedTransformer.from_config(random_config(d_vocab=len(tokenizer) - 1))
+    small = LoopedTransformer.from_config(exact_config(d_vocab=len(tokenizer) - 1))
     with pytest.raises(TokenizerError, match="vocabulary"):
         small.set_tokenizer(tokenizer)
-    fits = LoopedTransformer.from_config(random_config(d_vocab=len(tokenizer)))
+    fits = LoopedTransformer.from_config(exact_config(d_vocab=len(tokenizer)))
     with pytest.raises(InputError, match="default_padding_side"):
         fits.set_tokenizer(tokenizer, "middle")
     fits.set_tokenizer(tokenizer, tokenizer.padding_side)

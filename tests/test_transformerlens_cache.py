@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, random_config
+from closeness import assert_same
+from conftest import VARIANTS, exact_config
 from torch import Tensor
 
 from tl_looped import InputError, LoopedActivationCache, LoopedTransformer
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
 
 def model_of(variant: str = "pre", **changes: Any) -> LoopedTransformer:
     values = {"n_prelude": 1, "n_core": 2, "n_recurrences": 2, "n_coda": 1} | VARIANTS[variant]
-    return LoopedTransformer.from_config(random_config(**(values | changes)))
+    return LoopedTransformer.from_config(exact_config(**(values | changes)))
 
 
 def cached(model: LoopedTransformer, tokens: Tensor, **run: Any) -> LoopedActivationCache:
@@ -57,7 +56,7 @@ def test_accumulated_resid_through_the_final_norm_unembeds_to_the_logits(
     with torch.no_grad():
         logits, cache = variant.run_with_cache(tokens)
         normed = cache.accumulated_resid(apply_ln=True)
-    torch.testing.assert_close(normed[-1] @ variant.W_U + variant.b_U, logits, **CLOSE)
+    assert_same(normed[-1] @ variant.W_U + variant.b_U, logits)
 
 
 def test_accumulated_resid_takes_the_scale_of_the_layer_that_reads_it(tokens: Tensor) -> None:
@@ -66,7 +65,7 @@ def test_accumulated_resid_takes_the_scale_of_the_layer_that_reads_it(tokens: Te
     for layer, mlp_input, norm in ((4, False, "ln1"), (4, True, "ln2")):
         stack = cache.accumulated_resid(layer, apply_ln=True, mlp_input=mlp_input)
         expected = cache[f"blocks.{layer}.{norm}.hook_normalized"]
-        torch.testing.assert_close(stack[-1], expected, **CLOSE)
+        assert_same(stack[-1], expected)
 
 
 def test_a_layer_without_a_norm_at_its_input_has_no_scale_to_apply(tokens: Tensor) -> None:
@@ -131,7 +130,7 @@ def test_removing_the_batch_dimension_of_two_rows_is_refused(tokens: Tensor) -> 
     with pytest.raises(InputError, match="batch dimension of 2 prompts"):
         model.run_with_cache(input=tokens, remove_batch_dim=True)
     one = cached(model, tokens[0].tolist(), remove_batch_dim=True)
-    torch.testing.assert_close(one["z", 1], cached(model, tokens[:1])["z", 1][0], **CLOSE)
+    assert_same(one["z", 1], cached(model, tokens[:1])["z", 1][0])
 
 
 def test_compute_head_results_equals_hook_result(
@@ -144,7 +143,7 @@ def test_compute_head_results_equals_hook_result(
     variant.set_recurrences(1)
     cache.compute_head_results()
     for layer in range(cache.loop.n_layers):
-        torch.testing.assert_close(cache["result", layer], hooked["result", layer], **CLOSE)
+        assert_same(cache["result", layer], hooked["result", layer])
 
 
 def test_neuron_results_are_activations_times_output_rows(tokens: Tensor) -> None:
@@ -156,7 +155,7 @@ def test_neuron_results_are_activations_times_output_rows(tokens: Tensor) -> Non
     expected = cache["post", layer][:, -1, :5, None] * rows
     torch.testing.assert_close(results, expected)
     every = cache.get_neuron_results(layer)
-    torch.testing.assert_close(every.sum(-2), cache["mlp_out", layer], **CLOSE)
+    assert_same(every.sum(-2), cache["mlp_out", layer])
     torch.testing.assert_close(cache.get_neuron_results(layer, 7), every[..., 7:8, :].squeeze(-2))
 
 

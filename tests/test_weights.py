@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, random_config
+from closeness import assert_same
+from conftest import VARIANTS, exact_config
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -17,14 +18,13 @@ from transformer_lens import SVDInterpreter
 from tl_looped import InputError, LoopedTransformer
 from tl_looped.model.context import RunContext
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 STACKS = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "b_Q", "b_K", "b_V", "b_O")
 
 
 @pytest.fixture(params=VARIANTS)
 def model(request: pytest.FixtureRequest) -> LoopedTransformer:
     """A small model with gains that are not one, and without gradients."""
-    model = LoopedTransformer.from_config(random_config(**VARIANTS[request.param]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS[request.param]))
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -55,9 +55,9 @@ def test_stacks_are_indexed_by_effective_layer(model: LoopedTransformer) -> None
 
 def test_a_stack_that_is_too_large_is_refused_with_its_size(model: LoopedTransformer) -> None:
     assert model.max_stack_bytes == 2**30
-    size = model.loop.n_layers * 32 * 48 * 4
+    size = model.loop.n_layers * 32 * 48 * 8  # fp64
     model.max_stack_bytes = size
-    assert model.W_in.numel() * 4 == size
+    assert model.W_in.numel() * 8 == size
     model.max_stack_bytes = size - 1
     with pytest.raises(InputError, match=r"unique_weights\('W_in'\)"):
         model.W_in  # noqa: B018
@@ -100,7 +100,7 @@ def test_folding_changes_no_logit_and_no_activation(
     model.save_pretrained(tmp_path / "after")
     before, saved = (load_file(tmp_path / n / "model.safetensors") for n in ("before", "after"))
     assert all(torch.equal(saved[name], value) for name, value in before.items())
-    again = LoopedTransformer.from_pretrained(tmp_path / "after", device="cpu")
+    again = LoopedTransformer.from_pretrained(tmp_path / "after", device="cpu", dtype=torch.float64)
     assert again.cfg.normalization_type == "RMS"
     assert torch.equal(again(tokens), model(tokens))
 
@@ -117,16 +117,16 @@ def test_folded_weights_read_what_the_norms_hook_shows(
         x = cache[f"blocks.{i}.ln1.hook_normalized"]
         q = torch.einsum("btd,hdk->bthk", x, model.W_Q[i]) + model.b_Q[i]
         k = torch.einsum("btd,hdk->bthk", x, model.W_K[i]) + model.b_K[i]
-        torch.testing.assert_close(q, cache["q", i], **CLOSE)
+        assert_same(q, cache["q", i])
         repeats = 4 // model.cfg.n_kv_heads
-        torch.testing.assert_close(k[:, :, ::repeats], cache["k", i], **CLOSE)
+        assert_same(k[:, :, ::repeats], cache["k", i])
         y = cache[f"blocks.{i}.ln2.hook_normalized"]
-        torch.testing.assert_close(y @ model.W_in[i], cache["pre_linear", i], **CLOSE)
-        torch.testing.assert_close(y @ model.W_gate[i], cache["pre", i], **CLOSE)
+        assert_same(y @ model.W_in[i], cache["pre_linear", i])
+        assert_same(y @ model.W_gate[i], cache["pre", i])
         block = model.blocks[i]
-        torch.testing.assert_close(block.ln1(cache["resid_pre", i]), x, **CLOSE)
+        assert_same(block.ln1(cache["resid_pre", i]), x)
         assert bool((block.ln1.w == 1).all())
-    torch.testing.assert_close(cache["ln_final.hook_normalized"] @ model.W_U, logits, **CLOSE)
+    assert_same(cache["ln_final.hook_normalized"] @ model.W_U, logits)
 
 
 def test_the_final_norm_and_the_unembedding_fit_together(
@@ -136,18 +136,18 @@ def test_the_final_norm_and_the_unembedding_fit_together(
         model.enable_compatibility_mode(fold_ln=fold)
         logits, cache = model.run_with_cache(tokens)
         stream = cache["resid_post", -1]
-        torch.testing.assert_close(model.unembed(model.ln_final(stream)), logits, **CLOSE)
-        torch.testing.assert_close(model.ln_final(stream) @ model.W_U, logits, **CLOSE)
-        torch.testing.assert_close(model.logit_lens(stream), logits, **CLOSE)
+        assert_same(model.unembed(model.ln_final(stream)), logits)
+        assert_same(model.ln_final(stream) @ model.W_U, logits)
+        assert_same(model.logit_lens(stream), logits)
         lens = cache.logit_lens(positions=None)
-        torch.testing.assert_close(lens.values[-1], logits, **CLOSE)
+        assert_same(lens.values[-1], logits)
         parts = cache.decompose_resid()
-        torch.testing.assert_close(cache.logit_attrs(parts, 7).sum(0), logits[..., 7], **CLOSE)
+        assert_same(cache.logit_attrs(parts, 7).sum(0), logits[..., 7])
         direction = model.tokens_to_residual_directions(torch.tensor([7, 9]))
         assert torch.equal(direction, model.W_U[:, [7, 9]].T)
         folded = cache.apply_ln_to_stack(parts) @ model.W_U
         if fold:  # as every notebook on a folded model does it
-            torch.testing.assert_close(folded.sum(0), logits, **CLOSE)
+            assert_same(folded.sum(0), logits)
 
 
 def test_folded_norms_have_no_gain_among_the_parameters(model: LoopedTransformer) -> None:
@@ -180,7 +180,7 @@ def test_svd_interpreter_gives_the_same_with_folded_norms(model: LoopedTransform
     W_in = model.blocks[3].mlp.W_in
     right = torch.linalg.svd(W_in.T).Vh[:4]
     for found, W_U in ((before, unfolded_W_U), (after, model.W_U)):
-        torch.testing.assert_close(found[:, 0].abs(), (right @ W_U).T.abs(), atol=1e-4, rtol=1e-4)
+        assert_same(found[:, 0].abs(), (right @ W_U).T.abs())
 
 
 def test_modules_called_from_outside_have_the_folded_gain_once(
@@ -198,7 +198,7 @@ def test_modules_called_from_outside_have_the_folded_gain_once(
     before = through()
     model.enable_compatibility_mode()
     for mine, expected in zip(through(), before, strict=True):
-        torch.testing.assert_close(mine, expected, **CLOSE)
+        assert_same(mine, expected)
 
 
 def test_a_model_made_like_a_folded_one_is_not_folded(
@@ -210,9 +210,7 @@ def test_a_model_made_like_a_folded_one_is_not_folded(
     assert new.cfg.normalization_type == "RMS"
     assert "ln_final.w" in new.tl_parameters()
     logits, cache = new.run_with_cache(tokens)
-    torch.testing.assert_close(
-        cache["ln_final.hook_normalized"] * new.ln_final.w @ new.W_U, logits, **CLOSE
-    )
+    assert_same(cache["ln_final.hook_normalized"] * new.ln_final.w @ new.W_U, logits)
 
 
 def test_pruned_and_parametrised_weights_are_used(model: LoopedTransformer, tokens: Tensor) -> None:
@@ -231,7 +229,7 @@ def test_pruned_and_parametrised_weights_are_used(model: LoopedTransformer, toke
         assert torch.equal(model(tokens), plain)
         # The same by hand.
         getattr(owner, name).mul_(2)
-        torch.testing.assert_close(model(tokens), changed, **CLOSE)
+        assert_same(model(tokens), changed)
         getattr(owner, name).div_(2)
 
 

@@ -83,7 +83,8 @@ class FunctionalForward:
 
     def _angles(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, ``[pos, 1, d_head]``."""
-        half = torch.arange(0, self.cfg.d_head, 2) / self.cfg.d_head
+        dtype = torch.float64 if self.cfg.dtype == torch.float64 else torch.float32
+        half = torch.arange(0, self.cfg.d_head, 2, dtype=dtype) / self.cfg.d_head
         angles = torch.arange(length)[:, None] * self.cfg.rotary_base**-half
         angles = torch.cat((angles, angles), -1)[:, None]
         return angles.cos(), angles.sin()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import SAME, assert_rounded_once
 from conftest import VARIANTS
 from test_transformerlens_patching import ALL, CLEAN, CORRUPTED, metric, small
 from torch import Tensor
@@ -77,14 +78,14 @@ def test_a_direct_path_adds_the_head_write_to_one_query_input() -> None:
     for layer in (2, 5):
         hooks = [(f"blocks.{layer}.attn.hook_q_input", add)]
         by_hand = metric(model.run_with_hooks(CORRUPTED[:1], fwd_hooks=hooks))
-        torch.testing.assert_close(paths[layer, 1], by_hand, atol=1e-5, rtol=1e-5)
+        assert_rounded_once(paths[layer, 1], by_hand)
 
 
 def test_edge_attributions_of_a_plain_model_add_up_to_its_node_attributions() -> None:
     model = small(n_core=1)
     edges = edge_methods(model)["edge"]()
     nodes = attribution.attribution_patch(model, CLEAN[:1], CORRUPTED[:1], metric)
-    assert edges.node_scores == pytest.approx(nodes.node_scores, abs=1e-4)
+    assert edges.node_scores == pytest.approx(nodes.node_scores, abs=SAME)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

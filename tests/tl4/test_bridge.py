@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import SAMPLES, assert_same
-from conftest import CASES, TOLERANCE, VARIANTS, load_golden, random_config
+from conftest import CASES, TOLERANCE, VARIANTS, exact_config, load_golden
 from refusals import refused
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -61,8 +61,7 @@ OWN_SUFFIXES = ("hook_resid_mid_sum", "hook_resid_post_sum")
 
 def make(kind: str, **changes: Any) -> LoopedTransformer:
     """A model in fp64 with gains that are not one, so that a norm left out shows."""
-    settings = {"dtype": torch.float64} | KINDS[kind] | changes
-    model = LoopedTransformer.from_config(random_config(**settings))
+    model = LoopedTransformer.from_config(exact_config(**(KINDS[kind] | changes)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

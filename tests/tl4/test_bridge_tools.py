@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, random_config
+from closeness import assert_rounded_once, assert_same
+from conftest import VARIANTS, exact_config
 from refusals import refused
 from test_attribution import NOT_A_SUM, edge_methods
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,6 +29,8 @@ from tl_looped import (
 from tl_looped.boot import enable_boot_transformers
 
 PROMPT = "1 2 3 4 5 6 7"
+
+pytestmark = pytest.mark.usefixtures("exact_bridges")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def small(variant: str, tokenizer: Any, **changes: Any) -> LoopedTransformer:
     values = VARIANTS[variant] | size | changes
     if "n_key_value_heads" in values:
         values["n_key_value_heads"] = 1
-    return LoopedTransformer.from_config(random_config(**values), tokenizer)
+    return LoopedTransformer.from_config(exact_config(**values), tokenizer)
 
 
 def fit(model: LoopedTransformer, **options: Any) -> JacobianLens:
@@ -86,11 +89,9 @@ def test_a_jacobian_lens_holds_the_models_jacobians(variant: str, tokenizer: Any
     model = small(variant, tokenizer)
     lens = fit(model)
     assert lens.source_layers == list(range(model.loop.n_layers - 1))
-    model.to(torch.float64)
     for layer in lens.source_layers:
-        expected = jacobian_by_hand(model, layer).float()
-        found = lens.jacobians[layer]
-        assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max()), layer
+        # TransformerLens keeps Jacobians in fp32.
+        assert_rounded_once(lens.jacobians[layer], jacobian_by_hand(model, layer))
 
 
 def test_where_blocks_write_nothing_the_jacobian_is_a_power_of_the_injection(
@@ -107,10 +108,10 @@ def test_where_blocks_write_nothing_the_jacobian_is_a_power_of_the_injection(
     for r in range(4):
         for layer in range(model.loop.k):
             found = lens.jacobians[model.loop.index(r, layer)]
-            torch.testing.assert_close(found, powers[3 - r], atol=1e-5, rtol=1e-5)
+            assert_rounded_once(found, powers[3 - r])
     # The prelude's output reaches the end by every recurrence, and not by the random state.
     expected = sum(power @ prelude for power in powers)
-    torch.testing.assert_close(lens.jacobians[1], expected, atol=1e-5, rtol=1e-5)
+    assert_rounded_once(lens.jacobians[1], expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -121,10 +122,10 @@ def test_a_readout_is_the_head_after_the_jacobian(variant: str, tokenizer: Any) 
     tokens = model.to_tokens("9 8 7 6 5")
     readout = lens.readout(bridge, "9 8 7 6 5", layers=[2, last], return_full_logits=True)
     logits, cache = model.run_with_cache(tokens)
-    torch.testing.assert_close(readout.lens_logits[last], logits[0], atol=1e-4, rtol=1e-5)
-    through = cache["resid_post", 2][0] @ lens.jacobians[2].T
+    assert_rounded_once(readout.lens_logits[last], logits[0])
+    through = cache["resid_post", 2][0] @ lens.jacobians[2].double().T
     expected = model.unembed(model.ln_final(through[None]))[0].detach()
-    torch.testing.assert_close(readout.lens_logits[2], expected, atol=1e-4, rtol=1e-4)
+    assert_rounded_once(readout.lens_logits[2], expected)
 
 
 def test_a_lens_refuses_another_number_of_recurrences_and_frees_the_parameters(
@@ -147,7 +148,7 @@ def test_logit_lens_reads_the_stream_through_the_models_head(variant: str, token
     _, cache = model.run_with_cache(model.to_tokens(PROMPT))
     streams = cache.accumulated_resid(model.loop.n_layers)
     expected = model.unembed(model.ln_final(streams[:, :, -1])).detach()
-    torch.testing.assert_close(result.readout.values, expected, atol=1e-4, rtol=1e-4)
+    assert_same(result.readout.values, expected)
 
 
 def test_text_is_read_and_written_as_by_the_model(demo: LoopedTransformer) -> None:
@@ -175,7 +176,7 @@ def test_a_plain_models_stream_is_the_sum_of_its_writes(tokens: Tensor) -> None:
     _, cache = model.to_bridge().run_with_cache(tokens)
     parts = cache.decompose_resid(apply_ln=False).sum(0)
     last = cache["resid_post", model.loop.n_layers - 1]
-    torch.testing.assert_close(parts, last, atol=1e-5, rtol=1e-5)
+    assert_same(parts, last)
     assert torch.equal(cache["resid_post", (1, 2)], cache["blocks.7.hook_out"])
 
 
@@ -184,7 +185,7 @@ def test_sums_of_writes_and_edge_methods_refuse_models_that_rescale_writes(
     kind: str, tokens: Tensor
 ) -> None:
     values = VARIANTS.get(kind, {}) | NOT_A_SUM[kind] | {"n_key_value_heads": None}
-    bridge = LoopedTransformer.from_config(random_config(**values)).to_bridge()
+    bridge = LoopedTransformer.from_config(exact_config(**values)).to_bridge()
     for method in edge_methods(bridge).values():
         with pytest.raises(ValueError, match="normalized or scaled before the residual add"):
             method()
@@ -198,10 +199,10 @@ def test_sums_of_writes_and_edge_methods_refuse_models_that_rescale_writes(
 
 def test_a_direct_path_on_a_plain_bridge_is_the_models() -> None:
     changes = {"n_prelude": 1, "n_core": 2, "n_recurrences": 2}
-    model = LoopedTransformer.from_config(random_config(**changes))
+    model = LoopedTransformer.from_config(exact_config(**changes))
     found = edge_methods(model.to_bridge())["direct path"]()
     expected = edge_methods(model)["direct path"]()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_rounded_once(found, expected.double())
     assert expected.unique().numel() > 4
 
 
@@ -240,17 +241,19 @@ def boot(folder: Path, **options: Any) -> TransformerBridge:
 
 
 def test_boot_transformers_loads_a_saved_folder(folder: Path, tokens: Tensor) -> None:
-    model = LoopedTransformer.from_pretrained(folder, device="cpu")
-    bridge = boot(folder)
-    torch.testing.assert_close(bridge(tokens), model(tokens), atol=1e-4, rtol=1e-5)
+    assert boot(folder)(tokens).dtype == torch.float32
+    model = LoopedTransformer.from_pretrained(folder, device="cpu", dtype=torch.float64)
+    bridge = boot(folder, dtype=torch.float64)
+    assert_same(bridge(tokens), model(tokens))
     assert torch.equal(bridge.to_tokens(PROMPT, prepend_bos=False), model.to_tokens(PROMPT))
     with refused(InvalidDecompositionError, "decompose_resid"):
         bridge.run_with_cache(tokens)[1].decompose_resid()
-    other = boot(folder, hf_config_overrides={"n_recurrences": 3, "state_seed": 4})
+    other = boot(
+        folder, dtype=torch.float64, hf_config_overrides={"n_recurrences": 3, "state_seed": 4}
+    )
     expected = model(tokens, n_recurrences=3, state_seed=4)
-    torch.testing.assert_close(other(tokens), expected, atol=1e-4, rtol=1e-5)
+    assert_same(other(tokens), expected)
     assert other.cfg.n_layers == len(other.blocks) == 2 + 3 * 3 + 1
-    assert boot(folder, dtype=torch.float64)(tokens).dtype == torch.float64
 
 
 def test_boot_transformers_refuses_what_would_have_no_effect(folder: Path) -> None:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_transformerlens_cache import CLOSE, cached, model_of
+from closeness import assert_rounded_once, assert_same
+from conftest import Golden
+from test_transformerlens_cache import cached, model_of
 from torch import Tensor
 from transformer_lens.tools.analysis.logit_lens import logit_lens
 
 from tl_looped import LoopedTransformer
 
 
+@pytest.fixture
+def golden_model(golden: Golden) -> LoopedTransformer:
+    return golden.load(dtype=torch.float64)
+
+
 def test_the_last_entry_of_the_logit_lens_is_the_models_logits(golden, golden_model) -> None:
     logits, cache = golden_model.run_with_cache(golden.tokens, **golden.run)
     from_cache = logit_lens(cache, positions=None)
-    torch.testing.assert_close(from_cache.values[-1], logits, **CLOSE)
-    torch.testing.assert_close(cache.logit_lens(positions=None).values, from_cache.values)
+    assert_same(from_cache.values[-1], logits)
+    assert_same(cache.logit_lens(positions=None).values, from_cache.values)
     own_run = logit_lens(golden_model, golden.tokens, positions=None, incl_mid=True)
-    torch.testing.assert_close(own_run.values[-1], golden_model(golden.tokens), **CLOSE)
+    assert_same(own_run.values[-1], golden_model(golden.tokens))
     first, last = golden_model.loop.locate(0).label, golden_model.loop.locate(-1).label
     assert own_run.labels[:2] == [f"{first}.pre", f"{first}.mid"]
     assert own_run.labels[-2:] == [f"{last}.mid", "final_post"]
@@ -36,7 +43,7 @@ def test_the_logit_lens_reads_each_stream_through_final_norm_and_unembedding(
         scale = (x.pow(2).mean(-1, keepdim=True) + variant.cfg.eps).sqrt()
         logits = x / scale * variant.final_norm.w @ variant.W_U
         expected = logits.log_softmax(-1).gather(-1, targets[..., None])
-        torch.testing.assert_close(lens.values[layer], expected, **CLOSE)
+        assert_rounded_once(lens.values[layer], expected)
         rank = (logits > logits.gather(-1, targets[..., None])).sum(-1)
         assert torch.equal(lens.rank_trajectory()[layer], rank)
 
@@ -47,7 +54,7 @@ def test_the_logit_lens_of_an_old_cache_keeps_the_runs_number_of_layers(tokens: 
     model.set_recurrences(1)
     lens = cache.logit_lens()
     assert len(lens.labels) == 1 + 2 * 2 + 1 + 1
-    torch.testing.assert_close(lens.values[-1], logits[:, -1], **CLOSE)
+    assert_same(lens.values[-1], logits[:, -1])
 
 
 def test_the_logit_lens_refuses_training_mode(tokens: Tensor) -> None:

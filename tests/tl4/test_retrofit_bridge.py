@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_same
 from feedforwards import feedforward, logits_of, random_tokens, with_layers
 from test_attention_switches import KINDS as SWITCHES
 from test_attention_switches import make
@@ -37,6 +38,7 @@ def test_bridge_gives_its_weights_and_its_tokenizer(kind: str, tmp_path: Path) -
             retrofit(bridge, **STAGES, device="cpu")
 
 
+@pytest.mark.usefixtures("exact_bridges")
 @pytest.mark.parametrize("kind", list(SWITCHES))
 def test_bridge_of_a_model_with_biases_or_head_norms_has_its_numbers(
     kind: str, tokens: torch.Tensor
@@ -45,8 +47,8 @@ def test_bridge_of_a_model_with_biases_or_head_norms_has_its_numbers(
     bridge = model.to_bridge(n_recurrences=3)
     logits, cache = model.run_with_cache(tokens, n_recurrences=3)
     found, theirs = bridge.run_with_cache(tokens)
-    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+    assert_same(found, logits)
     for name in ("hook_pattern", "hook_z", "hook_v"):
         expected = cache[f"blocks.4.attn.{name}"]
         other = theirs[f"blocks.4.attn.{name}"].reshape(expected.shape)
-        torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5)
+        assert_same(other, expected)
