@@ -269,7 +269,7 @@ def test_rows_may_pause_while_others_go_on(tokens: Tensor) -> None:
 
 
 def test_text_behind_a_prefix_is_no_beginning() -> None:
-    model = LoopedTransformer.from_pretrained("demo", device="cpu")
+    model = LoopedTransformer.from_pretrained("demo", device="cpu", dtype=torch.float64)
     past = LoopedKeyValueCache()
     model("Tom has 3", past_kv_cache=past)
     before = past.length
