@@ -183,8 +183,9 @@ def test_wrong_curves() -> None:
         mirroring_score(curve(2)[:, None], curve(5))
     with pytest.raises(InputError, match="feedforward must have at least two layers"):
         mirroring_score(curve(4)[None], curve(1))
+    unchecked = getattr(mirroring_score, "__wrapped__", mirroring_score)  # of annotations
     with pytest.raises(InputError, match="statistic must be one of pearson, spearman, rmse"):
-        mirroring_score.__wrapped__(curve(4)[None], curve(4), statistic="kendall")
+        unchecked(curve(4)[None], curve(4), statistic="kendall")
     for bad in ({"max_lag": 99}, {"max_lag": -1}, {"n_permutations": 0}, {"seed": -1}):
         with pytest.raises(InputError, match=next(iter(bad))):
             mirroring_score(curve(4)[None], curve(4), **bad)
