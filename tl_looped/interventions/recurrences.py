@@ -19,7 +19,8 @@ class SkipRecurrences(Intervention):
     """The state passes by these recurrences unchanged: ``state_out[r] = state_in[r]``.
 
     Neither their injection nor their loop norm acts on it. With tied weights, a run of R
-    recurrences without one of them is a run of R - 1 (but for edits at other recurrences).
+    recurrences without one of them is a run of R - 1 (but for edits at other recurrences). Where a
+    run's first recurrence skips the adapter, it is the first that is left which does.
 
     Args:
         recurrences: Which.
@@ -45,6 +46,7 @@ class SkipRecurrences(Intervention):
             return entered.pop(_recurrence(hook)).to(x)
 
         for r in members(self.recurrences, model.loop.R, "recurrence", self):
+            run.skipped.add(r)
             changes.readers.append((f"recurrence.{r}.hook_state_in", keep))
             changes.edits.append((f"recurrence.{r}.hook_state_out", bring))
         return changes

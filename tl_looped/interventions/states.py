@@ -16,7 +16,7 @@ from tl_looped.interventions.selection import Recurrences, members
 from tl_looped.metrics.inputs import at_least_fp32
 from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.hook_points import LoopedHookPoint
-from tl_looped.model.initial_state import draw_initial_state
+from tl_looped.model.initial_state import draw_initial_state, refuse_zeros_for_the_prompt
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
@@ -31,8 +31,9 @@ class ReplaceInitialState(Intervention):
             point (:func:`tl_looped.interventions.fixed_point`).
 
     Raises:
-        InputError: if a tensor does not fit the run, or a seed is given to a model whose initial
-            state is not random, or the run has an ``initial_state=`` of its own.
+        InputError: ``"zeros"`` in a model without injection, whose prompt reaches the loop by the
+            initial state alone; if a tensor does not fit the run, or a seed is given to a model
+            whose initial state is not random, or the run has an ``initial_state=`` of its own.
     """
 
     state: str | int | Float[Tensor, "batch pos d_model"]
@@ -72,6 +73,7 @@ class ReplaceInitialState(Intervention):
                 )
             run.initial_state = self.state
         elif isinstance(self.state, str):
+            refuse_zeros_for_the_prompt(cfg, str(self))
             run.initial_state = torch.zeros(1, *shape[1:])
         elif cfg.initial_state is not InitialState.RANDOM:
             raise InputError(
@@ -199,7 +201,8 @@ class ScaleInjection(Intervention):
         if model.cfg.injection is Injection.NONE:
             raise InputError(f"{self}: {model.cfg.model_name} has no injection to scale")
         where = members(self.recurrences, model.loop.R, "recurrence", self)
-        if where == [0] and model._skips_first_adapter(run) and 0 not in run.repeats:
+        first = run.first
+        if where == [first] and model._skips_first_adapter(run) and first not in run.repeats:
             raise InputError(
                 f"{self}: the first recurrence of {model.cfg.model_name} skips the adapter, so "
                 "nothing is injected there"

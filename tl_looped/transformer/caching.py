@@ -189,11 +189,12 @@ class CachingMixin(LoopedHookManager):
             names = {name for name in names if not name.startswith(tuple(unused))}
         needed = sum(sizes[name] for name in names)
         if needed > free:
+            elsewhere = "" if device.type == "cpu" else ", put it elsewhere (device='cpu')"
             raise InputError(
                 f"the cache of {len(names)} activations would take {readable(needed)}, but "
                 f"{device} has {readable(free)} free. Cache less (names_filter='residual', "
                 "'attention', 'loop' or a list of names, pos_slice=, fewer n_recurrences or "
-                "prompts), put it elsewhere (device='cpu'), or pass force=True to try nevertheless."
+                f"prompts){elsewhere}, or pass force=True to try nevertheless."
             )
 
     def _shape_of(self, input: Any, kwargs: dict[str, Any]) -> tuple[int, int] | None:

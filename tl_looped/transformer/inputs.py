@@ -170,6 +170,17 @@ class InputsMixin(TokensMixin):
             empty = (~mask.any(-1)).nonzero().flatten().tolist()
             raise InputError(f"attention_mask leaves rows {empty} without any token")
 
+    def _refuse_offloaded(self) -> None:
+        """Raise if accelerate has taken the weights away until their own module is called."""
+        if self.W_E.device.type == "meta" and any(hasattr(m, "_hf_hook") for m in self.modules()):
+            raise InputError(
+                "the weights are offloaded (accelerate's cpu_offload, disk_offload or "
+                "dispatch_model), which brings them back when their module is called, and here "
+                "every layer computes with the weights of another one. Load the model with "
+                "LoopedTransformer.from_pretrained(..., device_map='auto', max_memory=...): a "
+                "device of it may be the CPU"
+            )
+
     def _check_cache(self, cache: Any) -> None:
         """Raise if these are no keys and values of this model as it is now."""
         if cache is None:

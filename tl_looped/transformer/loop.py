@@ -172,7 +172,7 @@ class LoopMixin(InterveningMixin):
         state = hooks.hook_state_in(state)
         if self.cfg.injection is Injection.NONE:
             return state
-        if r == 0 and not once_more and self._skips_first_adapter(run):
+        if r == run.first and not once_more and self._skips_first_adapter(run):
             return hooks.hook_injected(state)
         if run.prelude_output is None:
             raise InputError(
@@ -200,6 +200,7 @@ class LoopMixin(InterveningMixin):
         return nn.functional.linear(both, self.injection.weight)
 
     def _skips_first_adapter(self, run: LoopRun) -> bool:
+        """Whether the first recurrence that acts takes the state as it is."""
         skip = self.cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
         return skip and run.initial_state is None
 

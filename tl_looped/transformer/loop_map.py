@@ -151,6 +151,7 @@ class LoopMapMixin(LoopMixin):
             InputError: as in ``forward``; a name in ``without_mlp`` that is no layer.
         """
         self._check_borrowed()
+        self._refuse_offloaded()
         self._refuse_interventions("loop_map")
         prelude, core, _ = self._blocks_without_mlp(without_mlp)
         inference = torch.is_inference_mode_enabled()

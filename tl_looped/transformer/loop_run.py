@@ -23,6 +23,7 @@ class LoopRun:
         prelude_output: ``e``, what is injected; set when the loop is entered.
         gate: Gate logits of the newest recurrence, in models with a gate.
         repeats: How many times more a recurrence is run; none where it is missing.
+        skipped: Recurrences that the state passes by.
         injection_factors: Factor on ``e`` where a recurrence injects it; one where it is missing.
         enters_loop: Whether the run passes the start of the loop.
         trains_gate: Whether the gate keeps a graph where its state has none (truncation).
@@ -35,7 +36,13 @@ class LoopRun:
     prelude_output: Stream | None = None
     gate: Float[Tensor, "batch pos 1"] | None = None
     repeats: dict[int, int] = field(default_factory=dict)
+    skipped: set[int] = field(default_factory=set)
     injection_factors: dict[int, float] = field(default_factory=dict)
     enters_loop: bool = True
     trains_gate: bool = False
     borrowed: set[int] = field(default_factory=set)
+
+    @property
+    def first(self) -> int:
+        """The first recurrence that acts on the state."""
+        return next(r for r in range(len(self.skipped) + 1) if r not in self.skipped)

@@ -8,6 +8,7 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
@@ -27,6 +28,7 @@ from tl_looped.model.context import RunContext
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
+from tl_looped.model.initial_state import refuse_zeros_for_the_prompt
 from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
 from tl_looped.model.masks import real_tokens
 from tl_looped.model.norms import NormWeights
@@ -72,6 +74,9 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         self._settle_bos()
         self.state_seed = 0
         device = torch.device("cpu" if cfg.device is None else cfg.device)
+        if torch.get_default_device().type == "meta":  # within torch.device("meta")
+            device = torch.device("meta")
+            cfg.device = str(device)
         with device:
             self.embed = Embed(cfg)
             for stage, n in (
@@ -98,8 +103,9 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
     ) -> LoopedTransformer:
         """A model with random weights, drawn from ``cfg.seed`` as ``cfg.init_mode`` says.
 
-        With ``device="meta"`` it has shapes and names, but no values. In evaluation mode, as
-        TransformerLens's analysis tools want it; there is no dropout.
+        With ``device="meta"``, or within ``torch.device("meta")``, it has shapes and names, but no
+        values. In evaluation mode, as TransformerLens's analysis tools want it; there is no
+        dropout.
         """
         model = cls(LoopedConfig.from_json(cfg) if isinstance(cfg, dict) else cfg, tokenizer)
         init_weights(model, model.cfg)
@@ -244,6 +250,18 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         """
         return device_map_of(self)
 
+    @hf_device_map.setter
+    def hf_device_map(self, placed: Mapping[str, Any]) -> None:
+        """Accelerate's ``dispatch_model`` notes here where it has put the modules."""
+        if {name: str(device) for name, device in placed.items()} != {
+            name: str(device) for name, device in self.hf_device_map.items()
+        }:
+            raise InputError(
+                f"dispatch_model cannot spread this model over {dict(placed)}: it moves the input "
+                "of each module, and here every layer computes with the weights of another one. "
+                "Load it spread: LoopedTransformer.from_pretrained(..., device_map='auto')"
+            )
+
     # -- running ------------------------------------------------------------------------------
 
     @in_turn
@@ -301,6 +319,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             InputError: tokens outside the vocabulary, too long a sequence, wrong shapes.
         """
         self._check_borrowed()
+        self._refuse_offloaded()
         with self._call_with_recurrences(n_recurrences):
             if return_type not in _RETURN_TYPES:
                 raise InputError(f"return_type must be one of {_RETURN_TYPES}, got {return_type!r}")
@@ -309,6 +328,8 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             if stop is not None and (start or 0) > stop:
                 raise InputError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
             self._check_cache(past_kv_cache)
+            if isinstance(initial_state, str):
+                refuse_zeros_for_the_prompt(self.cfg, f"initial_state={initial_state!r}")
             if start_at_layer is not None and padding_side is not None:
                 raise InputError("padding_side is for text, and start_at_layer takes a stream")
             mask = attention_mask

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -84,12 +86,17 @@ class PromptView:
         )
 
 
-def counted(argument: str, index: int, n: int) -> int:
+def counted(argument: str, index: Any, n: int) -> int:
     """An index from either end as one from the start.
 
     Raises:
-        InputError: if it is out of range.
+        InputError: if it is out of range, or no integer.
     """
+    if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
+        raise InputError(
+            f"{argument} must be an integer, its number in the run, got {type(index).__name__}: "
+            "tokens and texts are read from the cache"
+        )
     if not -n <= index < n:
         valid = f"between {-n} and {n - 1}" if n else "in an empty range"
         raise InputError(f"{argument} must lie {valid}, got {index}")
