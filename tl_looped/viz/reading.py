@@ -100,4 +100,4 @@ def counted(argument: str, index: Any, n: int) -> int:
     if not -n <= index < n:
         valid = f"between {-n} and {n - 1}" if n else "in an empty range"
         raise InputError(f"{argument} must lie {valid}, got {index}")
-    return index % n
+    return int(index) % n
