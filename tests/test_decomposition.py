@@ -317,7 +317,8 @@ def test_a_given_state_is_a_component_of_its_own(
     model: LoopedTransformer, tokens: Tensor, state: str
 ) -> None:
     generator = torch.Generator().manual_seed(5)
-    given = "zeros" if state == "zeros" else torch.randn(2, 9, 32, generator=generator)
+    random = torch.randn(2, 9, 32, generator=generator)
+    given = torch.zeros_like(random) if state == "zeros" else random
     cache = cached(model, tokens, initial_state=given)
     stack, labels = cache.decompose_resid(return_labels=True)
     assert "initial_state" in labels

@@ -464,7 +464,7 @@ INTERVENTIONS: list[Callable[[LoopedTransformer], iv.Intervention]] = [
     lambda model: iv.FreezeLoop(1, at=iv.fixed_point(model, TOKENS, 3, math.inf)),
     lambda model: iv.AddNoise(0.3, 1),
     lambda model: iv.SwapStates(1),
-    lambda model: iv.ReplaceInitialState("zeros"),
+    lambda model: iv.ReplaceInitialState(torch.zeros(1, TOKENS.shape[1], model.cfg.d_model)),
     lambda model: iv.AblateHeads({1: [0]}, by="mean", reference=model.run_with_cache(TOKENS)[1]),
 ]
 
