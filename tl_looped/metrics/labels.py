@@ -152,7 +152,9 @@ def ignores_state(model: Any) -> bool:
     weight = getattr(getattr(model, "injection", None), "weight", None)
     if weight is None or weight.device.type == "meta":
         return False
-    return not bool(weight[:, : weight.shape[0]].any())
+    # A view made in inference mode is not one that every kind of tensor can make.
+    with torch.inference_mode(False), torch.no_grad():
+        return not bool(weight[:, : weight.shape[0]].any())
 
 
 def run_attributes(model: Any, loop: LoopGeometry, state_seed: int | None = None) -> dict[str, Any]:
