@@ -300,8 +300,8 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             stop_at_layer: Return what this layer would have received. ``n_layers`` returns the last
                 block's output.
             n_recurrences: Recurrences of this run only.
-            initial_state: State of recurrence 0, ``[batch, pos, d_model]``, or ``"zeros"`` (in models
-                with an injection: without one they would leave nothing of the prompt).
+            initial_state: State of recurrence 0, ``[batch, pos, d_model]``, or ``"zeros"`` (with
+                an injection: without one they would leave nothing of the prompt).
             state_seed: Seed of the random initial state; ``self.state_seed`` if None.
             prelude_output: What is injected, if ``start_at_layer`` skips the prelude.
             past_kv_cache: Keys and values of the tokens that come before; extended unless it is
