@@ -21,7 +21,10 @@ from typer.testing import CliRunner
 from tl_looped import ConfigError, InputError, LoopedTransformer, TokenizerError
 from tl_looped.cli import app
 from tl_looped.experiments.compare import load_runs
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.identity import run_hash
+from tl_looped.experiments.prompts import load_prompts
+from tl_looped.experiments.reading import specification
+from tl_looped.experiments.run import resolve, run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import stream_metrics
 from tl_looped.model.bos import adds_bos
@@ -184,7 +187,11 @@ def test_an_experiment_records_its_bos_and_says_otherwise_if_asked(tmp_path: Pat
 
 def test_a_run_of_the_bundled_model_keeps_its_folder(tmp_path: Path) -> None:
     usual = ran("demo", tmp_path)
-    assert usual.load().attrs["prepend_bos"] == 1
+    data = usual.load()
+    assert data.attrs["prepend_bos"] == 1
+    # Its hash is that of a time when nobody was asked about BOS.
+    spec, source = resolve(Experiment.from_dict(specification(data)))
+    assert data.attrs["hash"] == run_hash(spec, load_prompts(spec.prompts), source.identity)
     assert ran("demo", tmp_path, True).is_new is False
     assert ran("demo", tmp_path, False).folder != usual.folder
 
