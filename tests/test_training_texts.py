@@ -274,7 +274,7 @@ def test_no_run_is_trained_into_the_folder_of_a_model(corpus, source, start: boo
 
 
 def test_models_that_cannot_be_trained_on_texts(corpus: Path, tmp_path: Path) -> None:
-    plain = LoopedTransformer.from_config(random_config())
+    plain = LoopedTransformer.from_config(random_config(d_vocab=300))
     with pytest.raises(TokenizerError, match="no tokenizer"):
         train_model_on_texts(plain, str(corpus), tmp_path, SPEC)
     plain.tokenizer = train_tokenizer(TEXTS, 300)
