@@ -28,12 +28,12 @@ def fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def byte_level(**changes: object) -> PreTrainedTokenizerFast:
+def byte_level(longest: int = 8, **changes: object) -> PreTrainedTokenizerFast:
     """BPE over all bytes, with one long token of spaces, as GPT-NeoX's and Llama 3's have."""
     vocab = {letter: n for n, letter in enumerate(LETTERS)}
     merges = []
     space = "Ġ"
-    for n in (2, 4, 8):
+    for n in (n for n in (2, 4, 8) if n <= longest):
         merges.append((space * (n // 2), space * (n // 2)))
         vocab[space * n] = len(vocab)
     backend = Tokenizer(models.BPE(vocab, merges))
@@ -66,7 +66,7 @@ def words() -> PreTrainedTokenizerFast:
 
 KNOWN: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "bytes": byte_level,
-    "bytes and NFC": lambda: byte_level(normalizer=normalizers.NFC()),
+    "bytes and NFC": lambda: byte_level(1, normalizer=normalizers.NFC()),
     "sentencepiece": sentencepiece,
     "demo": lambda: LoopedTransformer.from_pretrained("demo", device="meta").tokenizer,
 }
