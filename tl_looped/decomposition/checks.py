@@ -164,14 +164,16 @@ class _Probes:
         for row in (total, *probes):
             self.rows.of(row)
         self._dtypes = dtypes
-        self._random: torch.Generator | None = None
+        self._signs: Tensor | None = None
 
     def __call__(self, stack: Tensor) -> None:
-        if self._random is None:
-            self._random = torch.Generator(stack.device).manual_seed(0)
-        size = rounding(stack[0], self._dtypes, stack.shape[-1])
-        signs = torch.empty_like(stack[1:]).bernoulli_(0.5, generator=self._random)
-        stack[1:] += size * (2 * signs - 1)
+        if self._signs is None:
+            random = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
+            bits = torch.randint(2, stack[1:].shape, generator=random)
+            self._signs = (2 * bits - 1).to(stack.device, stack.dtype)
+        # Each step has signs of its own: every value those of its neighbour at the step before.
+        self._signs = self._signs.roll(1, -1)
+        stack[1:] += rounding(stack[0], self._dtypes, stack.shape[-1]) * self._signs
 
 
 def with_one_scale(cache: Any, target: Target) -> Any:
