@@ -14,10 +14,15 @@ compares them in fp32 by a number that held somewhere once. Three rules:
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any
+
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+
+from tl_looped import LoopedTransformer
 
 SAME = 1e-10
 """Relative to the largest value compared. In between two things that are far apart:
@@ -74,6 +79,17 @@ def assert_same_data(actual: xr.Dataset, expected: xr.Dataset) -> None:
     xr.testing.assert_equal(actual.coords.to_dataset(), expected.coords.to_dataset())
 
 
+def assert_logits(model: LoopedTransformer, tokens: Tensor, expected: Tensor, **run: Any) -> None:
+    """An fp32 model gives the logits that another implementation computed in fp32.
+
+    transformers normalises in fp32 whatever its model is, so that fp64 shows nothing there.
+    """
+    with torch.no_grad():
+        found = model(tokens, **run)
+        bound = rounding_bound(deepcopy(model).double()(tokens, **run), found)
+    torch.testing.assert_close(found, expected.detach(), atol=bound, rtol=0.0)
+
+
 def rounding_bound(exact: Tensor, rounded: Tensor) -> float:
     """Largest difference that rounding explains between two runs in a precision below fp64.
 
@@ -82,10 +98,9 @@ def rounding_bound(exact: Tensor, rounded: Tensor) -> float:
 
     Args:
         exact: Result of the run in fp64.
-        rounded: Result of the same run in the precision that is tested.
+        rounded: Result of the same run in the precision that is tested (or a metric of it).
     """
     assert exact.dtype == torch.float64
-    assert rounded.dtype != torch.float64
     bound = SAMPLES * float((rounded.double() - exact).abs().max())
     assert bound > 0.0, "nothing was rounded: these are not runs in two precisions"
     return bound

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import weakref
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from closeness import rounding_bound
 from conftest import VARIANTS, random_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,23 +72,27 @@ def runs(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_metrics_are_those_of_transformers_own_run(llama: Path, runs: Path) -> None:
     (data,) = (d for d in load_runs([runs]).values() if d.attrs["kind"] == "feedforward")
     model = LlamaForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
+    models = (model, deepcopy(model).double())
     tokenizer = LoopedTransformer.from_pretrained("demo", device="meta").tokenizer
     assert (data.attrs["kind"], data.attrs["n_core"]) == ("feedforward", LAYERS)
     for n, text in enumerate(TEXTS):
         tokens = torch.tensor([tokenizer.encode(text)])  # this tokenizer adds no BOS by itself
         assert data["n_tokens"].values[n] == tokens.shape[1]
         with torch.no_grad():
-            out = model(tokens, output_attentions=True, output_hidden_states=True)
-        shares = torch.stack(out.attentions)[:, 0].double().mean(-2)  # [layer, head, key]
-        length = tokens.shape[1]
-        colsum = 1 - torch.special.entr(shares).sum(-1) / np.log(length)
+            outs = [m(tokens, output_attentions=True, output_hidden_states=True) for m in models]
+        shares = [torch.stack(o.attentions)[:, 0].double().mean(-2) for o in outs]
+        length = tokens.shape[1]  # of [layer, head, key]
+        rounded, colsum = (1 - torch.special.entr(x).sum(-1) / np.log(length) for x in shares)
         found = data["colsum_concentration"].isel(prompt=n).transpose("effective_layer", "head")
-        np.testing.assert_allclose(found.values, colsum, atol=1e-5)
+        bound = rounding_bound(colsum, rounded)
+        np.testing.assert_allclose(found.values, colsum, atol=bound, rtol=0)
         # The last hidden state of transformers is behind the final norm.
-        norms = torch.stack(out.hidden_states[1:-1])[:, 0].norm(dim=-1).mean(-1)
-        np.testing.assert_allclose(
-            data["residual_mean"].isel(prompt=n).values[:-1], norms, rtol=1e-5
+        rounded, norms = (
+            torch.stack(o.hidden_states[1:-1])[:, 0].double().norm(dim=-1) for o in outs
         )
+        found = data["residual_mean"].isel(prompt=n).values[:-1]
+        bound = rounding_bound(norms, rounded)
+        np.testing.assert_allclose(found, norms.mean(-1), atol=bound, rtol=0)
 
 
 def test_layers_are_read_as_they_run_and_no_pattern_is_kept(llama: Path) -> None:

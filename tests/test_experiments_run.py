@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import resource
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from closeness import rounding_bound
 from conftest import VARIANTS, random_config
 from filelock import FileLock
 from safetensors.torch import save_file
@@ -94,18 +96,32 @@ def test_tables_say_what_the_results_say(tiny: LoopedTransformer, tmp_path: Path
 def test_extras_are_what_the_cache_gives(tiny: LoopedTransformer, tmp_path: Path) -> None:
     spec = replace(SPEC, extras=("convergence", "neurons", "pairwise", "pca", "tokens"))
     data = run_experiment(spec, tmp_path, model=tiny).load()
-    caches = [tiny.run_with_cache(text, n_recurrences=3)[1] for text in TEXTS]
+    caches, exact = (
+        [model.run_with_cache(text, n_recurrences=3)[1] for text in TEXTS]
+        for model in (tiny, deepcopy(tiny).double())
+    )
     for name, f, what in (
         ("pairwise_attention_distance", pairwise_attention_distance, "pattern"),
         ("pairwise_residual_cosine", pairwise_residual_cosine, "resid_post"),
     ):
-        expected = np.mean([f(c.stack_activation(what)).numpy() for c in caches], axis=0)
-        np.testing.assert_allclose(data[name].values, expected, atol=1e-6)
+        rounded, expected = (
+            torch.stack([f(c.stack_activation(what)).double() for c in some]).mean(0)
+            for some in (caches, exact)
+        )
+        bound = rounding_bound(expected, rounded)
+        np.testing.assert_allclose(data[name].values, expected, atol=bound, rtol=0)
     states = [c.stack_recurrences("resid_post").double() for c in caches]
-    for n, x in enumerate(states):
-        cosine = torch.nn.functional.cosine_similarity(x, x[-1:], dim=-1)[:, :, 0]
+    wide = [c.stack_recurrences("resid_post") for c in exact]
+    for n, pair in enumerate(zip(states, wide, strict=True)):
+        rounded, cosine = (
+            torch.nn.functional.cosine_similarity(x, x[-1:], dim=-1)[:, :, 0] for x in pair
+        )
+        bound = rounding_bound(cosine, rounded)
         found = data["token_similarity"].isel(prompt=n).transpose("recurrence", "layer", "token")
-        np.testing.assert_allclose(found.values[..., : cosine.shape[-1]], cosine, atol=1e-6)
+        one = found.values[..., : cosine.shape[-1]]
+        np.testing.assert_allclose(one, cosine, atol=bound, rtol=0)
+            found.values[..., : cosine.shape[-1]], cosine, atol=bound, rtol=0
+        )
         assert np.isnan(found.values[..., cosine.shape[-1] :]).all()
     assert "token_cosine" not in data
     # Distances in the plane of all components are those of the states.

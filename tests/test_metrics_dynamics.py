@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import VARIANTS, Golden, random_config
+from closeness import assert_same
+from conftest import TOLERANCE, VARIANTS, Golden, exact_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,12 +28,12 @@ def states_of(model: LoopedTransformer, tokens: Tensor, **kwargs) -> Tensor:
 
 
 def test_the_map_repeats_the_run_of_the_reference_cases(golden: Golden) -> None:
-    model = golden.load()
+    model = golden.load(dtype=torch.float64)
     loop_map = model.loop_map(golden.tokens, **golden.run)
     expected = states_of(model, golden.tokens, **golden.run)
-    torch.testing.assert_close(loop_map.run(model.loop.R), expected, atol=1e-6, rtol=1e-6)
+    assert_same(loop_map.run(model.loop.R), expected)
     reference = golden.tensors[f"loop_out.{model.loop.R - 1}"]
-    torch.testing.assert_close(loop_map.run(model.loop.R)[-1], reference, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(expected[-1].float(), reference, **TOLERANCE)
 
 
 def test_the_map_repeats_the_run_of_every_variant(
@@ -50,7 +51,7 @@ def test_the_map_repeats_the_run_of_every_variant(
 
 def test_a_run_may_skip_the_first_adapter_and_the_map_itself_never_does(tokens: Tensor) -> None:
     changes = {"injection": Injection.LINEAR, "initial_state": InitialState.PRELUDE_SKIP_ADAPTER}
-    model = LoopedTransformer.from_config(random_config(**changes))
+    model = LoopedTransformer.from_config(exact_config(**changes))
     loop_map = model.loop_map(tokens)
     expected = states_of(model, tokens)
     assert torch.equal(loop_map.run(4), expected)
@@ -61,7 +62,7 @@ def test_a_run_may_skip_the_first_adapter_and_the_map_itself_never_does(tokens: 
 
 
 def test_no_hook_fires_and_no_number_of_recurrences_plays_a_role(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
     seen: list[str] = []
     model.add_hook(lambda name: True, lambda x, hook: seen.append(hook.name))
     model.add_hook(lambda name: True, lambda x, hook: x * 0)
@@ -87,11 +88,11 @@ def test_the_map_refuses_what_it_cannot_take(plain: LoopedTransformer, tokens: T
 
 
 def test_random_states_are_the_models_own(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
     assert torch.equal(
         model.loop_map(tokens).random_state(5), model.loop_map(tokens, state_seed=5).initial_state
     )
-    none = LoopedTransformer.from_config(random_config())
+    none = LoopedTransformer.from_config(exact_config())
     loop_map = none.loop_map(tokens)
     size = loop_map.initial_state.square().mean().sqrt()
     drawn = loop_map.random_state(0).square().mean().sqrt()
@@ -178,7 +179,7 @@ def test_the_radius_is_invariant_to_the_basis_and_below_the_singular_value(
 def test_against_the_brute_force_jacobian_of_a_model(name: str) -> None:
     changes = VARIANTS[name] | {"d_model": 8, "d_head": 4, "n_heads": 2, "d_mlp": 8, "n_core": 1}
     changes |= {"n_key_value_heads": 1} if "n_key_value_heads" in changes else {}
-    model = LoopedTransformer.from_config(random_config(**changes)).double()
+    model = LoopedTransformer.from_config(exact_config(**changes)).double()
     loop_map = model.loop_map(torch.tensor([[3, 1, 4], [1, 5, 9]]))
     state = loop_map.run(12)[-1]
     with sdpa_kernel(SDPBackend.MATH):
@@ -201,7 +202,7 @@ def test_against_the_brute_force_jacobian_of_a_model(name: str) -> None:
 
 
 def test_padding_is_held_fixed(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"])).double()
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"])).double()
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0
     padded = model.loop_map(tokens, mask)
@@ -215,7 +216,7 @@ def test_padding_is_held_fixed(tokens: Tensor) -> None:
 
 
 def test_a_spectrum_in_inference_mode_and_with_gradients_on(tokens: Tensor) -> None:
-    model = LoopedTransformer.from_config(random_config(**VARIANTS["pre-injection"]))
+    model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
     with torch.inference_mode():
         loop_map = model.loop_map(tokens)
         state = loop_map.run(2)[-1]
@@ -274,7 +275,7 @@ def test_ends_are_compared_at_real_tokens_and_zero_ends_are_undefined() -> None:
 
 def test_starts_of_a_model_and_another_prompts_fixed_point(tokens: Tensor) -> None:
     changes = VARIANTS["pre-injection"] | {"init_mode": "normal"}
-    model = LoopedTransformer.from_config(random_config(**changes))
+    model = LoopedTransformer.from_config(exact_config(**changes))
     here, there = model.loop_map(tokens), model.loop_map(tokens.flip(0))
     starts = loop_starts(here, seeds=(0, 1), given={"other prompt": there.run(40)[-1]})
     assert list(starts) == ["seed 0", "seed 1", "zeros", "other prompt"]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from closeness import SAME
 from conftest import Golden, load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,7 +100,7 @@ def test_wrong_input_names_the_argument() -> None:
 
 
 def test_the_bound_of_queries_and_keys_holds_in_every_reference_case(golden: Golden) -> None:
-    model = golden.load()
+    model = golden.load(dtype=torch.float64)
     _, cache = model.run_with_cache(
         golden.tokens, names_filter=lambda name: name.endswith(HOOKS), **golden.run
     )
@@ -109,7 +110,7 @@ def test_the_bound_of_queries_and_keys_holds_in_every_reference_case(golden: Gol
             found = attention_lipschitz_of_cache(cache, layer, r)
             patterns = [cache["pattern", (s, layer)].double() for s in (r, r - 1)]
             actual = (patterns[0] - patterns[1]).flatten(-2).norm(dim=-1)
-            torch.testing.assert_close(found.change, actual, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found.change, actual, atol=SAME, rtol=SAME)
             assert found.paper.isnan().all()
             assert found.spectral.isnan().all()
             ratios.append(found.ratios["queries_keys"])

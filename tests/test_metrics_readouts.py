@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import Golden, load_golden, random_config
+from closeness import SAME
+from conftest import Golden, exact_config, load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical
@@ -86,7 +87,7 @@ def test_the_exit_distribution_is_a_distribution() -> None:
 
 
 def test_the_last_coda_lens_is_the_model_and_the_lenses_are_the_models(golden: Golden) -> None:
-    model = golden.load()
+    model = golden.load(dtype=torch.float64)
     logits, cache = model.run_with_cache(
         golden.tokens, names_filter=lambda name: name.endswith("hook_resid_post"), **golden.run
     )
@@ -96,7 +97,7 @@ def test_the_last_coda_lens_is_the_model_and_the_lenses_are_the_models(golden: G
     assert found.coda_lens.kl_to_final[-1, -1].abs().max() < 1e-12
     assert not found.coda_lens.rank[-1, -1].any()
     probability = logits[:, -1].double().softmax(-1).amax(-1)
-    torch.testing.assert_close(found.coda_lens.probability[-1, -1], probability, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.coda_lens.probability[-1, -1], probability, atol=SAME, rtol=0)
     expected = model.logit_lens(cache["resid_post", (1, 0)])[:, -1].double().softmax(-1)
     torch.testing.assert_close(
         found.logit_lens.probability[1, 0], expected.gather(-1, found.token[:, None])[:, 0]
@@ -105,7 +106,7 @@ def test_the_last_coda_lens_is_the_model_and_the_lenses_are_the_models(golden: G
 
 
 def test_position_token_and_a_cache_without_batch() -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     tokens = torch.randint(0, 50, (1, 9), generator=torch.Generator().manual_seed(0))
     logits, cache = model.run_with_cache(tokens)
     found = lens_trajectory(cache, token=torch.tensor([7]), position=3)
@@ -125,7 +126,7 @@ def test_position_token_and_a_cache_without_batch() -> None:
 def test_padding_changes_nothing_and_prompts_go_in_parts(
     left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(exact_config())
     tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[0, :left] = 0
@@ -138,10 +139,10 @@ def test_padding_changes_nothing_and_prompts_go_in_parts(
     for lens in ("logit_lens", "coda_lens"):
         padded, unpadded = getattr(found, lens), getattr(alone, lens)
         torch.testing.assert_close(
-            padded.kl_to_final[..., :1], unpadded.kl_to_final, atol=1e-5, rtol=1e-4
+            padded.kl_to_final[..., :1], unpadded.kl_to_final, atol=SAME, rtol=SAME
         )
         torch.testing.assert_close(
-            padded.probability[..., :1], unpadded.probability, atol=1e-6, rtol=1e-4
+            padded.probability[..., :1], unpadded.probability, atol=SAME, rtol=SAME
         )
     monkeypatch.setattr("tl_looped.metrics.readouts._LOGITS_AT_ONCE", 1)
     parts = lens_trajectory(cache, mask=mask)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_logits
 from conftest import GOLDEN
 from feedforwards import KINDS, feedforward, logits_of, random_tokens, with_layers
 from rawcheckpoints import raw_config
@@ -35,7 +36,6 @@ from tl_looped.cli import app
 # Layers 2 and 5 are dropped.
 STAGES: dict[str, Any] = {"prelude": [0, 1], "core": [3, 4], "coda": range(6, 7)}
 KEPT = [0, 1, 3, 4, 6]
-EXACT = {"atol": 1e-5, "rtol": 1e-5}
 # The others have biases, norms on single heads, or heads of a width of their own.
 IN_ORIGINAL_FORMAT = sorted(set(KINDS) - {"mistral-wide-heads", "qwen2", "qwen3"})
 RETROFITS = ("retrofit_llama", "retrofit_tinyllama", "retrofit_olmo")
@@ -68,11 +68,9 @@ def test_retrofit_is_the_model_without_its_dropped_layers(kind: str) -> None:
     expected = logits_of(with_layers(source, KEPT), tokens)
     assert expected.std() > 0.5
     assert (expected - logits_of(source, tokens)).abs().max() > 0.5
-    with torch.no_grad():
-        torch.testing.assert_close(looped(tokens, n_recurrences=1), expected, **EXACT)
-        # The adapter [0 | I] leaves the state no say: every recurrence repeats the first.
-        again = looped(tokens, n_recurrences=3, state_seed=7)
-    torch.testing.assert_close(again, expected, **EXACT)
+    assert_logits(looped, tokens, expected, n_recurrences=1)
+    # The adapter [0 | I] leaves the state no say: every recurrence repeats the first.
+    assert_logits(looped, tokens, expected, n_recurrences=3, state_seed=7)
     assert looped.cfg.architecture.startswith("retrofit-")
     assert looped.loop.R == 4
 
@@ -83,8 +81,7 @@ def test_virtual_loop_is_the_model_with_its_layers_repeated(kind: str, n: int) -
     source, looped = made(kind, mode="virtual-loop", n_recurrences=n)
     tokens = random_tokens()
     repeated = with_layers(source, [0, 1, *([3, 4] * n), 6])
-    with torch.no_grad():
-        torch.testing.assert_close(looped(tokens), logits_of(repeated, tokens), **EXACT)
+    assert_logits(looped, tokens, logits_of(repeated, tokens))
     assert not hasattr(looped, "injection")
 
 
@@ -93,23 +90,27 @@ def test_stages_left_out_are_all_layers_before_and_after_the_core() -> None:
     layers = {"prelude": [0, 1], "core": [2, 4], "coda": [5, 6]}
     assert looped.cfg.source_layers == {"model": "LlamaForCausalLM"} | layers
     expected = logits_of(with_layers(source, [0, 1, 2, 4, 5, 6]), random_tokens())
-    torch.testing.assert_close(looped(random_tokens()).detach(), expected, **EXACT)
+    assert_logits(looped, random_tokens(), expected)
 
 
 @pytest.mark.parametrize("mode", ["retrofit", "virtual-loop"])
 def test_stages_may_be_empty(mode: str) -> None:
     source, looped = made("llama", prelude=[], core=[1, 5], coda=[], mode=mode, n_recurrences=1)
     expected = logits_of(with_layers(source, [1, 5]), random_tokens())
-    torch.testing.assert_close(looped(random_tokens()).detach(), expected, **EXACT)
+    assert_logits(looped, random_tokens(), expected)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("bfloat16", 0.08)])
-def test_weights_have_the_dtype_that_is_asked_for(dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_weights_have_the_dtype_that_is_asked_for(dtype: str) -> None:
     source, looped = made("llama-grouped-scaled-rope", dtype=dtype)
     assert {p.dtype for p in looped.parameters()} == {getattr(torch, dtype)} == {looped.cfg.dtype}
     expected = logits_of(with_layers(source, KEPT).to(getattr(torch, dtype)), random_tokens())
     found = looped(random_tokens()).detach()
-    assert (found - expected).double().norm() <= tolerance * expected.double().norm()
+    # In fp64 transformers normalises and rotates in fp32: what is rounded is as in an fp32 run.
+    other = torch.float32 if dtype == "float64" else torch.float64
+    converted = looped.to(other)(random_tokens()).detach()
+    rounding = (found.double() - converted.double()).norm()
+    assert (found - expected).double().norm() < 3 * rounding
 
 
 @pytest.mark.parametrize("mode", ["retrofit", "virtual-loop"])
@@ -145,7 +146,7 @@ def test_sliding_window_is_exact_up_to_its_width_and_refused_beyond() -> None:
     looped = retrofit(source, **STAGES, device="cpu")
     assert looped.cfg.n_ctx == 9
     expected = logits_of(with_layers(source, KEPT), random_tokens(9))
-    torch.testing.assert_close(looped(random_tokens(9)).detach(), expected, **EXACT)
+    assert_logits(looped, random_tokens(9), expected)
     with pytest.raises(InputError, match="longer than the context of 9"):
         looped(random_tokens(10))
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, random_config
+from closeness import SAME, assert_same
+from conftest import VARIANTS, exact_config, random_config
 from scipy.stats import poisson
 
 from tl_looped import ConfigError, InputError, LoopedTransformer, NormLayout
@@ -68,10 +69,10 @@ def test_every_recurrences_loss_is_the_mean_of_shorter_runs(variant: LoopedTrans
         for r in (1, 2, 3, 4)
     ]
     equal = training_loss(variant, TOKENS, EveryRecurrence(), 7)
-    assert float(equal.detach()) == pytest.approx(sum(runs) / 4, abs=2e-6)
+    assert float(equal.detach()) == pytest.approx(sum(runs) / 4, abs=SAME)
     weighted = training_loss(variant, TOKENS, EveryRecurrence((1.0, 0.0, 2.0, 5.0)), 7)
     by_hand = (runs[0] + 2 * runs[2] + 5 * runs[3]) / 8
-    assert float(weighted.detach()) == pytest.approx(by_hand, abs=2e-6)
+    assert float(weighted.detach()) == pytest.approx(by_hand, abs=SAME)
 
 
 def test_exit_weighted_loss_by_hand() -> None:
@@ -126,7 +127,7 @@ def test_one_gate_weights_the_models_losses_by_token() -> None:
             left = left - p
             expected += p * runs[r] + 0.05 * p * p.log()
         found = training_loss(model, TOKENS, ExitWeighted(0.05), 0)
-    assert float(found) == pytest.approx(float(expected.mean()), abs=2e-6)
+    assert float(found) == pytest.approx(float(expected.mean()), abs=SAME)
 
 
 # -- truncated backpropagation --------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_one_gate_weights_the_models_losses_by_token() -> None:
 
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_truncated_gradients_are_those_of_a_hand_made_graph(last: int) -> None:
-    model = LoopedTransformer.from_config(random_config(**INJECTED))
+    model = LoopedTransformer.from_config(exact_config(**INJECTED))
     # The whole graph, with the state cut out of it by hand where it should end.
     detach = (f"recurrence.{4 - last}.hook_state_in", lambda state, hook: state.detach())
     cut = model.run_with_hooks(TOKENS, return_type="loss", state_seed=7, fwd_hooks=[detach])
@@ -144,14 +145,14 @@ def test_truncated_gradients_are_those_of_a_hand_made_graph(last: int) -> None:
     found = gradients(model, loss)
     for name, grad in expected.items():
         # Another order of additions into the prelude's gradient.
-        torch.testing.assert_close(found[name], grad, atol=1e-7, rtol=1e-5)
+        assert_same(found[name], grad)
     whole = gradients(model, training_loss(model, TOKENS, LastState(), 7))
     assert not torch.allclose(whole["core.0.mlp.down"], found["core.0.mlp.down"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("loss", [EveryRecurrence((3.0, 1.0, 1.0, 2.0)), ExitWeighted(0.1)])
 def test_truncation_changes_the_gradient_and_not_the_value(loss) -> None:
-    config = random_config(**INJECTED, exit_gate=True)
+    config = exact_config(**INJECTED, exit_gate=True)
     model = LoopedTransformer.from_config(config)
     whole = training_loss(model, TOKENS, loss, 7)
     cut = training_loss(model, TOKENS, loss, 7, backprop_last=1)
@@ -160,7 +161,7 @@ def test_truncation_changes_the_gradient_and_not_the_value(loss) -> None:
     assert not torch.allclose(expected["core.0.mlp.down"], found["core.0.mlp.down"], rtol=1e-3)
     # All four states still reach the coda and the unembedding.
     for name in ("final_norm.w", "unembed.weight"):
-        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-4)
+        assert_same(found[name], expected[name])
 
 
 def test_earlier_recurrences_keep_no_graph_and_the_callers_mode_stays() -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from closeness import SAME
 from conftest import random_config
 from typer.testing import CliRunner
 
@@ -161,14 +162,14 @@ def test_documents_are_packed_with_or_without_bos() -> None:
 
 
 def test_evaluation_is_the_models_loss_at_each_number_of_recurrences() -> None:
-    model = LoopedTransformer.from_config(random_config())
+    model = LoopedTransformer.from_config(random_config(dtype=torch.float64))
     rows = torch.randint(0, 50, (3, 8), generator=torch.Generator().manual_seed(0))
     table = loss_by_recurrences(model, rows, (1, 3, 6), batch_size=2)
     assert table["recurrences"].tolist() == [1, 3, 6]
     with torch.no_grad():
         for n, loss in zip(table["recurrences"], table["held_out_loss"], strict=True):
             expected = float(model(rows, return_type="loss", n_recurrences=int(n)))
-            assert loss == pytest.approx(expected, abs=1e-6)
+            assert loss == pytest.approx(expected, abs=SAME)
     assert model.cfg.n_recurrences == 4
 
 
