@@ -120,8 +120,6 @@ def test_extras_are_what_the_cache_gives(tiny: LoopedTransformer, tmp_path: Path
         found = data["token_similarity"].isel(prompt=n).transpose("recurrence", "layer", "token")
         one = found.values[..., : cosine.shape[-1]]
         np.testing.assert_allclose(one, cosine, atol=bound, rtol=0)
-            found.values[..., : cosine.shape[-1]], cosine, atol=bound, rtol=0
-        )
         assert np.isnan(found.values[..., cosine.shape[-1] :]).all()
     assert "token_cosine" not in data
     # Distances in the plane of all components are those of the states.
