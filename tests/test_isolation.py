@@ -36,7 +36,7 @@ def test_two_models_of_one_configuration_are_independent(tokens: Tensor) -> None
     one.half()
     assert (other.cfg.n_layers, other.cfg.n_recurrences) == (15, 4)
     assert not other.cfg.use_attn_result
-    assert other.cfg.dtype == torch.float32
+    assert other.cfg.dtype == torch.float64
     assert torch.equal(other(tokens), before)
     assert config.n_recurrences == 4
 
