@@ -389,13 +389,13 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "changes", "part"),
     [
-        ("huginn", {"n_embd": 2**40}, "embedding of 97 * 1099511627776"),
-        ("huginn", {"vocab_size": 2**40, "padded_vocab_size": 2**40}, "embedding of"),
-        ("retrofit_llama", {"intermediate_size": 2**62}, "layers of at least"),
-        ("retrofit_olmo", {"n_heads": 2**40, "num_key_value_heads": 2**40}, "layers of at least"),
-        ("ouro", {"head_dim": 2**50}, "layers of at least"),
-        ("ouro", {"num_hidden_layers": 100_000}, "100000 layers of at least"),
-        ("ouro", {"hidden_size": 2**40, "vocab_size": 2**40}, "embedding of"),
+        ("huginn", {"n_embd": 2**20}, "embedding of 97 * 1048576"),
+        ("huginn", {"vocab_size": 2**20, "padded_vocab_size": 2**20}, "embedding of"),
+        ("retrofit_llama", {"intermediate_size": 2**22}, "layers of at least"),
+        ("retrofit_olmo", {"n_heads": 2**20, "num_key_value_heads": 2**20}, "layers of at least"),
+        ("ouro", {"head_dim": 2**22}, "layers of at least"),
+        ("ouro", {"num_hidden_layers": 8_000}, "8000 layers of at least"),
+        ("ouro", {"hidden_size": 2**20, "vocab_size": 2**20}, "embedding of"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -406,6 +406,24 @@ def test_sizes_far_beyond_the_files_are_refused_before_they_are_allocated(
     change_config(made, **changes)
     with refused(CheckpointError, part, "the files hold"):
         LoopedTransformer.from_pretrained(made, device=device)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("huginn", {"n_embd": 2**40}),
+        ("retrofit_llama", {"intermediate_size": 2**62}),
+        ("retrofit_olmo", {"n_heads": 2**40, "num_key_value_heads": 2**40}),
+        ("ouro", {"num_hidden_layers": 100_000}),
+    ],
+)
+def test_sizes_beyond_every_limit_are_refused(
+    case: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    made = shutil.copytree(GOLDEN / case, tmp_path / "model")
+    change_config(made, **changes)
+    with refused(ConfigError):
+        LoopedTransformer.from_pretrained(made, device="cpu")
 
 
 def test_wrong_tensors_are_refused_on_the_meta_device_too(folder: Path) -> None:
