@@ -21,6 +21,7 @@ from tl_looped.experiments.needs import (
 from tl_looped.experiments.paper import PAPER, paper_plan, parse_models
 from tl_looped.experiments.prompts import choose, load_prompts, read_file
 from tl_looped.experiments.spec import EXTRAS, TEST_SENTENCE, Experiment, PromptSet
+from tl_looped.model import limits
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
@@ -29,7 +30,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 @given(
     model=text.filter(str.strip),
     texts=st.lists(text, min_size=1, max_size=3),
-    recurrences=st.none() | st.integers(1, 10**6),
+    recurrences=st.none() | st.integers(1, limits.most_layers),
     extras=st.sets(st.sampled_from(EXTRAS)),
     seed=st.integers(-(2**63), 2**63 - 1),
     revision=st.none() | text,

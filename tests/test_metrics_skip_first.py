@@ -173,6 +173,16 @@ def test_a_heavy_token_is_said_in_reports_and_captions() -> None:
     assert "In 4 of 4 prompts the first token holds more than half of the summed norm" in note
     assert "(up to 90 %)" in note
     assert "--skip-first 1" in note
+    each = with_numbers(data, relative_rate=[0.75] * N)
+    rates = [
+        next(
+            cell.note
+            for cell in row(summarise({"a": d}), {"a": "run0"}).cells
+            if cell.label == "Rate"
+        )
+        for d in (data, each, with_numbers(heavy(0.2), rate=[0.25] * N, relative_rate=[0.75] * N))
+    ]
+    assert ["every token counts alike: 0.750" in note for note in rates] == [False, True, False]
     assert "the first token holds" in caption_of(data, ["residual_mean"])
     assert "token holds" not in caption_of(data, ["colsum_concentration"])
     skipped = heavy(0.2, skip_first=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -15,23 +17,40 @@ import torch
 import xarray as xr
 from closeness import assert_same
 from conftest import GOLDEN, random_config
+from feedforwards import feedforward
+from results import FEW, result
+from results import feedforward as feedforward_result
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from tl_looped import ConfigError, InputError, LoopedTransformer, TokenizerError
+from tl_looped import (
+    ConfigError,
+    DataError,
+    InputError,
+    LoopedTransformer,
+    TokenizerError,
+    retrofit,
+)
 from tl_looped.cli import app
-from tl_looped.experiments.compare import load_runs
+from tl_looped.experiments.compare import compare_runs, load_runs
+from tl_looped.experiments.engines import load_engine, tokenize
 from tl_looped.experiments.identity import run_hash
+from tl_looped.experiments.overlaying import draw_over
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import specification
+from tl_looped.experiments.report_text import mirroring, row
 from tl_looped.experiments.run import resolve, run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
+from tl_looped.experiments.summary import summarise
+from tl_looped.interventions import fixed_point
 from tl_looped.metrics import stream_metrics
+from tl_looped.metrics.spectral import spectrum_of_states
 from tl_looped.model.bos import adds_bos
-from tl_looped.patching import patch_recurrences
-from tl_looped.training.corpus import pack
+from tl_looped.patching import attribute_recurrences, patch_recurrences
+from tl_looped.training.corpus import pack, read_texts
+from tl_looped.viz import attention_view, heads_at, settled_tokens
 
 BOS, EOS, PAD, A, B, C = range(6)
 WORDS = {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD, "a": A, "b": B, "c": C}
@@ -417,6 +436,72 @@ def test_conversations_are_taken_wherever_text_is(model, holder: str) -> None:
     assert model.to_tokens(model.chat_text(CHAT, add_generation_prompt=False)).tolist() == [ids[:3]]
 
 
+@pytest.mark.parametrize("tool", ["patching", "attribution", "fixed point", "exits"])
+def test_tools_take_a_conversation_for_its_tokens(tool: str) -> None:
+    model = small(
+        words(True),
+        n_prelude=0,
+        n_core=1,
+        n_coda=0,
+        n_recurrences=2,
+        dtype=torch.float64,
+        exit_gate=True,
+    )
+    model.tokenizer.chat_template = TEMPLATE
+    _, cache = model.run_with_cache("c b a")
+    metric = lambda logits: logits[0, -1, A]  # noqa: E731
+    given = {
+        "patching": lambda x: patch_recurrences(
+            model, x, cache, metric, "resid_post", progress=False
+        ),
+        "attribution": lambda x: attribute_recurrences(model, x, cache, metric, "resid_post"),
+        "fixed point": lambda x: fixed_point(model, x, 3, tolerance=math.inf).state,
+        "exits": lambda x: model.exits(x).exit_logits,
+    }[tool]
+    found, expected = given(CHAT), given(torch.tensor([[BOS, A, B, C]]))
+    if isinstance(expected, xr.Dataset):
+        xr.testing.assert_allclose(found, expected, rtol=1e-10)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_spectrum_takes_tokens_and_says_so_of_text(model) -> None:
+    for given in ("a b c", CHAT, TEXTS):
+        with pytest.raises(InputError, match=r"got text: model\.to_tokens"):
+            spectrum_of_states(model, given)
+
+
+def test_views_take_the_prompt_as_the_model_does(model) -> None:
+    _, cache = model.run_with_cache(CHAT)
+    ids = [BOS, A, B, C]
+    for given in (CHAT, [CHAT], ids, torch.tensor([ids]), {"input_ids": [ids]}, np.array(ids)):
+        assert heads_at(cache, given, 0, 0).tokens == ("<bos>", "a", "b", "c")
+        assert settled_tokens(cache, given, lens="logit").tokens == ("<bos>", "a", "b", "c")
+    strings = pd.Series(["x", "y", "z", "w"])
+    assert heads_at(cache, strings, 0, 0).tokens == ("x", "y", "z", "w")
+    for given in ([CHAT, CHAT], torch.tensor([ids, ids])):
+        with pytest.raises(InputError, match="of the one prompt that is shown, got 2"):
+            heads_at(cache, given, 0, 0)
+    with pytest.raises(InputError, match="4 positions, 3 tokens"):
+        heads_at(cache, "a b c", 0, 0)
+    with pytest.raises(InputError, match="tokens must be strings"):
+        attention_view(torch.ones(1, 2, 2), "ab", ["x"], "t")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": CHAT}, "conversations are not taken: .*chat_text"),
+        ({"question": CHAT, "answer": "b"}, "question is list"),
+        ({"text": CHAT}, "text is list"),
+    ],
+)
+def test_training_texts_refuse_conversations_by_name(tmp_path: Path, row, reason: str) -> None:
+    write_rows(tmp_path / "t.jsonl", row)
+    with pytest.raises(DataError, match=f"line 1.*{reason}"):
+        read_texts(str(tmp_path / "t.jsonl"))
+
+
 def test_conversations_of_unequal_length_are_padded(model) -> None:
     assert model.to_tokens([CHAT, CHAT[:1]]).tolist() == [[BOS, A, B, C], [BOS, A, C, PAD]]
     exact = deepcopy(model).double()
@@ -439,3 +524,140 @@ def test_a_conversation_has_the_bos_of_its_template_alone() -> None:
     model.tokenizer.chat_template = TEMPLATE.removeprefix("{{ bos_token }}")
     assert model.to_tokens(CHAT).tolist() == [[A, B, C]]
     assert model.to_tokens(CHAT, prepend_bos=True).tolist() == [[BOS, A, B, C]]
+
+
+def write_rows(path: Path, *rows: Any) -> PromptSet:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PromptSet("file", file=str(path), subset=0)
+
+
+def with_template(folder: Path, adds: bool = True) -> str:
+    tokenizer = words(adds)
+    tokenizer.chat_template = TEMPLATE
+    return str(published(folder, tokenizer))
+
+
+def test_a_file_of_prompts_may_hold_conversations(tmp_path: Path) -> None:
+    folder = with_template(tmp_path / "model")
+    wanted = write_rows(tmp_path / "p.jsonl", {"messages": CHAT}, {"messages": "a b c a b"})
+    assert load_prompts(wanted).texts == (CHAT, "a b c a b")
+    wide = {"dtype": "float64", "recurrences": 2, "metrics": ("magnitude",)}
+    spec = Experiment(folder, prompts=wanted, **wide)
+    run = run_experiment(spec, tmp_path / "out", device="cpu")
+    data = run.load()
+    # <bos> a b c, once as the template writes it; text as the tokenizer does.
+    assert data["n_tokens"].values.tolist() == [4, 6]
+    assert data.attrs["bos"].endswith("conversations as their template writes them")
+    model = LoopedTransformer.from_pretrained(folder, device="cpu", dtype="float64")
+    alone = stream_metrics(model, [CHAT], ("magnitude",), n_recurrences=2)
+    first = data["residual_mean"].isel(prompt=0)
+    core = first.isel(effective_layer=data["stage"].to_numpy() == "core")
+    np.testing.assert_allclose(core, alone["residual_mean"].values.ravel(), rtol=1e-10)
+    assert run_experiment(spec, tmp_path / "out", device="cpu").is_new is False
+
+
+def test_the_template_and_what_was_asked_decide_the_hash_of_conversations(tmp_path: Path) -> None:
+    folder = Path(with_template(tmp_path / "model"))
+    chats = write_rows(tmp_path / "p.jsonl", {"messages": CHAT})
+    texts = write_rows(tmp_path / "t.jsonl", {"text": "a"})
+
+    def digest(wanted: PromptSet, prepend_bos: bool | None = None) -> str:
+        spec, source = resolve(Experiment(str(folder), prompts=wanted, prepend_bos=prepend_bos))
+        said = (load_prompts(wanted), source.identity, True, source.chat_template)
+        return run_hash(spec, *said)
+
+    before = digest(chats), digest(texts)
+    assert digest(chats, True) != before[0]
+    assert digest(texts, True) == before[1]
+    (folder / "chat_template.jinja").write_text(TEMPLATE + " b")
+    assert digest(chats) != before[0]
+    assert digest(texts) == before[1]
+
+
+def test_a_feedforward_model_reads_conversations_as_its_looped_sister(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    feedforward("llama", vocab_size=len(WORDS)).save_pretrained(folder)
+    wanted = write_rows(tmp_path / "p.jsonl", {"messages": CHAT}, {"messages": "a b"})
+    for adds in (True, False):
+        for template in (TEMPLATE, TEMPLATE.removeprefix("{{ bos_token }}")):
+            tokenizer = words(adds)
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(folder)
+            chat = [BOS, A, B, C] if template is TEMPLATE else [A, B, C]
+            spec = Experiment(str(folder), kind="feedforward", prompts=wanted)
+            spec, found = resolve(spec)
+            rows, _, _ = tokenize(load_engine(spec, found, "cpu"), load_prompts(wanted), "skip")
+            expected = [chat, [BOS, A, B] if adds else [A, B]]
+            assert [row.tolist() for row in rows] == expected, (adds, template)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([], "no prompt"),
+        ([{"content": "a"}], "message 0 must be"),
+        ([CHAT, CHAT], "no text in 'messages', and no conversation"),
+        ([A, B], "no text in 'messages', and no conversation"),
+        ([{"role": "user", "content": "half \ud83d"}], "surrogate"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named(tmp_path: Path, row: Any, reason: str) -> None:
+    wanted = write_rows(tmp_path / "p.jsonl", {"messages": CHAT}, {"messages": row})
+    with pytest.raises(DataError, match=f"line 2 of .*p.jsonl.*{reason}"):
+        load_prompts(wanted)
+
+
+def test_a_conversation_for_a_model_without_a_template_names_file_and_row(tmp_path: Path) -> None:
+    wanted = write_rows(tmp_path / "p.jsonl", {"text": "a"}, {"text": CHAT})
+    spec = Experiment("demo-base", prompts=wanted, recurrences=1, metrics=("magnitude",))
+    with pytest.raises(
+        TokenizerError, match=r"row 1 of .*p\.jsonl.*demo-base has no chat template"
+    ):
+        run_experiment(spec, tmp_path / "out", device="cpu")
+
+
+# -- runs that were read in different ways -----------------------------------------------------
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_comparison_of_runs_with_bos_and_without_says_so(same: bool, tmp_path: Path) -> None:
+    looped = result().assign_attrs(prepend_bos=1)
+    other = feedforward_result().assign_attrs(prepend_bos=int(same))
+    runs = {"a": looped, "b": other}
+    said: list[str] = []
+    images = draw_over("a", looped, other, [8], tmp_path, "x", said.append)
+    summary, _ = summarise(runs, FEW)
+    cells = row([summary], {"a": "run0"}).cells
+    about = [*said, *compare_runs(runs).notices, *(cell.note for cell in cells)]
+    about += mirroring(summary).notes
+    apart = [text for text in about if "read with BOS, the second without" in text]
+    assert len(apart) == (0 if same else 4), about
+    assert bool(images) is same
+
+
+# -- a retrofit says how it reads ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("says", [None, True, False])
+def test_a_retrofit_reads_with_bos_if_asked_to(says: bool | None, tmp_path: Path) -> None:
+    source = feedforward("llama", vocab_size=len(WORDS))
+    made = retrofit(source, core=[2], tokenizer=words(False), default_prepend_bos=says)
+    decided = (False, "tokenizer") if says is None else (says, "caller")
+    assert (made.cfg.default_prepend_bos, made.cfg.bos_from) == decided
+    assert made.to_tokens("a").tolist() == [[BOS, A] if says else [A]]
+    made.save_pretrained(tmp_path)
+    read = LoopedTransformer.from_pretrained(tmp_path, device="meta")
+    assert read.to_tokens("a").shape == (1, 2 if says else 1)
+
+
+@pytest.mark.parametrize("switch", ["", "--bos", "--no-bos"])
+def test_the_retrofit_command_says_how_the_model_reads(switch: str, tmp_path: Path) -> None:
+    feedforward("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "source")
+    words(True).save_pretrained(tmp_path / "source")
+    call = ["retrofit", str(tmp_path / "source"), str(tmp_path / "made"), "--core", "2"]
+    result = CliRunner().invoke(app, [*call, *filter(None, [switch])], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    how = "without BOS" if switch == "--no-bos" else "with BOS '<bos>'"
+    assert f"text is read {how}" in result.output
+    read = LoopedTransformer.from_pretrained(tmp_path / "made", device="meta")
+    assert read.cfg.default_prepend_bos is (switch != "--no-bos")

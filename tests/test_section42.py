@@ -27,6 +27,7 @@ from tl_looped.experiments.random_cells import (
     run_condition,
 )
 from tl_looped.experiments.random_grid import read_grid, run_grid
+from tl_looped.experiments.random_page import verdict_part
 from tl_looped.experiments.random_tables import grid_tables, is_zero, read_tables, shipped
 from tl_looped.experiments.sealing import opened
 from tl_looped.experiments.store import write_part
@@ -287,6 +288,11 @@ def test_tables_of_a_grid_by_hand() -> None:
     counts = tables.verdicts.set_index("injection")
     assert counts.loc["injected", "CONVERGED"] == counts.loc["none", "NOT_CONVERGED"] == 2
     assert counts.loc["none", "CONVERGED"] == 0
+    # A rate stands beside a fixed point, and beside nothing else.
+    (table,) = verdict_part(tables).tables
+    assert {row[2]: (row[3], row[4]) for row in table.rows} == {
+        "yes": ("fixed point 2", "0.600"), "no": ("none 2", "–"),
+    }  # fmt: skip
 
 
 def test_tables_are_read_as_they_were_written(

@@ -86,14 +86,19 @@ def test_the_original_format_keeps_number_of_the_run_and_number_of_the_training(
     model.save_pretrained(tmp_path / "same", format="original")
     raw = json.loads((tmp_path / "same" / "config.json").read_text())
     assert "trained_recurrences" not in raw  # exactly the published keys
-    model.set_recurrences(trained + 5)
+    assert isinstance(again(model, tmp_path / "same", "original").cfg.trained_recurrences, float)
+    model.cfg.trained_recurrences = int(trained)  # trained anew, now with a fixed number
+    fixed = again(model, tmp_path / "fixed", "original").cfg.trained_recurrences
+    assert (fixed, type(fixed)) == (trained, int)
+    model.cfg.trained_recurrences = trained
+    model.set_recurrences(int(trained) + 5)
     read = again(model, tmp_path / "more", "original").cfg
     assert (read.trained_recurrences, read.n_recurrences) == (trained, trained + 5)
 
 
 @pytest.mark.parametrize(
     ("recurrences", "stated"),
-    [(Constant(3), 3), (PoissonLogNormal(2.0, 0.5), 2), (PoissonLogNormal(0.5, 0.1), 0.5)],
+    [(Constant(3), 3), (PoissonLogNormal(2.0, 0.5), 2.0), (PoissonLogNormal(0.5, 0.1), 0.5)],
 )
 def test_the_trainer_says_it_from_the_first_step_on(
     recurrences: Constant | PoissonLogNormal, stated: float, tmp_path: Path
@@ -105,6 +110,7 @@ def test_the_trainer_says_it_from_the_first_step_on(
     for folder, said in (("snapshots/step-000000", None), ("best", stated), ("final", stated)):
         read = LoopedTransformer.from_pretrained(tmp_path / folder, device="meta")
         assert read.cfg.trained_recurrences == said, folder
+        assert isinstance(read.cfg.trained_recurrences, type(said)), folder  # a float is a mean
     # The same model, now trained, is no other run: it goes on, here at its end.
     train(model, ROWS, ROWS[:2], spec, tmp_path)
 
@@ -144,7 +150,10 @@ def test_results_say_it(trained: float | None, attribute: float) -> None:
     assert trained_recurrences(data.drop_attrs()) is None
 
 
-MARKED = {0: [], 2: ["last trained: r = 1"], 2.5: ["last trained: r = 1.5"], 4: [], None: []}
+MARKED = {
+    0: [], 2: ["last trained: r = 1"], 2.5: ["trained mean: r = 1.5"], 3.0: ["trained mean: r = 2"],
+    4: [], None: [],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("trained", MARKED)
@@ -155,7 +164,7 @@ def test_captions_marks_and_rows_say_it(trained: float | None) -> None:
     data = data.assign(successive_abs=(dims, ones), successive_rel=(dims, ones))
     if trained is not None:
         data.attrs["trained_recurrences"] = trained
-    words = {None: "", 0: "not trained as a loop"}.get(trained, f"trained with {trained}")
+    words = {None: "", 0: "not trained as a loop"}.get(trained, f"trained with {trained or 0:g}")
     assert f"4 recurrences{f' ({words})' if words else ''}." in caption_of(data)
     (figure,) = draw(3, data)
     legend = [text.get_text() for text in figure.figure.legends[0].get_texts()]

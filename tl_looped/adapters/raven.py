@@ -69,6 +69,9 @@ def raven_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
     mode = given(config, "initial_state_mode", "random")
     if mode not in _STATE_MODES:
         raise ConfigError(f"initial_state_mode must be one of {list(_STATE_MODES)}, got {mode!r}")
+    trained = trained_recurrences_of(config, recurrences)
+    if TRAINED not in config and trained is not None:
+        trained = float(trained)  # the mean of what the authors drew for each step
     values: dict[str, Any] = {
         "d_model": d_model,
         "d_head": head_width(config, d_model, n_heads),
@@ -80,7 +83,7 @@ def raven_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
         "n_core": k,
         "n_coda": c,
         "n_recurrences": recurrences,
-        "trained_recurrences": trained_recurrences_of(config, recurrences),
+        "trained_recurrences": trained,
         "eps": as_float(eps),
         "injection": Injection.LINEAR,
         "initial_state": _STATE_MODES[mode],
@@ -202,9 +205,11 @@ def raven_raw_config(cfg: LoopedConfig, module: str) -> dict[str, Any]:
         out["rope_scaling"] = cfg.rope_scaling
     if cfg.source_layers is not None:
         out["source_layers"] = cfg.source_layers  # not of the reference, which keeps unknown keys
-    if cfg.source_layers is not None or cfg.trained_recurrences != cfg.n_recurrences:
-        # In the reference's own key the number that runs and the number of the training are one.
-        out[TRAINED] = cfg.trained_recurrences
+    trained = cfg.trained_recurrences
+    is_mean = isinstance(trained, float) and trained == cfg.n_recurrences
+    if cfg.source_layers is not None or not is_mean:
+        # The reference has one key for the number that runs and the mean of the training.
+        out[TRAINED] = trained
     return dict(sorted(out.items()))
 
 

@@ -65,6 +65,13 @@ def retrofit(
         ),
     ] = FormatName.AUTO,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Whether the model reads text with BOS; as its tokenizer does if left out.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the looped model in OUT.")
     ] = False,
@@ -95,6 +102,7 @@ def retrofit(
         device="cpu",
         dtype=dtype,
         revision=revision,
+        default_prepend_bos=bos,
     )
     saved_as = _save(looped, out, format)
     _tell(looped, out, saved_as)
@@ -160,4 +168,6 @@ def _tell(looped: LoopedTransformer, out: Path, saved_as: str) -> None:
         console.print(f"  {stage}: layers {text}", highlight=False, soft_wrap=True)
     if looped.tokenizer is None:
         note("the source has no tokenizer.json, so the looped model takes token ids only")
+    else:
+        console.print(looped.describe_bos(), highlight=False, soft_wrap=True)
     console.print(f"Saved in [bold]{out.resolve()}[/bold], {saved_as} format", soft_wrap=True)

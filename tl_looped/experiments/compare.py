@@ -21,7 +21,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.reading import display_names, is_feedforward, same_prompts
+from tl_looped.experiments.reading import bos_apart, display_names, is_feedforward, same_prompts
 from tl_looped.experiments.store import RESULTS, find_runs, has_checksum, read_run, unchecked
 from tl_looped.experiments.tables import write_table
 from tl_looped.metrics import mirroring_score, stage_clusters
@@ -134,6 +134,8 @@ def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
     for a, b in pairs:
         if not same_prompts(runs[a], runs[b]):
             notices.append(f"{a} and {b} did not run the same prompts")
+        if apart := bos_apart(runs[a], runs[b]):
+            notices.append(f"{a} and {b}: {apart}")
         mirrored += _mirroring(a, b, runs, notices, seed)
         clustered += cluster_rows(a, b, runs, notices, seed)
     return Comparison(

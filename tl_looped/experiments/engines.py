@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_looped.bridge.feedforward import load_feedforward
-from tl_looped.errors import DataError, InputError
+from tl_looped.errors import DataError, InputError, TokenizerError
 from tl_looped.experiments.labelling import beside, neuron_fractions, pattern_variables
 from tl_looped.experiments.prompts import Prompts
 from tl_looped.experiments.sources import Source
@@ -45,6 +45,7 @@ from tl_looped.model.geometry import LoopGeometry
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.spreading import PLANS
 from tl_looped.transformer.text_length import checked_lengths, is_surely_longer
+from tl_looped.transformer.tokens import written
 
 MOST_SPECTRA = 32
 """Prompts that get a spectrum, the first ones of a run: each costs hundreds of recurrences."""
@@ -58,10 +59,14 @@ class Engine(ABC):
     """A model as the runner uses it."""
 
     model: Any
+    spec: Experiment
 
     @abstractmethod
-    def tokens(self, text: str) -> tuple[Row, bool]:
-        """Tokens of a prompt, cut to the context, and whether they were."""
+    def tokens(self, text: str, is_chat: bool = False) -> tuple[Row, bool]:
+        """Tokens of a prompt, cut to the context, and whether they were.
+
+        A chat template writes its own BOS, so ``is_chat`` adds none unless asked to.
+        """
 
     @abstractmethod
     def run(self, rows: list[Row]) -> xr.Dataset:
@@ -114,9 +119,9 @@ def load_engine(
         assert source.folder is not None
         if spread:
             raise InputError(f"device={device!r} spreads looped models only: name one device")
-        bos = None if source.bos is None else source.bos[0]
-        spec = replace(spec, prepend_bos=bos if spec.prepend_bos is None else spec.prepend_bos)
-        return FeedforwardEngine(load_feedforward(source.folder, device or "cpu", dtype), spec)
+        habit = None if source.bos is None else source.bos[0]
+        bridge = load_feedforward(source.folder, device or "cpu", dtype)
+        return FeedforwardEngine(bridge, spec, habit)
     if model is None:
         model = LoopedTransformer.from_pretrained(
             spec.model,
@@ -141,16 +146,23 @@ def tokenize(engine: Engine, prompts: Prompts, too_long: str) -> tuple[list[Row]
 
     Raises:
         DataError: if none fits, or if one cannot be tokenized.
+        TokenizerError: for a conversation, if there is no chat template, or it refuses it.
     """
     rows, numbers, n_cut = [], [], 0
-    tokenizer, n_ctx = engine.model.tokenizer, engine.model.cfg.n_ctx
-    for number, text in enumerate(prompts.texts):
-        if too_long == "skip" and is_surely_longer(tokenizer, text, n_ctx):
-            continue
+    tokenizer, n_ctx, wanted = engine.model.tokenizer, engine.model.cfg.n_ctx, engine.spec.prompts
+    for number, prompt in enumerate(prompts.texts):
+        where = f"prompts: row {prompts.rows[number]} of {wanted.file or wanted.label}"
         try:
-            row, cut = engine.tokens(text)
+            text = (
+                prompt if isinstance(prompt, str) else written(prompt, tokenizer, engine.spec.model)
+            )
+            if too_long == "skip" and is_surely_longer(tokenizer, text, n_ctx):
+                continue
+            row, cut = engine.tokens(text, is_chat=not isinstance(prompt, str))
         except InputError as error:
-            raise DataError(f"prompts: row {prompts.rows[number]}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
+        except TokenizerError as error:
+            raise TokenizerError(f"{where}: {error}") from error
         if cut and too_long == "skip":
             continue
         n_cut += cut
@@ -203,9 +215,9 @@ class LoopedEngine(Engine):
         ):
             yield
 
-    def tokens(self, text: str) -> tuple[Row, bool]:
+    def tokens(self, text: str, is_chat: bool = False) -> tuple[Row, bool]:
         """See :class:`Engine`."""
-        bos = self.spec.prepend_bos
+        bos = False if is_chat and self.spec.prepend_bos is None else self.spec.prepend_bos
         row = self.model.tokenize(text, bos, truncate=True)[0][0]
         if len(row) < self.model.cfg.n_ctx:
             return row, False
@@ -341,14 +353,17 @@ class FeedforwardEngine(Engine):
     ones, which they are themselves.
     """
 
-    def __init__(self, bridge: Any, spec: Experiment) -> None:
-        self.model, self.spec = bridge, spec
+    def __init__(self, bridge: Any, spec: Experiment, habit: bool | None = None) -> None:
+        self.model, self.spec, self._habit = bridge, spec, habit
         self.metrics = wanted_metrics(spec)
 
-    def tokens(self, text: str) -> tuple[Row, bool]:
+    def tokens(self, text: str, is_chat: bool = False) -> tuple[Row, bool]:
         """See :class:`Engine`; BOS as its looped sisters have it, which TransformerLens ignores."""
         (text,) = checked_lengths(self.model.tokenizer, [text], None)
-        row = self.model.to_tokens(text, prepend_bos=self.spec.prepend_bos, truncate=False)[0]
+        bos = self.spec.prepend_bos
+        if bos is None:
+            bos = False if is_chat else self._habit
+        row = self.model.to_tokens(text, prepend_bos=bos, truncate=False)[0]
         bos = self.model.tokenizer.bos_token_id
         if bos is not None and row[:2].tolist() == [bos, bos]:
             row = row[1:]  # the text begins with one itself

@@ -99,7 +99,11 @@ def _of_tokenizer(tokenizer: Any) -> bytes:
 
 
 def run_hash(
-    spec: Experiment, prompts: Prompts, model_identity: str, bos: bool | None = None
+    spec: Experiment,
+    prompts: Prompts,
+    model_identity: str,
+    bos: bool | None = None,
+    chat_template: str = "",
 ) -> str:
     """SHA-256 of a resolved experiment, as 64 hexadecimal digits.
 
@@ -109,6 +113,8 @@ def run_hash(
         model_identity: Of :func:`folder_identity` or :func:`module_identity`.
         bos: Whether prompts begin with BOS, where ``model_identity`` does not tell: only then is it
             part of the hash.
+        chat_template: Of the model, where ``model_identity`` does not hold it; with what was said
+            about BOS it decides the text of conversations.
     """
     values = spec.to_dict()
     for name in ("model", "revision", "feedforward", "prepend_bos"):
@@ -118,5 +124,7 @@ def run_hash(
     values["metrics"] = sorted(select(spec.metrics))
     values["extras"] = sorted(set(spec.extras))
     values["prompts"] = [prompts.digest, list(prompts.rows), spec.prompts.too_long]
+    if prompts.has_chats:
+        values["chats"] = [spec.prepend_bos, chat_template]
     values["model_identity"] = model_identity
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,13 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.reading import Missing, is_feedforward, same_prompts, specification
+from tl_looped.experiments.reading import (
+    Missing,
+    bos_apart,
+    is_feedforward,
+    same_prompts,
+    specification,
+)
 from tl_looped.metrics.catalogue import OUTPUTS, STAGE
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.metrics.mirroring import GRID_POINTS
@@ -77,12 +83,14 @@ class MirroringTable:
         model: Its model.
         scores: A metric each, the summary's first.
         without: Metrics without a score, and why.
+        apart: What must be known to read the scores; empty if nothing.
     """
 
     against: str
     model: str
     scores: tuple[Mirroring, ...]
     without: dict[str, Missing]
+    apart: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ def mirroring_of(
     if not scores:
         return Missing("; ".join(dict.fromkeys(missing.reason for missing in without.values())))
     model = called(str(other.attrs.get("model", "")) or against)
-    return MirroringTable(against, model, tuple(scores), without)
+    return MirroringTable(against, model, tuple(scores), without, bos_apart(data, other))
 
 
 def _feedforward_of(name: str, runs: Mapping[str, xr.Dataset]) -> str | Missing:

@@ -11,7 +11,7 @@ import xarray as xr
 from tl_looped.errors import InputError
 from tl_looped.experiments.drawing import save_figures
 from tl_looped.experiments.figures import draw
-from tl_looped.experiments.reading import same_prompts
+from tl_looped.experiments.reading import bos_apart, same_prompts
 
 OVER = (8, 40)
 """Figures of a looped run over a feedforward one."""
@@ -37,10 +37,13 @@ def draw_over(
         say: Gets what cannot be drawn, and that prompts differ.
 
     Returns:
-        The images.
+        The images; none of runs that were read with BOS and without, whose curves do not compare.
     """
     if not same_prompts(looped, feedforward):
         say(f"{name}: the feedforward run is not of the same prompts")
+    if apart := bos_apart(looped, feedforward):
+        say(f"{name} is not drawn over the feedforward run: {apart}")
+        return []
     images = []
     for number in figures:
         try:

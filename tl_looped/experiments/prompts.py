@@ -1,4 +1,7 @@
-"""Prompts: from what an experiment names to texts, the same for every model.
+"""Prompts: from what an experiment names to texts and conversations, the same for every model.
+
+A row of a jsonl file may hold a conversation, a list of ``{"role": ..., "content": ...}``. Its text
+is each model's own: the chat template writes it where it is tokenised.
 
 Data sets come from a file that the user names, or from the hub through ``datasets``, which is
 optional. Nothing is downloaded unless the experiment names a data set of the hub and no file.
@@ -16,15 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_looped.errors import DataError
+from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.spec import TEST_SENTENCE, PromptSet
+from tl_looped.transformer.reading import Chats, read_input
+
+Prompt = str | list[dict[str, Any]]
+"""A text, or the messages of a conversation."""
 
 BUNDLED = Path(__file__).parents[1] / "data" / "word_problems.jsonl"
 """32 word problems of our own, one JSON object a line, `question`."""
 
 _LONGEST_LINE = 2**28  # characters
 
-COLUMNS = ("question", "ctx", "prompt", "text")
+COLUMNS = ("question", "ctx", "prompt", "text", "messages")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ ON_THE_HUB = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """The chosen texts.
+    """The chosen texts and conversations.
 
     Args:
         texts: In the order of the data set.
@@ -53,10 +60,15 @@ class Prompts:
         digest: SHA-256 of the texts.
     """
 
-    texts: tuple[str, ...]
+    texts: tuple[Prompt, ...]
     rows: tuple[int, ...]
     available: int
     digest: str
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether some are conversations."""
+        return any(not isinstance(text, str) for text in self.texts)
 
 
 def load_prompts(wanted: PromptSet) -> Prompts:
@@ -91,8 +103,8 @@ def choose(n: int, subset: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(ranked[:subset]))
 
 
-def _reader(wanted: PromptSet) -> Callable[[], Iterator[str]]:
-    """What gives all texts from the first on, as often as it is called."""
+def _reader(wanted: PromptSet) -> Callable[[], Iterator[Prompt]]:
+    """What gives all prompts from the first on, as often as it is called."""
     if wanted.source == "bundled":
         return lambda: _each_of_file(BUNDLED, "question")
     if wanted.file is not None:
@@ -102,13 +114,37 @@ def _reader(wanted: PromptSet) -> Callable[[], Iterator[str]]:
     if wanted.source == "sentence":
         return lambda: iter([TEST_SENTENCE])
     texts = wanted.texts if wanted.source == "text" else _from_hub(wanted)
-    return lambda: _checked(texts)
+    return lambda: _checked(texts, wanted.column)
 
 
-def _checked(texts: Iterable[str]) -> Iterator[str]:
+def _checked(texts: Iterable[Any], column: str | None) -> Iterator[Prompt]:
     for number, text in enumerate(texts):
-        _check_characters(text, f"prompts: text {number}")
-        yield text
+        where = f"prompts: text {number}"
+        if isinstance(text, str):  # blank ones too
+            _check_characters(text, where)
+        yield text if isinstance(text, str) else _prompt(text, where, column)
+
+
+def _prompt(value: Any, where: str, column: str | None) -> Prompt:
+    """A text or a conversation of a data set, checked.
+
+    Raises:
+        DataError: if it is neither, saying where.
+    """
+    if isinstance(value, list):
+        try:
+            given = read_input(value)
+        except InputError as error:
+            raise DataError(f"{where}: {error}") from error
+        if isinstance(given, Chats) and not given.many:
+            _check_characters(json.dumps(value, ensure_ascii=False, default=str), where)
+            return given.chats[0]
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(
+            f"{where} has no text in {column!r}, and no conversation: set prompts.column"
+        )
+    _check_characters(value, where)
+    return value
 
 
 def _check_characters(text: str, where: str) -> None:
@@ -126,7 +162,7 @@ def _check_characters(text: str, where: str) -> None:
         ) from error
 
 
-def read_file(path: Path, column: str | None = None) -> list[str]:
+def read_file(path: Path, column: str | None = None) -> list[Prompt]:
     """Prompts of a ``.jsonl`` file, or of a text file with one prompt a line; blank lines skipped.
 
     Raises:
@@ -135,7 +171,7 @@ def read_file(path: Path, column: str | None = None) -> list[str]:
     return list(_each_of_file(path, column))
 
 
-def _each_of_file(path: Path, column: str | None) -> Iterator[str]:
+def _each_of_file(path: Path, column: str | None) -> Iterator[Prompt]:
     """As :func:`read_file`, one after the other."""
     as_json = path.suffix.lower() in (".jsonl", ".json")
     is_empty = True
@@ -152,11 +188,7 @@ def _each_of_file(path: Path, column: str | None) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({error}): one object a line is read") from error
         column = column or _column(row, where)
-        text = row.get(column) if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where} has no text in {column!r}; set prompts.column")
-        _check_characters(text, where)
-        yield text
+        yield _prompt(row.get(column) if isinstance(row, dict) else None, where, column)
     if is_empty:
         raise DataError(f"prompts: {path} is empty")
 
@@ -192,7 +224,7 @@ def _column(row: Any, where: str) -> str:
     return found[0]
 
 
-def _from_hub(wanted: PromptSet) -> list[str]:
+def _from_hub(wanted: PromptSet) -> list[Any]:
     data = ON_THE_HUB[wanted.source]
     column = wanted.column or data.column
     instead = (
@@ -208,7 +240,7 @@ def _from_hub(wanted: PromptSet) -> list[str]:
         ) from error
     try:
         rows = load_dataset(data.hub_id, data.config, split=wanted.split)
-        texts = [str(text) for text in rows[column]]
+        texts = list(rows[column])
     except Exception as error:  # the library raises whatever its transports do
         raise DataError(
             f"{wanted.source} ({data.hub_id}, split {wanted.split}) cannot be had from the hub: "

@@ -24,6 +24,7 @@ from tl_looped.experiments.section_page import (
     write_page,
 )
 from tl_looped.files import make_folder
+from tl_looped.metrics.convergence import FIXED_POINTS
 from tl_looped.plots.grids import NORM_NAMES, Condition, condition_name
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral import radius_against_rate
@@ -135,7 +136,7 @@ def write_section42(tables: GridTables, out: Path) -> Path:
     )
     parts = [
         _answer(tables),
-        _verdicts(tables),
+        verdict_part(tables),
         *(_figures(init, out) for init in INIT_NAMES if init in set(cells["init"])),
         *_spectral(tables, out),
         *_contrasts(tables),
@@ -188,7 +189,8 @@ def _by_condition(of: pd.DataFrame) -> str:
     return f" ({', '.join(some)}; no other)." if some else "."
 
 
-def _verdicts(tables: GridTables) -> PagePart:
+def verdict_part(tables: GridTables) -> PagePart:
+    """A table a kind of weights, a row a condition; a rate only where a seed has a fixed point."""
     cells = tables.cells
     rates = tables.conditions[tables.conditions["quantity"] == "rate"]
     keys = ["init", "layers", "norm", "injection"]
@@ -205,7 +207,8 @@ def _verdicts(tables: GridTables) -> PagePart:
             )  # fmt: skip
             caption = (
                 f"Weights {words}. Means over seeds. Rate: the factor by "
-                "which steps shrink, a fit over all above the noise floor. Relative step: the "
+                "which steps shrink, a fit over all above the noise floor; no rate where no seed "
+                "reaches a fixed point, and of all seeds where some do. Relative step: the "
                 "largest of any layer at the last recurrence, over the norm of the state. Cosine: "
                 "the lowest of a layer's last two states. Norm growth: over "
                 "the second half. Lowest cosine: of the first layer's last state "
@@ -220,13 +223,15 @@ def _verdict_row(key: tuple[object, ...], of: pd.DataFrame, rate: pd.Series) -> 
     counts = of["verdict"].value_counts(sort=True)
     verdict = ", ".join(f"{_VERDICTS[str(name)]} {n}" for name, n in counts.items())
     ends = [rate["percentile_low"], rate["percentile_high"]]
-    interval = " to ".join(f"{end:.3f}" for end in ends) if np.isfinite(ends).all() else "–"
+    arrives = of["verdict"].isin([verdict.name for verdict in FIXED_POINTS]).any()
+    has_ends = arrives and np.isfinite(ends).all()
+    interval = " to ".join(f"{end:.3f}" for end in ends) if has_ends else "–"
     return (
         str(layers),
         NORM_NAMES[str(norm)],
         "yes" if injection == INJECTIONS[0] else "no",
         verdict,
-        f"{rate['mean']:.3f}",
+        f"{rate['mean']:.3f}" if arrives else "–",
         interval,
         f"{of['relative_step'].mean():.2g}",
         f"{of['cosine_step'].mean():.4f}",

@@ -94,6 +94,22 @@ def specification(data: xr.Dataset) -> dict[str, Any]:
     return found
 
 
+def bos_apart(a: xr.Dataset, b: xr.Dataset) -> str:
+    """A sentence if one of two results was read with BOS and the other without; else empty.
+
+    Results that do not say are taken to be alike.
+    """
+    said = [data.attrs.get("prepend_bos") for data in (a, b)]
+    if None in said or bool(said[0]) == bool(said[1]):
+        return ""
+    how = ["with" if x else "without" for x in said]
+    return (
+        f"the first was read {how[0]} BOS, the second {how[1]}: positions are shifted, and the "
+        "first token, which often is an attention sink, is another one, so that their numbers do "
+        "not compare; --bos or --no-bos for both makes them alike"
+    )
+
+
 def same_prompts(a: xr.Dataset, b: xr.Dataset) -> bool:
     """Whether two results are of the same texts, none left out in one of them alone."""
     mine, theirs = a.attrs.get("prompts_digest"), b.attrs.get("prompts_digest")

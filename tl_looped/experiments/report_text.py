@@ -200,6 +200,10 @@ def _cell(
 ) -> Cell:
     run = most_telling(runs, name)
     cell = text(getattr(run, name))
+    per_token = run.relative_rate
+    if name == "rate" and run.heavy and isinstance(per_token, Median) and not cell.missing:
+        each = f"of relative steps, in which every token counts alike: {digits(per_token.value)}"
+        cell = replace(cell, note=f"{cell.note}; {each}")
     if len(runs) == 1 or cell.missing:
         return cell
     return replace(cell, source=(anchors[run.run], run_name(run)))
@@ -273,7 +277,8 @@ def _mirroring(found: MirroringTable | Missing) -> Cell:
         return _missing(label, found)
     score = found.scores[0]
     name = score.label.split("(")[0].strip()
-    return Cell(label, correlation(score.score), f"{interval(score)}; {name}, over {found.model}")
+    note = f"{interval(score)}; {name}, over {found.model}"
+    return Cell(label, correlation(score.score), "; ".join(filter(None, (note, found.apart))))
 
 
 _COLUMNS: Mapping[str, Callable[[Any], Cell]] = {
@@ -334,6 +339,8 @@ def mirroring(summary: RunSummary) -> MirroringText:
         if any(s.left_out)
     ]
     notes.insert(0, _clusters(summary.clusters))
+    if table.apart:
+        notes.insert(0, f"of this run and the feedforward one {table.apart}")
     caption = (
         f"{heading(summary)}, against {table.model} ({table.against}): bootstrap over "
         f"{first.n_prompts[0]} and {first.n_prompts[1]} prompts, "

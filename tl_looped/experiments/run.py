@@ -136,7 +136,8 @@ def run_experiment(
     spec, source = resolve(spec, model)
     bos = _bos(spec, source)
     differs = bos is not None and bos[0] != source.bos_before
-    digest = run_hash(spec, prompts, source.identity, bos[0] if bos and differs else None)
+    said = bos[0] if bos and differs else None
+    digest = run_hash(spec, prompts, source.identity, said, source.chat_template)
     folder = out / run_folder(spec, digest)
     results = folder / store.RESULTS
     data, problem = store.read_if_usable(results, digest)
@@ -160,6 +161,8 @@ def run_experiment(
         if bos is not None:
             identity["prepend_bos"] = int(bos[0])
             identity["bos"] = bos_sentence(engine.model.tokenizer, *bos)
+            if prompts.has_chats and spec.prepend_bos is None:
+                identity["bos"] += "; conversations as their template writes them"
         parts = job.parts.read()
         data = joined(spec, engine, prompts, parts, job.rows, job.numbers, job.n_cut)
         data = data.assign_attrs(identity)

@@ -284,7 +284,8 @@ def _convergence(found: Section51, out: Path) -> PagePart:
     draws = "1,000" if not len(table) else f"{int(table['n_resamples'].iloc[0]):,}"
     caption = (
         f"Means over seeds with their intervals ({draws} resamples). Rate: the factor by "
-        "which steps shrink, a fit over all above the noise floor. Shares: of prompts by verdict, "
+        "which steps shrink, a fit over all above the noise floor, of prompts of all verdicts: of "
+        "an approach to a fixed point only as far as the shares say so. Shares: by verdict, "
         "confirmed by runs of twice the recurrences. "
         "Losses in nats a token. Left out: prompts without a rate."
     )

@@ -29,6 +29,7 @@ class Source:
         bos: Whether it reads text with BOS by default, and who says so, as in
             ``LoopedConfig.bos_from``; None without a tokenizer that can be asked.
         bos_before: What its family did before tokenizers were asked; None if nobody knows.
+        chat_template: Of its tokenizer, where ``identity`` does not hold it.
     """
 
     identity: str
@@ -36,6 +37,7 @@ class Source:
     folder: Path | None
     bos: tuple[bool, str] | None = None
     bos_before: bool | None = None
+    chat_template: str = ""
 
 
 _BOS_BEFORE = {"retrofit-llama": True, "retrofit-olmo": False, "ouro": False}
@@ -50,17 +52,27 @@ def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Sour
     if model is not None:
         says = model.cfg.default_prepend_bos
         decided = None if says is None else (says, model.cfg.bos_from)
-        return Source(module_identity(model, model.cfg), model.loop.R, None, decided, says)
+        template = str(getattr(model.tokenizer, "chat_template", None) or "")
+        identity = module_identity(model, model.cfg)
+        return Source(identity, model.loop.R, None, decided, says, template)
     if spec.kind == "feedforward":
         folder = _feedforward_folder(spec)
-        return Source(folder_identity(folder), 1, folder, _habit(read_tokenizer(folder)))
+        habit, template = _habit(read_tokenizer(folder)), _template_of(folder)
+        return Source(folder_identity(folder), 1, folder, habit, chat_template=template)
     found = open_checkpoint(spec.model, spec.revision)
     cfg = found.config()
     recurrences = found.n_recurrences or cfg.n_recurrences
     said = cfg.default_prepend_bos
     bos = _habit(found.tokenizer()) if said is None else (said, cfg.bos_from)
     before = _BOS_BEFORE.get(cfg.architecture, True) if said is None else said
-    return Source(folder_identity(found.folder), recurrences, found.folder, bos, before)
+    folder = found.folder
+    return Source(folder_identity(folder), recurrences, folder, bos, before, _template_of(folder))
+
+
+def _template_of(folder: Path) -> str:
+    """A chat template in a file of its own."""
+    path = folder / "chat_template.jinja"
+    return path.read_bytes().hex() if path.is_file() else ""
 
 
 def _habit(tokenizer: Any) -> tuple[bool, str] | None:
@@ -83,7 +95,7 @@ def _feedforward_folder(spec: Experiment) -> Path:
             snapshot_download(
                 spec.model,
                 revision=spec.revision,
-                allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.txt"],
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"],
                 ignore_patterns=["*/*"],
             )
         )

@@ -71,8 +71,9 @@ class PromptSet:
             ``"hellaswag"`` (from ``file``, or from the hub without one), ``"file"``, or ``"text"``
             (``texts`` itself).
         file: A jsonl file, or a text file of one prompt a line.
-        column: Key of the prompt in a jsonl file; the first of ``question``, ``ctx``, ``prompt``,
-            ``text`` that the file has if None.
+        column: Key of the prompt in a jsonl file, a text or a conversation (a list of messages, for
+            the model's chat template); the first of ``question``, ``ctx``, ``prompt``, ``text``,
+            ``messages`` that the file has if None.
         split: Of a data set on the hub.
         texts: The prompts of ``source = "text"``.
         subset: How many are run; all if 0, or if there are fewer.

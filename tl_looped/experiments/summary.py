@@ -124,6 +124,7 @@ class RunSummary:
         heavy: Whether one token holds most of the norm, see ``metrics.of_result.heavy_token``.
         skip_first: Tokens at the beginning that metrics of states left out.
         verdicts, rate, half_life, cyclicity, mirroring, clusters: See the module.
+        relative_rate: Of relative steps, in which every token counts alike.
     """
 
     run: str
@@ -142,6 +143,7 @@ class RunSummary:
     skip_first: int
     verdicts: Verdicts | Missing
     rate: Median | Missing
+    relative_rate: Median | Missing
     half_life: Median | Missing
     cyclicity: float | Missing
     mirroring: MirroringTable | Missing
@@ -187,11 +189,15 @@ def _summary(
     )
     if feedforward:
         no = Missing("no loop: every layer ran once")
-        return row(verdicts=no, rate=no, half_life=no, cyclicity=no, mirroring=no, clusters=no)
+        return row(
+            verdicts=no, rate=no, relative_rate=no, half_life=no, cyclicity=no, mirroring=no,
+            clusters=no,
+        )  # fmt: skip
     mirrored = mirroring_of(name, runs, resampling)
     return row(
         verdicts=_verdicts(data),
         rate=_median(data, "rate"),
+        relative_rate=_median(data, "relative_rate"),
         half_life=_median(data, "half_life"),
         cyclicity=_cyclicity(data, loop),
         mirroring=mirrored,

@@ -137,11 +137,12 @@ def trained_recurrences(data: xr.Dataset) -> int | float | None:
     """How many recurrences the model behind a result was trained with, from its attributes.
 
     ``NOT_TRAINED``, which is 0, if it was not trained as a loop; None if the result does not say.
+    A float is the mean of numbers that were drawn anew for each step.
     """
     said = data.attrs.get(TRAINED)
     if said is None:
         return None
-    return int(said) if float(said) == int(said) else float(said)
+    return int(said) if isinstance(said, (int, np.integer)) else float(said)
 
 
 def ignores_state(model: Any) -> bool:

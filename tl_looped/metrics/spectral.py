@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
@@ -35,6 +35,7 @@ from tl_looped.model.limits import checked_recurrences
 from tl_looped.model.masks import real_tokens
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.loop_map import LoopMap
+from tl_looped.transformer.reading import read_tokens
 
 ITERATIONS, TOLERANCE = 300, 1e-3
 """Products with the Jacobian; the demo's 32 prompts then have errors of the radius below 1 %."""
@@ -69,7 +70,7 @@ def reached_state(loop_map: LoopMap, n_recurrences: int) -> Float[Tensor, "batch
 
 def spectrum_of_states(
     model: LoopedTransformer,
-    tokens: Int[Tensor, "prompt pos"],
+    tokens: Any,
     states: Float[Tensor, "state_prompt state_pos d_model"] | None = None,
     *,
     n_recurrences: int | None = None,
@@ -87,7 +88,7 @@ def spectrum_of_states(
 
     Args:
         model: On one device, and without hooks: they would act in a run and not in the map.
-        tokens: Of every prompt.
+        tokens: Of every prompt, ``[prompt, pos]``, of ``model.to_tokens`` or ``model.tokenize``.
         states: Where, ``hook_state_out`` of the last recurrence; the state after ``n_recurrences``
             of the loop map from the model's start if None.
         n_recurrences: R; the model's present number if None. Has no effect on given states.
@@ -107,6 +108,7 @@ def spectrum_of_states(
         InputError: wrong shapes, a model with hooks or on several devices, too few iterations.
     """
     check_silent(model)
+    tokens = read_tokens(tokens)
     if tokens.ndim != 2:
         raise InputError(
             f"tokens must be [prompt, pos], got shape {tuple(tokens.shape)}: one prompt is "

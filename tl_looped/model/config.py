@@ -136,8 +136,8 @@ class LoopedConfig(TransformerLensConfig):
             it is set otherwise.
         trained_recurrences: Recurrences that the model was trained with, or None if it was not
             trained as a loop: a virtual loop, a new retrofit, random weights. Where the number was
-            drawn anew for each step, the mean as its authors state it (Huginn's r-bar). The trainer
-            sets it, and figures and reports say it.
+            drawn anew for each step, a float: the mean as its authors state it (Huginn's r-bar).
+            The trainer sets it, and figures and reports say it.
         architecture: Name of the family, as in the adapter registry.
         model_name: Where the model came from.
         norm_layout: See :class:`NormLayout`.

@@ -95,7 +95,8 @@ def over_recurrences(
         band: Over prompts, or over seeds.
         log: Logarithmic vertical axis.
         title: Of the panel.
-        trained: Recurrences of the training, whose last one is marked; nothing is if 0 or None.
+        trained: Recurrences of the training, whose last one is marked; nothing is if 0 or None. A
+            float is the mean of numbers that were drawn anew for each step.
     """
     run, loop = _looped(runs)
     values, x = summary(runs, name, band), np.arange(loop.R, dtype=float)
@@ -111,7 +112,8 @@ def over_recurrences(
         lines = [Line(name.replace("_", " "), x, values, NEUTRAL)]
     marked = None
     if trained and trained < loop.R:
-        marked = (trained - 1.0, f"last trained: r = {trained - 1:g}")
+        which = "trained mean" if isinstance(trained, float) else "last trained"
+        marked = (trained - 1.0, f"{which}: r = {trained - 1:g}")
     return Panel(
         title, RECURRENCE_AXIS, label_of(run, name), tuple(lines), log,
         integer_x=True, marked_x=marked,

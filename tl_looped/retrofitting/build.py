@@ -61,6 +61,7 @@ def retrofit(
     dtype: str | torch.dtype | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
+    default_prepend_bos: bool | None = None,
 ) -> LoopedTransformer:
     """Make a looped model of a feedforward one.
 
@@ -85,6 +86,8 @@ def retrofit(
         dtype: fp32 if None, as in ``from_pretrained``.
         tokenizer: In place of the source's own. A transformers model in memory has none.
         revision: Branch, tag or commit on the hub.
+        default_prepend_bos: Whether text gets a BOS token; as the tokenizer does by itself if None.
+            The model is saved with it.
 
     Returns:
         A model in evaluation mode. ``cfg.source_layers`` says where its layers came from.
@@ -109,6 +112,8 @@ def retrofit(
         source.model.config, plan, source.name, mode is Mode.RETROFIT, n_recurrences
     )
     cfg.dtype = wanted
+    if default_prepend_bos is not None:
+        cfg.default_prepend_bos, cfg.bos_from = default_prepend_bos, "caller"
     looped = LoopedTransformer(cfg, source.tokenizer)
     looped.generation_config = dict(source.generation_config)
     sources, tensors = _parts(looped, source, plan)

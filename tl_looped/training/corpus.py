@@ -120,10 +120,18 @@ def _json_lines(path: Path, wanted: str, document: Callable[[Any], str]) -> list
 
 
 def _problem(row: Any) -> str:
+    for name in ("question", "answer"):
+        if not isinstance(row[name], str):
+            raise TypeError(f"{name} is {type(row[name]).__name__}")
     return _checked(_CALCULATOR_NOTE.sub("", f"{row['question']}\n{row['answer']}"))
 
 
 def _document(row: Any) -> str:
+    if isinstance(row, dict) and not {"text", "question"} & {*row} and "messages" in row:
+        raise ValueError(
+            "conversations are not taken: write the text of each with "
+            "model.chat_text(messages, add_generation_prompt=False)"
+        )
     if not isinstance(row, dict) or "text" not in row:
         return _problem(row)
     if not isinstance(row["text"], str):

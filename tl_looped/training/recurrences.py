@@ -95,9 +95,9 @@ class PoissonLogNormal:
         return self.rate + 1.0
 
     @property
-    def stated(self) -> int | float:
+    def stated(self) -> float:
         """What a model that was trained so is said to be trained with: r-bar, as in the paper."""
-        return int(self.rate) if self.rate == int(self.rate) else self.rate
+        return float(self.rate)
 
     @property
     def most(self) -> int | None:

@@ -86,7 +86,10 @@ def read_tokens(input: Any) -> Tensor:
     """
     given = read_input(input)
     if not isinstance(given, Tokens):
-        raise InputError("tokens must be integers of shape [batch, pos], got text")
+        raise InputError(
+            "tokens must be integers of shape [batch, pos], got text: model.to_tokens(text) gives "
+            "them"
+        )
     if given.mask is not None:
         raise InputError("tokens alone are wanted here: give the mask as attention_mask=")
     return given.tokens

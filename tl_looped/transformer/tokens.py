@@ -28,6 +28,27 @@ from tl_looped.transformer.weights import WeightsMixin
 _SPECIAL = ("pad", "bos", "eos")
 
 
+def written(
+    messages: list[dict[str, Any]], tokenizer: Any, model: str, add_generation_prompt: bool = True
+) -> str:
+    """A conversation as a tokenizer's chat template writes it; ``model`` is for errors.
+
+    Raises:
+        TokenizerError: if the tokenizer has no chat template, or one that refuses the messages.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise TokenizerError(f"the tokenizer of {model} has no chat template: give text instead")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # the template's own, and jinja's
+        raise TokenizerError(
+            f"the chat template refuses the conversation ({type(error).__name__}: {error})"
+        ) from error
+    return str(text)
+
+
 class TokensMixin(WeightsMixin):
     """The tokenizer's side of a model."""
 
@@ -202,23 +223,10 @@ class TokensMixin(WeightsMixin):
                 the messages.
             InputError: if they are no messages.
         """
-        tokenizer = self._need_tokenizer()
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise TokenizerError(
-                f"the tokenizer of {self.cfg.model_name} has no chat template: give text instead"
-            )
-        given = read_input(messages)
+        tokenizer, given = self._need_tokenizer(), read_input(messages)
         if not isinstance(given, Chats) or given.many:
             raise InputError("chat_text takes one conversation, a list of messages")
-        try:
-            text = tokenizer.apply_chat_template(
-                given.chats[0], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # the template's own, and jinja's
-            raise TokenizerError(
-                f"the chat template refuses the conversation ({type(error).__name__}: {error})"
-            ) from error
-        return str(text)
+        return written(given.chats[0], tokenizer, self.cfg.model_name, add_generation_prompt)
 
     def to_tokens(
         self,

@@ -134,7 +134,7 @@ def attention_view(
 
 def head_across_recurrences(
     cache: LoopedActivationCache,
-    tokens: Sequence[str] | str,
+    tokens: Any,
     layer: int,
     head: int,
     prompt: int = 0,
@@ -144,8 +144,9 @@ def head_across_recurrences(
 
     Args:
         cache: A run's cache with the patterns (``names_filter="attention"``).
-        tokens: The prompt's tokens, ``model.to_str_tokens(prompt)``, or its text. Those of padding
-            may be among them; padded positions are left out.
+        tokens: The prompt's tokens as strings, ``model.to_str_tokens(prompt)``, or the prompt as
+            the model takes it: text, a conversation, token ids. Those of padding may be among them;
+            padded positions are left out.
         layer: Core layer, 0-based, or from the end if negative, as all numbers here.
         head: Head of that layer.
         prompt: Row of the batch.
@@ -166,7 +167,7 @@ def head_across_recurrences(
 
 def heads_at(
     cache: LoopedActivationCache,
-    tokens: Sequence[str] | str,
+    tokens: Any,
     recurrence: int,
     layer: int,
     prompt: int = 0,
@@ -190,7 +191,7 @@ def heads_at(
 
 def difference(
     cache: LoopedActivationCache,
-    tokens: Sequence[str] | str,
+    tokens: Any,
     layer: int,
     head: int,
     prompt: int = 0,
@@ -320,7 +321,7 @@ numbers.</p>
 
 
 def _rows(
-    run: PromptView, tokens: Sequence[str] | str, layer: int, head: int, wanted: Sequence[int]
+    run: PromptView, tokens: Any, layer: int, head: int, wanted: Sequence[int]
 ) -> tuple[int, int, Float[Tensor, "pattern query key"], tuple[str, ...]]:
     """Layer and head from the start, the head's patterns at some recurrences, and the tokens."""
     if not wanted:
@@ -354,6 +355,10 @@ def _checked(patterns: Patterns, tokens: Sequence[str], labels: Sequence[str]) -
         raise InputError(
             f"patterns must be [pattern, query, key] of at least one whole sequence, got shape "
             f"{values.shape}: no position slice, no key-value cache"
+        )
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        raise InputError(
+            "tokens must be strings, one a position, as model.to_str_tokens(prompt) gives them"
         )
     if len(tokens) != keys:
         raise InputError(f"tokens must be one a position: {keys} positions, {len(tokens)} tokens")

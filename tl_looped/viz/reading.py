@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
 from tl_looped.metrics.over_cache import RunView
+from tl_looped.transformer.reading import Chats, Texts, n_prompts, read_input
 
 
 class PromptView:
@@ -62,17 +62,19 @@ class PromptView:
         row = mask[counted("prompt", self._prompt, len(mask))]
         return row if len(row) == length else None
 
-    def tokens(self, given: Sequence[str] | str, length: int) -> tuple[str, ...]:
+    def tokens(self, given: Any, length: int) -> tuple[str, ...]:
         """The prompt's tokens, one a real position.
 
         Args:
-            given: Strings with or without those of the padding, or the prompt's text.
+            given: Strings with or without those of the padding; or the prompt itself, as the model
+                takes it: its text, its conversation, its token ids.
             length: Positions of the run, padding included.
 
         Raises:
-            InputError: if their number is not that of the positions.
+            InputError: if they are of several prompts, or their number is not that of the
+                positions.
         """
-        tokens = self.run.model.to_str_tokens(given) if isinstance(given, str) else list(given)
+        tokens = self._strings(given)
         real = self.real(length)
         n_real = length if real is None else int(real.sum())
         if len(tokens) == n_real:
@@ -84,6 +86,21 @@ class PromptView:
             f"tokens must be one a position: {length} positions{padded}, {len(tokens)} tokens; "
             "model.to_str_tokens(prompt) gives them, with the run's prepend_bos"
         )
+
+    def _strings(self, given: Any) -> list[str]:
+        found = read_input(given)
+        if isinstance(found, Texts) and found.many:
+            return found.texts
+        n = 1 if isinstance(found, Texts) else n_prompts(found)
+        if n != 1:
+            raise InputError(
+                f"tokens must be of the one prompt that is shown, got {n}: give that prompt, or "
+                "its tokens as strings"
+            )
+        if isinstance(found, Chats):
+            found = Chats(found.chats, many=False)
+        tokens: list[str] = self.run.model.to_str_tokens(found)
+        return tokens
 
 
 def counted(argument: str, index: Any, n: int) -> int:

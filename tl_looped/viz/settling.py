@@ -158,7 +158,7 @@ class SettledTokens(View):
 
 def settled_tokens(
     cache: LoopedActivationCache,
-    tokens: Sequence[str] | str,
+    tokens: Any,
     lens: Lens | str = "coda",
     prompt: int = 0,
 ) -> SettledTokens:
@@ -169,8 +169,9 @@ def settled_tokens(
     Args:
         cache: With ``hook_resid_post`` of the last core layer at every recurrence, at all
             positions (``names_filter="residual"``).
-        tokens: The prompt's tokens, ``model.to_str_tokens(prompt)``, or its text. Those of padding
-            may be among them; padded positions are left out.
+        tokens: The prompt's tokens as strings, ``model.to_str_tokens(prompt)``, or the prompt as
+            the model takes it: text, a conversation, token ids. Those of padding may be among them;
+            padded positions are left out.
         lens: ``"coda"``, what the model would say had the loop stopped there, or ``"logit"``, the
             final norm and the unembedding.
         prompt: Row of the batch.
