@@ -167,7 +167,7 @@ def test_a_prompt_far_beyond_the_context_is_left_out_or_named(
         run_experiment(spec, tmp_path, device="cpu")
     monkeypatch.setattr(text_length, "free_bytes", lambda device: 10**8)
     cut = replace(spec, prompts=replace(spec.prompts, too_long="truncate"))
-    with pytest.raises(DataError, match=r"prompts: row 0 of .*x.jsonl: text 0 has 1000000 characters"):
+    with pytest.raises(DataError, match=r"row 0 of .*x.jsonl: text 0 has 1000000 characters"):
         run_experiment(cut, tmp_path, device="cpu")
 
 
