@@ -368,6 +368,25 @@ def test_edits_by_torch_hooks(where: str, tokens: Tensor) -> None:
     assert off(clean.get_full_resid_decomposition().sum(0), clean["resid_post", -1]) < 1e-12
 
 
+def test_an_edit_in_place_before_a_norm_reaches_only_the_norm(tokens: Tensor) -> None:
+    model = model_of("pre")
+    clean = cached(model, tokens)
+    for name, stream in (("ln1", "resid_pre"), ("ln2", "resid_mid")):
+        runs = []
+        for hook in (_before, _before_in_place):
+            handle = getattr(model.blocks[1], name).register_forward_pre_hook(hook)
+            cache = cached(model, tokens)
+            assert off(model(tokens), cache["unembed.hook_out"]) < 1e-12
+            handle.remove()
+            assert torch.equal(cache[stream, 1], clean[stream, 1])
+            cache.cache_dict = {n: v for n, v in cache.items() if no_stream(n)} | {
+                "truth": cache["resid_post", -1]
+            }
+            assert off(cache.decompose_resid().sum(0), cache.cache_dict["truth"]) < 1e-12
+            runs.append(cache)
+        assert torch.equal(runs[0]["unembed.hook_out"], runs[1]["unembed.hook_out"])
+
+
 # -- interventions --------------------------------------------------------------------------------
 
 
