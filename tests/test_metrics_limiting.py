@@ -241,6 +241,15 @@ def test_an_orbit_that_is_away_for_one_recurrence_is_no_fixed_point(k: int) -> N
     assert label(states) == (ORBIT, False, k)
 
 
+@pytest.mark.parametrize("back", [1, 2, 10, 31])
+def test_a_fixed_point_that_is_left_once_is_no_orbit(back: int) -> None:
+    states = cycle(1, R)
+    states[R - 1 - back] = cycle(2, R, seed=1)[0]
+    found = limiting_behavior_of_states(states)
+    assert (found.labels == FIXED).all()
+    assert found.period.isnan().all()
+
+
 def test_a_square_wave_is_an_orbit() -> None:
     """Two states there, two states back: a 4-cycle whose similarity is 1, 1, -1, -1."""
     wave = torch.tensor([1.0, 1.0, -1.0, -1.0]).double()[torch.arange(R) % 4]

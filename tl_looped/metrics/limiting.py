@@ -7,7 +7,9 @@ ours:
 
 0. the series repeats itself: for some lag k from 2 to ``window``, each of the last ``window + 1``
    values agrees within 1e-5 with the one k before it, if that is among them, and the values of the
-   window are at least ``tau`` apart: ORBIT, period the smallest such k. This is ours: what
+   window are at least ``tau`` apart: ORBIT, period the smallest such k. Where k is over half the
+   window, so that less than two turns are seen, no two values in a row may be the last one: a
+   state that was pushed out of its fixed point once and came back is no orbit. This is ours: what
    repeats is an orbit whatever its shape, and a cycle with strong harmonics, or one that is away
    for a single recurrence in ten, has no single frequency;
 1. at least the share ``rho`` of ALL recurrences within ``1 - s <= tau``: FIXED;
@@ -178,9 +180,13 @@ def _cycle(s: np.ndarray, window: int) -> np.ndarray:
     if not s.size:
         return found
     last = s[:, -window - 1 :]
+    # A state that stays is at a fixed point, and one way out of it and back is no turn.
+    there = np.abs(last - last[:, -1:]) <= _SAME
+    stays = (there[:, 1:] & there[:, :-1]).any(-1)
     for lag in range(2, window + 1):
         # Few come back to the last value at all: only these are looked at.
         back = np.abs(last[:, -1 - lag] - last[:, -1]) <= _SAME
+        back &= (2 * lag <= window) | ~stays
         rows = np.flatnonzero(back & (found == 0))
         if rows.size:
             apart = np.abs(last[rows, lag:] - last[rows, :-lag])

@@ -203,7 +203,7 @@ class QuickModule(Arming, nn.Module):
         ):
             own["armed"] = _has_torch_hooks(own) or self._compiled_call_impl is not None
             if args and (own["_forward_pre_hooks"] or _global_forward_pre_hooks):
-                # As at a hook point: the stream goes on beside this module, and a cache may hold it.
+                # As at a hook point: the stream goes on beside it, and a cache may hold it.
                 args = (args[0].clone(), *args[1:])
             if self.noted_as is None:
                 return super().__call__(*args, **kwargs)
