@@ -45,9 +45,10 @@ test: install
 # The numerical part again, as other processors compute it: each lane is a setting of the kernels.
 # A file is numerical unless it is named here; so is each test of it, unless it is named below (long
 # ones, about hooks, weights and names, in which no sum of floats decides).
-NOT_NUMERICAL := bad_checkpoints bad_input cache_size cli demo docs drawing experiments_processes \
-	experiments_spec hub notebooks plots plots_figures plots_layout readme registry report \
-	reproduce retrofit_input section42 section51 tokens training_resume training_texts viz
+NOT_NUMERICAL := bad_checkpoints bad_input cache_size cli demo device_map docs drawing \
+	experiments_damage experiments_processes experiments_spec hub notebooks plots plots_figures \
+	plots_layout readme registry report reproduce retrofit_input section42 section51 tokens \
+	training_damage training_resume training_texts viz
 ONCE := test_isolation.py::test_an_edit_in_place_is_an_edit_of_a_copy_everywhere \
 	test_loop.py::test_each_kind_of_edit_reaches_the_logits \
 	test_idle_hooks.py::test_raw_hooks_fire_until_they_are_removed \
