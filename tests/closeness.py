@@ -104,3 +104,13 @@ def rounding_bound(exact: Tensor, rounded: Tensor) -> float:
     bound = SAMPLES * float((rounded.double() - exact).abs().max())
     assert bound > 0.0, "nothing was rounded: these are not runs in two precisions"
     return bound
+
+
+def rounding_of_vectors(matrix: Tensor, n: int) -> float:
+    """How far rounding to fp32 may turn one of the first ``n`` singular vectors of a matrix.
+
+    Wedin: by the error of the matrix over the gap to the next singular value.
+    """
+    values = torch.linalg.svdvals(matrix.detach().double())
+    gap = float((values[:n] - values[1 : n + 1]).min())
+    return SAMPLES * torch.finfo(torch.float32).eps * float(values[0]) / gap

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from closeness import SAMPLES
 from test_against_transformers import LLAMA3_ROPE, SHAPE, SIZES, write_retrofit
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
@@ -16,7 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tl_looped import LoopedConfig, LoopedTransformer
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+# Both in fp64, but TransformerLens 3 has its rotary frequencies from fp32: the one rounding there.
+ROUNDED = SAMPLES * torch.finfo(torch.float32).eps
+CLOSE = {"atol": ROUNDED, "rtol": ROUNDED}
 LAYERS = sum(SHAPE)
 # (rotary kind, key-value heads): grouped heads, one key-value head a query head, Llama 3's scaling.
 KINDS = {"grouped": ("llama", 2), "full": ("llama", 4), "llama3-rope": ("llama3-rope", 2)}
@@ -54,6 +57,7 @@ def hooked_config(kind: str) -> HookedTransformerConfig:
         "rotary_adjacent_pairs": False,
         "rotary_base": 10000,
         "device": "cpu",
+        "dtype": torch.float64,
     }
     if rope == "llama3-rope":
         values |= {
@@ -72,7 +76,8 @@ def without_injection(retrofit: LoopedTransformer) -> LoopedTransformer:
     theirs = retrofit.cfg
     same = ("d_model", "d_head", "n_heads", "n_key_value_heads", "d_mlp", "d_vocab", "n_ctx", "eps")
     same += ("n_prelude", "n_core", "n_coda", "rotary_base", "rope_scaling", "default_prepend_bos")
-    cfg = LoopedConfig(device="cpu", **{name: getattr(theirs, name) for name in same})
+    kept = {name: getattr(theirs, name) for name in same}
+    cfg = LoopedConfig(device="cpu", dtype=torch.float64, **kept)
     native = LoopedTransformer.from_config(cfg)
     state = {name: w for name, w in retrofit.state_dict().items() if name != "injection.weight"}
     native.load_state_dict(state)
@@ -92,7 +97,7 @@ def make_pair(kind: str, loop: str, folder: Path) -> Pair:
         center_unembed=False,
         fold_value_biases=False,
     )
-    looped = LoopedTransformer.from_pretrained(folder, device="cpu")
+    looped = LoopedTransformer.from_pretrained(folder, device="cpu", dtype=torch.float64)
     assert looped.loop.R == 1
     return Pair(hooked.eval(), without_injection(looped) if loop == "native" else looped)
 

@@ -211,9 +211,11 @@ def test_tl_parameters_are_hooked_transformers_named_parameters(pair: Pair) -> N
         assert torch.equal(ours[name], weight), name
 
 
-# Not the same: how random weights would have been drawn, and a switch of TransformerBridge's that
+# Not the same: how random weights would have been drawn, whether a text gets a first token (None:
+# as the tokenizer does), and a switch of TransformerBridge's that
 # HookedTransformer, whose norm goes by normalization_type, does not set.
 CFG_DIFFERS = {"init_mode", "initializer_range", "seed", "uses_rms_norm", "model_name"}
+CFG_DIFFERS |= {"default_prepend_bos"}
 
 
 def test_configuration_fields_of_both_have_the_same_values(pair: Pair) -> None:
