@@ -16,7 +16,7 @@ from conftest import VARIANTS, random_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tl_looped import CheckpointError, InputError, LoopedTransformer
-from tl_looped.checkpoints import BUNDLED
+from tl_looped.checkpoints import BUNDLED, read_tokenizer
 from tl_looped.experiments import jobs
 from tl_looped.experiments.compare import compare_runs, load_runs, mean_curve
 from tl_looped.experiments.engines import load_engine
@@ -24,6 +24,7 @@ from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import over_cache, pairwise_over_cache
+from tl_looped.model.bos import adds_bos
 
 TEXTS = ("Tom has 3 pens.", "Six boxes hold 4 pens each, he says.", "It is so, is it?")
 PROMPTS = PromptSet("text", texts=TEXTS)
@@ -175,6 +176,50 @@ def test_a_virtual_model_with_the_feedforward_curve_mirrors_it(runs: Path) -> No
     last = comparison.clusters.query("recurrence == 3").iloc[0]
     assert last["stages"] == last["feedforward_stages"]
     assert (last["agreement"], last["rand_index"]) == (1, 1)
+
+
+def test_a_run_says_of_its_tokenizer_what_the_tokenizer_does(llama: Path, tmp_path: Path) -> None:
+    """TransformerBridge makes its copy of a tokenizer add BOS, which is not that one's habit."""
+    assert not adds_bos(read_tokenizer(llama))
+    lengths = []
+    for prepend_bos in (None, True, False):
+        spec = Experiment(
+            str(llama),
+            kind="feedforward",
+            prompts=PROMPTS,
+            metrics=("magnitude",),
+            prepend_bos=prepend_bos,
+        )
+        data = run_experiment(spec, tmp_path, device="cpu").load()
+        assert "adds none" in data.attrs["bos"]
+        lengths.append(data["n_tokens"].values)
+    assert lengths[0].tolist() == lengths[2].tolist() == (lengths[1] - 1).tolist()
+
+
+def test_runs_that_were_read_differently_are_told_apart(tmp_path: Path) -> None:
+    tokenizer = LoopedTransformer.from_pretrained("demo", device="meta").tokenizer
+    model = LoopedTransformer.from_config(
+        random_config(**VARIANTS["pre-injection"], d_vocab=2048), tokenizer
+    )
+    usual = Experiment(
+        "looped", prompts=PROMPTS, metrics=("stage",), extras=(), recurrences=2, prepend_bos=True
+    )
+    specs = (
+        usual,
+        replace(usual, prepend_bos=False),
+        replace(usual, skip_first=2),
+        replace(usual, state_seed=3),
+        replace(usual, ablate_mlp=("core.1",)),
+    )
+    found = {
+        name: run_experiment(spec, tmp_path, model=model).load()
+        for name, spec in zip("abcde", specs, strict=True)
+    }
+    table = compare_runs(found).runs
+    assert table["bos"].tolist() == ["yes", "no", "yes", "yes", "yes"]
+    assert table["skip_first"].tolist() == [0, 0, 2, 0, 0]
+    assert table["state_seed"].tolist() == [0, 0, 0, 3, 0]
+    assert table["ablated"].tolist() == ["", "", "", "", "core.1"]
 
 
 def test_other_prompts_and_missing_partners_are_said(runs: Path) -> None:

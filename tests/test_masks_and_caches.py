@@ -82,6 +82,12 @@ def test_a_mask_is_zeros_and_ones(model: LoopedTransformer, door: str, mask: str
         DOORS[door](model, WRONG[mask])
 
 
+@pytest.mark.parametrize("mask", ["yes", [[1, 1], [1]], [["a"]], object()])
+def test_what_is_no_mask_is_refused(model: LoopedTransformer, mask: Any) -> None:
+    with pytest.raises(InputError):
+        model._check_mask(mask, *TOKENS.shape)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float64, torch.uint8])
 @pytest.mark.parametrize("door", DOORS)
 def test_zeros_and_ones_mean_the_same_in_every_dtype(

@@ -137,7 +137,7 @@ def test_the_distance_to_the_last_state_says_what_the_run_does(verdict: Verdict)
     dims = ("effective_layer", "prompt")
     falling = np.linspace(1, 0, P + K * R + C)[:, None] + np.zeros((1, N))
     data = result().assign(fixed_point_abs=(dims, falling), fixed_point_rel=(dims, falling))
-    plain = "every run approaches its own last state, a drift too"
+    plain = "every run approaches its own last state, even one that drifts"
     assert plain in draw(4, data)[0].caption.replace("Every", "every")
     data = with_numbers(data, verdict=[0, verdict, verdict, verdict, verdict])
     (figure,) = draw(4, data)

@@ -217,10 +217,20 @@ def test_a_loss_that_is_no_number_stops_at_once(tmp_path: Path) -> None:
     message = poison(tmp_path, 6, nan)
     assert "at step 6: the training loss is nan" in message
     assert "checkpoint-4" in message
+    assert str(tmp_path / "best") in message
     assert "learning_rate" in message
     kept = LoopedTransformer.from_pretrained(tmp_path / "best", device="cpu")
     assert all(bool(p.isfinite().all()) for p in kept.parameters())
     assert not (tmp_path / "final").exists()
+
+
+def test_a_model_that_does_not_exist_is_not_named(tmp_path: Path) -> None:
+    victim = model()
+    victim.W_E.data[0] = float("nan")
+    with pytest.raises(DivergedError) as caught:
+        train(victim, ROWS, HELD_OUT, SPEC, tmp_path)
+    assert not (tmp_path / "best").exists()
+    assert str(tmp_path / "best") not in str(caught.value)
 
 
 def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path: Path) -> None:

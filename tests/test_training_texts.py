@@ -303,6 +303,10 @@ def test_dollar_signs_and_brackets_in_names_are_signs(tmp_path, monkeypatch) -> 
     result = CliRunner().invoke(app, ["train", str(corpus), "--out", str(out), *arguments.split()])
     assert result.exit_code == 0, result.exception
     assert str(out) in result.output
+    again = CliRunner().invoke(app, ["train", str(corpus), "--out", str(out), *arguments.split()])
+    assert again.exit_code == 0, again.exception
+    assert "finished before" in again.output
+    assert "loss" not in again.output
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -52,12 +52,14 @@ def parse_batch_size(text: str) -> int | str:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(
+    sentence: str = "What is done stays; the same command goes on from there.",
+) -> Iterator[None]:
     """Ctrl-C ends the command with a sentence and the status of a stopped one."""
     try:
         yield
     except KeyboardInterrupt:
-        console.print("Stopped. What is done stays; the same command goes on from there.")
+        console.print(f"Stopped. {sentence}")
         raise typer.Exit(_STOPPED) from None
 
 
@@ -77,8 +79,11 @@ def watched(description: str, first: bool) -> Iterator[Any]:
             if done:
                 progress.console.print(f"going on: {done} of {total} prompts were done before")
 
-        yield Watch(
-            start=start,
-            advance=lambda n: progress.advance(task, n),
-            say=note,
-        )
+        try:
+            yield Watch(
+                start=start,
+                advance=lambda n: progress.advance(task, n),
+                say=note,
+            )
+        finally:  # of a run that was refused, or had its results, no bar stays
+            progress.update(task, visible=progress.tasks[0].total is not None)

@@ -47,7 +47,10 @@ def compare(
     for notice in found.notices:
         note(notice)
     short = dict(zip(runs, differing(list(runs)), strict=True))
-    console.print(_runs_table(found.runs, short))
+    runs_table, alike = _runs_table(found.runs, short)
+    console.print(runs_table)
+    if alike:
+        console.print(f"Alike in all runs: {alike}", highlight=False, markup=False, soft_wrap=True)
     for name, label in short.items():
         if name != label:
             console.print(f"  {label}: {name}", highlight=False, soft_wrap=True)
@@ -88,7 +91,7 @@ def models() -> None:
 
     table = Table(title="Models by short name; a folder or a hub id does as well")
     for column in ("name", "where", "recurrences", "here", "in the paper's figures"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "name")
     for name in BUNDLED:
         table.add_row(name, "bundled", "as trained", "yes", "as a stand-in")
     for name, alias in sorted(all_aliases().items()):
@@ -147,12 +150,12 @@ def _ends(model: Any) -> list[str]:
     return [f"a generated text ends at {', '.join(tokens) or 'no token'}"]
 
 
-def _runs_table(runs: Any, short: dict[str, str]) -> Table:
-    """The runs and what tells them apart; columns that are alike in all stand in the title."""
+def _runs_table(runs: Any, short: dict[str, str]) -> tuple[Table, str]:
+    """The runs and what tells them apart, and in words what is alike in all."""
     runs = runs.drop(columns="hash")
     alike = [c for c in runs.columns if c != "run" and len(runs) > 1 and runs[c].nunique() == 1]
     said = ", ".join(f"{c} {runs[c].iloc[0]}" for c in alike if str(runs[c].iloc[0]))
-    return _table(f"Runs; all: {said}" if said else "Runs", runs.drop(columns=alike), short)
+    return _table("Runs", runs.drop(columns=alike), short), said
 
 
 def _table(title: str, data: Any, short: dict[str, str]) -> Table:

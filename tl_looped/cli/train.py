@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +13,10 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tl_looped.cli.console import console, note
+from tl_looped.cli.console import console, note, stoppable
 from tl_looped.errors import ConfigError
+
+_STOPPED = "The same command goes on from the last checkpoint, if there is one."
 
 
 class LossName(str, Enum):
@@ -61,7 +65,7 @@ def train_command(
     heads: Annotated[int | None, typer.Option(help="Attention heads.", show_default="4")] = None,
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens a row.", show_default="256; no more than the model's context"),
+        typer.Option(help="Tokens per row.", show_default="256; no more than the model's context"),
     ] = None,
     vocabulary: Annotated[
         int | None, typer.Option(help="Tokens of the new tokenizer.", show_default="2048")
@@ -69,7 +73,7 @@ def train_command(
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer.")] = None,
     held_out: Annotated[int, typer.Option(help="Documents that are set aside.")] = 100,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     warmup: Annotated[int, typer.Option(help="Steps of warm-up.")] = 100,
     evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
@@ -133,7 +137,7 @@ def train_command(
         if value is not None
     }
     of_any: dict[str, Any] = {"recurrences": recurrences, "context": context}
-    with _training_progress() as progress:
+    with stoppable(_STOPPED), _training_progress() as progress:
         report, tick = _reports(progress, steps, "training")
         if start is None:
             given = {name: value for name, value in of_any.items() if value is not None}
@@ -150,7 +154,9 @@ def train_command(
     if _is_main_process():
         shown = data.encode("utf-8", "replace").decode("utf-8")
         _write_loss_plot(log, out, f"{shown}, seed {seed}")
-        console.print(f"The run is in [bold]{escape(str(out.resolve()))}[/bold]", soft_wrap=True)
+        made = "is" if progress.tasks[0].completed else "was finished before, and is"
+        folder = escape(str(out.resolve()))
+        console.print(f"The run {made} in [bold]{folder}[/bold]", soft_wrap=True)
 
 
 def _refuse_sizes(start: str, given: list[str]) -> None:
@@ -177,7 +183,7 @@ def train_section51_command(
     from tl_looped.training.section51 import SPEC, run_section51
     from tl_looped.training.trainer import read_log
 
-    with _training_progress() as progress:
+    with stoppable(_STOPPED), _training_progress() as progress:
         reports: dict[str, Any] = {}
 
         def of(run: str) -> Any:
@@ -211,7 +217,7 @@ def train_demo_command(
     from tl_looped.training.demo import SPEC, train_demo
 
     make_folder(out)
-    with _training_progress() as progress:
+    with stoppable(_STOPPED), _training_progress() as progress:
         report, tick = _reports(progress, SPEC.steps, "training")
         train_demo(data, out, SPEC, report, tick, note)
     bundle = bundle_demo(out, data, SPEC, out / "bundle")
@@ -221,29 +227,37 @@ def train_demo_command(
     )
 
 
-def _training_progress() -> Progress:
+@contextmanager
+def _training_progress() -> Iterator[Progress]:
+    """Bars of runs; of one that made no step, refused or finished before, nothing stays."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    numbers = TextColumn("loss {task.fields[loss]:.3f}, {task.fields[speed]:.0f} tokens/s")
+    numbers = TextColumn("{task.fields[numbers]}")
     disable = not _is_main_process()
-    return Progress(*columns, numbers, TimeRemainingColumn(), console=console, disable=disable)
+    bars = Progress(*columns, numbers, TimeRemainingColumn(), console=console, disable=disable)
+    with bars as progress:
+        try:
+            yield progress
+        finally:
+            for task in progress.tasks:
+                progress.update(task.id, visible=bool(task.completed))
 
 
 def _is_main_process() -> bool:
-    """Whether this process prints and draws; ``accelerate launch`` starts one a device."""
+    """Whether this process prints and draws; ``accelerate launch`` starts one per device."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _reports(progress: Progress, steps: int, name: str) -> Any:
     """Callbacks of a run: a line at every evaluation, and the bar at every step."""
-    task = progress.add_task(name, total=steps, loss=float("nan"), speed=0.0)
+    task = progress.add_task(name, total=steps, numbers="preparing")
 
     def report(entry: dict[str, Any]) -> None:
         losses = f"train {entry['train_loss']:.3f}, held out {entry['held_out_loss']:.3f}"
         progress.console.print(f"{name}, step {entry['step']}: {losses}", highlight=False)
 
     def tick(value: Any) -> None:
-        speed = value.tokens_per_second
-        progress.update(task, completed=value.step, loss=value.loss, speed=speed)
+        numbers = f"loss {value.loss:.3f}, {value.tokens_per_second:.0f} tokens/s"
+        progress.update(task, completed=value.step, numbers=numbers)
 
     return report, tick
 

@@ -21,7 +21,13 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.reading import bos_apart, display_names, is_feedforward, same_prompts
+from tl_looped.experiments.reading import (
+    bos_apart,
+    display_names,
+    is_feedforward,
+    same_prompts,
+    specification,
+)
 from tl_looped.experiments.store import RESULTS, find_runs, has_checksum, read_run, unchecked
 from tl_looped.experiments.tables import write_table
 from tl_looped.metrics import mirroring_score, stage_clusters
@@ -39,6 +45,7 @@ FEATURES = (
 """Features of the clusters; the last one, the norm, by its logarithm."""
 
 N_STAGES = 3
+_YES_NO = {0: "no", 1: "yes"}
 _SCORES = ("pearson", "spearman", "rmse", "lag", "lag_pearson", "p_shift", "p_permutation")
 
 
@@ -47,7 +54,8 @@ class Comparison:
     """Tables over runs.
 
     Attributes:
-        runs: One row a run: model, shape, prompts, and whether it is feedforward.
+        runs: One row per run: model, shape, whether it is feedforward, its prompts and how they
+            were read, and what was left out or set to zero.
         curves: ``run, metric, recurrence, depth, value``; depth in percent.
         mirroring: Each looped run against each feedforward run: metric, whether prelude and coda
             are part of the curve (``whole``, or ``block`` alone), recurrence, the scores, and
@@ -157,6 +165,10 @@ def _about(name: str, model: str, data: xr.Dataset) -> dict[str, object]:
         "prompt_set": attributes.get("prompt_set", ""),
         "prompts": data.sizes["prompt"],
         "dtype": attributes.get("dtype", ""),
+        "bos": _YES_NO.get(attributes.get("prepend_bos", -1), ""),
+        "skip_first": attributes.get("skip_first", 0),
+        "state_seed": attributes.get("state_seed", ""),
+        "ablated": ", ".join(map(str, specification(data).get("ablate_mlp", []))),
         "hash": attributes.get("hash", ""),
     }
 
@@ -225,7 +237,7 @@ def _features(data: xr.Dataset) -> Float[np.ndarray, "layer feature"]:
 def cluster_rows(
     a: str, b: str, runs: Mapping[str, xr.Dataset], notices: list[str], seed: int = 0
 ) -> list[dict[str, object]]:
-    """Stages of the looped run ``a`` as clusters of the feedforward ``b``, a row a recurrence.
+    """Stages of the looped run ``a`` as clusters of the feedforward ``b``, a row per recurrence.
 
     Args:
         a, b: Names in ``runs``.
@@ -243,7 +255,8 @@ def cluster_rows(
             _features(runs[b]), core, prelude=prelude, coda=coda, n_stages=N_STAGES, seed=seed
         )
     except InputError as error:
-        notices.append(f"clusters of {a} and {b}: {error}")
+        features = ", ".join(f"{i} is {name}" for i, name in enumerate(FEATURES))
+        notices.append(f"clusters of {a} and {b}: {error} (feature {features})")
         return []
     n = len(core)
     others = found.rand_recurrences[~np.eye(n, dtype=bool)].reshape(n, n - 1)

@@ -4,7 +4,7 @@
 needs, how it groups them, with how many recurrences the paper shows it, and which run makes the
 data. Most figures are of one model: draw them once for each. Figures of several models take
 mappings: 6 and 29 to 31 ``{(norm layout, injected): results}``, 10 ``{name: results}``; and
-``results`` is one result, or a list with one a seed.
+``results`` is one result, or a list with one per seed.
 
 Left open by the paper, and chosen here: Figures 11 and 12 show the ColSum concentration alone, as
 Figure 7 does; 29 shows step norms and cosines of 12 layers, 30 and 31 repeat Figure 6 at 4 and 16
@@ -97,7 +97,7 @@ def _blocks(
 
 _FIVE = ("Ouro 1.4B", "Huginn", "r-Llama", "r-OLMo", "r-TinyLlama")
 _GRID_RUN = "random models of {R} recurrences: fixed_point, successive, one result a seed"
-_SMALL_RUN = "models of Section 5.1 trained and run with 'stage' at {R} recurrences, one a seed"
+_SMALL_RUN = "models of Section 5.1 trained and run with 'stage' at {R} recurrences, one per seed"
 
 
 def _small(first: int, what: str, bare: bool) -> list[FigureSpec]:
@@ -238,7 +238,7 @@ def draw(number: int | str, data: Any, **others: Any) -> list[DrawnFigure]:
 
     Args:
         number: In the paper.
-        data: A result by depth (``over="depth"``); a list of them, one a seed, where figures show
+        data: A result by depth (``over="depth"``); a list of them, one per seed, where figures show
             several seeds; mappings for Figures 6, 10 and 29 to 31, see the module.
         **others: Fields of :class:`tl_looped.plots.recipes.DrawOptions`.
 

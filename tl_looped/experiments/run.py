@@ -160,7 +160,7 @@ def run_experiment(
         identity: dict[str, Any] = {"hash": digest, "model_identity": source.identity}
         if bos is not None:
             identity["prepend_bos"] = int(bos[0])
-            identity["bos"] = bos_sentence(engine.model.tokenizer, *bos)
+            identity["bos"] = bos_sentence(engine.model.tokenizer, *bos, source.adds_bos)
             if prompts.has_chats and spec.prepend_bos is None:
                 identity["bos"] += "; conversations as their template writes them"
         parts = job.parts.read()

@@ -30,6 +30,7 @@ class Source:
             ``LoopedConfig.bos_from``; None without a tokenizer that can be asked.
         bos_before: What its family did before tokenizers were asked; None if nobody knows.
         chat_template: Of its tokenizer, where ``identity`` does not hold it.
+        adds_bos: Whether its tokenizer adds BOS, where that of the loaded model cannot be asked.
     """
 
     identity: str
@@ -38,6 +39,7 @@ class Source:
     bos: tuple[bool, str] | None = None
     bos_before: bool | None = None
     chat_template: str = ""
+    adds_bos: bool | None = None
 
 
 _BOS_BEFORE = {"retrofit-llama": True, "retrofit-olmo": False, "ouro": False}
@@ -58,7 +60,8 @@ def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Sour
     if spec.kind == "feedforward":
         folder = _feedforward_folder(spec)
         habit, template = _habit(read_tokenizer(folder)), _template_of(folder)
-        return Source(folder_identity(folder), 1, folder, habit, chat_template=template)
+        adds = None if habit is None else habit[0]
+        return Source(folder_identity(folder), 1, folder, habit, None, template, adds)
     found = open_checkpoint(spec.model, spec.revision)
     cfg = found.config()
     recurrences = found.n_recurrences or cfg.n_recurrences
@@ -86,7 +89,7 @@ def _feedforward_folder(spec: Experiment) -> Path:
             raise CheckpointError(f"{spec.model} has no config.json")
         if loop := _shape_of_loop(folder):
             raise CheckpointError(
-                f"{spec.model} is a looped checkpoint {loop}, also if it runs once, and not one "
+                f"{spec.model} is a looped checkpoint {loop}, even if it runs once, and not one "
                 "for TransformerBridge: leave out --feedforward"
             )
         return folder
@@ -101,7 +104,7 @@ def _feedforward_folder(spec: Experiment) -> Path:
         )
     except Exception as error:  # the hub's own, the network's, the name's
         raise CheckpointError(
-            f"the feedforward model {spec.model!r} is no folder and cannot be had from the hub "
+            f"the feedforward model {spec.model!r} is not a folder and cannot be had from the hub "
             f"(revision {spec.revision or 'main'}): {type(error).__name__}: {error}"
         ) from error
 

@@ -186,7 +186,7 @@ class Block(QuickModule):
     def _attention(
         self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Attention output, from one input or, with TransformerLens's flags, one a head."""
+        """Attention output, from one input or, with TransformerLens's flags, one per head."""
         cfg = self.cfg
         if not (cfg.use_attn_in or cfg.use_split_qkv_input):
             return self.attn(self.ln1(resid_pre) if self._pre else resid_pre, run)

@@ -27,15 +27,17 @@ def with_bos(ids: list[int], bos: int) -> list[int]:
     return ids if ids[:1] == [bos] else [bos, *ids]
 
 
-def bos_sentence(tokenizer: Any, prepends: bool, decided_by: str) -> str:
+def bos_sentence(tokenizer: Any, prepends: bool, decided_by: str, adds: bool | None = None) -> str:
     """Whether text gets a BOS token, and who says so.
 
     Args:
         tokenizer: The model's.
         prepends: Whether it gets one.
         decided_by: As in ``LoopedConfig.bos_from``.
+        adds: Whether the tokenizer adds one by itself, asked of ``tokenizer`` if None. A
+            ``TransformerBridge`` switches it on in its own copy, which then cannot be asked.
     """
-    own = "adds one" if adds_bos(tokenizer) else "adds none"
+    own = "adds one" if (adds_bos(tokenizer) if adds is None else adds) else "adds none"
     who = {
         "tokenizer": f"as its tokenizer does, which {own} by itself",
         "config": f"as the model's configuration says (its tokenizer {own} by itself)",

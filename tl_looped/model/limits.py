@@ -50,7 +50,8 @@ def checked_recurrences(
         most = max(0, most_layers - others) // core
         raise RecurrenceCountError(
             f"{name} must be at most {most}, got {n}: every recurrence takes {core} effective "
-            f"layer(s) with hook points of their own, and {most_layers} are the limit "
+            f"layer{'s' * (core != 1)}, each with hook points, and {most_layers} layers are the "
+            "limit "
             f"({HOW_TO_RAISE})"
         )
     return n

@@ -68,7 +68,7 @@ def caption_of(
         _prompts(every, prompt_set) if about in ("prompts", "models") else "",
         *([] if about == "weights" else [_recurrences(run, paper_recurrences), _start(run)]),
         words.IGNORED_STATE if IGNORES_STATE in run.attrs and about == "prompts" else "",
-        f"{count(seeds, 'run')}, one a seed" if seeds and about != "models" else "",
+        f"{count(seeds, 'run')}, one per seed" if seeds and about != "models" else "",
         *_of_metrics(run, names),
         _lines(band, seeds, run, names),
         _outside(runs, names, band),
@@ -179,7 +179,7 @@ def _what_the_distance_says(run: xr.Dataset) -> str:
     """The distance to the last state falls to zero whatever a run does."""
     found = verdict_of(run)
     if found is None:
-        return "every run approaches its own last state, a drift too"
+        return "every run approaches its own last state, even one that drifts"
     word, n, of = found
     return (
         f"the verdict is {word} for {n:,} of {count(of, 'prompt')}: every run approaches its own "

@@ -46,7 +46,7 @@ def check_grid(grid: Any) -> tuple[list[str], list[bool], LoopGeometry]:
     """
     if not isinstance(grid, Mapping) or not grid:
         raise InputError(
-            "data must map (norm layout, injected) to a result or to one a seed, for instance "
+            "data must map (norm layout, injected) to a result or to one per seed, for instance "
             f"{{('pre', True): [run0, run1, run2]}}, got {type(grid).__name__}"
         )
     for key in grid:
@@ -121,7 +121,7 @@ def check_block(runs: Runs, block: int, bare: bool | None, figure: str) -> None:
     """Whether a run is of the shape that a figure of Section 5.1 shows.
 
     Args:
-        runs: The run, or one a seed.
+        runs: The run, or one per seed.
         block: Core layers that the figure is about.
         bare: Without prelude and coda; either if None.
         figure: For the message.
@@ -161,7 +161,8 @@ def split_control(arms: Any) -> tuple[dict[str, Runs], Runs | None]:
     """
     if not isinstance(arms, Mapping) or not arms:
         raise InputError(
-            f"data must map names of models to results, or to one a seed, got {type(arms).__name__}"
+            "data must map names of models to results, or to one per seed, "
+            f"got {type(arms).__name__}"
         )
     controls = {n: runs for n, runs in arms.items() if _is_feedforward(shape_of(runs))}
     if len(controls) > 1:

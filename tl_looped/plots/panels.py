@@ -363,7 +363,7 @@ def _add_bar(figure: Figure, axes: list[Axes], label: str, colours: dict[int, Co
 
 
 def numbers_of(panels: Sequence[Panel]) -> pd.DataFrame:
-    """What the panels show: a row a point, ``panel, line, x, mean, low, high, n``."""
+    """What the panels show: a row per point, ``panel, line, x, mean, low, high, n``."""
     tables = [
         pd.DataFrame(
             {

@@ -43,7 +43,7 @@ class DrawOptions:
 
     Args:
         feedforward: Results of a feedforward model to draw over the block (8, 32, 33, 40).
-        control: Results of a feedforward control, one a seed (10, 54 to 62).
+        control: Results of a feedforward control, one per seed (10, 54 to 62).
         baseline: The run without the ablation, drawn as a second figure (41).
         recurrences: Which recurrences the grouping R shows; all if None.
         band: In place of the figure's own band.

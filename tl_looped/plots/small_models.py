@@ -66,7 +66,7 @@ def steps_over_recurrences(runs: Mapping[str, Sequence[xr.Dataset]]) -> DrawnFig
     """The relative step of the last core layer over recurrences, on a logarithmic axis.
 
     Args:
-        runs: Results by depth with ``successive_rel``, one a seed, by configuration.
+        runs: Results by depth with ``successive_rel``, one per seed, by configuration.
     """
     lines = []
     for (name, seeds), colour in zip(runs.items(), _COLOURS, strict=False):

@@ -57,7 +57,7 @@ _EXPLAINED = (
 
 
 def agreement_points(groups: Mapping[str, xr.Dataset]) -> pd.DataFrame:
-    """What :func:`radius_against_rate` draws: a row a point, undefined ones included.
+    """What :func:`radius_against_rate` draws: a row per point, undefined ones included.
 
     Args:
         groups: Data of each condition by its name; see the module.

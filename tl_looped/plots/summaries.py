@@ -27,7 +27,7 @@ Band = Literal["sd", "quantiles", "range", "none"]
 """Mean +- one standard deviation (divisor n - 1), 10 to 90 %, least to largest, or nothing."""
 
 Runs: TypeAlias = xr.Dataset | Sequence[xr.Dataset]
-"""One result by depth, or several of the same shape: one a seed."""
+"""One result by depth, or several of the same shape: one per seed."""
 
 QUANTILES = (0.1, 0.9)
 _SITES = ("effective_layer", "recurrence", "unique_layer")
@@ -66,7 +66,7 @@ def as_runs(runs: Runs) -> list[xr.Dataset]:
     found = [runs] if isinstance(runs, xr.Dataset) else list(runs)
     if not found or not all(isinstance(run, xr.Dataset) for run in found):
         kinds = ", ".join(type(run).__name__ for run in found) or "nothing"
-        raise InputError(f"data must be an xarray Dataset, or one a seed, got {kinds}")
+        raise InputError(f"data must be an xarray Dataset, or one per seed, got {kinds}")
     shapes = sorted({str(shape_of(run)) for run in found})
     if len(shapes) > 1:
         raise InputError(f"data: runs of one figure must have one shape, got {', '.join(shapes)}")

@@ -115,7 +115,7 @@ def _layer(name: str, layer: Any, n_layers: int) -> int:
     # True is an integer to Python, and would be layer 1.
     if isinstance(layer, bool) or not hasattr(layer, "__index__"):
         raise InputError(
-            f"{name} holds {layer!r}, which is no integer; layers are {_span(n_layers)}"
+            f"{name} holds {layer!r}, which is not an integer; layers are {_span(n_layers)}"
         )
     index = operator.index(layer)
     if not 0 <= index < n_layers:

@@ -253,7 +253,7 @@ def pack(
     Args:
         texts: The documents.
         tokenizer: With EOS, and BOS if it is prepended.
-        length: Tokens a row.
+        length: Tokens per row.
         prepend_bos: Whether BOS begins each document; EOS alone parts them otherwise.
 
     Raises:

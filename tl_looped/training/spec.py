@@ -25,7 +25,7 @@ class TrainSpec:
 
     Args:
         steps: Optimiser steps.
-        batch_size: Rows a step, over all devices.
+        batch_size: Rows per step, over all devices.
         learning_rate: Peak of the schedule.
         warmup: Steps of linear warm-up.
         final_fraction: Learning rate at the end, as a fraction of the peak.

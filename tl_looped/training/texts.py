@@ -47,7 +47,7 @@ class Shape:
         injection: A linear injection, and a random initial state of Huginn's scale.
         d_model: Dimensions.
         heads: Attention heads; divides ``d_model``.
-        context: Tokens a row.
+        context: Tokens per row.
         vocabulary: Tokens of the tokenizer that is trained on the corpus, 259 (every byte and
             three special tokens) to 1,048,576.
 
@@ -183,7 +183,7 @@ def train_model_on_texts(
         source: See :func:`tl_looped.training.corpus.read_texts`.
         out: Folder of the run, not the one that the model was read from.
         spec: Hyperparameters. A trained model wants a lower learning rate than a new one.
-        context: Tokens a row; the model's context or 256, whichever is less, if None.
+        context: Tokens per row; the model's context or 256, whichever is less, if None.
         held_out: Documents that are set aside.
         report, tick, snapshots, say, fresh: As in ``train``.
 

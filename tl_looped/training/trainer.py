@@ -269,9 +269,11 @@ class _Watch(TrainerCallback):
     def _diverged(self, step: int, what: str) -> DivergedError:
         sealed = sealed_checkpoints(self.out / "checkpoints")
         kept = f"The last good one is {sealed[-1]}" if sealed else "There is no checkpoint yet"
+        best = self.out / "best"
+        kept += f", and {best} holds the best model so far" * best.is_dir()
         return DivergedError(
-            f"training diverged at step {step}: {what}. {kept}, and {self.out / 'best'} holds the "
-            "best model so far. Lower learning_rate, raise warmup or lower clip, in another folder."
+            f"training diverged at step {step}: {what}. {kept}. Lower learning_rate, raise warmup "
+            "or lower clip, in another folder."
         )
 
 
@@ -404,7 +406,10 @@ def train(
                 f"shape {tuple(value.shape)}"
             )
     if rows.shape[1] > model.cfg.n_ctx:
-        raise DataError(f"rows of {rows.shape[1]} tokens exceed the context of {model.cfg.n_ctx}")
+        raise DataError(
+            f"rows of {rows.shape[1]} tokens exceed the context of {model.cfg.n_ctx}: give rows "
+            "(context=, --context) of no more tokens than that"
+        )
     with _kept_generators():
         return _train(model, rows, held_out, spec, out, report, tick, snapshots, say, fresh)
 

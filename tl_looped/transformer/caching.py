@@ -129,7 +129,7 @@ class CachingMixin(LoopedHookManager):
         Args:
             names_filter: As for :meth:`run_with_cache`.
             batch: Rows.
-            pos: Tokens a row, padding included.
+            pos: Tokens per row, padding included.
             n_recurrences: Recurrences of the run; the present number if None.
             pos_slice: As for :meth:`run_with_cache`.
             incl_bwd: Count the gradients too, as if every parameter had one.

@@ -154,7 +154,13 @@ class InputsMixin(TokensMixin):
         """A boolean mask ``[batch, pos]``, with a real token in every row unless rows continue."""
         if mask is None:
             return None
-        mask = torch.as_tensor(mask)
+        try:
+            mask = torch.as_tensor(mask)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"attention_mask must be 1 at real tokens and 0 at padding, a tensor or rows of "
+                f"numbers of shape {(batch, length)}, got {mask!r}"
+            ) from error
         if tuple(mask.shape) != (batch, length):
             raise InputError(
                 f"attention_mask must have shape {(batch, length)} like the tokens, "
