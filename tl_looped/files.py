@@ -89,6 +89,6 @@ def write_text(text: str, path: Path) -> Path:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{path} cannot be written: its text holds half of a surrogate pair, "
-            f"{error.object[error.start]!r}, which is no character"
+            f"{error.object[error.start]!r}, which is not a character"
         ) from error
     return write_bytes(content, path)

@@ -158,7 +158,7 @@ def _check_characters(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where} holds half of a surrogate pair at character {error.start}, "
-            f"{text[error.start]!r}, which is no character: correct it, or leave it out"
+            f"{text[error.start]!r}, which is not a character: correct it, or leave it out"
         ) from error
 
 

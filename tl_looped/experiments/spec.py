@@ -206,7 +206,7 @@ class Experiment:
         for name in self.ablate_mlp:
             if not _LAYER.fullmatch(name):
                 raise ConfigError(
-                    f'ablate_mlp: {name!r} is no layer; layers are named "prelude.1", "core.0", '
+                    f'ablate_mlp: {name!r} is not a layer; layers are named "prelude.1", "core.0", '
                     '"coda.1", each counted from 0'
                 )
         for key in ("recurrences", "reference_recurrences"):

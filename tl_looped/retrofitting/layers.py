@@ -81,7 +81,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
         ends = [end.strip() for end in part.split("-")]
         if len(ends) > 2 or not all(end.isascii() and end.isdigit() for end in ends):
             raise InputError(
-                f"{part!r} in {text!r} is no layer and no range of layers; "
+                f"{part!r} in {text!r} is neither a layer nor a range of layers; "
                 "layers are written like 0-3,7"
             )
         start, stop = int(ends[0]), int(ends[-1])

@@ -81,7 +81,7 @@ def check_vacant(out: Path) -> None:
     run = [name for name in names if name in _OF_A_RUN]
     if run:
         raise ConfigError(
-            f"{out} holds {', '.join(run)} and no {RUN}, so it is no run that can be gone on with: "
+            f"{out} holds {', '.join(run)} and no {RUN}, so it is not a run that can go on: "
             "use another folder"
         )
     model = [n for n in names if n in _OF_A_MODEL or n.endswith(_WEIGHTS)]

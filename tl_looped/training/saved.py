@@ -191,7 +191,7 @@ def _clear(folder: Path, say: Say) -> None:
                         f"{path} was interrupted and cannot be removed: {error}"
                     ) from error
         elif _NAME.fullmatch(path.name):
-            say(f"{path} is no folder of a checkpoint: it is now {set_aside(path).name}")
+            say(f"{path} is not the folder of a checkpoint: it is now {set_aside(path).name}")
 
 
 def _check_run(path: Path, manifest: dict[str, Any], run: str | None, say: Say) -> None:
