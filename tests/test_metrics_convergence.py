@@ -139,6 +139,19 @@ def spiral(n: int, rate: float) -> Tensor:
     return torch.cat([plane, torch.ones(1, n)]).T[:, None, None]
 
 
+@pytest.mark.parametrize("back", [1, 2, 3])
+def test_a_fixed_point_that_is_left_once_is_no_orbit(back: int) -> None:
+    """The run is there again at any lag over ``back``, and at its double."""
+    there, out = torch.randn(
+        2, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    states = there + 0.5 ** torch.arange(40).double()[:, None, None, None] * out
+    states[39 - back] = out - there
+    found = verdict_of_states(states)
+    assert found.verdict.item() == NOT_CONVERGED
+    assert found.period.isnan()
+
+
 def test_a_damped_spiral_is_no_orbit_and_converges_in_the_end() -> None:
     assert judge(lambda n: spiral(n, 0.9), 64).verdict.item() == NOT_CONVERGED
     assert judge(lambda n: spiral(n, 0.9), 128).verdict.item() == CONVERGED

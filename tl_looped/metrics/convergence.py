@@ -31,7 +31,8 @@ of the run:
    power of the squared late distances, as in :mod:`tl_looped.metrics.limiting`. The late half must
    hold two turns. Also ORBIT, whatever its steps and its harmonics: a run that repeats itself, at
    some lag p >= 2 and again at 2 p back from the last state within a thousandth of the farthest
-   that it is away in between. The run must hold two turns, and one recurrence to compare. DRIFT: it
+   that it is away in between, and as far away in both turns, to within a tenth of that distance.
+   The run must hold two turns, and one recurrence to compare. DRIFT: it
    is no orbit, the steps last, and the late path is straight: its ends are at least 0.9 of its
    length apart. A random walk and white noise are neither; an arc of less than a quarter of a turn
    in the late half looks straight.
@@ -64,6 +65,7 @@ _LASTING_RATE = 0.98
 _RETURN_WITHIN_STEPS = 0.75
 _STRAIGHT = 0.9
 _REPEATS_WITHIN = 1e-3
+_AS_FAR = 0.1
 _ABOVE_FLOOR = 10.0
 
 
@@ -362,8 +364,11 @@ def _exact_cycle(from_last: Float[Tensor, "recurrence *batch"]) -> Tensor:
     distance = from_last.flip(0)  # the index is the lag
     lag = torch.full_like(distance[0], math.nan)
     for p in range(2, (len(distance) - 1) // 2 + 1):
-        close = _REPEATS_WITHIN * distance[1:p].max(0).values
+        away = distance[1:p].max(0).values
+        close = _REPEATS_WITHIN * away
         back = (distance[p] <= close) & (distance[2 * p] <= close) & (close > 0)
+        # A fixed point that was left once also has the same state at p and 2 p.
+        back &= (distance[p + 1 : 2 * p] - distance[1:p]).abs().max(0).values <= _AS_FAR * away
         lag = torch.where(back & lag.isnan(), float(p), lag)
     return lag
 
