@@ -44,7 +44,8 @@ test: install
 
 # The numerical part again, as other processors compute it: each lane is a setting of the kernels.
 # A file is numerical unless it is named here; so is each test of it, unless it is named below (long
-# ones, about hooks, weights and names, in which no sum of floats decides).
+# ones, about hooks, weights and names, in which no sum of floats decides; OpenMP's threads do not
+# live on in a fork).
 NOT_NUMERICAL := bad_checkpoints bad_input cache_size cli demo device_map docs drawing \
 	experiments_damage experiments_processes experiments_spec hub notebooks plots plots_figures \
 	plots_layout readme registry report reproduce retrofit_input section42 section51 tokens \
@@ -53,6 +54,7 @@ ONCE := test_isolation.py::test_an_edit_in_place_is_an_edit_of_a_copy_everywhere
 	test_loop.py::test_each_kind_of_edit_reaches_the_logits \
 	test_idle_hooks.py::test_raw_hooks_fire_until_they_are_removed \
 	test_spectral.py::test_a_training_run_is_measured_at_every_snapshot_and_drawn \
+	test_threads.py::test_a_fork_runs_unless_it_stands_in_another_threads_run \
 	test_training.py::test_the_same_seed_gives_the_same_weights \
 	tl4/test_bridge.py::test_parameters_are_the_models_own_and_registered_once \
 	tl4/test_bridge_tools.py::test_importing_the_package_loads_no_bridge
