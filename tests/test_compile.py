@@ -1,4 +1,4 @@
-"""torch.compile gives what the model gives, also where the initial state is drawn."""
+"""torch.compile gives what the model gives, even if the initial state is drawn."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ changed since. So two things are checked, in every precision:
 - *Provenance.* A run notes what hooks and interventions changed (:mod:`tl_looped.model.edits`).
   Edits of a write, or of what a write is computed from (queries, patterns, z, neurons), leave the
   sum exact. Edits of the stream, of a norm in it, or of a sublayer's output while its heads or
-  neurons are wanted, are refused, also where the activation that would show them is not cached. An
+  neurons are wanted, are refused, even if the activation that would show them is not cached. An
   edit at one position counts for all. An edit behind the place that is read counts for nothing.
 - *Numbers.* Where the cache holds what is needed, all writes, carried, sum to the stream where it
   is read, and the heads and neurons of a layer to its output, at every position that is read and

@@ -71,7 +71,7 @@ def check_close(
     # Where a single position's estimate is low by chance, the others' counts.
     usual = (expected / size).nan_to_num(0.0, posinf=0.0).median()
     allowed = MARGIN * torch.maximum(expected, usual * size)
-    if not bool((error <= allowed).all()):  # also if it is NaN
+    if not bool((error <= allowed).all()):  # even if it is NaN
         worst = float((error / size.clamp(min=torch.finfo(size.dtype).tiny)).max())
         raise InvalidDecompositionError(
             f"the writes sum to something else than {name}: at some position the error is "

@@ -114,7 +114,7 @@ class Writes:
         return (neurons[..., None] * (W_out @ onto)).movedim(-2, 0)
 
     def _check_neurons(self, write: Write, post: Tensor | None) -> None:
-        """As :meth:`_check_parts`, of all neurons of a layer, also if some were asked for."""
+        """As :meth:`_check_parts`, of all neurons of a layer, even if only some were asked for."""
         if self.checked:
             neurons = self.read(f"blocks.{write.layer}.mlp.hook_post")
             W_out = self.weight(self.model.blocks[write.layer].mlp.W_out)
