@@ -167,7 +167,8 @@ def _about(name: str, model: str, data: xr.Dataset) -> dict[str, object]:
         "dtype": attributes.get("dtype", ""),
         "bos": _YES_NO.get(attributes.get("prepend_bos", -1), ""),
         "skip_first": attributes.get("skip_first", 0),
-        "state_seed": attributes.get("state_seed", ""),
+        # As text: runs without a drawn state have none, and a seed may be beyond 64 bits.
+        "state_seed": str(attributes.get("state_seed", "")),
         "ablated": ", ".join(map(str, specification(data).get("ablate_mlp", []))),
         "hash": attributes.get("hash", ""),
     }
