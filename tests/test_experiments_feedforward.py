@@ -218,7 +218,7 @@ def test_runs_that_were_read_differently_are_told_apart(tmp_path: Path) -> None:
     table = compare_runs(found).runs
     assert table["bos"].tolist() == ["yes", "no", "yes", "yes", "yes"]
     assert table["skip_first"].tolist() == [0, 0, 2, 0, 0]
-    assert table["state_seed"].tolist() == [0, 0, 0, 3, 0]
+    assert table["state_seed"].tolist() == ["0", "0", "0", "3", "0"]
     assert table["ablated"].tolist() == ["", "", "", "", "core.1"]
 
 
