@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from conftest import (
     VARIANTS,
     Golden,
     copy_of,
+    files_of_at_most,
     load_golden,
     random_config,
     write_tensors,
@@ -163,20 +161,9 @@ def test_saving_over_shards_leaves_none_of_them(tmp_path: Path) -> None:
 # -- interrupted saves ------------------------------------------------------------------------
 
 
-@contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """Let the operating system refuse longer files, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_save_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
     model = LoopedTransformer.from_config(random_config())
-    with largest_file(20_000), pytest.raises((OSError, SafetensorError)):
+    with files_of_at_most(20_000), pytest.raises((OSError, SafetensorError)):
         model.save_pretrained(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -185,7 +172,7 @@ def test_a_save_that_the_disk_refuses_leaves_the_older_one(tmp_path: Path, token
     old = LoopedTransformer.from_config(random_config(seed=1))
     old.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with largest_file(20_000), pytest.raises((OSError, SafetensorError)):
+    with files_of_at_most(20_000), pytest.raises((OSError, SafetensorError)):
         LoopedTransformer.from_config(random_config(seed=2)).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     assert torch.equal(load(tmp_path)(tokens), old(tokens))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import files_of_at_most
 from test_training_resume import HELD_OUT, ROWS, SPEC, model, stopped_at, weights
 
 from tl_looped import CheckpointError, ConfigError, DataError, LoopedTransformer
@@ -308,17 +306,6 @@ def test_a_folder_of_a_model_takes_no_run(tmp_path: Path, name: str) -> None:
 
 
 # -- full disks -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """The kernel refuses longer files, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_to_the_same_weights(
