@@ -8,8 +8,8 @@ VENV_TL3 ?= .venv-tl3
 READY_TL3 := $(VENV_TL3)/.ready
 
 # What runs there: the comparison with HookedTransformer, which 4.0 removed, and the central promises.
-TESTS_TL3 := tests/compat tests/test_golden_parity.py tests/test_transformerlens_cache.py \
-	tests/test_transformerlens_patching.py tests/test_transformerlens_tools.py tests/test_tokens.py
+TESTS_TL3 := tests/compat tests/adapters/test_golden_parity.py $(addprefix tests/transformer/test_, \
+	transformerlens_cache.py transformerlens_patching.py transformerlens_tools.py tokens.py)
 
 # Section 5.1 of finished trainings (tl-looped train-section51), and what is shipped of it.
 RUNS51 ?= runs/section51
@@ -46,21 +46,26 @@ test: install
 # A file is numerical unless it is named here; so is each test of it, unless it is named below (long
 # ones, about hooks, weights and names, in which no sum of floats decides; OpenMP's threads do not
 # live on in a fork).
-NOT_NUMERICAL := bad_checkpoints bad_input cache_size cli demo device_map docs drawing \
-	experiments_damage experiments_processes experiments_spec hub notebooks plots plots_figures \
-	plots_layout readme registry report reproduce retrofit_input section42 section51 tokens \
-	training_damage training_resume training_texts viz
-ONCE := test_isolation.py::test_an_edit_in_place_is_an_edit_of_a_copy_everywhere \
-	test_loop.py::test_each_kind_of_edit_reaches_the_logits \
-	test_idle_hooks.py::test_raw_hooks_fire_until_they_are_removed \
-	test_spectral.py::test_a_training_run_is_measured_at_every_snapshot_and_drawn \
-	test_threads.py::test_a_fork_runs_unless_it_stands_in_another_threads_run \
-	test_training.py::test_the_same_seed_gives_the_same_weights \
-	tl4/test_bridge.py::test_parameters_are_the_models_own_and_registered_once \
-	tl4/test_bridge_tools.py::test_importing_the_package_loads_no_bridge
+NOT_NUMERICAL := adapters/test_registry.py checkpoints/test_bad_checkpoints.py \
+	checkpoints/test_hub.py cli/test_cli.py cli/test_demo.py experiments/test_damaged_runs.py \
+	experiments/test_drawing.py experiments/test_processes.py experiments/test_spec.py \
+	package/test_docs.py package/test_notebooks.py package/test_readme.py paper/test_figures.py \
+	paper/test_reproduce.py paper/test_section42.py paper/test_section51.py plots/test_layout.py \
+	plots/test_plots.py report/test_report.py retrofitting/test_retrofit_input.py \
+	training/test_damaged_trainings.py training/test_resume.py training/test_texts.py \
+	transformer/test_bad_input.py transformer/test_cache_size.py transformer/test_device_map.py \
+	transformer/test_tokens.py viz/test_viz.py
+ONCE := transformer/test_isolation.py::test_an_edit_in_place_is_an_edit_of_a_copy_everywhere \
+	transformer/test_loop.py::test_each_kind_of_edit_reaches_the_logits \
+	transformer/test_idle_hooks.py::test_raw_hooks_fire_until_they_are_removed \
+	experiments/test_spectral.py::test_a_training_run_is_measured_at_every_snapshot_and_drawn \
+	transformer/test_threads.py::test_a_fork_runs_unless_it_stands_in_another_threads_run \
+	training/test_training.py::test_the_same_seed_gives_the_same_weights \
+	bridge/test_bridge.py::test_parameters_are_the_models_own_and_registered_once \
+	bridge/test_bridge_tools.py::test_importing_the_package_loads_no_bridge
 # Without the checks of annotations, which `make test` makes: they take half of the time.
 NUMERICAL := -q -o addopts='--strict-markers --strict-config -p no:cacheprovider -p no:benchmark' \
-	$(NOT_NUMERICAL:%=--ignore=tests/test_%.py) $(ONCE:%=--deselect=tests/%) tests
+	$(NOT_NUMERICAL:%=--ignore=tests/%) $(ONCE:%=--deselect=tests/%) tests
 
 test-lanes: lane-default lane-compatible lane-no-mkldnn lane-threads
 

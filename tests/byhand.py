@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from benchmarks.functional import FunctionalForward, Layer, _rotate
 from torch import Tensor
 
-from tests.benchmarks.functional import FunctionalForward, Layer, _rotate
 from tl_looped import Injection, LoopedTransformer
 
 Step = Callable[[int, Tensor, Tensor], Tensor]

@@ -28,7 +28,7 @@ from tl_looped import (
 
 # One major version of TransformerLens has what each of these directories tests: 4.x its new tools,
 # 3.x HookedTransformer, which 4.0 removed. `make test` and `make compat` run one each.
-collect_ignore = ["compat" if int(version("transformer-lens").split(".")[0]) >= 4 else "tl4"]
+collect_ignore = ["compat" if int(version("transformer-lens").split(".")[0]) >= 4 else "bridge"]
 
 # One of the lanes of `make test-lanes`.
 if os.environ.get("TL_LOOPED_MKLDNN") == "off":

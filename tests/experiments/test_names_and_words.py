@@ -10,9 +10,9 @@ import pytest
 import xarray as xr
 from conftest import random_config
 from feedforwards import feedforward as small_feedforward
+from results import C, K, N, P, R, feedforward, result, with_numbers
 from typer.testing import CliRunner
 
-from tests.results import C, K, N, P, R, feedforward, result, with_numbers
 from tl_looped import Injection, LoopedTransformer, retrofit
 from tl_looped.cli import app
 from tl_looped.experiments.compare import compare_runs

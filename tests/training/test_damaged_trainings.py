@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import files_of_at_most
-from test_training_resume import HELD_OUT, ROWS, SPEC, model, stopped_at, weights
+from test_resume import HELD_OUT, ROWS, SPEC, model, stopped_at, weights
 
 from tl_looped import CheckpointError, ConfigError, DataError, LoopedTransformer
 from tl_looped.training.log import read_log

@@ -12,11 +12,11 @@ import torch
 import xarray as xr
 from closeness import SAME, assert_rounded_once, assert_same_data
 from conftest import VARIANTS, exact_config
+from refusals import refused
 from test_interventions import contracting
 from torch import Tensor
 from transformer_lens import patching as tl_patching
 
-from tests.refusals import refused
 from tl_looped import (
     HookNameError,
     InputError,

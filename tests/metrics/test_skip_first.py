@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_config
+from results import C, K, N, P, R, result, with_numbers
 from torch import Tensor
 
-from tests.results import C, K, N, P, R, result, with_numbers
 from tl_looped import ConfigError, InputError, LoopedTransformer
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.prompts import load_prompts

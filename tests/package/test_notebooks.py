@@ -11,8 +11,8 @@ import matplotlib.pyplot  # closed below, whether a notebook imports it or not
 import pytest
 import torch
 
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 def test_there_is_a_notebook() -> None:

@@ -362,5 +362,5 @@ def test_shipped_data_say_what_they_are_and_their_statistics_follow() -> None:
     assert again["mean"].to_numpy() == pytest.approx(
         data.statistics.conditions["mean"].to_numpy(), rel=1e-6, nan_ok=True
     )
-    folder = Path(__file__).parents[1] / "tl_looped" / "data" / "section51"
+    folder = Path(__file__).parents[2] / "tl_looped" / "data" / "section51"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1_500_000

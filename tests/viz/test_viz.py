@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load_golden, random_config
 from matplotlib import colormaps
 from matplotlib import image as png
 from torch import Tensor
+from toys import identity, sink, uniform_causal
 
-from tests.conftest import load_golden, random_config
-from tests.toys import identity, sink, uniform_causal
 from tl_looped import Injection, LoopedTransformer
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import DataError, InputError, MissingActivationError

@@ -10,12 +10,12 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from byhand import ByHand
 from closeness import SAME, assert_same
 from conftest import CASES, TOLERANCE, VARIANTS, exact_config, load_golden
+from refusals import refused
 from torch import Tensor
 
-from tests.byhand import ByHand
-from tests.refusals import refused
 from tl_looped import (
     InitialState,
     Injection,

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from results import FEW, C, K, N, P, R, curves, feedforward, only, result, with_numbers
 
-from tests.results import FEW, C, K, N, P, R, curves, feedforward, only, result, with_numbers
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.compare import FEATURES, cluster_rows
 from tl_looped.experiments.mirrored import MirroringTable, Resampling

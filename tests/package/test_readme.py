@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_code_runs_and_prints_what_it_says(

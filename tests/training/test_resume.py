@@ -90,8 +90,8 @@ def stopped_at(step: int, out: Path, victim: LoopedTransformer) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_training_resume import HELD_OUT, ROWS, SPEC, model
+sys.path[:0] = {folders!r}
+from test_resume import HELD_OUT, ROWS, SPEC, model
 from tl_looped.errors import DivergedError
 from tl_looped.training.trainer import train
 
@@ -104,7 +104,7 @@ train(model(), ROWS, HELD_OUT, SPEC, Path({out!r}), tick=tick)
 
 
 def test_a_killed_process_resumes_to_the_same_weights_and_log(whole: Path, tmp_path: Path) -> None:
-    code = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path))
+    code = KILLED.format(folders=[str(p) for p in Path(__file__).parents[:2]], out=str(tmp_path))
     process = subprocess.run([sys.executable, "-c", code], check=False)
     assert process.returncode == -signal.SIGKILL
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-4"]

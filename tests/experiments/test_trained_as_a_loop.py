@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import GOLDEN, random_config
 from feedforwards import feedforward
+from results import result
 from typer.testing import CliRunner
 
-from tests.results import result
 from tl_looped import ConfigError, LoopedTransformer, retrofit
 from tl_looped.cli import app
 from tl_looped.experiments.figures import draw

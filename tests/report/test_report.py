@@ -18,9 +18,9 @@ import pytest
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
+from results import C, K, N, P, R, feedforward, result, with_numbers
+from toys import identity
 
-from tests.results import C, K, N, P, R, feedforward, result, with_numbers
-from tests.toys import identity
 from tl_looped import LoopedTransformer
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import report
