@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from tl_looped import LoopedTransformer
 from tl_looped.checkpoints import BUNDLED
 from tl_looped.cli import app, main
-from tl_looped.experiments.bundle import SECTION51
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.spec import PromptSet
 from tl_looped.training.demo import demo_config
@@ -47,18 +46,20 @@ def test_all_bundles_together_are_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "configuration", "shape"),
     [
-        ("demo-base", "(2, 4 x 4, 2)"),
-        ("demo-bare", "(0, 4 x 4, 0)"),
-        ("demo-control", "(0, 12 x 1, 0)"),
+        ("demo-base", "base4", "(2, 4 x 4, 2)"),
+        ("demo-bare", "no-prelude-coda", "(0, 4 x 4, 0)"),
+        ("demo-control", "feedforward", "(0, 12 x 1, 0)"),
     ],
 )
-def test_the_models_of_section_51_have_learned(name: str, shape: str, prompts: list[str]) -> None:
+def test_the_models_of_section_51_have_learned(
+    name: str, configuration: str, shape: str, prompts: list[str]
+) -> None:
     model = LoopedTransformer.from_pretrained(name, device="cpu")
     assert str(model.loop) == shape
     assert model.cfg.injection.value == "none"
-    expected = section51_config(SECTION51[name], len(model.tokenizer), seed=0).to_json()
+    expected = section51_config(configuration, len(model.tokenizer), seed=0).to_json()
     stored = model.cfg.to_json() | {"model_name": expected["model_name"]}
     assert stored.pop("trained_recurrences") == model.loop.R
     assert {k: v for k, v in stored.items() if v != expected[k]} == {}

@@ -19,7 +19,7 @@ from tl_looped.experiments.needs import (
     with_needs,
 )
 from tl_looped.experiments.paper import PAPER, paper_plan, parse_models
-from tl_looped.experiments.prompts import choose, load_prompts, read_file
+from tl_looped.experiments.prompts import choose, load_prompts
 from tl_looped.experiments.spec import EXTRAS, TEST_SENTENCE, Experiment, PromptSet
 from tl_looped.model import limits
 
@@ -121,11 +121,11 @@ def test_the_subset_never_changes() -> None:
 def test_files_of_prompts(tmp_path: Path) -> None:
     lines = tmp_path / "a.txt"
     lines.write_bytes("one\r\n\n  two \u2028 still two\n".encode())
-    assert read_file(lines) == ["one", "  two \u2028 still two"]
+    assert load_prompts(PromptSet("file", str(lines))).texts == ("one", "  two \u2028 still two")
     rows = tmp_path / "a.jsonl"
     rows.write_text('\ufeff{"answer": "x", "question": "q\\u2028r"}\n{"question": "s"}\n')
-    assert read_file(rows) == ["q\u2028r", "s"]
-    assert read_file(rows, "question") == ["q\u2028r", "s"]
+    assert load_prompts(PromptSet("file", str(rows))).texts == ("q\u2028r", "s")
+    assert load_prompts(PromptSet("file", str(rows), "question")).texts == ("q\u2028r", "s")
     hellaswag = tmp_path / "h.jsonl"
     hellaswag.write_text('{"ctx": "A man", "ctx_a": "no", "text": "neither"}\n')
     assert load_prompts(PromptSet.parse(f"hellaswag:{hellaswag}")).texts == ("A man",)

@@ -10,7 +10,7 @@ from conftest import random_config
 
 from tl_looped import LoopedTransformer, NormLayout
 from tl_looped.errors import InputError
-from tl_looped.experiments.figures import FIGURES, applicable, draw
+from tl_looped.experiments.figures import FIGURES, draw
 from tl_looped.metrics import stream_metrics
 from tl_looped.metrics.limiting import LimitingBehavior
 from tl_looped.metrics.neurons import prediction_suppression_by_layer
@@ -49,10 +49,6 @@ def feedforward() -> xr.Dataset:
     return run(1, "stage", n_prelude=0, n_coda=0, n_core=5, model_name="base")
 
 
-# Figures of one looped model that need nothing else; 6, 10, 29-31, 54-62 are of several models.
-SINGLE = [2, 3, 4, 5, 7, 9, 11, 12, 14, 15, *range(19, 29), *range(33, 40), *range(41, 53), 63]
-
-
 def test_the_table_holds_the_figures_of_the_paper() -> None:
     assert sorted(FIGURES) == [*range(2, 53), *range(54, 64)]
 
@@ -77,14 +73,6 @@ def test_a_figure_has_caption_numbers_and_the_paper_s_recurrences(
     assert drawn.settings["recurrences"] == 3
     for axes in drawn.figure.axes:
         assert axes.get_xlabel() or axes.get_ylabel()
-
-
-def test_what_is_applicable_is_what_the_variables_allow(
-    looped: xr.Dataset, feedforward: xr.Dataset
-) -> None:
-    assert set(SINGLE) <= set(applicable(looped))
-    assert {13, 16} & set(applicable(feedforward)) == {16}
-    assert not {3, 4, 22, 63} & set(applicable(feedforward))
 
 
 @pytest.mark.parametrize("number", [3, 4, 7, 9, 14, 20, 5, 33, 63, 13])

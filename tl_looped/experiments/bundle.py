@@ -7,17 +7,14 @@ card's numbers come from the run's log and from the shipped weights themselves.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
 from tl_looped._version import __version__
-from tl_looped.errors import InputError
 from tl_looped.experiments.files import write_figure
 from tl_looped.files import make_folder, write_text
 from tl_looped.plots import loss_curve
-from tl_looped.training import section51
 from tl_looped.training.corpus import pack, read_problems, split
 from tl_looped.training.demo import CONTEXT, HELD_OUT_PROBLEMS
 from tl_looped.training.spec import TrainSpec
@@ -63,176 +60,63 @@ Loss of the shipped weights in fp32 on the first {rows} held-out rows, state see
 """
 
 
-SECTION51 = {
-    "demo-base": "base4",
-    "demo-bare": "no-prelude-coda",
-    "demo-control": "feedforward",
-}
-"""Bundled models of Section 5.1, and the configuration of each."""
-
-_ABOUT = {
-    "demo-base": "A small looped model without injection: the loop starts from the prelude's "
-    "output.",
-    "demo-bare": "A small looped model that is all loop: no prelude, no coda, no injection.",
-    "demo-control": "A small model without a loop, to compare looped ones with: one recurrence.",
-}
-
-_SECTION51_CARD = """# {title}
-
-{what}
-
-Shape {shape}; {d_model} dimensions, {heads} heads, pre-norm RMSNorm, SwiGLU, RoPE, tied
-embeddings, context {context}, {parameters:,} parameters (bf16). Byte-level BPE tokenizer of
-{vocabulary:,} tokens, not that of the demo model. It is the {configuration} model of Section 5.1
-of arXiv 2604.11791 at the scale of a CPU.
-
-## Training
-
-- Data: the training split of GSM8K (Cobbe et al. 2021, MIT), {n_training:,} problems,
-  question and worked answer without the calculator notes; {n_held_out} more are held out.
-- {tokens:,} tokens ({epochs:.1f} epochs), {steps:,} steps of {batch} rows of {context} tokens,
-  AdamW, peak learning rate {rate:g}, {warmup} steps of warm-up, cosine decay, weight decay
-  {decay:g}.
-- {recurrences}
-- Seed {seed}. bfloat16 matrix products. Best held-out loss {held_out:.3f} nats a token, at step
-  {best_step:,} of {evaluations} evaluations. The shipped weights in fp32 arithmetic: {shipped:.3f}
-  on the same {rows} held-out rows.
-- Command: `tl-looped train-section51 gsm8k_train.jsonl`, run `{configuration}-seed{seed}`, with
-  tl_looped {version}. Other numbers of threads or other PyTorch versions may round differently.
-
-![loss](loss.png)
-
-`log.csv` holds every point of the curve.
-"""
-
-_OTHER_RECURRENCES = """
-## Other numbers of recurrences
-
-Loss of the shipped weights in fp32 on the same rows; it rises beyond the trained number:
-
-| recurrences | {header} |
-|---|{rule}
-| nats a token | {row} |
-"""
-
-
+@torch.inference_mode()
 def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
     """Write the shipped folder of a run of the demo model.
 
     Args:
         run: Folder that :func:`tl_looped.training.trainer.train` wrote.
-        data: The problems it was trained on.
-        spec: The hyperparameters it was trained with.
+        data: The problems that the model was trained on.
+        spec: The hyperparameters of the training.
         out: Where to write.
 
     Returns:
         ``out``.
     """
     training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, spec.seed)
-    about, losses = _bundle(run, spec, out, training, held_out, EVALUATED, EVALUATED_ROWS)
-    write_text(_CARD.format(**about, **_table(losses)), out / "README.md")
-    return out
-
-
-def bundle_section51(name: str, run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
-    """Write the shipped folder of a run of Section 5.1.
-
-    Args:
-        name: Of the bundled model, a key of ``SECTION51``.
-        run, data, spec, out: As :func:`bundle_demo`.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        InputError: for another name.
-    """
-    if name not in SECTION51:
-        raise InputError(f"name must be one of {', '.join(SECTION51)}, got {name!r}")
-    training, held_out = split(
-        read_problems(data), section51.HELD_OUT_PROBLEMS, section51.DATA_SEED
-    )
-    counts = (1,) if name == "demo-control" else EVALUATED
-    n_rows = section51.HELD_OUT_ROWS
-    about, losses = _bundle(run, spec, out, training, held_out, counts, n_rows, name)
-    trained = about["shape"].R
-    many = f"{trained} recurrences throughout, cross entropy of the final state."
-    card = _SECTION51_CARD.format(
-        **about,
-        title=name,
-        what=_ABOUT[name],
-        configuration=SECTION51[name],
-        recurrences="One recurrence." if trained == 1 else many,
-        shipped=losses[counts.index(trained)],
-    )
-    if len(counts) > 1:
-        card += _OTHER_RECURRENCES.format(**_table(losses))
-    write_text(card, out / "README.md")
-    return out
-
-
-def _table(losses: list[float]) -> dict[str, str]:
-    """Parts of a card's table of losses by recurrences."""
-    return {
-        "header": " | ".join(map(str, EVALUATED)),
-        "rule": "---|" * len(EVALUATED),
-        "row": " | ".join(f"{loss:.3f}" for loss in losses),
-    }
-
-
-@torch.inference_mode()
-def _bundle(
-    run: Path,
-    spec: TrainSpec,
-    out: Path,
-    training: list[str],
-    held_out: list[str],
-    recurrences: tuple[int, ...],
-    n_rows: int,
-    name: str | None = None,
-) -> tuple[dict[str, Any], list[float]]:
-    """Weights, log and curve; what a card says, and the losses at the numbers of recurrences."""
     make_folder(out)
     model = LoopedTransformer.from_pretrained(run / "best", device="cpu")
     log = pd.read_csv(run / "log.csv")
-    model.cfg.model_name = name or model.cfg.model_name
     model.to(torch.bfloat16)
     model.save_pretrained(out)
     model = LoopedTransformer.from_pretrained(out, device="cpu", dtype=torch.float32)
     rows = pack(held_out, model.tokenizer, CONTEXT)
     losses = []
-    for n in recurrences:
+    for n in EVALUATED:
         with model.recurrences(n):
-            losses.append(held_out_loss(model, rows[:n_rows], 4))
-    best = log.sort_values("held_out_loss").iloc[0]
+            losses.append(held_out_loss(model, rows[:EVALUATED_ROWS], 4))
     caption = f"seed {spec.seed}; held out: {len(held_out)} problems, {len(rows)} rows"
     tokens, train, curve = (log[n].tolist() for n in ("tokens", "train_loss", "held_out_loss"))
     title = f"{model.cfg.model_name}: loss"
     figure = loss_curve(tokens, train, curve, caption, title)
     write_figure(figure, out / "loss.png", dpi=100)
     write_text((run / "log.csv").read_text(encoding="utf-8"), out / "log.csv")
-    cfg = model.cfg
-    about = {
-        "shape": model.loop,
-        "d_model": cfg.d_model,
-        "heads": cfg.n_heads,
-        "context": cfg.n_ctx,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "vocabulary": len(model.tokenizer),
-        "n_training": len(training),
-        "n_held_out": len(held_out),
-        "tokens": int(log["tokens"].iloc[-1]),
-        "epochs": log["epoch"].iloc[-1],
-        "steps": spec.steps,
-        "batch": spec.batch_size,
-        "rate": spec.learning_rate,
-        "warmup": spec.warmup,
-        "decay": spec.weight_decay,
-        "seed": spec.seed,
-        "held_out": best["held_out_loss"],
-        "evaluations": len(log),
-        "best_step": int(best["step"]),
-        "version": __version__,
-        "rows": len(rows[:n_rows]),
-    }
-    return about, losses
+    best, cfg = log.sort_values("held_out_loss").iloc[0], model.cfg
+    card = _CARD.format(
+        shape=model.loop,
+        d_model=cfg.d_model,
+        heads=cfg.n_heads,
+        context=cfg.n_ctx,
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocabulary=len(model.tokenizer),
+        n_training=len(training),
+        n_held_out=len(held_out),
+        tokens=int(log["tokens"].iloc[-1]),
+        epochs=log["epoch"].iloc[-1],
+        steps=spec.steps,
+        batch=spec.batch_size,
+        rate=spec.learning_rate,
+        warmup=spec.warmup,
+        decay=spec.weight_decay,
+        seed=spec.seed,
+        held_out=best["held_out_loss"],
+        evaluations=len(log),
+        best_step=int(best["step"]),
+        version=__version__,
+        rows=len(rows[:EVALUATED_ROWS]),
+        header=" | ".join(map(str, EVALUATED)),
+        rule="---|" * len(EVALUATED),
+        row=" | ".join(f"{loss:.3f}" for loss in losses),
+    )
+    write_text(card, out / "README.md")
+    return out

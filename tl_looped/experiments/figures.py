@@ -289,19 +289,3 @@ def check_data(spec: FigureSpec, data: Any) -> None:
                 f"Fig. {spec.number} compares recurrences, {spec.least_recurrences} at least: it "
                 f"does not apply to a run of shape {shape_of(run)}"
             )
-
-
-def applicable(data: xr.Dataset) -> list[int]:
-    """Figures of one model whose variables a result holds, in order.
-
-    A figure that is listed may still need ``feedforward=``, more recurrences or another model.
-    """
-    out = []
-    for number, spec in FIGURES.items():
-        try:
-            if not spec.many:
-                check_data(spec, data)
-                out.append(number)
-        except InputError:
-            continue
-    return out

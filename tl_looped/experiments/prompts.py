@@ -162,17 +162,14 @@ def _check_characters(text: str, where: str) -> None:
         ) from error
 
 
-def read_file(path: Path, column: str | None = None) -> list[Prompt]:
-    """Prompts of a ``.jsonl`` file, or of a text file with one prompt a line; blank lines skipped.
+def _each_of_file(path: Path, column: str | None) -> Iterator[Prompt]:
+    """Prompts of a ``.jsonl`` file, or of a text file with one prompt per line, one by one.
+
+    Blank lines are skipped.
 
     Raises:
         DataError: with the line's number.
     """
-    return list(_each_of_file(path, column))
-
-
-def _each_of_file(path: Path, column: str | None) -> Iterator[Prompt]:
-    """As :func:`read_file`, one after the other."""
     as_json = path.suffix.lower() in (".jsonl", ".json")
     is_empty = True
     for number, line in _lines(path):

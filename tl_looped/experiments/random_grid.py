@@ -94,22 +94,6 @@ def run_grid(
     return {cell: found[cell] for cell in wanted}
 
 
-def read_grid(out: Path) -> dict[Cell, xr.Dataset]:
-    """The cells that a folder holds.
-
-    Raises:
-        DataError: if there is none, or one is damaged or of another size than the rest.
-    """
-    files = sorted((out / CELLS).glob(f"*{PART_SUFFIX}"))
-    if not files:
-        raise DataError(f"{out} holds no cells: tl-looped reproduce --section 4.2 --out {out}")
-    found = [_read_cell(path) for path in files]
-    sizes = {size for _, size, _ in found}
-    if len(sizes) > 1:
-        raise DataError(f"{out} holds cells of {len(sizes)} sizes: run the grid again")
-    return dict(sorted((cell, data) for cell, _, data in found))
-
-
 def _read_cell(path: Path) -> tuple[Cell, CellSize, xr.Dataset]:
     data = read_part(path)
     try:
