@@ -18,12 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tl_looped import CheckpointError, InputError, LoopedTransformer
 from tl_looped.checkpoints import BUNDLED, read_tokenizer
 from tl_looped.experiments import jobs
-from tl_looped.experiments.compare import compare_runs, load_runs, mean_curve
+from tl_looped.experiments.compare import compare_runs, load_runs
 from tl_looped.experiments.engines import load_engine
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import over_cache, pairwise_over_cache
+from tl_looped.metrics.depth_curves import mean_curve
 from tl_looped.model.bos import adds_bos
 
 TEXTS = ("Tom has 3 pens.", "Six boxes hold 4 pens each, he says.", "It is so, is it?")

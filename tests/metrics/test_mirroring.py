@@ -14,7 +14,13 @@ from scipy import stats
 from torch import Tensor
 
 from tl_looped import InputError
-from tl_looped.metrics.mirroring import base_layer_cosine, linear_cka, mirroring_score
+from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.metrics.mirroring import (
+    base_layer_cosine,
+    linear_cka,
+    mirroring_interval,
+    mirroring_score,
+)
 
 SEEDS = st.integers(0, 1000)
 
@@ -280,3 +286,47 @@ def test_cosine_leaves_zero_states_out() -> None:
         base_layer_cosine(x, torch.ones(2, 2))
     with pytest.raises(InputError, match="base must be"):
         base_layer_cosine(torch.ones(3, 4, 2), torch.ones(2, 4, 2))
+
+
+def test_the_score_over_prompts_is_that_of_the_mean_curves_and_its_interval_of_resampled_ones() -> (
+    None
+):
+    rng = np.random.default_rng(0)
+    core, first, last = (rng.normal(size=shape) for shape in ((3, 4, 6), (2, 6), (1, 6)))
+    target = rng.normal(size=(9, 5))
+    found = mirroring_interval(
+        core, target, prelude=first, coda=last, resampling=Resampling(60, 0.9, seed=2)
+    )
+
+    def scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        return mirroring_score(
+            core @ ours, target @ theirs, prelude=first @ ours, coda=last @ ours, n_permutations=1
+        ).pearson
+
+    each = scores(np.full(6, 1 / 6), np.full(5, 1 / 5))
+    assert found.by_recurrence == pytest.approx(each, abs=1e-12)
+    assert found.score == pytest.approx(each.mean(), abs=1e-12)
+    again, drawn = np.random.default_rng(2), []
+    for _ in range(2):  # 50 resamples at a time
+        ours, theirs = (again.multinomial(n, np.full(n, 1 / n), size=50) / n for n in (6, 5))
+        drawn += [scores(*pair).mean() for pair in zip(ours, theirs, strict=True)]
+    low, high = np.quantile(drawn[:60], [0.05, 0.95])
+    assert (found.percentile.low, found.percentile.high) == pytest.approx((low, high), abs=1e-12)
+    assert (found.n_prompts, found.left_out, found.paired) == ((6, 5), (0, 0), False)
+
+
+def test_paired_prompts_are_drawn_and_left_out_together() -> None:
+    f = np.stack([curve(8, seed) for seed in range(6)], axis=-1)
+    same = mirroring_interval(f[None], f, paired=True)
+    assert (same.percentile.low, same.percentile.high) == pytest.approx((1, 1))
+    assert mirroring_interval(f[None], f).percentile.low < 0.99
+    broken = f.copy()
+    broken[3, 4] = math.inf
+    found = mirroring_interval(broken[None], f, paired=True)
+    assert (found.n_prompts, found.left_out) == ((5, 5), (1, 1))
+    assert found.score == pytest.approx(1)
+    none = mirroring_interval(f[None] * math.nan, f)
+    assert math.isnan(none.score)
+    assert (none.n_prompts, none.left_out) == ((0, 6), (6, 0))
+    with pytest.raises(InputError, match="6 and 5"):
+        mirroring_interval(f[None], f[:, :5], paired=True)

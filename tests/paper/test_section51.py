@@ -17,8 +17,6 @@ from typer.testing import CliRunner
 
 from tl_looped import DataError, InputError, LoopedTransformer
 from tl_looped.cli import app
-from tl_looped.experiments.compare import mean_curve
-from tl_looped.experiments.mirrored import Resampling
 from tl_looped.experiments.small_models import (
     FIGURES_OF,
     Measured,
@@ -33,6 +31,8 @@ from tl_looped.experiments.small_models_tables import tables_of
 from tl_looped.experiments.spec import PromptSet
 from tl_looped.experiments.store import read_dataset
 from tl_looped.metrics import mirroring_score
+from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.metrics.depth_curves import mean_curve
 from tl_looped.training.corpus import train_tokenizer
 from tl_looped.training.section51 import section51_config
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tl_looped import InputError
-from tl_looped.experiments.mirrored import Resampling
 from tl_looped.experiments.small_models_statistics import joint_permutation_p
 from tl_looped.experiments.statistics import (
     Contrast,
@@ -23,6 +22,7 @@ from tl_looped.experiments.statistics import (
     seed_table,
 )
 from tl_looped.metrics import mirroring_score, paired_contrast
+from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.mirroring import permutation_p, permuted_mirroring
 
 NAN = math.nan

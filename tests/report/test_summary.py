@@ -13,12 +13,14 @@ import xarray as xr
 from results import FEW, C, K, N, P, R, curves, feedforward, only, result, with_numbers
 
 from tl_looped.errors import DataError, InputError
-from tl_looped.experiments.compare import FEATURES, cluster_rows
-from tl_looped.experiments.mirrored import MirroringTable, Resampling
+from tl_looped.experiments.compare import cluster_rows
+from tl_looped.experiments.mirrored import MirroringTable
 from tl_looped.experiments.reading import Missing, is_feedforward
 from tl_looped.experiments.report_text import digits, model_name, value
 from tl_looped.experiments.summary import Median, Verdicts, by_model, most_telling, summarise
 from tl_looped.metrics import cyclicity_index
+from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.metrics.clusters import FEATURES
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.mirroring import mirroring_score
 
@@ -135,7 +137,7 @@ def test_the_interval_has_a_seed_and_needs_two_prompts() -> None:
     assert math.isnan(one.low)
     assert math.isnan(one.high)
     for bad in ({"n_resamples": 1}, {"confidence": 1.0}, {"seed": -1}):
-        with pytest.raises(InputError, match="n_resamples must be at least 2"):
+        with pytest.raises(InputError, match=next(iter(bad))):
             Resampling(**bad)
 
 

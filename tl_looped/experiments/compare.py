@@ -10,7 +10,6 @@ Limits. Scores are of the mean curves: how they depend on the prompts is not sai
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
 
 from tl_looped.errors import InputError
 from tl_looped.experiments.reading import (
@@ -30,19 +28,12 @@ from tl_looped.experiments.reading import (
 )
 from tl_looped.experiments.store import RESULTS, find_runs, has_checksum, read_run, unchecked
 from tl_looped.experiments.tables import write_table
-from tl_looped.metrics import mirroring_score, stage_clusters
+from tl_looped.metrics import mirroring_score
 from tl_looped.metrics.catalogue import STAGE
+from tl_looped.metrics.clusters import cluster_table
+from tl_looped.metrics.depth_curves import mean_curve, parts_of
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.metrics.mirroring import MirroringScore
-
-FEATURES = (
-    "sink_rate",
-    "mixing_per_row",
-    "colsum_concentration",
-    "entropy_norm_max",
-    "residual_mean",
-)
-"""Features of the clusters; the last one, the norm, by its logarithm."""
 
 N_STAGES = 3
 _YES_NO = {0: "no", 1: "yes"}
@@ -97,23 +88,6 @@ def load_runs(folders: list[Path]) -> dict[str, xr.Dataset]:
                 raise InputError(f"two runs are called {name!r}: rename one of the folders")
             found[name] = read_run(run / RESULTS)
     return found
-
-
-def mean_curve(data: xr.Dataset, metric: str) -> Float[np.ndarray, " layer"]:
-    """Mean over heads, then over the prompts that have a value, by effective layer."""
-    values = data[metric]
-    values = values.mean("head", skipna=False) if "head" in values.dims else values
-    return values.mean("prompt").transpose("effective_layer").values
-
-
-def stages(
-    data: xr.Dataset, curve: Float[np.ndarray, "layer *feature"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prelude, core ``[recurrence, layer]`` and coda of something by effective layer."""
-    loop = geometry_of(data)
-    core = curve[loop.p : loop.p + loop.k * loop.R]
-    core = core.reshape(loop.R, loop.k, *curve.shape[1:])
-    return curve[: loop.p], core, curve[loop.p + loop.k * loop.R :]
 
 
 def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
@@ -177,7 +151,7 @@ def _about(name: str, model: str, data: xr.Dataset) -> dict[str, object]:
 def _curves(name: str, data: xr.Dataset) -> pd.DataFrame:
     tables = []
     for metric in (m for m in STAGE if m in data):
-        prelude, core, coda = stages(data, mean_curve(data, metric))
+        prelude, core, coda = parts_of(data, mean_curve(data, metric))
         for r, block in enumerate(core):
             whole = np.concatenate((prelude, block, coda))
             depth = 100 * np.arange(len(whole)) / max(1, len(whole) - 1)
@@ -205,7 +179,7 @@ def _mirroring(
         if metric not in data or metric not in other:
             notices.append(f"{a} and {b} do not both have {metric}")
             continue
-        prelude, core, coda = stages(data, mean_curve(data, metric))
+        prelude, core, coda = parts_of(data, mean_curve(data, metric))
         target = mean_curve(other, metric)
         for form, before, after in (("whole", prelude, coda), ("block", None, None)):
             try:
@@ -228,13 +202,6 @@ def _by_recurrence(score: MirroringScore) -> list[dict[str, object]]:
     return rows
 
 
-def _features(data: xr.Dataset) -> Float[np.ndarray, "layer feature"]:
-    columns = [mean_curve(data, name) for name in FEATURES]
-    with np.errstate(divide="ignore"):  # of a zero norm; refused as not finite
-        columns[-1] = np.log(columns[-1])
-    return np.stack(columns, axis=-1)
-
-
 def cluster_rows(
     a: str, b: str, runs: Mapping[str, xr.Dataset], notices: list[str], seed: int = 0
 ) -> list[dict[str, object]]:
@@ -246,34 +213,10 @@ def cluster_rows(
         notices: Gets the reason if there is no row.
         seed: Of k-means.
     """
-    missing = [m for m in FEATURES if m not in runs[a] or m not in runs[b]]
-    if missing:
-        notices.append(f"clusters of {a} and {b}: {', '.join(missing)} were not computed for both")
-        return []
-    prelude, core, coda = stages(runs[a], _features(runs[a]))
     try:
-        found = stage_clusters(
-            _features(runs[b]), core, prelude=prelude, coda=coda, n_stages=N_STAGES, seed=seed
-        )
+        table = cluster_table(runs[a], runs[b], N_STAGES, seed)
     except InputError as error:
-        features = ", ".join(f"{i} is {name}" for i, name in enumerate(FEATURES))
-        notices.append(f"clusters of {a} and {b}: {error} (feature {features})")
+        notices.append(f"clusters of {a} and {b}: {error}")
         return []
-    n = len(core)
-    others = found.rand_recurrences[~np.eye(n, dtype=bool)].reshape(n, n - 1)
-    return [
-        {
-            "run": a,
-            "feedforward": b,
-            "recurrence": r,
-            "stages": " ".join(map(str, (*found.prelude, *found.core[r], *found.coda))),
-            "feedforward_stages": " ".join(map(str, found.feedforward)),
-            "agreement": float(found.agreement_feedforward[r]),
-            "rand_index": float(found.rand_feedforward[r]),
-            "rand_index_recurrences": float(others[r].mean()) if n > 1 else math.nan,
-            "transitions": int(found.transitions[r]),
-            "distance": float(found.distance[r].mean()),
-            "seed": seed,
-        }
-        for r in range(n)
-    ]
+    rows = table.to_dict("records")
+    return [{"run": a, "feedforward": b} | {str(k): v for k, v in row.items()} for row in rows]

@@ -19,11 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import xarray as xr
-from jaxtyping import Float
 
-from tl_looped.errors import InputError
 from tl_looped.experiments.reading import (
     Missing,
     bos_apart,
@@ -31,13 +28,11 @@ from tl_looped.experiments.reading import (
     same_prompts,
     specification,
 )
+from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.catalogue import OUTPUTS, STAGE
-from tl_looped.metrics.labels import geometry_of
-from tl_looped.metrics.mirroring import GRID_POINTS
-from tl_looped.model.geometry import LoopGeometry
+from tl_looped.metrics.depth_curves import parts_of, prompt_curves
+from tl_looped.metrics.mirroring import mirroring_interval
 from tl_looped.words import called
-
-_AT_A_TIME = 50  # resamples; part of what a seed means
 
 # The first that a result holds stands in the summary: ColSum is what the paper's Figure 8 compares.
 MIRRORED = ("colsum_concentration", *(name for name in STAGE if name != "colsum_concentration"))
@@ -91,22 +86,6 @@ class MirroringTable:
     scores: tuple[Mirroring, ...]
     without: dict[str, Missing]
     apart: str = ""
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are drawn."""
-
-    n_resamples: int = 1000
-    confidence: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.n_resamples < 2 or not 0 < self.confidence < 1 or self.seed < 0:
-            raise InputError(
-                "n_resamples must be at least 2, confidence between 0 and 1, seed not negative; "
-                f"got {self}"
-            )
 
 
 def mirroring_of(
@@ -175,91 +154,29 @@ def _names(data: xr.Dataset) -> set[str]:
 def _score(
     metric: str, data: xr.Dataset, other: xr.Dataset, paired: bool, resampling: Resampling
 ) -> Mirroring | Missing:
-    loop = geometry_of(data)
-    looped = np.stack([_curve(data, metric, _virtual(loop, r)) for r in range(loop.R)])
-    feedforward = _curve(other, metric, np.arange(geometry_of(other).n_layers))[None]
-    if min(looped.shape[-1], feedforward.shape[-1]) < 1 or loop.R == 0:
+    prelude, core, coda = parts_of(data, prompt_curves(data, metric))
+    feedforward = prompt_curves(other, metric)
+    if 0 in (len(core), core.shape[-1], feedforward.shape[-1]):
         return Missing("there is no prompt or no recurrence")
-    keep, keep_other = (np.isfinite(x).all((0, 1)) for x in (looped, feedforward))
-    if paired:
-        keep = keep_other = keep & keep_other
-    n, m = int(keep.sum()), int(keep_other.sum())
-    if not n or not m:
+    found = mirroring_interval(
+        core, feedforward, prelude=prelude, coda=coda, paired=paired, resampling=resampling
+    )
+    if 0 in found.n_prompts:
         return Missing("every prompt has a value that is not finite")
-    looped, feedforward = looped[..., keep], feedforward[..., keep_other]
-    each = _pearson(looped.mean(-1), feedforward.mean(-1))
-    if np.isnan(each).any():
+    if math.isnan(found.score):
         return Missing(f"a curve of {metric} is constant over depth: no correlation")
-    low = high = math.nan
-    if n > 1 and m > 1:  # one prompt has a score, but nothing to resample
-        low, high = _interval(looped, feedforward, paired, resampling)
-    best = int(each.argmax())
+    best = int(found.by_recurrence.round(12).argmax())  # the first of equal ones
     return Mirroring(
         metric=metric,
         label=OUTPUTS[metric].label,
-        score=float(each.mean()),
-        low=low,
-        high=high,
-        best=(best, float(each[best])),
-        n_prompts=(n, m),
-        left_out=(len(keep) - n, len(keep_other) - m),
+        score=found.score,
+        low=found.percentile.low,
+        high=found.percentile.high,
+        best=(best, float(found.by_recurrence[best])),
+        n_prompts=found.n_prompts,
+        left_out=found.left_out,
         paired=paired,
         confidence=resampling.confidence,
         n_resamples=resampling.n_resamples,
         seed=resampling.seed,
     )
-
-
-def _virtual(loop: LoopGeometry, r: int) -> np.ndarray:
-    """Effective layers of ``[prelude, block_r, coda]``."""
-    first = loop.p + r * loop.k
-    end = loop.n_layers
-    return np.r_[0 : loop.p, first : first + loop.k, end - loop.c : end]
-
-
-def _curve(data: xr.Dataset, metric: str, layers: np.ndarray) -> Float[np.ndarray, "grid prompt"]:
-    """A metric over depth at 0, 1, ..., 100 %, for each prompt; heads are averaged first."""
-    values = data[metric]
-    if "head" in values.dims:
-        values = values.mean("head", skipna=False)
-    rows = values.transpose("effective_layer", "prompt").to_numpy()[layers].astype(np.float64)
-    at = np.linspace(0, 1, GRID_POINTS) * (len(layers) - 1)
-    below = np.minimum(at.astype(int), max(len(layers) - 2, 0))
-    above = np.minimum(below + 1, len(layers) - 1)
-    share = (at - below)[:, None]
-    with np.errstate(invalid="ignore"):  # what is not finite is left out by the caller
-        between = (1 - share) * rows[below] + share * rows[above]
-    return np.where(share == 0, rows[below], between)
-
-
-def _pearson(
-    g: Float[np.ndarray, "*batch recurrence grid"], f: Float[np.ndarray, "*batch 1 grid"]
-) -> Float[np.ndarray, "*batch recurrence"]:
-    """NaN where a curve has no spread, to 1e-12 of its largest value."""
-    flat = [np.ptp(x, axis=-1) <= 1e-12 * np.abs(x).max(-1) for x in (g, f)]
-    a, b = (x - x.mean(-1, keepdims=True) for x in (g, f))
-    size = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    safe = np.where(flat[0] | flat[1] | (size == 0), math.nan, size)
-    return ((a * b).sum(-1) / safe).clip(-1, 1)
-
-
-def _interval(
-    looped: np.ndarray, feedforward: np.ndarray, paired: bool, resampling: Resampling
-) -> tuple[float, float]:
-    """Percentile interval of the score over resampled prompts."""
-    rng = np.random.default_rng(resampling.seed)
-    scores = []
-    for _ in range(0, resampling.n_resamples, _AT_A_TIME):
-        ours, theirs = (_draws(rng, x.shape[-1]) for x in (looped, feedforward))
-        g = np.moveaxis(looped @ ours, -1, 0)  # [resample, recurrence, grid]
-        f = np.moveaxis(feedforward @ (ours if paired else theirs), -1, 0)
-        scores.append(_pearson(g, f).mean(-1))
-    tail = (1 - resampling.confidence) / 2
-    drawn = np.concatenate(scores)[: resampling.n_resamples]
-    low, high = np.quantile(drawn, [tail, 1 - tail])  # NaN if a resample has no score
-    return float(low), float(high)
-
-
-def _draws(rng: np.random.Generator, n: int) -> Float[np.ndarray, "prompt resample"]:
-    """Weights of the prompts in some resamples."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=_AT_A_TIME).T / n

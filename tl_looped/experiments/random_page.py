@@ -24,7 +24,7 @@ from tl_looped.experiments.section_page import (
     write_page,
 )
 from tl_looped.files import make_folder
-from tl_looped.metrics.convergence import FIXED_POINTS
+from tl_looped.metrics.convergence import FIXED_POINTS, VERDICT_WORDS, Verdict
 from tl_looped.plots.grids import NORM_NAMES, Condition, condition_name
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral import radius_against_rate
@@ -34,15 +34,6 @@ FIGURE_OF = {4: (30,), 12: (6, 29), 16: (31,)}
 """Figures of a number of layers."""
 
 INIT_NAMES = {"normal": "N(0, 0.02²)", "fan_in": "N(0, 1 / fan-in)"}
-_VERDICTS = {
-    "CONVERGED": "fixed point",
-    "PROJECTIVE": "direction converges, norm grows",
-    "DEGENERATE": "one limit for all layers",
-    "ORBIT": "orbit",
-    "DRIFT": "drift",
-    "NOT_CONVERGED": "none",
-    "UNDEFINED": "undefined",
-}
 
 
 def draw_section42(
@@ -221,7 +212,7 @@ def verdict_part(tables: GridTables) -> PagePart:
 def _verdict_row(key: tuple[object, ...], of: pd.DataFrame, rate: pd.Series) -> tuple[str, ...]:
     _, layers, norm, injection = key
     counts = of["verdict"].value_counts(sort=True)
-    verdict = ", ".join(f"{_VERDICTS[str(name)]} {n}" for name, n in counts.items())
+    verdict = ", ".join(f"{VERDICT_WORDS[Verdict[str(name)]]} {n}" for name, n in counts.items())
     ends = [rate["percentile_low"], rate["percentile_high"]]
     arrives = of["verdict"].isin([verdict.name for verdict in FIXED_POINTS]).any()
     has_ends = arrives and np.isfinite(ends).all()

@@ -23,12 +23,12 @@ import xarray as xr
 
 from tl_looped.errors import DataError
 from tl_looped.experiments.joining import versions
-from tl_looped.experiments.mirrored import Resampling
 from tl_looped.experiments.random_cells import INITS, LAYERS, NORMS, Cell, size_of
 from tl_looped.experiments.statistics import Contrast, condition_table, contrast_table
 from tl_looped.experiments.tables import read_table
 from tl_looped.files import make_folder, write_text
 from tl_looped.metrics import by_recurrence
+from tl_looped.metrics.bootstrap import Resampling
 
 SHIPPED = Path(__file__).parents[1] / "data" / "section42"
 MANIFEST = "manifest.json"

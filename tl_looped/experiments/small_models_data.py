@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.mirrored import Resampling
 from tl_looped.experiments.small_models_statistics import (
     N_PERMUTATIONS,
     Statistics,
@@ -25,6 +24,7 @@ from tl_looped.experiments.small_models_statistics import (
 from tl_looped.experiments.small_models_tables import SmallModels
 from tl_looped.experiments.tables import read_table
 from tl_looped.files import make_folder, write_bytes, write_text
+from tl_looped.metrics.bootstrap import Resampling
 
 SHIPPED = Path(__file__).parents[1] / "data" / "section51"
 MANIFEST = "manifest.json"

@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_looped.experiments.compare import cluster_rows, stages
-from tl_looped.experiments.mirrored import Resampling
+from tl_looped.experiments.compare import cluster_rows
 from tl_looped.experiments.small_models import CONTROL
 from tl_looped.experiments.small_models_tables import SmallModels
 from tl_looped.experiments.statistics import Contrast, condition_table, contrast_table
 from tl_looped.metrics import bootstrap_ci
+from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.catalogue import STAGE
+from tl_looped.metrics.depth_curves import parts_of
 from tl_looped.metrics.mirroring import PermutedScore, permutation_p, permuted_mirroring
 from tl_looped.plots.recipes import TITLES
 from tl_looped.words import count
@@ -185,7 +186,7 @@ def _scores(
     found = {}
     for model_seed in sorted({*models.seeds(name)} & {*models.seeds(CONTROL)}):
         data, control = models.dataset(name, model_seed), models.dataset(CONTROL, model_seed)
-        prelude, core, coda = stages(data, data[metric].to_numpy())
+        prelude, core, coda = parts_of(data, data[metric].to_numpy())
         found[model_seed] = permuted_mirroring(
             core,
             control[metric].to_numpy(),

@@ -24,10 +24,10 @@ import xarray as xr
 from safetensors import safe_open
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.compare import mean_curve
 from tl_looped.experiments.joining import versions
 from tl_looped.experiments.small_models import CONTROL, Measured
 from tl_looped.metrics.convergence import Verdict
+from tl_looped.metrics.depth_curves import mean_curve
 from tl_looped.words import count
 
 PLACES = ("effective_layer", "label", "stage", "in_recurrence", "layer_in_stage")

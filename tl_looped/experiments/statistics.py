@@ -26,9 +26,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.mirrored import Resampling
 from tl_looped.metrics import bootstrap_ci, hierarchical_bootstrap_ci, paired_contrast
-from tl_looped.metrics.bootstrap import BootstrapCI
+from tl_looped.metrics.bootstrap import BootstrapCI, Resampling
 
 SEED, PROMPT = "seed", "prompt"
 

@@ -34,8 +34,9 @@ from jaxtyping import Float
 
 from tl_looped.errors import DataError
 from tl_looped.experiments.compare import N_STAGES, cluster_rows
-from tl_looped.experiments.mirrored import MirroringTable, Resampling, mirroring_of
+from tl_looped.experiments.mirrored import MirroringTable, mirroring_of
 from tl_looped.experiments.reading import Missing, display_names, is_feedforward
+from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.convergence import FIXED_POINTS, Verdict
 from tl_looped.metrics.labels import IGNORES_STATE, geometry_of, trained_recurrences
 from tl_looped.metrics.of_result import HeavyToken, heavy_token

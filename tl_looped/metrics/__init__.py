@@ -17,6 +17,7 @@ from tl_looped.metrics.bootstrap import (
     BootstrapCI,
     HierarchicalCI,
     Interval,
+    Resampling,
     bootstrap_ci,
     hierarchical_bootstrap_ci,
     paired_contrast,
@@ -24,7 +25,7 @@ from tl_looped.metrics.bootstrap import (
     t_interval,
 )
 from tl_looped.metrics.cache_matrices import lens_over_cache, pairwise_over_cache
-from tl_looped.metrics.clusters import StageClusters, stage_clusters
+from tl_looped.metrics.clusters import StageClusters, cluster_table, stage_clusters
 from tl_looped.metrics.convergence import (
     ConvergenceResult,
     ConvergenceSeries,
@@ -60,9 +61,11 @@ from tl_looped.metrics.lipschitz import (
     attention_lipschitz_of_cache,
 )
 from tl_looped.metrics.mirroring import (
+    MirroringInterval,
     MirroringScore,
     base_layer_cosine,
     linear_cka,
+    mirroring_interval,
     mirroring_score,
     permuted_mirroring,
 )
@@ -114,10 +117,12 @@ __all__ = [
     "LensTrajectory",
     "LimitingBehavior",
     "LimitingBehaviors",
+    "MirroringInterval",
     "MirroringScore",
     "NeuronClasses",
     "PCATrajectory",
     "PathIndependence",
+    "Resampling",
     "StageClusters",
     "StepGeometry",
     "StreamOptions",
@@ -131,6 +136,7 @@ __all__ = [
     "bootstrap_ci",
     "by_recurrence",
     "classify_limiting_behavior",
+    "cluster_table",
     "colsum_concentration",
     "convergence_of_result",
     "convergence_series",
@@ -158,6 +164,7 @@ __all__ = [
     "loop_starts",
     "lowest_cosine_to_fixed_points",
     "matrix_entropy",
+    "mirroring_interval",
     "mirroring_score",
     "mixing_score",
     "over_cache",

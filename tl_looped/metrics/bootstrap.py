@@ -46,6 +46,30 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Resampling:
+    """How a bootstrap draws.
+
+    Args:
+        n_resamples: Number of resamples, at least 2.
+        confidence: Of the intervals, between 0 and 1.
+        seed: A non-negative integer.
+    """
+
+    n_resamples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_draw(self.n_resamples, self.confidence, self.seed)
+
+    def percentile(self, resampled: Float[np.ndarray, " resample"]) -> Interval:
+        """Percentile interval of a resampled statistic; NaN if a resample has none."""
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(resampled, [tail, 1 - tail])
+        return Interval(float(low), float(high))
+
+
+@dataclass(frozen=True)
 class BootstrapCI:
     """A mean over runs and how far it can be trusted.
 
@@ -271,15 +295,13 @@ def hierarchical_bootstrap_ci(
     sizes = tuple(len(run) for run in runs)
     if shared_prompts and len(set(sizes)) > 1:
         raise InputError(f"shared_prompts: runs must have the same prompts, got {sizes} of them")
-    _check_draw(n_resamples, confidence, seed)
+    resampling = Resampling(n_resamples, confidence, seed)
     means = _resampled_prompts(runs, shared_prompts, n_resamples, seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
     return HierarchicalCI(
         mean=_mean([_mean(run) for run in runs]),
         bootstrap_mean=_mean(means),
         bootstrap_sd=_sd(means),
-        percentile=Interval(float(low), float(high)),
+        percentile=resampling.percentile(means),
         shared_prompts=shared_prompts,
         confidence=float(confidence),
         n=len(runs),

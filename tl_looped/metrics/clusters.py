@@ -16,9 +16,12 @@ looped layer that resembles none of them still gets the nearest: ``distance`` sa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+import xarray as xr
 from jaxtyping import Bool, Float, Int
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
@@ -26,8 +29,19 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64, check_finite
+from tl_looped.metrics.depth_curves import mean_curve, parts_of
 
 _CONSTANT = 1e-12  # a spread below this share of a feature's largest value is rounding
+
+
+FEATURES = (
+    "sink_rate",
+    "mixing_per_row",
+    "colsum_concentration",
+    "entropy_norm_max",
+    "residual_mean",
+)
+"""Features of a result's layers; the last one, the norm, by its logarithm."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ def stage_clusters(
     ff = _assign((base - mean) / sd, stages)[0]
     labels, distance = _assign((blocks - mean) / sd, stages)
     first, last = (_assign((x - mean) / sd, stages)[0] for x in (before, after))
-    virtual = [np.concatenate((first, row, last)) for row in labels]
+    virtual = _virtual(first, labels, last)
     matched = ff[_nearest_depth(len(virtual[0]), len(ff))]
     return StageClusters(
         feedforward=ff,
@@ -155,6 +169,69 @@ def stage_clusters(
         n_init=n_init,
         seed=seed,
     )
+
+
+def cluster_table(
+    data: xr.Dataset, feedforward: xr.Dataset, n_stages: int = 3, seed: int = 0
+) -> pd.DataFrame:
+    """:func:`stage_clusters` of two results by depth: a row per recurrence of the looped one.
+
+    Layers are points of :data:`FEATURES`, each the mean over heads and prompts.
+
+    Args:
+        data: Result of the looped model.
+        feedforward: Result of the feedforward model.
+        n_stages: K of k-means.
+        seed: Of k-means.
+
+    Returns:
+        ``recurrence``; ``stages`` of ``[prelude, block_r, coda]`` and ``feedforward_stages`` as
+        text; ``agreement`` and ``rand_index`` with the feedforward model,
+        ``rand_index_recurrences``, the mean with the other recurrences; ``transitions``,
+        ``distance`` and ``seed``.
+
+    Raises:
+        InputError: as :func:`stage_clusters`, or for a feature that a result lacks.
+    """
+    missing = [m for m in FEATURES if m not in data or m not in feedforward]
+    if missing:
+        raise InputError(f"{', '.join(missing)} were not computed for both")
+    prelude, core, coda = parts_of(data, _features(data))
+    try:
+        found = stage_clusters(
+            _features(feedforward), core, prelude=prelude, coda=coda, n_stages=n_stages, seed=seed
+        )
+    except InputError as error:
+        named = ", ".join(f"{i} is {name}" for i, name in enumerate(FEATURES))
+        raise InputError(f"{error} (feature {named})") from error
+    n = len(core)
+    others = found.rand_recurrences[~np.eye(n, dtype=bool)].reshape(n, n - 1)
+    whole = (" ".join(map(str, row)) for row in _virtual(found.prelude, found.core, found.coda))
+    return pd.DataFrame(
+        {
+            "recurrence": np.arange(n),
+            "stages": list(whole),
+            "feedforward_stages": " ".join(map(str, found.feedforward)),
+            "agreement": found.agreement_feedforward,
+            "rand_index": found.rand_feedforward,
+            "rand_index_recurrences": others.mean(-1) if n > 1 else math.nan,
+            "transitions": found.transitions,
+            "distance": found.distance.mean(-1),
+            "seed": seed,
+        }
+    )
+
+
+def _features(data: xr.Dataset) -> Float[np.ndarray, "layer feature"]:
+    columns = [mean_curve(data, name) for name in FEATURES]
+    with np.errstate(divide="ignore"):  # of a zero norm; refused as not finite
+        columns[-1] = np.log(columns[-1])
+    return np.stack(columns, axis=-1)
+
+
+def _virtual(first: np.ndarray, core: np.ndarray, last: np.ndarray) -> list[np.ndarray]:
+    """``[prelude, block_r, coda]`` of every recurrence."""
+    return [np.concatenate((first, row, last)) for row in core]
 
 
 def _rand_between(labels: Int[np.ndarray, "row layer"]) -> Float[np.ndarray, "row row"]:

@@ -24,12 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64
+from tl_looped.metrics.bootstrap import Interval, Resampling
 from tl_looped.metrics.inputs import check_choice, token_mask, token_mean
 
 Statistic = Literal["pearson", "spearman", "rmse"]
@@ -40,6 +42,7 @@ GRID_POINTS = 101
 # A spread below this share of the largest value is rounding, and so is a difference of scores.
 _CONSTANT = 1e-12
 _TIE = 1e-12
+_RESAMPLES_AT_A_TIME = 50  # part of what a seed means
 
 
 @dataclass(frozen=True)
@@ -120,31 +123,17 @@ def mirroring_score(
     """
     check_choice("statistic", statistic, ("pearson", "spearman", "rmse"))
     _check_draw(max_lag, n_permutations, seed)
-    blocks, target = as_float64(core), as_float64(feedforward)
-    before, after = (np.zeros(0) if x is None else as_float64(x) for x in (prelude, coda))
+    blocks, ends, f = _checked(core, feedforward, prelude, coda)
     k = blocks.shape[1]
-    layers = len(before) + k + len(after)
-    for name, n in (("core with prelude and coda", layers), ("feedforward", len(target))):
-        if n < 2 or k == 0:
-            raise InputError(f"{name} must have at least two layers to be a curve, got {n}")
-
-    def virtual(order: Int[np.ndarray, "n core"], block: Float[np.ndarray, " core"]) -> Any:
-        ends = (np.broadcast_to(x, (len(order), len(x))) for x in (before, after))
-        first, last = ends
-        return _resample(np.concatenate((first, block[order], last), axis=1))
-
-    f = _resample(target[None])
     shifts = np.stack([np.roll(np.arange(k), s) for s in range(1, k)]) if k > 1 else None
-    rng = np.random.default_rng(seed)
-    orders = np.stack([rng.permutation(k) for _ in range(n_permutations)]) if k > 1 else None
-    same = np.arange(k)[None]
+    orders = _random_orders(k, n_permutations, seed) if k > 1 else None
     rows = []
     for block in blocks:
-        g = virtual(same, block)
+        g = _virtual(block[None], ends)
         scores = {name: _SCORES[name](g, f)[0] for name in _SCORES}
         observed = scores[statistic]
         p = [
-            _p_value(_SCORES[statistic](virtual(null, block), f), observed, statistic)
+            _p_value(_SCORES[statistic](_virtual(block[null], ends), f), observed, statistic)
             if null is not None
             else math.nan
             for null in (shifts, orders)
@@ -218,28 +207,18 @@ def permuted_mirroring(
         InputError: if a curve has fewer than two layers or an argument is out of range.
     """
     _check_draw(0, n_permutations, min(seed, default=-1))
-    blocks, target = as_float64(core), as_float64(feedforward)
-    ends = [np.zeros(0) if x is None else as_float64(x) for x in (prelude, coda)]
+    blocks, ends, f = _checked(core, feedforward, prelude, coda)
+    if not len(blocks):
+        raise InputError("core must have at least one recurrence, got none")
     k = blocks.shape[1]
-    sizes = {"core with prelude and coda": sum(map(len, ends)) + k, "feedforward": len(target)}
-    for name, n in sizes.items():
-        if n < 2 or k == 0 or not len(blocks):
-            raise InputError(f"{name} must have at least two layers to be a curve, got {n}")
-    f = _resample(target[None])
 
     def score(orders: Int[np.ndarray, "n core"]) -> Float[np.ndarray, " n"]:
-        first, last = (np.broadcast_to(x, (len(orders), len(x))) for x in ends)
-        each = [
-            _pearson(_resample(np.concatenate((first, block[orders], last), axis=1)), f)
-            for block in blocks
-        ]
-        return np.mean(each, axis=0)
+        return np.mean([_pearson(_virtual(block[orders], ends), f) for block in blocks], axis=0)
 
     observed = float(score(np.arange(k)[None])[0])
     null, p, every = np.full(n_permutations, math.nan), math.nan, None
     if not _constant(blocks).all() and not math.isnan(observed):
-        rng = np.random.default_rng(seed)
-        drawn = np.stack([rng.permutation(k) for _ in range(n_permutations)])
+        drawn = _random_orders(k, n_permutations, seed)
         orders, which = np.unique(drawn, axis=0, return_inverse=True)  # 24 of four layers
         null = score(orders)[which.reshape(-1)]
         p = permutation_p(null, observed)
@@ -252,6 +231,111 @@ def permuted_mirroring(
 def permutation_p(null: Float[np.ndarray, " permutation"], observed: float) -> float:
     """``(1 + #{null >= observed}) / (1 + N)``, ties to 1e-12; what is NaN counts in N alone."""
     return _p_value(null, observed, "pearson")
+
+
+@dataclass(frozen=True)
+class MirroringInterval:
+    """A mirroring score and how it depends on the prompts.
+
+    Attributes:
+        score: Mean over recurrences of Pearson's r of the mean curves; NaN if one has no spread,
+            or no prompt is left.
+        by_recurrence: Pearson's r of each recurrence.
+        percentile: Percentile bootstrap interval of the score over prompts; NaN with one prompt,
+            and where a resample has a curve without spread.
+        n_prompts: Prompts of the looped and of the feedforward model that were used.
+        left_out: Prompts of either with a value that is not finite.
+        paired: Whether a resample drew the same prompts for both.
+        resampling: Number of resamples, confidence and seed.
+    """
+
+    score: float
+    by_recurrence: Float[np.ndarray, " recurrence"]
+    percentile: Interval
+    n_prompts: tuple[int, int]
+    left_out: tuple[int, int]
+    paired: bool
+    resampling: Resampling
+
+
+def mirroring_interval(
+    core: Float[np.ndarray, "recurrence core prompt"],
+    feedforward: Float[np.ndarray, "layer other_prompt"],
+    *,
+    prelude: Float[np.ndarray, "prelude prompt"] | None = None,
+    coda: Float[np.ndarray, "coda prompt"] | None = None,
+    paired: bool = False,
+    resampling: Resampling | None = None,
+) -> MirroringInterval:
+    """Mean Pearson's r over recurrences of the mean curves over prompts, with its interval.
+
+    The interval says how the score depends on the prompts, and nothing about other models. Two
+    curves that both rise correlate whatever they mean.
+
+    Args:
+        core, feedforward, prelude, coda: As in :func:`mirroring_score`, of every prompt.
+        paired: Both models ran the same prompts in the same order: a resample draws the same ones
+            for both, and a prompt that is left out of one is left out of the other.
+        resampling: Number of resamples, confidence and seed; 1,000 and 95 % if None.
+
+    Raises:
+        InputError: if a curve has fewer than two layers, or paired models differ in their prompts.
+    """
+    resampling = resampling or Resampling()
+    blocks, target = as_float64(core), as_float64(feedforward)
+    n_recurrences, k, n_prompts = blocks.shape
+    ends = [np.zeros((0, n_prompts)) if x is None else as_float64(x) for x in (prelude, coda)]
+    first, last = (np.broadcast_to(x, (n_recurrences, *x.shape)) for x in ends)
+    looped = np.concatenate((first, blocks, last), axis=1)
+    _check_layers(k, looped.shape[1], len(target))
+    keep, keep_other = np.isfinite(looped).all((0, 1)), np.isfinite(target).all(0)
+    left_out = (int((~keep).sum()), int((~keep_other).sum()))
+    if paired:
+        if len(keep) != len(keep_other):
+            raise InputError(
+                f"paired models must run the same prompts, got {len(keep)} and {len(keep_other)}"
+            )
+        keep = keep_other = keep & keep_other
+        left_out = (int((~keep).sum()),) * 2
+    looped, target = looped[..., keep], target[:, keep_other]
+    n, m = looped.shape[-1], target.shape[-1]
+    each = np.full(n_recurrences, math.nan)
+    percentile = Interval(math.nan, math.nan)
+    if n and m:
+        each = _pearson(_resample(looped.mean(-1)), _resample(target.mean(-1)[None]))
+    if n > 1 and m > 1 and not np.isnan(each).any():  # one prompt leaves nothing to resample
+        percentile = _over_prompts(looped, target, paired, resampling)
+    return MirroringInterval(
+        score=float(each.mean()) if len(each) else math.nan,
+        by_recurrence=each,
+        percentile=percentile,
+        n_prompts=(n, m),
+        left_out=left_out,
+        paired=paired,
+        resampling=resampling,
+    )
+
+
+def _over_prompts(
+    looped: Float[np.ndarray, "recurrence layer prompt"],
+    feedforward: Float[np.ndarray, "other_layer other_prompt"],
+    paired: bool,
+    resampling: Resampling,
+) -> Interval:
+    rng = np.random.default_rng(resampling.seed)
+
+    def weights(n: int) -> Float[np.ndarray, "{n} resample"]:
+        return rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES_AT_A_TIME).T / n
+
+    scores = []
+    for _ in range(0, resampling.n_resamples, _RESAMPLES_AT_A_TIME):
+        ours, theirs = weights(looped.shape[-1]), weights(feedforward.shape[-1])
+        g = rearrange(looped @ ours, "recurrence layer resample -> resample recurrence layer")
+        f = rearrange(
+            feedforward @ (ours if paired else theirs), "layer resample -> resample 1 layer"
+        )
+        scores.append(_pearson(_resample(g), _resample(f)).mean(-1))
+    return resampling.percentile(np.concatenate(scores)[: resampling.n_resamples])
 
 
 def base_layer_cosine(
@@ -326,22 +410,54 @@ def linear_cka(
 # -- curves -------------------------------------------------------------------------------------
 
 
-def _resample(curves: Float[np.ndarray, "n layer"]) -> Float[np.ndarray, "n grid"]:
+def _checked(
+    core: Any, feedforward: Any, prelude: Any, coda: Any
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """Core ``[recurrence, core]``, prelude and coda, and the feedforward curve ``[1, grid]``."""
+    blocks, target = as_float64(core), as_float64(feedforward)
+    ends = [np.zeros(0) if x is None else as_float64(x) for x in (prelude, coda)]
+    k = blocks.shape[1]
+    _check_layers(k, k + sum(map(len, ends)), len(target))
+    return blocks, ends, _resample(target[None])
+
+
+def _check_layers(k: int, looped: int, feedforward: int) -> None:
+    for name, n in (("core with prelude and coda", looped), ("feedforward", feedforward)):
+        if n < 2 or k == 0:
+            raise InputError(f"{name} must have at least two layers to be a curve, got {n}")
+
+
+def _virtual(
+    blocks: Float[np.ndarray, "n core"], ends: list[Float[np.ndarray, " _"]]
+) -> Float[np.ndarray, "n grid"]:
+    """``[prelude, block, coda]`` of every block, resampled."""
+    first, last = (np.broadcast_to(x, (len(blocks), len(x))) for x in ends)
+    return _resample(np.concatenate((first, blocks, last), axis=1))
+
+
+def _random_orders(k: int, n: int, seed: int | tuple[int, ...]) -> Int[np.ndarray, "{n} {k}"]:
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(k) for _ in range(n)])
+
+
+def _resample(curves: Float[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch grid"]:
     """Curves at 0, 1, ..., 100 % of their depth; a value that is not finite spoils its curve."""
-    depth = np.linspace(0, 100, curves.shape[1])
-    grid = np.linspace(0, 100, GRID_POINTS)
-    sane = np.isfinite(curves).all(-1, keepdims=True)
-    clean = np.where(sane, curves, 0.0)
-    return np.where(sane, np.stack([np.interp(grid, depth, curve) for curve in clean]), math.nan)
+    last = curves.shape[-1] - 1
+    at = np.linspace(0, last, GRID_POINTS)
+    below = np.minimum(at.astype(int), max(last - 1, 0))
+    share = at - below
+    with np.errstate(invalid="ignore"):
+        found = (1 - share) * curves[..., below] + share * curves[..., np.minimum(below + 1, last)]
+    return np.where(np.isfinite(curves).all(-1, keepdims=True), found, math.nan)
 
 
-def _constant(curves: Float[np.ndarray, "n point"]) -> Bool[np.ndarray, " n"]:
+def _constant(curves: Float[np.ndarray, "*batch point"]) -> Bool[np.ndarray, "*batch"]:
     return np.ptp(curves, axis=-1) <= _CONSTANT * np.abs(curves).max(-1)
 
 
 def _pearson(
-    g: Float[np.ndarray, "n point"], f: Float[np.ndarray, "m point"]
-) -> Float[np.ndarray, " n"]:
+    g: Float[np.ndarray, "*batch n point"], f: Float[np.ndarray, "*batch m point"]
+) -> Float[np.ndarray, "*batch n"]:
     """Of each row of g with the one row of f, or with its own; NaN where one has no spread."""
     a, b = g - g.mean(-1, keepdims=True), f - f.mean(-1, keepdims=True)
     flat = _constant(g) | _constant(f)
