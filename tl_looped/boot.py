@@ -10,16 +10,25 @@ entries. No code of the folder is run.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, no_type_check
+from typing import TYPE_CHECKING, Any, NoReturn, no_type_check
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tl_looped.adapters.native import MODEL_TYPE
 from tl_looped.bridge import ARCHITECTURE
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import LoopedConfig
 from tl_looped.transformer import LoopedTransformer
+
+if TYPE_CHECKING:  # transformers' own has a __getattribute__, so that any name passes
+
+    class PreTrainedConfig:  # noqa: D101
+        architectures: list[str] | None
+
+        def __post_init__(self, **kwargs: Any) -> None: ...
+else:
+    from transformers import PreTrainedConfig
 
 # n_layers follows n_recurrences; the others are the load's, and not the file's.
 _FREE = ("n_recurrences", "n_layers", "dtype", "model_name")

@@ -10,7 +10,7 @@ are not final norms. Key-value caches are off, since nothing here stores one a r
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformer_lens import ActivationCache
 from transformer_lens.config import TransformerBridgeConfig
@@ -35,6 +35,9 @@ from tl_looped.model.masks import real_tokens
 
 class LoopedBridge(TransformerBridge):
     """A TransformerBridge that refuses what a looped model's stream and weights do not allow."""
+
+    if TYPE_CHECKING:
+        __getattr__: None  # type: ignore[assignment, misc] # see tl_looped._compat
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; the cache also takes (recurrence, layer).

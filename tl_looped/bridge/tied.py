@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_looped._compat import Linear, Module
 from tl_looped.model.norms import NormWeights, rms_norm
 
 
-class TiedLinear(nn.Linear):
+class TiedLinear(Linear):
     """A linear map whose matrix is a block of rows of another module's parameter.
 
     An ``nn.Linear`` by type, because TransformerLens tells ``[out, in]`` from ``[in, out]`` by it.
@@ -32,6 +33,8 @@ class TiedLinear(nn.Linear):
         stop: End of the rows, exclusive; all if None.
         bias_name: Attribute of a bias ``[heads, d_head]``, or None.
     """
+
+    _owner: nn.Module
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class TiedLinear(nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
-class TiedNorm(nn.Module):
+class TiedNorm(Module):
     """An RMSNorm on borrowed weights."""
 
     _owner: NormWeights
@@ -90,7 +93,7 @@ class TiedNorm(nn.Module):
         return rms_norm(x, self._owner)
 
 
-class TiedEmbedding(nn.Module):
+class TiedEmbedding(Module):
     """The scaled token embedding of a looped model.
 
     Args:
@@ -115,7 +118,7 @@ class TiedEmbedding(nn.Module):
         return embedded
 
 
-class TiedUnembedding(nn.Module):
+class TiedUnembedding(Module):
     """The unembedding of a looped model, which may be its embedding.
 
     Args:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_looped._compat import Module
 from tl_looped.bridge.tied import TiedEmbedding, TiedLinear, TiedNorm, TiedUnembedding
 from tl_looped.errors import InputError
 from tl_looped.model.attention import AttentionWeights
@@ -58,7 +59,7 @@ class UnrolledRun:
     prelude_output: Tensor | None = None
 
 
-class UnrolledAttention(nn.Module):
+class UnrolledAttention(Module):
     """The projections of an attention layer, under the names of the Llama family."""
 
     def __init__(self, cfg: LoopedConfig, weights: AttentionWeights, layer_idx: int) -> None:
@@ -79,7 +80,7 @@ class UnrolledAttention(nn.Module):
         self.layer_idx = layer_idx
 
 
-class UnrolledMLP(nn.Module):
+class UnrolledMLP(Module):
     """A gated SiLU MLP, under the names of the Llama family."""
 
     def __init__(self, weights: MLPWeights) -> None:
@@ -94,7 +95,7 @@ class UnrolledMLP(nn.Module):
         return out
 
 
-class Boundary(nn.Module):
+class Boundary(Module):
     """What happens to the stream between the layer before and effective layer ``i``.
 
     Args:
@@ -145,7 +146,7 @@ class Boundary(nn.Module):
         return state.expand(x.shape)
 
 
-class UnrolledLayer(nn.Module):
+class UnrolledLayer(Module):
     """One effective layer; a norm that the layout lacks is the identity.
 
     ``resid_mid`` does nothing. TransformerLens puts its hook there: its usual place for
@@ -189,7 +190,7 @@ class UnrolledLayer(nn.Module):
         return out
 
 
-class UnrolledModel(nn.Module):
+class UnrolledModel(Module):
     """A looped model's weights, run as ``p + k R + c`` layers.
 
     Args:

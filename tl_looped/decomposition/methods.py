@@ -365,4 +365,4 @@ def _as_slice(given: Positions) -> Slice:
 def _keeping_axis(given: Positions) -> Slice:
     """A slice that selects the same, but keeps the axis where an integer would drop it."""
     wanted = _as_slice(given)
-    return Slice([wanted.slice]) if wanted.mode == "int" else wanted
+    return Slice([wanted.slice]) if isinstance(wanted.slice, int) else wanted

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped._compat import FactoredMatrix
+from tl_looped._compat import FactoredMatrix, Module
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import RunContext
 from tl_looped.model.geometry import LayerLocation
@@ -24,7 +24,7 @@ from tl_looped.model.norms import HookedRMSNorm, NormWeights
 from tl_looped.model.rotary import rotate
 
 
-class AttentionWeights(nn.Module):
+class AttentionWeights(Module):
     """Parameters of an attention layer, stored as the checkpoints multiply them.
 
     Attributes:

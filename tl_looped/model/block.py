@@ -16,6 +16,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_looped._compat import Module
 from tl_looped.model.attention import Attention, AttentionWeights
 from tl_looped.model.config import LoopedConfig, NormLayout
 from tl_looped.model.context import RunContext
@@ -38,7 +39,7 @@ GATED_HOOKS: dict[str, str] = {
 }
 
 
-class BlockWeights(nn.Module):
+class BlockWeights(Module):
     """Parameters of one layer of a stage, with the norms that the layout names."""
 
     def __init__(self, cfg: LoopedConfig) -> None:

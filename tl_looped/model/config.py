@@ -216,7 +216,7 @@ class LoopedConfig(TransformerLensConfig):
     n_devices: int = 1
     source_layers: dict[str, Any] | None = None
     # TransformerLens's own default prepends, whatever the tokenizer does.
-    default_prepend_bos: bool | None = None
+    default_prepend_bos: bool | None = None  # type: ignore[assignment]
     bos_from: str = "config"
 
     # The same for every supported family; TransformerLens's tools read these fields.

@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from tl_looped._compat import HookPoint, Slice
+from tl_looped._compat import HookPoint, Module, Slice
 from tl_looped.model.edits import UNWATCHED, EditLog, Watch, watched_call
 from tl_looped.model.geometry import LayerLocation
 
@@ -131,7 +131,7 @@ class LoopedHookPoint(Arming, HookPoint):
 
     # A hook point holds no parameter, buffer or module, so it needs none of nn.Module's sorting of
     # attributes, which is most of the time it takes to make and name 27,000 of them.
-    __setattr__ = object.__setattr__
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
 
     @property
     def is_active(self) -> bool:
@@ -174,7 +174,7 @@ class LoopedHookPoint(Arming, HookPoint):
         return x.clone() if len(self._forward_hooks) > readers else x
 
 
-class QuickModule(Arming, nn.Module):
+class QuickModule(Arming, Module):
     """A module whose call goes straight to ``forward`` while no torch hook is attached to it.
 
     PyTorch's own call takes several times as long to find that out.

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_looped._compat import Module
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.hook_points import LoopedHookPoint, QuickModule, parameter
 from tl_looped.model.norms import HookedRMSNorm
 
 
-class MLPWeights(nn.Module):
+class MLPWeights(Module):
     """Parameters of an MLP, stored as the checkpoints multiply them.
 
     Attributes:

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_looped._compat import Module
 from tl_looped.model.devices import beside
 from tl_looped.model.hook_points import LoopedHookPoint, QuickModule, parameter
 
 
-class NormWeights(nn.Module):
+class NormWeights(Module):
     """The gain of an RMSNorm over ``d`` features."""
 
     def __init__(self, d: int, eps: float, dtype: torch.dtype) -> None:

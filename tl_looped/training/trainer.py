@@ -33,8 +33,11 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
+from transformers.trainer import Trainer
+from transformers.trainer_callback import TrainerCallback
 
+from tl_looped._compat import Module
 from tl_looped.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tl_looped.files import make_folder
 from tl_looped.training.log import LOG, LOG_FIELDS, Entry, read_log, resumed_log, write_log
@@ -98,7 +101,7 @@ class RowsInOrder(Dataset[dict[str, Tensor]]):
         return {"tokens": self.rows[self.order[index]]}
 
 
-class Objective(nn.Module):
+class Objective(Module):
     """A model and its loss as the module that the Trainer calls (and wraps, on many devices)."""
 
     def __init__(self, model: LoopedTransformer, spec: TrainSpec) -> None:
@@ -286,6 +289,8 @@ class _Trainer(Trainer):
 
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: Any
+    objective: Objective
+    watch: _Watch
 
     def __init__(self, objective: Objective, watch: _Watch, **kwargs: Any) -> None:
         self.objective, self.watch = objective, watch

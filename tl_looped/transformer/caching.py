@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from tl_looped._compat import Slice, SliceInput
 from tl_looped.cache import LoopedActivationCache, RunRecord
 from tl_looped.errors import InputError
 from tl_looped.model.config import InitialState
+from tl_looped.model.geometry import LayerLike
 from tl_looped.model.hook_points import CacheWriter
 from tl_looped.transformer.cache_size import (
     ALWAYS_FREE,
@@ -29,6 +30,16 @@ from tl_looped.transformer.turns import in_turn
 
 class CachingMixin(LoopedHookManager):
     """TransformerLens's caching methods, which return a LoopedActivationCache."""
+
+    if TYPE_CHECKING:  # of the classes that inherit this one
+
+        @property
+        def W_E(self) -> Tensor: ...  # noqa: D102
+
+        def _layer_or_end(self, layer: LayerLike) -> int: ...
+        def tokenize(  # noqa: D102
+            self, text: Any, prepend_bos: bool | None = None, padding_side: str | None = None
+        ) -> tuple[Tensor, Tensor]: ...
 
     @in_turn
     def run_with_cache(

@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_looped._compat import Module
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.devices import beside
 from tl_looped.model.hook_points import LoopedHookPoint, QuickModule
 from tl_looped.model.norms import NormWeights
 
 
-class Embed(nn.Module):
+class Embed(Module):
     """Token embedding, scaled."""
 
     def __init__(self, cfg: LoopedConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tl_looped._compat import HookedRootModule, HookPoint, get_act_name
+from tl_looped._compat import HookedRootModule, get_act_name
 from tl_looped.errors import HookNameError, InvalidDecompositionError
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.hook_points import CacheWriter, LoopedHookPoint, Reader
@@ -61,7 +61,7 @@ class LoopedHookManager(BlockPool):
             name = get_act_name(short, self.loop.resolve(layer), *rest)
         return resolve_name(name, self.loop, self.hook_dict)
 
-    def all_hook_points(self) -> Iterator[HookPoint]:
+    def all_hook_points(self) -> Iterator[LoopedHookPoint]:
         """Every hook point there is, those beyond the current number of recurrences included."""
         yield self.hook_embed
         yield self.hook_initial_state
@@ -70,7 +70,7 @@ class LoopedHookManager(BlockPool):
         rest = [self._modules.get(name) for name in ("ln_pre_coda", "ln_final", "unembed")]
         for owner in [*self._recurrence_pool, *rest]:
             if owner is not None:
-                yield from (m for m in owner.modules() if isinstance(m, HookPoint))
+                yield from (m for m in owner.modules() if isinstance(m, LoopedHookPoint))
 
     @in_turn
     def remove_all_hook_fns(

@@ -38,6 +38,7 @@ class LoopMixin(InterveningMixin):
     injection: nn.Linear
     final_norm: NormWeights
     exit_gate: nn.Linear
+    _stages_without_hooks: dict[str, list[Block]]
 
     @in_turn
     def start_run(
@@ -254,7 +255,7 @@ class LoopMixin(InterveningMixin):
         # Past nn.Module.__setattr__: they hold no parameters and are no part of the model.
         if getattr(self, "_stages_without_hooks", None) is None:
             object.__setattr__(self, "_stages_without_hooks", {})
-        stages: dict[str, list[Block]] = self._stages_without_hooks
+        stages = self._stages_without_hooks
         if stage not in stages:
             recurrence = 0 if stage == "core" else None
             layers = cast(Iterable[BlockWeights], self._modules[stage])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -123,6 +123,10 @@ class LoopMap:
 class LoopMapMixin(LoopMixin):
     """``model.loop_map``."""
 
+    if TYPE_CHECKING:  # of the class that inherits this one
+
+        def _new_run(self, *args: Any) -> LoopRun: ...
+
     def loop_map(
         self,
         input: Any,
@@ -161,7 +165,7 @@ class LoopMapMixin(LoopMixin):
             tokens, mask = self._tokens_and_mask(input, attention_mask, prepend_bos, padding_side)
             x = self.embed(tokens)
             mask = self._check_mask(mask, x.shape[0], x.shape[1])
-            run: LoopRun = self._new_run(x, mask, None, initial_state, state_seed, None)
+            run = self._new_run(x, mask, None, initial_state, state_seed, None)
             for block in prelude:
                 x = block(x, run.context)
             run.prelude_output = x = self._home(x)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from tl_looped._compat import HookedRootModule
+from tl_looped._compat import HookedRootModule, Module
 from tl_looped.cache import RunRecord
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights
@@ -30,7 +30,7 @@ from tl_looped.model.norms import HookedRMSNorm, HookedStreamNorm, NormWeights
 from tl_looped.transformer.turns import Turns, in_turn
 
 
-class RecurrenceHooks(nn.Module):
+class RecurrenceHooks(Module):
     """The loop's own hook points at one recurrence.
 
     ``hook_state_in``, ``hook_injected`` (the adapter's output, with an injection), ``ln_loop`` and
@@ -289,17 +289,18 @@ class BlockPool(HookedRootModule):
                 settle(hooks, self.training)
                 self._recurrence_pool.append(hooks)
             blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
-        self._modules["blocks"] = nn.ModuleList(blocks)
-        self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
-        for name in ("blocks", "recurrence"):  # their members have the right mode already
-            self._modules[name].training = self.training
+        recurrences = self._recurrence_pool[: loop.R]
+        for name, modules in (("blocks", blocks), ("recurrence", recurrences)):
+            self._modules[name] = members = nn.ModuleList(modules)
+            members.training = self.training  # its members have the right mode already
         self._name_hooks(blocks)
 
     def _name_hooks(self, blocks: list[Block]) -> None:
         loop = self.loop
         hooks = HookDict(loop)
 
-        def add(module: nn.Module, prefix: str) -> None:
+        def add(module: nn.Module | None, prefix: str) -> None:
+            assert module is not None
             for name, child in module.named_modules(prefix=prefix):
                 if isinstance(child, LoopedHookPoint):
                     child.name, child.watch = name, self._watch
@@ -368,7 +369,8 @@ class BlockPool(HookedRootModule):
                     )
         setattr(self.cfg, flag, on)
         self._block_names.clear()
-        self._name_hooks(list(self._modules["blocks"]))
+        loop = self.loop
+        self._name_hooks([self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)])
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Compute and hook each head's output, ``attn.hook_result``."""

@@ -8,6 +8,7 @@ between the steps of a stream.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -80,17 +81,17 @@ class Sampler:
 
     def _choose(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         temperature = self.temperature if self.do_sample else 0.0
-        filters = {"top_k": self.top_k, "top_p": self.top_p} if self.do_sample else {}
+        filters: dict[str, Any] = (
+            {"top_k": self.top_k, "top_p": self.top_p} if self.do_sample else {}
+        )
         if self.repetition_penalty == 1.0 and self.freq_penalty == 0.0:
             return sample_logits(logits, temperature=temperature, **filters)
-        penalties = {
+        filters |= {
             "freq_penalty": self.freq_penalty,
             "repetition_penalty": self.repetition_penalty,
         }
         rows = [
-            sample_logits(
-                row[None], temperature=temperature, tokens=t[m][None], **penalties, **filters
-            )
+            sample_logits(row[None], temperature=temperature, tokens=t[m][None], **filters)
             for row, t, m in zip(logits, tokens, mask, strict=True)
         ]
         return torch.cat(rows)

@@ -37,12 +37,12 @@ class WeightsMixin(CachingMixin):
     @property
     def blocks(self) -> nn.ModuleList:
         """The effective layers, in order."""
-        return self._modules["blocks"]
+        return cast(nn.ModuleList, self._modules["blocks"])
 
     @property
     def ln_final(self) -> HookedRMSNorm:
         """The norm before the unembedding."""
-        return self._modules["ln_final"]
+        return cast(HookedRMSNorm, self._modules["ln_final"])
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
