@@ -15,7 +15,7 @@ TESTS_TL3 := tests/compat tests/adapters/test_golden_parity.py $(addprefix tests
 RUNS51 ?= runs/section51
 OUT51 ?= reproduction-section51
 
-.PHONY: demo test test-lanes lane-default lane-compatible lane-no-mkldnn lane-threads compat docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
+.PHONY: demo test test-all test-lanes lane-default lane-compatible lane-no-mkldnn lane-threads compat docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -38,34 +38,20 @@ section51: install
 	rm -rf tl_looped/data/section51
 	cp -r $(OUT51)/data tl_looped/data/section51
 
-# One thread a worker: the models are small, and two workers fill two cores.
+# One thread per worker: the models are small, and two workers fill two cores. The lanes are said in
+# tests/conftest.py. Checks of annotations at run time take four fifths of the time: `make test-all`
+# has them.
+UNCHECKED := --jaxtyping-packages=
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(PYTEST) $(UNCHECKED) -m 'not full'
+
+test-all: install
+	$(PYTEST)
 
 # The numerical part again, as other processors compute it: each lane is a setting of the kernels.
-# A file is numerical unless it is named here; so is each test of it, unless it is named below (long
-# ones, about hooks, weights and names, in which no sum of floats decides; OpenMP's threads do not
-# live on in a fork).
-NOT_NUMERICAL := adapters/test_registry.py checkpoints/test_bad_checkpoints.py \
-	checkpoints/test_hub.py cli/test_cli.py cli/test_demo.py experiments/test_damaged_runs.py \
-	experiments/test_drawing.py experiments/test_processes.py experiments/test_spec.py \
-	package/test_docs.py package/test_notebooks.py package/test_readme.py paper/test_figures.py \
-	paper/test_reproduce.py paper/test_section42.py paper/test_section51.py plots/test_layout.py \
-	plots/test_plots.py report/test_report.py retrofitting/test_retrofit_input.py \
-	training/test_damaged_trainings.py training/test_resume.py training/test_texts.py \
-	transformer/test_bad_input.py transformer/test_cache_size.py transformer/test_device_map.py \
-	transformer/test_tokens.py viz/test_viz.py
-ONCE := transformer/test_isolation.py::test_an_edit_in_place_is_an_edit_of_a_copy_everywhere \
-	transformer/test_loop.py::test_each_kind_of_edit_reaches_the_logits \
-	transformer/test_idle_hooks.py::test_raw_hooks_fire_until_they_are_removed \
-	experiments/test_spectral.py::test_a_training_run_is_measured_at_every_snapshot_and_drawn \
-	transformer/test_threads.py::test_a_fork_runs_unless_it_stands_in_another_threads_run \
-	training/test_training.py::test_the_same_seed_gives_the_same_weights \
-	bridge/test_bridge.py::test_parameters_are_the_models_own_and_registered_once \
-	bridge/test_bridge_tools.py::test_importing_the_package_loads_no_bridge
-# Without the checks of annotations, which `make test` makes: they take half of the time.
-NUMERICAL := -q -o addopts='--strict-markers --strict-config -p no:cacheprovider -p no:benchmark' \
-	$(NOT_NUMERICAL:%=--ignore=tests/%) $(ONCE:%=--deselect=tests/%) tests
+NUMERICAL := -q $(UNCHECKED) -m 'not once'
 
 test-lanes: lane-default lane-compatible lane-no-mkldnn lane-threads
 

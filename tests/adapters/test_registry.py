@@ -28,6 +28,8 @@ from tl_looped import (
 )
 from tl_looped.model.parameters import parameter_names
 
+pytestmark = pytest.mark.once
+
 
 class ToyAdapter(Adapter):
     """A family nobody has heard of: own config keys, own tensor names."""

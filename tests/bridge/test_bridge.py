@@ -198,6 +198,7 @@ def test_split_inputs_and_head_results_are_the_models(tokens: Tensor) -> None:
 # -- weights --------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_parameters_are_the_models_own_and_registered_once(kind: str) -> None:
     model = make(kind)

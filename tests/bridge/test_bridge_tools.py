@@ -223,6 +223,7 @@ def test_the_entry_point_announces_the_adapter() -> None:
     assert type(bridge.adapter) is adapter
 
 
+@pytest.mark.once
 def test_importing_the_package_loads_no_bridge() -> None:
     code = "import sys, tl_looped; print('transformer_lens.model_bridge' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

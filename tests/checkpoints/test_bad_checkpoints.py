@@ -32,6 +32,8 @@ from tl_looped import (
 )
 from tl_looped.adapters import all_aliases
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -16,6 +16,8 @@ import torch
 from conftest import GOLDEN, copy_of, write_tensors
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.once
+
 REPO = "smcleish/Recurrent-Llama-3.2-train-recurrence-4"
 MAIN, TAG = "a" * 40, "b" * 40
 COMMITS = {"main": MAIN, "v2": TAG, MAIN: MAIN, TAG: TAG}

@@ -15,6 +15,8 @@ from tl_looped.cli import app, main
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.experiments.store import find_runs, read_dataset
 
+pytestmark = pytest.mark.once
+
 
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)

@@ -19,6 +19,8 @@ from tl_looped.experiments.spec import PromptSet
 from tl_looped.training.demo import demo_config
 from tl_looped.training.section51 import section51_config
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def demo() -> LoopedTransformer:

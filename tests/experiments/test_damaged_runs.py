@@ -23,6 +23,8 @@ from tl_looped.experiments.jobs import Watch
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 
+pytestmark = pytest.mark.once
+
 TEXTS = ("Tom has 3 pens.", "One two.", "It is so.", "No.")
 SPEC = Experiment(
     "tiny", prompts=PromptSet("text", texts=TEXTS), recurrences=2, metrics=("colsum_concentration",)

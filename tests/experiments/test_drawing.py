@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from tl_looped.errors import DataError
 from tl_looped.experiments.drawing import MOST_CSV_ROWS, draw_figures, save_figures
 
+pytestmark = pytest.mark.once
+
 
 def drawn(rows: int, name: str = "fig63") -> SimpleNamespace:
     figure = Figure(figsize=(1, 1))

@@ -23,6 +23,8 @@ from tl_looped.experiments.prompts import choose, load_prompts
 from tl_looped.experiments.spec import EXTRAS, TEST_SENTENCE, Experiment, PromptSet
 from tl_looped.model import limits
 
+pytestmark = pytest.mark.once
+
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 

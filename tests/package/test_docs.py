@@ -18,6 +18,8 @@ import tl_looped
 from tl_looped import LoopedTransformer, TLLoopedError, errors, metrics
 from tl_looped.model.block import GATED_HOOKS
 
+pytestmark = pytest.mark.once
+
 DOCS = Path(__file__).parents[2] / "docs"
 RUN = ["index.md", "tutorial.md", *(f"howto/{page.name}" for page in DOCS.glob("howto/*.md"))]
 

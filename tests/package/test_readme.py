@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 README = Path(__file__).parents[2] / "README.md"
 
 

@@ -15,6 +15,8 @@ from tl_looped.metrics import stream_metrics
 from tl_looped.metrics.limiting import LimitingBehavior
 from tl_looped.metrics.neurons import prediction_suppression_by_layer
 
+pytestmark = pytest.mark.once
+
 GROUPS = ("stage", "magnitude", "successive", "fixed_point")
 
 

@@ -18,6 +18,8 @@ from tl_looped.experiments.paper import Overlay, PaperRun, Plan
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.experiments.store import find_runs, read_dataset
 
+pytestmark = pytest.mark.once
+
 TEXTS = ("Tom has 3 pens and 4 boxes.", "It is so, is it?", "She reads 12 pages a day.")
 PROMPTS = PromptSet("text", texts=TEXTS)
 FEW = Experiment("demo", prompts=PROMPTS, recurrences=3, feedforward="demo-control")

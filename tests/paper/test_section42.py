@@ -35,6 +35,8 @@ from tl_looped.metrics import convergence_of_result, stream_metrics
 from tl_looped.metrics.of_result import CONVERGENCE
 from tl_looped.transformer import LoopedTransformer
 
+pytestmark = pytest.mark.once
+
 SMALL = CellSize(d_model=32, n_tokens=3, n_recurrences=6, n_iterations=8)
 PRE = Cell("normal", 2, "pre", True, 0)
 

@@ -36,6 +36,8 @@ from tl_looped.metrics.depth_curves import mean_curve
 from tl_looped.training.corpus import train_tokenizer
 from tl_looped.training.section51 import section51_config
 
+pytestmark = pytest.mark.once
+
 TEXTS = [f"{a} plus {b}\nis {a + b}" for a in range(10) for b in range(10)]
 PROMPTS = ("1 plus 2\nis 3", "7 plus 5\nis 12 and more", "9 plus 9")
 MODELS = [

@@ -24,6 +24,8 @@ from tl_looped.plots.attention_maps import attention_floor_plan
 from tl_looped.plots.overlays import neuron_fractions
 from tl_looped.plots.panels import as_written, new_figure
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("R", [4, 8, 12])
 @pytest.mark.parametrize("title", ["A title", "Figure 8. A title that goes on and on " * 3])

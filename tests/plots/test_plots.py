@@ -34,6 +34,8 @@ from tl_looped.plots.limiting import algorithm_numbers, amplitudes
 from tl_looped.plots.overlays import block_halves, neuron_fractions
 from tl_looped.plots.summaries import name_of
 
+pytestmark = pytest.mark.once
+
 NAME = "colsum_concentration"
 NEURONS = ("prediction", "suppression")
 

@@ -35,6 +35,8 @@ from tl_looped.experiments.viewing import write_view
 from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
 from tl_looped.viz import attention_view
 
+pytestmark = pytest.mark.once
+
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' & {{ 7*7 }}"
 
 

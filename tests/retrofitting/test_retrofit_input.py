@@ -28,6 +28,8 @@ from tl_looped.cli import main
 from tl_looped.retrofitting import parse_layers
 from tl_looped.retrofitting.layers import plan_layers
 
+pytestmark = pytest.mark.once
+
 
 def small_llama(**changes: Any) -> Any:
     return feedforward("llama", **changes)

@@ -31,6 +31,8 @@ from tl_looped.training.recurrences import PoissonLogNormal
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import train
 
+pytestmark = pytest.mark.once
+
 ROWS = torch.randint(0, 50, (21, 12), generator=torch.Generator().manual_seed(1))
 HELD_OUT = ROWS[:3].flip(1)
 SPEC = TrainSpec(

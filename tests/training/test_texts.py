@@ -34,6 +34,8 @@ from tl_looped.training.spec import TrainSpec
 from tl_looped.training.texts import Shape, train_model_on_texts, train_on_texts
 from tl_looped.training.trainer import LOG_FIELDS, read_log
 
+pytestmark = pytest.mark.once
+
 TEXTS = [f"{a} plus {b} is {a + b}" for a in range(10) for b in range(10)]
 SMALL = Shape(1, 1, 1, 2, d_model=16, heads=2, context=32, vocabulary=300)
 SPEC = TrainSpec(steps=4, batch_size=2, warmup=1, evaluate_every=2, bf16=False)

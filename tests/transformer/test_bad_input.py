@@ -28,6 +28,8 @@ from tl_looped import (
     TokenizerError,
 )
 
+pytestmark = pytest.mark.once
+
 
 def test_every_error_is_of_one_family_and_a_fitting_built_in() -> None:
     errors = {name for name in tl_looped.__all__ if name.endswith("Error")}

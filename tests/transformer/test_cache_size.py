@@ -14,6 +14,8 @@ from torch import Tensor
 from tl_looped import InputError, LoopedTransformer
 from tl_looped.transformer.cache_size import PRESETS, cgroup_free_bytes, free_bytes, readable
 
+pytestmark = pytest.mark.once
+
 FLAGS: dict[str, tuple[str, ...]] = {
     "none": (),
     "result": ("use_attn_result",),

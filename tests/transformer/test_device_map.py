@@ -33,6 +33,8 @@ from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.patching import attribute_recurrences, patch_recurrences
 from tl_looped.transformer.spreading import PLANS, places, plan_devices
 
+pytestmark = pytest.mark.once
+
 TOKENS = torch.arange(3, 13).reshape(2, 5)
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 LAZY = [torch.device("lazy", i) for i in range(4)]

@@ -53,6 +53,7 @@ def model() -> LoopedTransformer:
     return LoopedTransformer.from_config(exact_config())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", list(OWN))
 @pytest.mark.parametrize("name", MODULES)
 def test_raw_hooks_fire_until_they_are_removed(

@@ -41,6 +41,7 @@ def test_two_models_of_one_configuration_are_independent(tokens: Tensor) -> None
     assert config.n_recurrences == 4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("grad", [False, True])
 def test_an_edit_in_place_is_an_edit_of_a_copy_everywhere(variant, tokens, grad: bool) -> None:
     """Same logits, same gradients, and nothing else in the cache of the run has changed."""

@@ -122,6 +122,7 @@ def test_an_edit_at_one_recurrence_touches_that_recurrence_only(variant, tokens)
         assert torch.allclose(clean[name], edited[name]) == (i < first_changed)
 
 
+@pytest.mark.once
 def test_each_kind_of_edit_reaches_the_logits(variant, tokens) -> None:
     """No hook point is a dead end, apart from the exit gate, which only reads."""
 

@@ -241,6 +241,7 @@ def in_fork(job: Callable[[], bool]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads, on purpose
 def test_a_fork_runs_unless_it_stands_in_another_threads_run(model: LoopedTransformer) -> None:
     want, begun, go = model(TOKENS), threading.Event(), threading.Event()

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from tl_looped import Injection, InputError, LoopedTransformer, NormLayout, TokenizerError
 from tl_looped.model.config import InitialState
 
+pytestmark = pytest.mark.once
+
 BOS, EOS, PAD = 0, 1, 2
 TEXTS = ["the cat sat", "on", "on the mat"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False}

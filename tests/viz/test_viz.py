@@ -35,6 +35,8 @@ from tl_looped.viz import (
 )
 from tl_looped.viz import page as pages
 
+pytestmark = pytest.mark.once
+
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 & \ud800"
 ABOUT = {"caption": "c", "command": "x", "settings": {}}
 
