@@ -11,6 +11,7 @@ from tl_looped import TLLoopedError
 from tl_looped.cli import main
 
 FAMILY = {
+    "ArgumentTypeError": TypeError,
     "ConfigError": ValueError,
     "CheckpointError": ValueError,
     "UnknownArchitectureError": ValueError,

@@ -21,6 +21,7 @@ from tl_looped.adapters import (
 )
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import (
+    ArgumentTypeError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -62,6 +63,7 @@ __all__ = [
     "Acceleration",
     "Adapter",
     "ArgmaxStability",
+    "ArgumentTypeError",
     "CheckpointError",
     "ConfigError",
     "DataError",

@@ -52,6 +52,10 @@ class InputError(TLLoopedError, ValueError):
     """Tokens, text, masks or states that the model cannot take."""
 
 
+class ArgumentTypeError(InputError, TypeError):
+    """An argument of a type, a shape or a dtype that the callable's type hint excludes."""
+
+
 class TokenizerError(TLLoopedError, ValueError):
     """Text was given to a model without a tokenizer, or text that the tokenizer cannot handle."""
 

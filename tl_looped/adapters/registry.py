@@ -6,12 +6,14 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from tl_looped.adapters.base import Adapter, HubAlias
+from tl_looped.checks import checked
 from tl_looped.errors import ConfigError, RegistryError, UnknownArchitectureError
 
 _ADAPTERS: dict[str, Adapter] = {}
 A = TypeVar("A", bound=type[Adapter])
 
 
+@checked
 def register_adapter(adapter: A) -> A:
     """Make ``from_pretrained`` know a family; usable as a class decorator.
 
@@ -31,6 +33,7 @@ def register_adapter(adapter: A) -> A:
     return adapter
 
 
+@checked
 def unregister_adapter(name: str) -> None:
     """Forget a family.
 
@@ -41,6 +44,7 @@ def unregister_adapter(name: str) -> None:
         raise RegistryError(f"no adapter named {name!r}; known: {known_adapters()}")
 
 
+@checked
 def get_adapter(name: str) -> Adapter:
     """The family of that name.
 
@@ -64,6 +68,7 @@ def all_aliases() -> dict[str, HubAlias]:
     }
 
 
+@checked
 def find_adapter(config: Mapping[str, Any], tensor_names: Collection[str]) -> Adapter:
     """The one adapter that recognises a checkpoint.
 
