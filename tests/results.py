@@ -8,8 +8,8 @@ import numpy as np
 import xarray as xr
 
 from tl_looped.experiments.store import FORMAT
-from tl_looped.experiments.summary import RunSummary, summarise
 from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.report.summary import RunSummary, summarise
 
 P, K, C, R, N = 1, 3, 2, 4, 5
 FEW = Resampling(n_resamples=200)

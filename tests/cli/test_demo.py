@@ -16,8 +16,8 @@ from tl_looped.checkpoints import BUNDLED
 from tl_looped.cli import app, main
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.spec import PromptSet
+from tl_looped.paper.section51.training import section51_config
 from tl_looped.training.demo import demo_config
-from tl_looped.training.section51 import section51_config
 
 pytestmark = pytest.mark.once
 

@@ -18,10 +18,10 @@ from conftest import VARIANTS, random_config
 from tl_looped import DataError, LoopedTransformer
 from tl_looped.experiments import sealing, store
 from tl_looped.experiments.compare import compare_runs, load_runs
-from tl_looped.experiments.findings import read_findings
 from tl_looped.experiments.jobs import Watch
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
+from tl_looped.report.findings import read_findings
 
 pytestmark = pytest.mark.once
 

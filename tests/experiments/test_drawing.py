@@ -13,7 +13,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.drawing import MOST_CSV_ROWS, draw_figures, save_figures
+from tl_looped.experiments.drawing import MOST_CSV_ROWS, save_figures
+from tl_looped.paper.drawing import draw_figures
 
 pytestmark = pytest.mark.once
 

@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 from tl_looped import Injection, LoopedTransformer, retrofit
 from tl_looped.cli import app
 from tl_looped.experiments.compare import compare_runs
-from tl_looped.experiments.figures import draw
 from tl_looped.experiments.reading import display_names
-from tl_looped.experiments.report_text import VERDICTS, row
 from tl_looped.experiments.store import RESULTS, write_dataset
-from tl_looped.experiments.summary import summarise
 from tl_looped.metrics import convergence_of_result, stream_metrics
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.labels import ignores_state
 from tl_looped.metrics.of_result import CONVERGENCE
+from tl_looped.paper.figures import draw
 from tl_looped.plots.captions import caption_of, verdict_of
+from tl_looped.report.summary import summarise
+from tl_looped.report.text import VERDICTS, row
 from tl_looped.words import called, count, differing
 
 

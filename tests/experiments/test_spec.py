@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from tl_looped import ConfigError, DataError, InputError
 from tl_looped.experiments.identity import run_hash
-from tl_looped.experiments.needs import (
+from tl_looped.experiments.prompts import choose, load_prompts
+from tl_looped.experiments.spec import EXTRAS, TEST_SENTENCE, Experiment, PromptSet
+from tl_looped.model import limits
+from tl_looped.paper.needs import (
     ELSEWHERE,
     FIGURES,
     parse_figures,
     with_needs,
 )
-from tl_looped.experiments.paper import PAPER, paper_plan, parse_models
-from tl_looped.experiments.prompts import choose, load_prompts
-from tl_looped.experiments.spec import EXTRAS, TEST_SENTENCE, Experiment, PromptSet
-from tl_looped.model import limits
+from tl_looped.paper.plan import PAPER, paper_plan, parse_models
 
 pytestmark = pytest.mark.once
 

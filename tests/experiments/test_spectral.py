@@ -23,8 +23,8 @@ from tl_looped import ConfigError, DataError, InitialState, InputError, LoopedTr
 from tl_looped.cli import app
 from tl_looped.experiments import jobs as running
 from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.snapshots import find_snapshots, over_training
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.experiments.spectral import find_snapshots, over_training
 from tl_looped.experiments.store import find_runs, read_dataset
 from tl_looped.metrics import (
     CONVERGENCE,
@@ -36,7 +36,7 @@ from tl_looped.metrics import (
     verdict_of_states,
 )
 from tl_looped.metrics.spectral import SPECTRUM, reached_state
-from tl_looped.plots.spectral import (
+from tl_looped.plots.spectral_radius import (
     agreement_points,
     radius_against_rate,
     radius_over_training,

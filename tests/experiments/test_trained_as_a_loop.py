@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from tl_looped import ConfigError, LoopedTransformer, retrofit
 from tl_looped.cli import app
-from tl_looped.experiments.figures import draw
 from tl_looped.experiments.identity import module_identity
 from tl_looped.experiments.reading import is_feedforward
-from tl_looped.experiments.report_text import row
-from tl_looped.experiments.summary import summarise
 from tl_looped.metrics import stream_metrics
 from tl_looped.metrics.labels import trained_recurrences
+from tl_looped.paper.figures import draw
 from tl_looped.plots.captions import caption_of
+from tl_looped.report.summary import summarise
+from tl_looped.report.text import row
 from tl_looped.training.recurrences import Constant, PoissonLogNormal
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import train

@@ -14,9 +14,7 @@ from torch import Tensor
 from tl_looped import ConfigError, InputError, LoopedTransformer
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.prompts import load_prompts
-from tl_looped.experiments.report_text import row
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.experiments.summary import summarise
 from tl_looped.metrics import convergence_of_result, over_cache, stream_metrics
 from tl_looped.metrics.catalogue import OUTPUTS, PER_TOKEN
 from tl_looped.metrics.convergence import Verdict
@@ -26,6 +24,8 @@ from tl_looped.metrics.spectra import matrix_entropy
 from tl_looped.metrics.states import residual_magnitude, state_distance, successive_difference
 from tl_looped.metrics.steps import step_geometry
 from tl_looped.plots.captions import caption_of
+from tl_looped.report.summary import summarise
+from tl_looped.report.text import row
 
 OF_STATES = [n for n in OUTPUTS if n.startswith(("entropy", "residual", "successive", "fixed"))]
 OF_STATES = [n for n in OF_STATES if not n.endswith("attention")] + ["step_acceleration"]

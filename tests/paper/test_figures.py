@@ -10,10 +10,10 @@ from conftest import random_config
 
 from tl_looped import LoopedTransformer, NormLayout
 from tl_looped.errors import InputError
-from tl_looped.experiments.figures import FIGURES, draw
 from tl_looped.metrics import stream_metrics
 from tl_looped.metrics.limiting import LimitingBehavior
 from tl_looped.metrics.neurons import prediction_suppression_by_layer
+from tl_looped.paper.figures import FIGURES, draw
 
 pytestmark = pytest.mark.once
 

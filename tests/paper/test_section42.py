@@ -16,7 +16,11 @@ from typer.testing import CliRunner
 from tl_looped.cli import app
 from tl_looped.cli.sections import reproduce_section42
 from tl_looped.errors import DataError, InputError
-from tl_looped.experiments.random_cells import (
+from tl_looped.experiments.sealing import opened
+from tl_looped.experiments.store import read_part, write_part
+from tl_looped.metrics import convergence_of_result, stream_metrics
+from tl_looped.metrics.of_result import CONVERGENCE
+from tl_looped.paper.section42.cells import (
     METRICS,
     Cell,
     CellSize,
@@ -26,13 +30,9 @@ from tl_looped.experiments.random_cells import (
     run_cell,
     run_condition,
 )
-from tl_looped.experiments.random_grid import run_grid
-from tl_looped.experiments.random_page import verdict_part
-from tl_looped.experiments.random_tables import grid_tables, is_zero, read_tables, shipped
-from tl_looped.experiments.sealing import opened
-from tl_looped.experiments.store import read_part, write_part
-from tl_looped.metrics import convergence_of_result, stream_metrics
-from tl_looped.metrics.of_result import CONVERGENCE
+from tl_looped.paper.section42.grid import run_grid
+from tl_looped.paper.section42.page import verdict_part
+from tl_looped.paper.section42.tables import grid_tables, is_zero, read_tables, shipped
 from tl_looped.transformer import LoopedTransformer
 
 pytestmark = pytest.mark.once
@@ -364,7 +364,7 @@ def test_the_command_names_what_is_wrong(arguments: list[str], match: str, tmp_p
 def test_a_dead_process_is_an_error_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tl_looped.experiments.random_grid._start_worker", _die)
+    monkeypatch.setattr("tl_looped.paper.section42.grid._start_worker", _die)
     with pytest.raises(DataError, match=r"a process of the grid in .* ended before"):
         run_grid(FEW, SMALL, tmp_path, 2)
     assert len(run_grid(FEW[:1], SMALL, tmp_path, 1)) == 1  # the lock is free again

@@ -17,24 +17,24 @@ from typer.testing import CliRunner
 
 from tl_looped import DataError, InputError, LoopedTransformer
 from tl_looped.cli import app
-from tl_looped.experiments.small_models import (
+from tl_looped.experiments.spec import PromptSet
+from tl_looped.experiments.store import read_dataset
+from tl_looped.metrics import mirroring_score
+from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.metrics.depth_curves import mean_curve
+from tl_looped.paper.section51.data import Section51, read_data, shipped, write_data
+from tl_looped.paper.section51.models import (
     FIGURES_OF,
     Measured,
     experiments,
     measure,
     trained_runs,
 )
-from tl_looped.experiments.small_models_data import Section51, read_data, shipped, write_data
-from tl_looped.experiments.small_models_page import draw_section51, write_section51
-from tl_looped.experiments.small_models_statistics import statistics_of, values_of
-from tl_looped.experiments.small_models_tables import tables_of
-from tl_looped.experiments.spec import PromptSet
-from tl_looped.experiments.store import read_dataset
-from tl_looped.metrics import mirroring_score
-from tl_looped.metrics.bootstrap import Resampling
-from tl_looped.metrics.depth_curves import mean_curve
+from tl_looped.paper.section51.page import draw_section51, write_section51
+from tl_looped.paper.section51.statistics import statistics_of, values_of
+from tl_looped.paper.section51.tables import tables_of
+from tl_looped.paper.section51.training import section51_config
 from tl_looped.training.corpus import train_tokenizer
-from tl_looped.training.section51 import section51_config
 
 pytestmark = pytest.mark.once
 

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tl_looped import InputError
-from tl_looped.experiments.small_models_statistics import joint_permutation_p
-from tl_looped.experiments.statistics import (
+from tl_looped.metrics import mirroring_score, paired_contrast
+from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.metrics.mirroring import permutation_p, permuted_mirroring
+from tl_looped.paper.section51.statistics import joint_permutation_p
+from tl_looped.paper.statistics import (
     Contrast,
     condition_table,
     contrast_table,
     decision,
     seed_table,
 )
-from tl_looped.metrics import mirroring_score, paired_contrast
-from tl_looped.metrics.bootstrap import Resampling
-from tl_looped.metrics.mirroring import permutation_p, permuted_mirroring
 
 NAN = math.nan
 FEW = Resampling(n_resamples=50)

@@ -23,16 +23,16 @@ from toys import identity
 
 from tl_looped import LoopedTransformer
 from tl_looped.errors import DataError, InputError
-from tl_looped.experiments import report
-from tl_looped.experiments.figures import draw
-from tl_looped.experiments.findings import read_findings
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import read_results
-from tl_looped.experiments.report import write_report
 from tl_looped.experiments.spec import PromptSet
 from tl_looped.experiments.store import FORMAT
-from tl_looped.experiments.viewing import write_view
 from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
+from tl_looped.paper.figures import draw
+from tl_looped.report import page as report
+from tl_looped.report.findings import read_findings
+from tl_looped.report.page import write_report
+from tl_looped.report.views import write_view
 from tl_looped.viz import attention_view
 
 pytestmark = pytest.mark.once

@@ -14,15 +14,15 @@ from results import FEW, C, K, N, P, R, curves, feedforward, only, result, with_
 
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.compare import cluster_rows
-from tl_looped.experiments.mirrored import MirroringTable
 from tl_looped.experiments.reading import Missing, is_feedforward
-from tl_looped.experiments.report_text import digits, model_name, value
-from tl_looped.experiments.summary import Median, Verdicts, by_model, most_telling, summarise
 from tl_looped.metrics import cyclicity_index
 from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.clusters import FEATURES
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.mirroring import mirroring_score
+from tl_looped.report.mirrored import MirroringTable
+from tl_looped.report.summary import Median, Verdicts, by_model, most_telling, summarise
+from tl_looped.report.text import digits, model_name, value
 
 
 def test_verdicts_are_counted_over_prompts() -> None:

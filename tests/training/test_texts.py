@@ -25,7 +25,8 @@ from tl_looped import (
     TokenizerError,
 )
 from tl_looped.cli import app
-from tl_looped.training import section51, texts
+from tl_looped.paper.section51 import training as section51
+from tl_looped.training import texts
 from tl_looped.training.corpus import pack, read_texts, shared_tokenizer, split, train_tokenizer
 from tl_looped.training.evaluation import loss_by_recurrences
 from tl_looped.training.losses import ExitWeighted

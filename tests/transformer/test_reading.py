@@ -37,18 +37,18 @@ from tl_looped.cli import app
 from tl_looped.experiments.compare import compare_runs, load_runs
 from tl_looped.experiments.engines import load_engine, tokenize
 from tl_looped.experiments.identity import run_hash
-from tl_looped.experiments.overlaying import draw_over
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import specification
-from tl_looped.experiments.report_text import mirroring, row
 from tl_looped.experiments.run import resolve, run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.experiments.summary import summarise
 from tl_looped.interventions import fixed_point
 from tl_looped.metrics import stream_metrics
 from tl_looped.metrics.spectral import spectrum_of_states
 from tl_looped.model.bos import adds_bos
+from tl_looped.paper.drawing import draw_over
 from tl_looped.patching import attribute_recurrences, patch_recurrences
+from tl_looped.report.summary import summarise
+from tl_looped.report.text import mirroring, row
 from tl_looped.training.corpus import pack, read_texts
 from tl_looped.viz import attention_view, heads_at, settled_tokens
 

@@ -23,7 +23,7 @@ from toys import identity, sink, uniform_causal
 from tl_looped import Injection, LoopedTransformer
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import DataError, InputError, MissingActivationError
-from tl_looped.experiments.viewing import write_view
+from tl_looped.report.views import write_view
 from tl_looped.viz import (
     attention_view,
     difference,

@@ -14,8 +14,8 @@ def demo(
     """Run the paper's experiments on the bundled model and 32 bundled word problems."""
     # Imported here: `--help` and a mistyped option answer at once.
     from tl_looped.cli.runs import carry_out
-    from tl_looped.experiments.paper import paper_plan
     from tl_looped.experiments.spec import PromptSet
+    from tl_looped.paper.plan import paper_plan
 
     # Padded, the 32 prompts are four batches: many small ones take three times as long.
     plan = paper_plan("demo", PromptSet("bundled"), None, batching="padded")

@@ -70,8 +70,8 @@ def compare(
 
 def _overlays(runs: dict[str, Any], folder: Path) -> None:
     """Figs 8 and 40 of every looped run over every feedforward run."""
-    from tl_looped.experiments.overlaying import OVER, draw_over
     from tl_looped.experiments.reading import is_feedforward
+    from tl_looped.paper.drawing import OVER, draw_over
 
     looped = [name for name in runs if not is_feedforward(runs[name])]
     others = [name for name in runs if name not in looped]
@@ -87,7 +87,7 @@ def models() -> None:
 
     from tl_looped.adapters import all_aliases
     from tl_looped.checkpoints import BUNDLED
-    from tl_looped.experiments.paper import PAPER
+    from tl_looped.paper.plan import PAPER
 
     table = Table(title="Models by short name; a folder or a hub id does as well")
     for column in ("name", "where", "recurrences", "here", "in the paper's figures"):

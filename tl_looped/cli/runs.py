@@ -21,9 +21,9 @@ from tl_looped.cli.console import (
 from tl_looped.errors import CheckpointError, DataError, InputError
 
 if TYPE_CHECKING:
-    from tl_looped.experiments.paper import Overlay, Plan
     from tl_looped.experiments.run import Run
     from tl_looped.experiments.spec import Experiment
+    from tl_looped.paper.plan import Overlay, Plan
 
 Out = Annotated[Path, typer.Option(help="Folder of runs; each gets a folder in it.")]
 Device = Annotated[
@@ -103,8 +103,8 @@ def analyze(
     batch_size: BatchSize = "auto",
 ) -> None:
     """Measure a model on prompts. What was stopped goes on; what was finished is not run again."""
-    from tl_looped.experiments.needs import parse_figures, with_needs
     from tl_looped.experiments.spec import Experiment, PromptSet
+    from tl_looped.paper.needs import parse_figures, with_needs
 
     numbers = parse_figures(figures)
     if extras is None:
@@ -135,8 +135,8 @@ def run(
     batch_size: BatchSize = "auto",
 ) -> None:
     """Run experiments that are written down as TOML."""
-    from tl_looped.experiments.needs import parse_figures, with_needs
     from tl_looped.experiments.spec import Experiment
+    from tl_looped.paper.needs import parse_figures, with_needs
 
     numbers = parse_figures(figures)
     specs = [with_needs(Experiment.read(path), numbers) for path in experiment]
@@ -213,8 +213,8 @@ def reproduce(
         else:
             reproduce_section51(runs, out, prompts, subset, device, batch_size)
         return
-    from tl_looped.experiments.paper import paper_plan, parse_models
     from tl_looped.experiments.spec import PromptSet
+    from tl_looped.paper.plan import paper_plan, parse_models
 
     plans = []
     names = parse_models(models)
@@ -322,8 +322,8 @@ def _draw(made: Run, figures: tuple[int, ...]) -> None:
     if not made.is_new:
         console.print(f"{made.folder} has its results already; nothing was run again")
     if figures:
-        from tl_looped.experiments.drawing import draw_figures
-        from tl_looped.experiments.viewing import write_views
+        from tl_looped.paper.drawing import draw_figures
+        from tl_looped.report.views import write_views
 
         data = made.load()
         draw_figures(data, figures, made.folder / "figures", command_line(), note)
@@ -337,8 +337,8 @@ def _draw(made: Run, figures: tuple[int, ...]) -> None:
 def _draw_overlay(overlay: Overlay, made: dict[Experiment, Run], out: Path) -> None:
     """Figures and tables of a looped run over a feedforward one, if both are there."""
     from tl_looped.experiments.compare import compare_runs
-    from tl_looped.experiments.overlaying import draw_over
     from tl_looped.files import make_folder
+    from tl_looped.paper.drawing import draw_over
 
     if overlay.looped not in made or overlay.feedforward not in made:
         return
@@ -354,9 +354,9 @@ def write_reports(folder: Path, feedforward: str | None = None) -> None:
     """Write the report of a folder, and print its summary table."""
     from rich.table import Table
 
-    from tl_looped.experiments.findings import read_findings
-    from tl_looped.experiments.report import write_report
     from tl_looped.experiments.store import has_checksum, unchecked
+    from tl_looped.report.findings import read_findings
+    from tl_looped.report.page import write_report
 
     found = read_findings(folder, feedforward)
     for name, data in found.data.items():

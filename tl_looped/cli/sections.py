@@ -21,7 +21,7 @@ from tl_looped.errors import InputError
 from tl_looped.words import count
 
 if TYPE_CHECKING:
-    from tl_looped.experiments.random_cells import Cell, CellSize
+    from tl_looped.paper.section42.cells import Cell, CellSize
 
 
 def reproduce_section51(
@@ -45,11 +45,11 @@ def reproduce_section51(
     Returns:
         The page.
     """
-    from tl_looped.experiments.small_models import VERDICT_RECURRENCES, measure, trained_runs
-    from tl_looped.experiments.small_models_data import write_data
-    from tl_looped.experiments.small_models_page import draw_section51, write_section51
-    from tl_looped.experiments.small_models_tables import tables_of
     from tl_looped.experiments.spec import PromptSet
+    from tl_looped.paper.section51.data import write_data
+    from tl_looped.paper.section51.models import VERDICT_RECURRENCES, measure, trained_runs
+    from tl_looped.paper.section51.page import draw_section51, write_section51
+    from tl_looped.paper.section51.tables import tables_of
 
     if runs is None:
         raise InputError(
@@ -95,10 +95,10 @@ def reproduce_section42(
     Returns:
         The page.
     """
-    from tl_looped.experiments.random_cells import CellSize, cells
-    from tl_looped.experiments.random_grid import run_grid
-    from tl_looped.experiments.random_page import draw_section42, write_section42
-    from tl_looped.experiments.random_tables import grid_tables
+    from tl_looped.paper.section42.cells import CellSize, cells
+    from tl_looped.paper.section42.grid import run_grid
+    from tl_looped.paper.section42.page import draw_section42, write_section42
+    from tl_looped.paper.section42.tables import grid_tables
 
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, got {seeds}")

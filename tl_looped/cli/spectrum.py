@@ -41,12 +41,12 @@ def spectrum(
     goes on. Of runs that have the extras convergence and spectrum, the figure is drawn at once.
     """
     from tl_looped.experiments.drawing import save_figures
-    from tl_looped.experiments.spec import PromptSet
-    from tl_looped.experiments.spectral import (
+    from tl_looped.experiments.snapshots import (
         draw_results,
         draw_training,
         snapshot_experiments,
     )
+    from tl_looped.experiments.spec import PromptSet
     from tl_looped.training.trainer import SNAPSHOTS
 
     out = folder / "spectrum" if out is None else out

@@ -180,7 +180,7 @@ def train_section51_command(
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/section51"),
 ) -> None:
     """Train the small models of Section 5.1, three seeds each (about six hours on one core)."""
-    from tl_looped.training.section51 import SPEC, run_section51
+    from tl_looped.paper.section51.training import SPEC, run_section51
     from tl_looped.training.trainer import read_log
 
     with stoppable(_STOPPED), _training_progress() as progress:

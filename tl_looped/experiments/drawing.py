@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tl_looped.errors import DataError, InputError
+from tl_looped.errors import DataError
 from tl_looped.files import make_folder, write_bytes
 
 MOST_CSV_ROWS = 20_000
@@ -77,22 +77,3 @@ def _write_numbers(table: pd.DataFrame, stem: Path) -> Path:
     except OSError as error:
         raise DataError(f"{other} is of an earlier call and cannot be removed: {error}") from error
     return written
-
-
-def draw_figures(
-    data: Any,
-    numbers: Iterable[int],
-    folder: Path,
-    command: str,
-    say: Callable[[str], None],
-) -> list[Path]:
-    """Draw and save figures of one result; what cannot be drawn of it is said, and passed over."""
-    from tl_looped.experiments.figures import draw
-
-    images = []
-    for number in numbers:
-        try:
-            images += save_figures(draw(number, data), folder, command)
-        except InputError as error:
-            say(f"figure {number}: {error}")
-    return images

@@ -1,6 +1,6 @@
 """Figures: functions from results to matplotlib figures, returned and never shown.
 
-``tl_looped.experiments.figures.draw`` makes every figure of the paper; what it is made of is here.
+``tl_looped.paper.figures.draw`` makes every figure of the paper; what it is made of is here.
 """
 
 from tl_looped.plots.colours import layer_colours, recurrence_colours

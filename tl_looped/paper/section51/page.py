@@ -9,18 +9,18 @@ import pandas as pd
 
 from tl_looped.errors import InputError
 from tl_looped.experiments.drawing import save_figures
-from tl_looped.experiments.figures import draw
-from tl_looped.experiments.section_page import PagePart, figures_in, table_of, write_page
-from tl_looped.experiments.small_models import CONTROL, FIGURES_OF, Measured
-from tl_looped.experiments.small_models_data import Section51
-from tl_looped.experiments.small_models_statistics import N_PERMUTATIONS
+from tl_looped.paper.figures import draw
+from tl_looped.paper.section51.data import Section51
+from tl_looped.paper.section51.models import CONTROL, FIGURES_OF, Measured
+from tl_looped.paper.section51.statistics import N_PERMUTATIONS
+from tl_looped.paper.section51.training import HELD_OUT_ROWS
 from tl_looped.plots.recipes import TITLES
 from tl_looped.plots.small_models import (
     loss_by_recurrences,
     steps_over_recurrences,
     training_curves,
 )
-from tl_looped.training.section51 import HELD_OUT_ROWS
+from tl_looped.report.section_page import PagePart, figures_in, table_of, write_page
 
 PAGE = "section-5.1.html"
 

@@ -1,6 +1,6 @@
 """The statistics of Section 5.1 over seeds: mirroring, stages, rates, losses, counts.
 
-Everything is computed from :class:`tl_looped.experiments.small_models_tables.SmallModels`.
+Everything is computed from :class:`tl_looped.paper.section51.tables.SmallModels`.
 
 - Mirroring: a model is compared with the control of its own seed. The score of a seed is Pearson's
   r between the curves over depth of ``[prelude, block_r, coda]`` (or the block alone) and of the
@@ -12,7 +12,7 @@ Everything is computed from :class:`tl_looped.experiments.small_models_tables.Sm
 - ``ceiling``: the same score between controls of two seeds, the mean over all pairs: how alike two
   trainings of one architecture are.
 - Stages: :func:`tl_looped.experiments.compare.cluster_rows`, averaged over recurrences.
-- Conditions and contrasts: :mod:`tl_looped.experiments.statistics`.
+- Conditions and contrasts: :mod:`tl_looped.paper.statistics`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import numpy as np
 import pandas as pd
 
 from tl_looped.experiments.compare import cluster_rows
-from tl_looped.experiments.small_models import CONTROL
-from tl_looped.experiments.small_models_tables import SmallModels
-from tl_looped.experiments.statistics import Contrast, condition_table, contrast_table
 from tl_looped.metrics import bootstrap_ci
 from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.catalogue import STAGE
 from tl_looped.metrics.depth_curves import parts_of
 from tl_looped.metrics.mirroring import PermutedScore, permutation_p, permuted_mirroring
+from tl_looped.paper.section51.models import CONTROL
+from tl_looped.paper.section51.tables import SmallModels
+from tl_looped.paper.statistics import Contrast, condition_table, contrast_table
 from tl_looped.plots.recipes import TITLES
 from tl_looped.words import count
 

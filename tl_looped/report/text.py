@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from tl_looped.experiments.mirrored import Mirroring, MirroringTable
 from tl_looped.experiments.reading import Missing
-from tl_looped.experiments.summary import (
+from tl_looped.metrics.convergence import VERDICT_WORDS, Verdict
+from tl_looped.report.mirrored import Mirroring, MirroringTable
+from tl_looped.report.summary import (
     Clusters,
     Median,
     RunSummary,
     Verdicts,
     most_telling,
 )
-from tl_looped.metrics.convergence import VERDICT_WORDS, Verdict
 from tl_looped.words import IGNORED_STATE, count, heavy_token, training
 
 NOT_COMPUTED = "not computed"

@@ -1,13 +1,13 @@
 """The report: one HTML file that says what one run, or several, found.
 
-The summary table comes first (:mod:`tl_looped.experiments.summary`), then every figure with its
+The summary table comes first (:mod:`tl_looped.report.summary`), then every figure with its
 caption, command and settings, then attention views. The file needs no network and no other file:
 images are data URIs, SVGs too, so that nothing inside them can run; a content security policy
 allows the two scripts that draw attention, and nothing else. Every text from a file is escaped.
 
 What is read, for each run: ``results.nc``; ``figures/figNN.json`` with ``figNN.svg`` or
 ``figNN.png`` (the SVG if both are there); ``views/viewNN.json`` as
-:func:`tl_looped.experiments.viewing.write_view` writes them; names in ``tables``. A folder of
+:func:`tl_looped.report.views.write_view` writes them; names in ``tables``. A folder of
 several runs may have ``figures`` and ``views`` of its own, shown as comparisons.
 
 The same files give the same report, byte for byte: it holds no date.
@@ -29,11 +29,11 @@ from markupsafe import Markup
 
 from tl_looped._version import __version__
 from tl_looped.errors import DataError
-from tl_looped.experiments import report_text
-from tl_looped.experiments.findings import Findings, read_findings
 from tl_looped.experiments.reading import specification
-from tl_looped.experiments.summary import RunSummary, mirrored_runs
 from tl_looped.files import write_text
+from tl_looped.report import text as report_text
+from tl_looped.report.findings import Findings, read_findings
+from tl_looped.report.summary import RunSummary, mirrored_runs
 from tl_looped.viz.attention import DRAW
 from tl_looped.viz.page import (
     MAX_BYTES,

@@ -9,7 +9,7 @@ Decisions, ours where arXiv 2604.11791 gives none:
   fixed point and have one: of a drift, an orbit or a run that is not there yet, the fitted slope is
   not the rate of an approach. Results without verdicts are taken as they are.
 - The cyclicity index is that of the mean similarity matrix over prompts, core layers alone.
-- Mirroring scores: see :mod:`tl_looped.experiments.mirrored`. Stage clusters are of the same pair:
+- Mirroring scores: see :mod:`tl_looped.report.mirrored`. Stage clusters are of the same pair:
   :func:`tl_looped.experiments.compare.cluster_rows`, averaged over recurrences.
 - A model with several runs has one row. Verdict, rate and half-life are those of one run, the one
   with the most recurrences that has verdicts, for what a loop does in the end shows in long runs
@@ -34,7 +34,6 @@ from jaxtyping import Float
 
 from tl_looped.errors import DataError
 from tl_looped.experiments.compare import N_STAGES, cluster_rows
-from tl_looped.experiments.mirrored import MirroringTable, mirroring_of
 from tl_looped.experiments.reading import Missing, display_names, is_feedforward
 from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.convergence import FIXED_POINTS, Verdict
@@ -43,6 +42,7 @@ from tl_looped.metrics.of_result import HeavyToken, heavy_token
 from tl_looped.metrics.states import cyclicity_index
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.plots.captions import ablated_layers
+from tl_looped.report.mirrored import MirroringTable, mirroring_of
 from tl_looped.words import count
 
 

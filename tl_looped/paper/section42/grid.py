@@ -23,14 +23,6 @@ import xarray as xr
 
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.locking import lock_folder
-from tl_looped.experiments.random_cells import (
-    METRICS,
-    Cell,
-    CellSize,
-    cell_of,
-    run_condition,
-    size_of,
-)
 from tl_looped.experiments.store import (
     ASIDE,
     PART_SUFFIX,
@@ -40,6 +32,14 @@ from tl_looped.experiments.store import (
     write_part,
 )
 from tl_looped.files import make_folder, write_text
+from tl_looped.paper.section42.cells import (
+    METRICS,
+    Cell,
+    CellSize,
+    cell_of,
+    run_condition,
+    size_of,
+)
 
 CELLS = "cells"
 _ABOUT = "grid.json"
@@ -73,7 +73,7 @@ def run_grid(
         DataError: the folder cannot be written to, or another process works in it.
     """
     if not wanted:
-        raise InputError("wanted: no cell was given, see random_cells.cells()")
+        raise InputError("wanted: no cell was given, see tl_looped.paper.section42.cells")
     if type(workers) is not int or workers < 1:
         raise InputError(f"workers must be an integer of at least 1, got {workers!r}")
     folder = make_folder(out / CELLS)

@@ -13,21 +13,21 @@ import xarray as xr
 
 from tl_looped.errors import InputError
 from tl_looped.experiments.drawing import save_figures
-from tl_looped.experiments.figures import draw
-from tl_looped.experiments.random_cells import Cell, CellSize
-from tl_looped.experiments.random_tables import INJECTIONS, GridTables, is_zero
-from tl_looped.experiments.section_page import (
+from tl_looped.files import make_folder
+from tl_looped.metrics.convergence import FIXED_POINTS, VERDICT_WORDS, Verdict
+from tl_looped.paper.figures import draw
+from tl_looped.paper.section42.cells import Cell, CellSize
+from tl_looped.paper.section42.tables import INJECTIONS, GridTables, is_zero
+from tl_looped.plots.grids import NORM_NAMES, Condition, condition_name
+from tl_looped.plots.recipes import DrawnFigure
+from tl_looped.plots.spectral_radius import radius_against_rate
+from tl_looped.report.section_page import (
     PagePart,
     PageTable,
     figures_in,
     table_of,
     write_page,
 )
-from tl_looped.files import make_folder
-from tl_looped.metrics.convergence import FIXED_POINTS, VERDICT_WORDS, Verdict
-from tl_looped.plots.grids import NORM_NAMES, Condition, condition_name
-from tl_looped.plots.recipes import DrawnFigure
-from tl_looped.plots.spectral import radius_against_rate
 
 PAGE = "section-4.2.html"
 FIGURE_OF = {4: (30,), 12: (6, 29), 16: (31,)}

@@ -12,8 +12,8 @@ import difflib
 from dataclasses import dataclass, field, replace
 
 from tl_looped.errors import InputError
-from tl_looped.experiments.needs import with_needs
 from tl_looped.experiments.spec import Experiment, PromptSet
+from tl_looped.paper.needs import with_needs
 
 SQUARE_ROOT = PromptSet("text", texts=("The square root of 16 is",))
 SENTENCE = PromptSet("sentence")

@@ -16,17 +16,17 @@ from typing import Any
 import pandas as pd
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.small_models_statistics import (
+from tl_looped.experiments.tables import read_table
+from tl_looped.files import make_folder, write_bytes, write_text
+from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.paper.section51.statistics import (
     N_PERMUTATIONS,
     Statistics,
     statistics_of,
 )
-from tl_looped.experiments.small_models_tables import SmallModels
-from tl_looped.experiments.tables import read_table
-from tl_looped.files import make_folder, write_bytes, write_text
-from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.paper.section51.tables import SmallModels
 
-SHIPPED = Path(__file__).parents[1] / "data" / "section51"
+SHIPPED = Path(__file__).parents[2] / "data" / "section51"
 MANIFEST = "manifest.json"
 FORMAT = 1
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import xarray as xr
 
 from tl_looped.errors import DataError, InputError
-from tl_looped.experiments import report_text
 from tl_looped.experiments.reading import is_feedforward, read_results
 from tl_looped.experiments.store import RESULTS, SPEC, find_runs
-from tl_looped.experiments.summary import RunSummary, by_model, summarise
 from tl_looped.files import is_folder
+from tl_looped.report import text as report_text
+from tl_looped.report.summary import RunSummary, by_model, summarise
 from tl_looped.words import called
 
 

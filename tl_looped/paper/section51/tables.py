@@ -1,7 +1,7 @@
 """Everything that was measured of the small models, as four tables and a record.
 
 The tables stand for the results files: the statistics and the figures of
-:mod:`tl_looped.experiments.small_models_statistics` are made of them alone, so that they can be
+:mod:`tl_looped.paper.section51.statistics` are made of them alone, so that they can be
 made again from the data that the package ships.
 
 - ``curves``: ``configuration, seed`` and the columns of every run's ``log.csv``.
@@ -25,9 +25,9 @@ from safetensors import safe_open
 
 from tl_looped.errors import InputError
 from tl_looped.experiments.joining import versions
-from tl_looped.experiments.small_models import CONTROL, Measured
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.depth_curves import mean_curve
+from tl_looped.paper.section51.models import CONTROL, Measured
 from tl_looped.words import count
 
 PLACES = ("effective_layer", "label", "stage", "in_recurrence", "layer_in_stage")

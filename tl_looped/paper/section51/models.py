@@ -1,9 +1,9 @@
 """The small models of Section 5.1 of the paper (arXiv 2604.11791), measured.
 
-:mod:`tl_looped.training.section51` trains them. Here every finished training run becomes a few
-experiments on its final model: at the trained recurrences for the stage metrics of Figures 10 and
-54 to 62, and at more of them for verdicts and rates, each confirmed by a run of twice as many. What
-was run before is not run again. Models that are not trained are listed and passed over.
+:mod:`tl_looped.paper.section51.training` trains them. Here every finished training run becomes a
+few experiments on its final model: at the trained recurrences for the stage metrics of Figures 10
+and 54 to 62, and at more of them for verdicts and rates, each confirmed by a run of twice as many.
+What was run before is not run again. Models that are not trained are listed and passed over.
 
 Decisions, ours. Prompts are padded to a batch, under a mask, so that the same ones serve all
 models. The control is a core of twelve layers that runs once: it has stage metrics and no verdict.
@@ -27,7 +27,7 @@ from tl_looped.experiments.jobs import Watch
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics.of_result import CONVERGENCE
-from tl_looped.training.section51 import CONFIGURATIONS, SEEDS
+from tl_looped.paper.section51.training import CONFIGURATIONS, SEEDS
 from tl_looped.words import count
 
 CONTROL = "feedforward"
@@ -46,7 +46,7 @@ class Trained:
     """A finished training run.
 
     Args:
-        configuration: A key of :data:`tl_looped.training.section51.CONFIGURATIONS`.
+        configuration: A key of :data:`tl_looped.paper.section51.training.CONFIGURATIONS`.
         seed: Of the weights.
         folder: Of the run.
         record: Its ``run.json``: ``spec``, ``model``, digests of the rows.

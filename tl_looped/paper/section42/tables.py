@@ -4,7 +4,7 @@ A condition is an initialisation, a number of layers, a norm layout and whether 
 injected; its models differ by their seed. Numbers a seed: whether the loop has a fixed point (0 or
 1), and the rate at which its steps shrink, a fit over all steps above the noise floor (near 1 for a
 drift or an orbit). Contrasts pair models of one seed, which share the input and as many weights as
-they can (see ``random_cells``), and average over the numbers of layers where those are not what is
+they can (see ``cells``), and average over the numbers of layers where those are not what is
 compared.
 """
 
@@ -23,14 +23,14 @@ import xarray as xr
 
 from tl_looped.errors import DataError
 from tl_looped.experiments.joining import versions
-from tl_looped.experiments.random_cells import INITS, LAYERS, NORMS, Cell, size_of
-from tl_looped.experiments.statistics import Contrast, condition_table, contrast_table
 from tl_looped.experiments.tables import read_table
 from tl_looped.files import make_folder, write_text
 from tl_looped.metrics import by_recurrence
 from tl_looped.metrics.bootstrap import Resampling
+from tl_looped.paper.section42.cells import INITS, LAYERS, NORMS, Cell, size_of
+from tl_looped.paper.statistics import Contrast, condition_table, contrast_table
 
-SHIPPED = Path(__file__).parents[1] / "data" / "section42"
+SHIPPED = Path(__file__).parents[2] / "data" / "section42"
 MANIFEST = "manifest.json"
 FORMAT = 1
 TABLES = ("cells", "conditions", "verdicts", "contrasts")
@@ -62,10 +62,10 @@ class GridTables:
             ``norm`` growth over the second half (``growth``), ``lowest_layer_cosine``, the spectral
             numbers.
         conditions: A row a condition and quantity, with intervals; see
-            :func:`tl_looped.experiments.statistics.condition_table`.
+            :func:`tl_looped.paper.statistics.condition_table`.
         verdicts: A row a condition: how many of its seeds have each verdict.
         contrasts: Paired contrasts; see
-            :func:`tl_looped.experiments.statistics.contrast_table`. ``layers`` are those that were
+            :func:`tl_looped.paper.statistics.contrast_table`. ``layers`` are those that were
             averaged over, ``"4 12 16"``.
         about: Sizes of the models, resampling, and the versions that made the tables.
     """

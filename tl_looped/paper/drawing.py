@@ -1,20 +1,38 @@
-"""Figures and tables of two runs: a looped one over a feedforward one (Figures 8 and 40)."""
+"""Figures of the paper on disk: of one run, or of a looped one over a feedforward one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 
 from tl_looped.errors import InputError
 from tl_looped.experiments.drawing import save_figures
-from tl_looped.experiments.figures import draw
 from tl_looped.experiments.reading import bos_apart, same_prompts
+from tl_looped.paper.figures import draw
 
 OVER = (8, 40)
 """Figures of a looped run over a feedforward one."""
+
+
+def draw_figures(
+    data: Any,
+    numbers: Iterable[int],
+    folder: Path,
+    command: str,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """Draw and save figures of one result; what cannot be drawn of it is said, and passed over."""
+    images = []
+    for number in numbers:
+        try:
+            images += save_figures(draw(number, data), folder, command)
+        except InputError as error:
+            say(f"figure {number}: {error}")
+    return images
 
 
 def draw_over(

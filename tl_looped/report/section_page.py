@@ -1,7 +1,7 @@
 """A page of a section of the paper: paragraphs, tables and figures, in the style of the report.
 
 The page is one HTML file that needs no network and no other file, as the report
-(:mod:`tl_looped.experiments.report`): images are data URIs, every text is escaped, there is no
+(:mod:`tl_looped.report.page`): images are data URIs, every text is escaped, there is no
 script. The same content gives the same page, byte for byte.
 """
 
@@ -16,9 +16,9 @@ import pandas as pd
 
 from tl_looped._version import __version__
 from tl_looped.errors import InputError
-from tl_looped.experiments.report import Exhibit, exhibits, pages
-from tl_looped.experiments.report_text import digits
 from tl_looped.files import write_text
+from tl_looped.report.page import Exhibit, exhibits, pages
+from tl_looped.report.text import digits
 from tl_looped.viz.page import content_policy
 
 
@@ -52,7 +52,7 @@ class PagePart:
         tables: In order.
         findings: Sentences, as a list.
         more: Further sentences, behind a fold.
-        figures: Of :func:`tl_looped.experiments.report.exhibits`.
+        figures: Of :func:`tl_looped.report.page.exhibits`.
     """
 
     anchor: str

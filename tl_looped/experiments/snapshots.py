@@ -26,7 +26,7 @@ from tl_looped.metrics import CONVERGENCE
 from tl_looped.metrics.spectral import SPECTRUM
 from tl_looped.plots.captions import caption_of
 from tl_looped.plots.recipes import DrawnFigure
-from tl_looped.plots.spectral import radius_against_rate, radius_over_training
+from tl_looped.plots.spectral_radius import radius_against_rate, radius_over_training
 from tl_looped.plots.summaries import name_of, shape_of
 from tl_looped.training.trainer import SNAPSHOTS, read_log
 from tl_looped.words import count

@@ -1,0 +1,1 @@
+"""Section 5.1: small models trained for it."""

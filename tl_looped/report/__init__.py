@@ -1,0 +1,1 @@
+"""The report: numbers of runs in words, and the pages that show them."""
