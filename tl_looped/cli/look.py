@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.table import Table
 from tl_looped.cli.console import command_line, console, note
 from tl_looped.errors import InputError
 from tl_looped.words import count, differing, training
+
+if TYPE_CHECKING:
+    from tl_looped.transformer import LoopedTransformer
 
 _DTYPES = {"float32": 4, "bfloat16": 2}
 
@@ -142,7 +145,7 @@ def info(
     console.print(table)
 
 
-def _ends(model: Any) -> list[str]:
+def _ends(model: LoopedTransformer) -> list[str]:
     """A line on the tokens that end a generated text; none without a tokenizer."""
     if model.tokenizer is None:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tl_looped.interventions.layers import write_nothing
 from tl_looped.interventions.selection import Recurrences, among, members, one_member
 from tl_looped.metrics.inputs import at_least_fp32
 from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Edit, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
@@ -67,7 +68,7 @@ class _AblateUnits(Intervention):
         """Which row of the reference a row gets depends on the row."""
         return self.by == "resample"
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Overwrite the units."""
         loop, n, changes = model.loop, getattr(model.cfg, self._n_units), Changes()
         for layer, wanted in self.units.items():
@@ -174,7 +175,7 @@ class AblateMassiveActivations(Intervention):
 
     layer: int = 1
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Zero ``hook_mlp_out``."""
         i = one_member(self.layer, model.loop.n_layers, "effective layer", self)
         return Changes(edits=[(f"blocks.{i}.hook_mlp_out", write_nothing)])

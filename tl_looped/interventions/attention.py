@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, among, frozen_after, members
 from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
@@ -37,7 +37,7 @@ class FreezeAttention(Intervention):
     layers: Recurrences = None
     heads: Recurrences = None
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Read the patterns of r, write them into all later recurrences."""
         loop, cfg = model.loop, model.cfg
         last = frozen_after(self.recurrence, loop.R, self)

@@ -19,6 +19,7 @@ from tl_looped.interventions.selection import (
 from tl_looped.metrics.convergence import default_eps
 from tl_looped.metrics.states import state_distance
 from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 from tl_looped.words import count
@@ -51,7 +52,11 @@ class FixedPoint:
 
 
 def fixed_point(
-    model: Any, input: Any, n_recurrences: int = 128, tolerance: float | None = None, **kwargs: Any
+    model: LoopedTransformer,
+    input: Any,
+    n_recurrences: int = 128,
+    tolerance: float | None = None,
+    **kwargs: Any,
 ) -> FixedPoint:
     """Run a prompt until its loop stands still.
 
@@ -121,7 +126,7 @@ class FreezeLoop(Intervention):
         """With ``at``: its rows are those of the batch."""
         return self.at is not None
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Write the kept states into every later recurrence."""
         loop = model.loop
         changes, held = Changes(), self._held()

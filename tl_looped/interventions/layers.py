@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.config import NormLayout
 from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
@@ -32,7 +32,7 @@ class SkipLayers(Intervention):
     layers: Recurrences
     recurrences: Recurrences = None
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Zero writes; behind norms on the stream, the stream itself."""
         changes, entered = Changes(), dict[tuple[int | None, int | None], Tensor]()
 
@@ -80,7 +80,7 @@ class ReorderLayers(Intervention):
     order: Sequence[int]
     recurrences: Recurrences = None
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Every block borrows another layer's weights."""
         loop = model.loop
         if not isinstance(self.order, Sequence) or len(self.order) != loop.k:
@@ -110,7 +110,7 @@ class SwapLayers(Intervention):
     second: int
     recurrences: Recurrences = None
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """As :class:`ReorderLayers` with the two exchanged."""
         k = model.loop.k
         a, b = (one_member(i, k, "core layer", self) for i in (self.first, self.second))

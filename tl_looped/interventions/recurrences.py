@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
@@ -31,7 +31,7 @@ class SkipRecurrences(Intervention):
 
     recurrences: Recurrences
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """The state that enters is the one that leaves."""
         changes, entered = Changes(), dict[int, Tensor]()
 
@@ -76,7 +76,7 @@ class RepeatRecurrence(Intervention):
         if type(self.times) is not int or self.times < 1:
             raise InputError(f"times must be an integer of at least 1, got {self.times!r}")
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """More passes at the end of the recurrence."""
         if run.context.kv is not None:
             raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +16,7 @@ from tl_looped.metrics.inputs import at_least_fp32
 from tl_looped.model.config import InitialState, Injection
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.model.initial_state import draw_initial_state, refuse_zeros_for_the_prompt
+from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
@@ -55,7 +55,7 @@ class ReplaceInitialState(Intervention):
         shown = tuple(self.state.shape) if isinstance(self.state, Tensor) else self.state
         return f"ReplaceInitialState({shown!r})"
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Set the run's initial state, or its seed."""
         cfg, shape = model.cfg, (*run.context.positions.shape, model.cfg.d_model)
         if run.initial_state is not None:
@@ -114,7 +114,7 @@ class AddNoise(Intervention):
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Add the noise at ``hook_state_in``."""
 
         def disturb(x: Tensor, hook: LoopedHookPoint) -> Tensor:
@@ -157,7 +157,7 @@ class SwapStates(Intervention):
         """It is about rows."""
         return True
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Exchange rows at ``hook_state_in``."""
         if run.context.positions.shape[0] > 1:  # one row of them serves rows of equal length
             raise InputError(f"{self}: the rows have padding; give prompts of equal length")
@@ -196,7 +196,7 @@ class ScaleInjection(Intervention):
         if not isinstance(self.factor, (int, float)) or not math.isfinite(self.factor):
             raise InputError(f"factor must be finite, got {self.factor!r}")
 
-    def changes(self, model: Any, run: LoopRun) -> Changes:
+    def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Set the run's factors."""
         if model.cfg.injection is Injection.NONE:
             raise InputError(f"{self}: {model.cfg.model_name} has no injection to scale")

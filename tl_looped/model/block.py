@@ -13,6 +13,9 @@ output, ``hook_resid_mid_sum = resid_pre + attn_out``, ``hook_resid_mid = ln_mid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -204,6 +207,15 @@ class Block(QuickModule):
         if self._pre:
             q_in, k_in, v_in = (self.ln1(x) for x in (q_in, k_in, v_in))
         return self.attn.forward_split(q_in, k_in, v_in, run)
+
+
+class BlockList(nn.ModuleList):
+    """Effective layers, in order."""
+
+    if TYPE_CHECKING:  # else they would be modules of any kind
+
+        def __getitem__(self, i: int) -> Block: ...  # type: ignore[override]
+        def __iter__(self) -> Iterator[Block]: ...
 
 
 def _per_head(

@@ -106,6 +106,8 @@ class LoopedHookPoint(Arming, HookPoint):
         watch: Where the model says whether the edits of the present run are noted.
     """
 
+    pos_dim: int
+
     def __init__(self, pos_dim: int = -2) -> None:
         super().__init__()
         self.pos_dim = pos_dim
@@ -262,7 +264,6 @@ class CacheWriter:
         if self.remove_batch_dim and kept.shape[0] == 1:
             kept = kept[0]
         assert hook.name is not None
-        assert hook.pos_dim is not None
         if self.positions.mode != "identity":
             kept = self.positions.apply(kept, dim=hook.pos_dim)
         if kept.untyped_storage().nbytes() > kept.nbytes:

@@ -31,10 +31,11 @@ from tl_looped.patching.grid import (
     labelled,
     make_grid,
 )
+from tl_looped.transformer import LoopedTransformer
 
 
 def attribute_recurrences(
-    model: Any,
+    model: LoopedTransformer,
     corrupted_tokens: Any,
     clean_cache: LoopedActivationCache,
     patching_metric: Metric,
@@ -101,7 +102,7 @@ def attribute_recurrences(
 
 
 def _gradients(
-    model: Any,
+    model: LoopedTransformer,
     tokens: Int[Tensor, "batch pos"],
     metric: Metric,
     names: list[str],

@@ -33,11 +33,12 @@ from tl_looped.patching.grid import (
     labelled,
     make_grid,
 )
+from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Edit
 
 
 def patch_recurrences(
-    model: Any,
+    model: LoopedTransformer,
     corrupted_tokens: Any,
     clean_cache: LoopedActivationCache,
     patching_metric: Metric,
@@ -118,7 +119,9 @@ def patch_recurrences(
         return labelled(grid, clean_cache, patched - corrupted.value, clean, corrupted, record)
 
 
-def as_tokens(model: Any, prompts: Any, run: dict[str, Any]) -> Int[Tensor, "batch pos"]:
+def as_tokens(
+    model: LoopedTransformer, prompts: Any, run: dict[str, Any]
+) -> Int[Tensor, "batch pos"]:
     """The tokens of prompts; puts the mask of their padding into ``run``, and checks the rest.
 
     Raises:
@@ -136,7 +139,7 @@ def as_tokens(model: Any, prompts: Any, run: dict[str, Any]) -> Int[Tensor, "bat
     return tokens
 
 
-def run_record(model: Any, run: dict[str, Any]) -> dict[str, Any]:
+def run_record(model: LoopedTransformer, run: dict[str, Any]) -> dict[str, Any]:
     """Attributes of the corrupted run, its seed among them."""
     if run.get("initial_state") is not None:
         return run_attributes(model, model.loop) | {"initial_state": "given"}
@@ -147,7 +150,7 @@ def run_record(model: Any, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_cells(
-    model: Any,
+    model: LoopedTransformer,
     tokens: Int[Tensor, "batch pos"],
     cache: LoopedActivationCache,
     grid: Grid,

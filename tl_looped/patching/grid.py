@@ -23,6 +23,7 @@ from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM
+from tl_looped.transformer import LoopedTransformer
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
 """Logits of the prompts to one number, as in TransformerLens's patching."""
@@ -76,7 +77,7 @@ class Grid:
         found = cache[place_name(self.activation, r, layer, self.layer_type)]
         return found if cache.has_batch_dim else found[None]
 
-    def target(self, model: Any, r: int, layer: int | None) -> str:
+    def target(self, model: LoopedTransformer, r: int, layer: int | None) -> str:
         """Canonical name of the hook that is overwritten."""
         return str(model.hook_name(place_name(self.activation, r, layer, self.layer_type)))
 
@@ -92,7 +93,7 @@ class Grid:
 
 
 def make_grid(
-    model: Any,
+    model: LoopedTransformer,
     cache: LoopedActivationCache,
     shape: tuple[int, ...],
     activation: str,
@@ -166,7 +167,7 @@ def make_grid(
 _KEYS = ("hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input")
 
 
-def is_loop_activation(model: Any, activation: str) -> bool:
+def is_loop_activation(model: LoopedTransformer, activation: str) -> bool:
     """Whether a name belongs to the loop (``state_out``), not to blocks."""
     return place_name(activation, 0, None, None) in dict.keys(model.hook_dict)
 
@@ -290,7 +291,7 @@ def _pair(layer: Any, k: int) -> tuple[int, int]:
     return source, target
 
 
-def _axes(model: Any, name: str) -> Axes:
+def _axes(model: LoopedTransformer, name: str) -> Axes:
     if name.endswith(_PATTERNS):
         return Axes(-2, -3)
     pos = model.hook_dict[name].pos_dim

@@ -19,7 +19,7 @@ from torch import nn
 from tl_looped._compat import HookedRootModule, Module
 from tl_looped.cache import RunRecord
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
-from tl_looped.model.block import GATED_HOOKS, Block, BlockWeights
+from tl_looped.model.block import GATED_HOOKS, Block, BlockList, BlockWeights
 from tl_looped.model.config import Injection, LoopedConfig
 from tl_looped.model.edits import Watch
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
@@ -289,10 +289,10 @@ class BlockPool(HookedRootModule):
                 settle(hooks, self.training)
                 self._recurrence_pool.append(hooks)
             blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
-        recurrences = self._recurrence_pool[: loop.R]
-        for name, modules in (("blocks", blocks), ("recurrence", recurrences)):
-            self._modules[name] = members = nn.ModuleList(modules)
-            members.training = self.training  # its members have the right mode already
+        self._modules["blocks"] = BlockList(blocks)
+        self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
+        for name in ("blocks", "recurrence"):  # their members have the right mode already
+            self._modules[name].training = self.training  # type: ignore[union-attr]
         self._name_hooks(blocks)
 
     def _name_hooks(self, blocks: list[Block]) -> None:

@@ -14,11 +14,11 @@ from typing import cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_looped._compat import FactoredMatrix
 from tl_looped.errors import InputError
-from tl_looped.model.block import FOLDED, Block
+from tl_looped.model.block import FOLDED, Block, BlockList
 from tl_looped.model.devices import beside
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.norms import HookedRMSNorm
@@ -35,9 +35,9 @@ class WeightsMixin(CachingMixin):
     """Largest stack of weights over effective layers, in bytes."""
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> BlockList:
         """The effective layers, in order."""
-        return cast(nn.ModuleList, self._modules["blocks"])
+        return cast(BlockList, self._modules["blocks"])
 
     @property
     def ln_final(self) -> HookedRMSNorm:
@@ -237,8 +237,7 @@ class WeightsMixin(CachingMixin):
         for i in range(self.loop.n_layers):
             unique = self.unique_layer(i)
             if unique not in by_unique:
-                block = cast(Block, self.blocks[i])
-                by_unique[unique] = _block_parameters(block)
+                by_unique[unique] = _block_parameters(self.blocks[i])
             out |= {f"blocks.{i}.{name}": value for name, value in by_unique[unique].items()}
         if not self.ln_final.folded:
             out["ln_final.w"] = self.ln_final.w
