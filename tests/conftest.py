@@ -1,4 +1,20 @@
-"""Fixtures: the five golden cases, and small random models of every kind."""
+"""Fixtures: the five golden cases, and small random models of every kind.
+
+The tree follows the house: a room of the package has its tests in the folder of the same name, and
+what belongs to no room (README, docs, notebooks, files) is in ``package``. Names of test files are
+unique across the folders. Modules beside this one are helpers, imported by their names.
+
+Three lanes read two marks:
+
+* ``make test``, some minutes: every promise with one family or layout of blocks, the first that its
+  test names. What is marked ``every_family`` (golden parity, what adapters read) runs with all.
+  Annotations are not checked at run time.
+* ``make test-all``: everything, and every call's arguments and results against the annotations.
+  ``full`` marks what it alone has: trainings, processes, notebooks, pages, whole experiments.
+* ``make test-lanes``: the sums of floats on other kernels, without what is marked ``once``.
+
+``pytest tests/model`` and the like run as in ``make test-all``.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +53,24 @@ if os.environ.get("TL_LOOPED_MKLDNN") == "off":
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("huginn", "retrofit_llama", "retrofit_tinyllama", "retrofit_olmo", "ouro")
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def family_of(item: pytest.Item) -> str | None:
+    """The golden case or layout that a test runs with."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return next((x for x in values if isinstance(x, str) and (x in CASES or x in VARIANTS)), None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All families of a promise but the first are ``full``."""
+    first: dict[Any, str] = {}
+    for item in items:
+        family = family_of(item)
+        if family is None or item.get_closest_marker("every_family"):
+            continue
+        if family != first.setdefault(item.function, family):
+            item.add_marker(pytest.mark.full)
 
 
 @dataclass(frozen=True)
@@ -129,8 +163,20 @@ def exact_config(**changes: Any) -> LoopedConfig:
     return random_config(**({"dtype": torch.float64} | changes))
 
 
-# One model of every norm layout, with and without injection, grouped heads, gate, loop norm.
+# One model of every norm layout, with and without injection, grouped heads, gate, loop norm. The
+# first, with the most parts, is that of `make test`.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "residual-injection": {
+        "norm_layout": NormLayout.RESIDUAL,
+        "injection": Injection.LINEAR,
+        "initial_state": InitialState.RANDOM,
+        "initial_state_std": 0.5,
+        "pre_coda_norm": True,
+        "qk_bias": True,
+        "rotary_style": RotaryStyle.INTERLEAVED,
+        "rotary_in_fp32": True,
+        "tie_embeddings": True,
+    },
     "pre": {},
     "pre-injection": {
         "injection": Injection.LINEAR,
@@ -144,17 +190,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "exit_gate": True,
         "n_prelude": 0,
         "n_coda": 0,
-    },
-    "residual-injection": {
-        "norm_layout": NormLayout.RESIDUAL,
-        "injection": Injection.LINEAR,
-        "initial_state": InitialState.RANDOM,
-        "initial_state_std": 0.5,
-        "pre_coda_norm": True,
-        "qk_bias": True,
-        "rotary_style": RotaryStyle.INTERLEAVED,
-        "rotary_in_fp32": True,
-        "tie_embeddings": True,
     },
 }
 

@@ -24,6 +24,8 @@ from tl_looped import (
 )
 from tl_looped.adapters import HuginnAdapter, find_adapter
 
+pytestmark = pytest.mark.every_family
+
 LLAMA3 = {
     "factor": 32.0,
     "high_freq_factor": 4.0,

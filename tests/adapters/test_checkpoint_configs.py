@@ -21,6 +21,8 @@ from tl_looped.adapters import get_adapter
 from tl_looped.bridge.feedforward import load_feedforward
 from tl_looped.model.rotary import inverse_frequencies
 
+pytestmark = pytest.mark.every_family
+
 GONE = ("rope_theta", "rope_scaling", "rope_base")
 LLAMA3 = raw_config("retrofit_llama")["rope_scaling"]
 THETA = {"huginn": "rope_base"}

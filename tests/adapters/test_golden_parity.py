@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tl_looped import LoopedActivationCache, LoopedTransformer
 
+pytestmark = pytest.mark.every_family
+
 
 @pytest.fixture
 def cached(golden: Golden, golden_model: LoopedTransformer) -> tuple[Tensor, LoopedActivationCache]:

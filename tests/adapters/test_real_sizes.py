@@ -21,6 +21,8 @@ from tl_looped import (
 from tl_looped.adapters import Adapter
 from tl_looped.model.parameters import parameter_names
 
+pytestmark = pytest.mark.every_family
+
 Shapes = dict[str, tuple[int, ...]]
 
 
