@@ -395,7 +395,7 @@ def interventions_on(model: LoopedTransformer, tokens: Tensor) -> dict[str, Any]
     every = {
         "AblateHeads": iv.AblateHeads({0: [1]}, 1),
         "AblateNeurons": iv.AblateNeurons({1: [3, 4]}),
-        "AblateMassiveActivations": iv.AblateMassiveActivations(1),
+        "AblateMLP": iv.AblateMLP(1),
         "FreezeAttention": iv.FreezeAttention(0),
         "ReplaceInitialState": iv.ReplaceInitialState(state),
         "SkipLayers": iv.SkipLayers(1, 1),
@@ -415,7 +415,7 @@ def interventions_on(model: LoopedTransformer, tokens: Tensor) -> dict[str, Any]
 CARRIED = (
     "AblateHeads",
     "AblateNeurons",
-    "AblateMassiveActivations",
+    "AblateMLP",
     "FreezeAttention",
     "ReplaceInitialState",
 )
@@ -437,7 +437,7 @@ def test_interventions_are_carried_or_refused(
         assert cache.edits.interventions == (repr(change),)
         whole = name in CARRIED or (name in ONLY_WHOLE and kind != "residual-injection")
         # Zeros in place of a layer's output are not what its heads or neurons add up to.
-        parts = name in CARRIED and name != "AblateMassiveActivations"
+        parts = name in CARRIED and name != "AblateMLP"
         for passes, call in (
             (whole, LoopedActivationCache.decompose_resid),
             (parts, LoopedActivationCache.get_full_resid_decomposition),

@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from closeness import rounding_bound
 
-from tl_looped import ConfigError, InputError, LoopedTransformer
+from tl_looped import ConfigError, InputError, LayerIndexError, LoopedTransformer
 from tl_looped.experiments import engines
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
@@ -87,7 +87,7 @@ def test_names_that_are_no_layer(name: str) -> None:
 
 
 def test_layers_that_are_not_there(demo, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is no core\.4; demo has 2 prelude layers, 4 core"):
+    with pytest.raises(LayerIndexError, match=r"core layer 4 is out of range: the run has 0\.\.3"):
         run(replace(SPEC, ablate_mlp=("core.4",)), tmp_path)
 
 

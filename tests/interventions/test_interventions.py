@@ -459,11 +459,30 @@ def test_neurons_are_zeroed(llama: Case) -> None:
     llama.same(llama.logits(some), hand.run(llama.state, step))
 
 
+def test_an_mlp_writes_nothing_in_chosen_recurrences(llama: Case) -> None:
+    hand = llama.hand
+
+    def step(r: int, x: Tensor, e: Tensor) -> Tensor:
+        x = hand.inject(x, e)
+        for i, layer in enumerate(hand.core):
+            pattern, values = hand.pieces(x, layer)
+            x = hand.after_attention(x, layer, torch.einsum("bhqk,bkhd->bqhd", pattern, values))
+            neurons = hand.neurons(x, layer)
+            if i == 2 and r >= 3:
+                neurons[:] = 0.0
+            x = hand.after_mlp(x, layer, neurons)
+        return x
+
+    wanted = hand.run(llama.state, step)
+    llama.same(llama.logits(iv.AblateMLP(2, slice(3, None))), wanted)
+    llama.same(llama.logits(iv.AblateMLP("core.2", [3, 4])), wanted)
+
+
 def test_the_massive_activations_layer_writes_attention_only() -> None:
     golden = load_golden("retrofit_llama")
     model = golden.load()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with model.intervening(iv.AblateMassiveActivations()):
+    with model.intervening(iv.AblateMLP("prelude.1")):
         logits, cache = model.run_with_cache(golden.tokens, **golden.run)
     attended = cache["resid_pre", 1] + cache["attn_out", 1]
     assert torch.equal(cache["prelude.1.hook_resid_post"], attended)
@@ -486,7 +505,7 @@ EVERY: list[iv.Intervention] = [
     iv.ScaleInjection(0.5),
     iv.AblateHeads({1: 0}),
     iv.AblateNeurons({1: [3]}),
-    iv.AblateMassiveActivations(),
+    iv.AblateMLP("prelude.0"),
 ]
 
 
@@ -622,7 +641,10 @@ REFUSED: list[tuple[Callable[[], iv.Intervention], type[Any], str]] = [
     (lambda: iv.AblateHeads({1: 4}), LayerIndexError, "head 4"),
     (lambda: iv.AblateHeads({1: 0}, by="mean"), InputError, "reference"),
     (lambda: iv.AblateNeurons({1: 10_000}), LayerIndexError, "neuron 10000"),
-    (lambda: iv.AblateMassiveActivations(99), LayerIndexError, "effective layer 99"),
+    (lambda: iv.AblateMLP(99), LayerIndexError, "core layer 99"),
+    (lambda: iv.AblateMLP("coda.99"), LayerIndexError, "coda layer 99"),
+    (lambda: iv.AblateMLP("blocks.1"), InputError, "prelude.1"),
+    (lambda: iv.AblateMLP("prelude.0", 1), InputError, "leave recurrences out"),
 ]
 
 

@@ -287,7 +287,7 @@ def test_tables_of_a_grid_by_hand() -> None:
     # A rate stands beside a fixed point, and beside nothing else.
     (table,) = verdict_part(tables).tables
     assert {row[2]: (row[3], row[4]) for row in table.rows} == {
-        "yes": ("fixed point 2", "0.600"), "no": ("none 2", "–"),
+        "yes": ("fixed point 2", "0.600"), "no": ("not converged 2", "–"),
     }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from tl_looped.experiments.sources import Source
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.stacking import Stacked, layer_hook
 from tl_looped.files import is_folder
+from tl_looped.interventions import AblateMLP
 from tl_looped.metrics import (
     CONVERGENCE,
     StreamOptions,
@@ -182,35 +183,18 @@ class LoopedEngine(Engine):
     def __init__(self, model: LoopedTransformer, spec: Experiment) -> None:
         self.model, self.spec = model, spec
         self.metrics = wanted_metrics(spec)
-        self._check_ablation()
+        self._ablations = [AblateMLP(name) for name in spec.ablate_mlp]
+        for ablation in self._ablations:
+            ablation.place(model)  # before anything runs
         if "spectrum" in spec.extras:
-            check_silent(model)  # before anything runs
-
-    def _check_ablation(self) -> None:
-        sizes = {"prelude": self.model.loop.p, "core": self.model.loop.k, "coda": self.model.loop.c}
-        for name in self.spec.ablate_mlp:
-            stage, layer = name.split(".")
-            if int(layer) >= sizes[stage]:
-                raise InputError(
-                    f"ablate_mlp: there is no {name}; {self.spec.model} has "
-                    + ", ".join(f"{n} {which} layers" for which, n in sizes.items())
-                )
+            check_silent(model)  # likewise
 
     @contextmanager
     def _running(self, n_recurrences: int | None) -> Iterator[None]:
         """The model with so many recurrences, and the ablations of the experiment."""
-        # Hooks at all recurrences that any run of the experiment has, the reference's included.
-        most = max(n_recurrences or self.model.loop.R, self.spec.reference_recurrences or 0)
-        hooks = []
-        for name in self.spec.ablate_mlp:
-            stage, layer = name.split(".")
-            places = [f"recurrence.{r}.blocks.{layer}" for r in range(most)]
-            for place in places if stage == "core" else [name]:
-                hooks.append((f"{place}.hook_mlp_out", _zeros))
         with (
             self.model.turn,
-            self.model.recurrences(most),
-            self.model.hooks(fwd_hooks=hooks),
+            self.model.intervening(*self._ablations),
             self.model.recurrences(n_recurrences),
         ):
             yield
@@ -442,7 +426,3 @@ class FeedforwardEngine(Engine):
     def neurons(self) -> xr.Dataset:
         """See :class:`Engine`."""
         return neuron_fractions(prediction_suppression_feedforward(self.model))
-
-
-def _zeros(value: Tensor, hook: Any) -> Tensor:
-    return torch.zeros_like(value)

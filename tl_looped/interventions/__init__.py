@@ -22,7 +22,7 @@ raises, as it does for hooks. Lenses run nothing of the loop and know no interve
 
 from tl_looped.interventions.ablation import (
     AblateHeads,
-    AblateMassiveActivations,
+    AblateMLP,
     AblateNeurons,
 )
 from tl_looped.interventions.attention import FreezeAttention
@@ -40,7 +40,7 @@ from tl_looped.transformer.intervening import Changes, Edit, Intervention
 
 __all__ = [
     "AblateHeads",
-    "AblateMassiveActivations",
+    "AblateMLP",
     "AblateNeurons",
     "AddNoise",
     "Changes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
@@ -20,22 +21,27 @@ from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Edit, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
+_LAYER = re.compile(r"(prelude|core|coda)\.(\d+)")
 By: TypeAlias = Literal["zero", "mean", "resample"]
 
 
-@dataclass(frozen=True, eq=False)
-class _AblateUnits(Intervention):
-    """Units, the last axis but what belongs to each, of one activation of core layers."""
+class _Ablation(Intervention):
+    """Parts, the last axis but what belongs to each, of one activation of core layers."""
 
-    units: Mapping[int, Recurrences]
-    recurrences: Recurrences = None
-    by: By = "zero"
-    reference: LoopedActivationCache | None = None
-    seed: int = 0
+    recurrences: Recurrences
+    by: By
+    reference: LoopedActivationCache | None
+    seed: int
 
     _hook: ClassVar[str]
-    _unit: ClassVar[str]
-    _n_units: ClassVar[str]  # the configuration's name for how many there are
+    _part: ClassVar[str]
+    _n_parts: ClassVar[str]  # the configuration's name for how many there are
+
+    @property
+    def _wanted(self) -> Mapping[int, Recurrences]:
+        """Core layer -> its parts; the field is called after them."""
+        found: Mapping[int, Recurrences] = getattr(self, f"{self._part}s")
+        return found
 
     def __post_init__(self) -> None:
         if self.by not in ("zero", "mean", "resample"):
@@ -51,16 +57,16 @@ class _AblateUnits(Intervention):
                 "'mean' and 'resample' need the cache of reference prompts "
                 f"(run_with_cache(prompts, names_filter=...)) with {self._hook!r}, 'zero' none"
             )
-        if not isinstance(self.units, Mapping) or not self.units:
+        if not isinstance(self._wanted, Mapping) or not self._wanted:
             raise InputError(
-                f"{self._unit}s must be a dict from core layer to {self._unit}s, such as "
-                f"{{1: [0, 3]}}, or {{1: None}} for all, got {self.units!r}"
+                f"{self._part}s must be a dict from core layer to {self._part}s, such as "
+                f"{{1: [0, 3]}}, or {{1: None}} for all, got {self._wanted!r}"
             )
         if type(self.seed) is not int or self.seed < 0:
             raise InputError(f"seed must be an integer of at least 0, got {self.seed!r}")
 
     def __repr__(self) -> str:
-        shown = f"{type(self).__name__}({dict(self.units)}, {self.recurrences}, by={self.by!r}"
+        shown = f"{type(self).__name__}({dict(self._wanted)}, {self.recurrences}, by={self.by!r}"
         return f"{shown}, seed={self.seed})" if self.by == "resample" else f"{shown})"
 
     @property
@@ -69,11 +75,11 @@ class _AblateUnits(Intervention):
         return self.by == "resample"
 
     def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
-        """Overwrite the units."""
-        loop, n, changes = model.loop, getattr(model.cfg, self._n_units), Changes()
-        for layer, wanted in self.units.items():
+        """Overwrite the parts."""
+        loop, n, changes = model.loop, getattr(model.cfg, self._n_parts), Changes()
+        for layer, wanted in self._wanted.items():
             place = one_member(layer, loop.k, "core layer", self)
-            chosen = members(wanted, n, self._unit, self)
+            chosen = members(wanted, n, self._part, self)
             for r in members(self.recurrences, loop.R, "recurrence", self):
                 name = f"recurrence.{r}.blocks.{place}.{self._hook}"
                 changes.edits.append((name, self._edit(chosen, r, place)))
@@ -125,60 +131,98 @@ class _AblateUnits(Intervention):
         return given[torch.from_numpy(rows).to(given.device)]
 
 
-class AblateHeads(_AblateUnits):
+@dataclass(frozen=True, eq=False, repr=False)
+class AblateHeads(_Ablation):
     """Overwrite the output ``z`` of attention heads, ``[batch, pos, head, d_head]``.
 
     Args:
-        units: Core layer -> its query heads (an integer, several, or None for all).
-        recurrences: In which recurrences.
+        heads: Core layer -> its query heads (an integer, several, or None for all).
+        recurrences: Recurrences in which they are overwritten.
         by: ``"zero"`` writes zeros; ``"mean"`` the mean of the reference's prompts and real tokens
             at the same recurrence and layer; ``"resample"`` what another prompt has at the same
             recurrence, layer and position, for each row of the run a row of the reference.
         reference: Cache of reference prompts with ``attn.hook_z``, for the last two; with at least
             the recurrences that are named.
-        seed: Of the rows that ``"resample"`` draws, with replacement.
+        seed: Seed for the rows that ``"resample"`` draws, with replacement.
 
     Raises:
         InputError, LayerIndexError, MissingActivationError: where something named does not exist.
     """
 
+    heads: Mapping[int, Recurrences]
+    recurrences: Recurrences = None
+    by: By = "zero"
+    reference: LoopedActivationCache | None = None
+    seed: int = 0
+
     _hook = "attn.hook_z"
-    _unit = "head"
-    _n_units = "n_heads"
+    _part = "head"
+    _n_parts = "n_heads"
 
 
-class AblateNeurons(_AblateUnits):
+@dataclass(frozen=True, eq=False, repr=False)
+class AblateNeurons(_Ablation):
     """Overwrite neurons of MLPs, ``mlp.hook_post`` ``[batch, pos, d_mlp]``.
 
     Args:
-        units: Core layer -> its neurons.
+        neurons: Core layer -> its neurons.
         recurrences, by, reference, seed: As :class:`AblateHeads`; the reference has
             ``mlp.hook_post``.
     """
 
+    neurons: Mapping[int, Recurrences]
+    recurrences: Recurrences = None
+    by: By = "zero"
+    reference: LoopedActivationCache | None = None
+    seed: int = 0
+
     _hook = "mlp.hook_post"
-    _unit = "neuron"
-    _n_units = "d_mlp"
+    _part = "neuron"
+    _n_parts = "d_mlp"
 
 
 @dataclass(frozen=True)
-class AblateMassiveActivations(Intervention):
-    """The MLP of one early layer writes nothing (Figure 41 of arXiv 2604.11791).
+class AblateMLP(Intervention):
+    """The MLP of one layer writes nothing: ``hook_mlp_out`` is zero at every position.
 
     The layer that writes the massive activations of the first token in a retrofitted Llama is the
-    second, ``prelude.1`` of a (4, 6, 4) model; ``mlp_out`` is set to zero at every position. No
+    second, ``AblateMLP("prelude.1")`` of a (4, 6, 4) model (Figure 41 of arXiv 2604.11791). No
     weight changes.
 
     Args:
-        layer: Effective layer; the second one, 1, by default.
+        layer: Core layer, 0-based; or a name such as ``"prelude.1"``, ``"core.2"``, ``"coda.0"``.
+        recurrences: Recurrences in which a core layer is ablated; all if None.
+
+    Raises:
+        LayerIndexError: if the model has no such layer, or the run no such recurrence.
+        InputError: for another name, or recurrences of a layer outside the loop.
     """
 
-    layer: int = 1
+    layer: int | str
+    recurrences: Recurrences = None
+
+    def place(self, model: LoopedTransformer) -> tuple[str, int]:
+        """Stage and 0-based number of the layer within it."""
+        loop = model.loop
+        sizes = {"prelude": loop.p, "core": loop.k, "coda": loop.c}
+        named = _LAYER.fullmatch(self.layer) if isinstance(self.layer, str) else None
+        if isinstance(self.layer, str) and named is None:
+            raise InputError(
+                f"layer must be a core layer or a name such as 'prelude.1', got {self.layer!r}"
+            )
+        stage, number = ("core", self.layer) if named is None else (named[1], int(named[2]))
+        if stage != "core" and self.recurrences is not None:
+            raise InputError(f"{self}: {stage} layers run once: leave recurrences out")
+        return stage, one_member(number, sizes[stage], f"{stage} layer", self)
 
     def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Zero ``hook_mlp_out``."""
-        i = one_member(self.layer, model.loop.n_layers, "effective layer", self)
-        return Changes(edits=[(f"blocks.{i}.hook_mlp_out", write_nothing)])
+        stage, i = self.place(model)
+        names = [f"{stage}.{i}"]
+        if stage == "core":
+            wanted = members(self.recurrences, model.loop.R, "recurrence", self)
+            names = [f"recurrence.{r}.blocks.{i}" for r in wanted]
+        return Changes(edits=[(f"{name}.hook_mlp_out", write_nothing) for name in names])
 
 
 def _mean_over_tokens(given: Tensor, mask: Tensor | None) -> Tensor:
