@@ -1,10 +1,20 @@
-"""What the environment asks of PyTorch's kernels is so: a lane that tests nothing else is none."""
+"""What the lanes hold, and that a lane of other kernels runs on them."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
 
+import pytest
 import torch
+from conftest import CASES
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_kernels_are_those_that_the_environment_asks_for() -> None:
@@ -15,3 +25,26 @@ def test_the_kernels_are_those_that_the_environment_asks_for() -> None:
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is not None:
         assert torch.get_num_threads() == int(threads)
+
+
+def arguments_of(target: str) -> list[str]:
+    """The arguments that a target of the Makefile gives to pytest."""
+    recipe = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    [line] = [line for line in recipe.stdout.splitlines() if " -m pytest " in line]
+    words = shlex.split(line)
+    return words[words.index("pytest") + 1 :]
+
+
+@pytest.mark.full
+@pytest.mark.once
+def test_the_quick_lane_compares_every_family_with_its_authors() -> None:
+    tests = [sys.executable, "-m", "pytest", *arguments_of("test"), "-n", "0", "--collect-only"]
+    file = "tests/adapters/test_golden_parity.py"
+    listed = subprocess.run([*tests, file], cwd=ROOT, capture_output=True, text=True, check=True)
+    families = defaultdict(set)
+    for name, case in re.findall(rf"::(\w+)\[.*?({'|'.join(CASES)}).*\]", listed.stdout):
+        families[name].add(case)
+    assert {"test_every_activation", "test_logits_with_and_without_listeners"} <= set(families)
+    assert all(found == set(CASES) for found in families.values())
