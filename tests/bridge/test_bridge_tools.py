@@ -180,6 +180,7 @@ def test_a_plain_models_stream_is_the_sum_of_its_writes(tokens: Tensor) -> None:
     assert torch.equal(cache["resid_post", (1, 2)], cache["blocks.7.hook_out"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", NOT_A_SUM)
 def test_sums_of_writes_and_edge_methods_refuse_models_that_rescale_writes(
     kind: str, tokens: Tensor
@@ -223,6 +224,7 @@ def test_the_entry_point_announces_the_adapter() -> None:
     assert type(bridge.adapter) is adapter
 
 
+@pytest.mark.full
 @pytest.mark.once
 def test_importing_the_package_loads_no_bridge() -> None:
     code = "import sys, tl_looped; print('transformer_lens.model_bridge' in sys.modules)"

@@ -125,6 +125,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[
     return json.loads(done.stdout.splitlines()[-1]), Hub.seen
 
 
+@pytest.mark.full
 def test_hub_alias_loads_the_main_branch_at_its_recurrences(hub: Any) -> None:
     loaded, _ = hub
     stored = load_file(GOLDEN / "retrofit_llama" / "model.safetensors")["transformer.wte.weight"]

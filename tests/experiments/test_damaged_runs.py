@@ -273,6 +273,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, int]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_part_that_cannot_be_used_is_set_aside_and_run_again(
     name: str, tiny, whole, tmp_path: Path

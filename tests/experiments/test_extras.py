@@ -49,6 +49,7 @@ def test_an_ablated_layer_writes_its_attention_alone(demo, tmp_path: Path) -> No
         assert float(found) == pytest.approx(wide.mean().item(), abs=rounding_bound(wide, norms))
 
 
+@pytest.mark.full
 def test_an_ablated_core_layer_is_one_without_mlp_weights(tmp_path: Path) -> None:
     without = LoopedTransformer.from_pretrained("demo", device="cpu")
     with torch.no_grad():
@@ -107,6 +108,7 @@ def test_a_confirmed_verdict_is_that_of_the_states_of_twice_the_recurrences(
         assert float(found["rate"]) == pytest.approx(float(wanted.rate), rel=1e-3, nan_ok=True)
 
 
+@pytest.mark.full
 def test_the_longer_run_takes_the_same_kernels(demo, tmp_path: Path, monkeypatch) -> None:
     """A chaotic loop would turn the rounding of other kernels into another way to go."""
     seen = []

@@ -87,6 +87,7 @@ def test_names_in_tables_are_what_differs(names: list[str], short: list[str]) ->
     assert differing(names) == short
 
 
+@pytest.mark.full
 def test_compare_cuts_nothing_off(tmp_path: Path) -> None:
     """Three runs of one model on one set of prompts, in a terminal of 80 columns."""
     start = "SmolLM2-135M-Instruct-retrofit-core-10-19_bundled"

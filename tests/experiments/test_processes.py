@@ -16,7 +16,7 @@ import xarray as xr
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.full]
 
 RECURRENCES = 4
 PROMPTS = [f"Tom has {n} pens and {'2 more ' * (n % 4)}boxes." for n in range(16)]

@@ -454,6 +454,7 @@ def spectrum_command(*arguments: object) -> str:
     return " ".join(result.output.split())
 
 
+@pytest.mark.full
 @pytest.mark.once
 def test_a_training_run_is_measured_at_every_snapshot_and_drawn(
     trained: Path, tmp_path: Path

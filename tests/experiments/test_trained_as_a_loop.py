@@ -96,6 +96,7 @@ def test_the_original_format_keeps_number_of_the_run_and_number_of_the_training(
     assert (read.trained_recurrences, read.n_recurrences) == (trained, trained + 5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("recurrences", "stated"),
     [(Constant(3), 3), (PoissonLogNormal(2.0, 0.5), 2.0), (PoissonLogNormal(0.5, 0.1), 0.5)],

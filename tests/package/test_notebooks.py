@@ -11,7 +11,7 @@ import matplotlib.pyplot  # closed below, whether a notebook imports it or not
 import pytest
 import torch
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.full]
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))

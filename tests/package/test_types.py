@@ -10,6 +10,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
+pytestmark = [pytest.mark.full, pytest.mark.once]
+
 REPOSITORY = Path(__file__).parents[2]
 PLANTED = """
 {0}def planted(self) -> None:

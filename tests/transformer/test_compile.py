@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.full
+
 SCRIPT = """
 import torch
 from tl_looped import LoopedTransformer
