@@ -17,6 +17,8 @@ from tl_looped import InputError, LoopedKeyValueCache, LoopedTransformer
 from tl_looped import interventions as iv
 from tl_looped.metrics.spectral import spectrum_of_states
 from tl_looped.metrics.states import state_distance
+from tl_looped.transformer.prompt import check_mask
+from tl_looped.transformer.run_options import check_cache
 
 TOKENS = torch.tensor([[0, 0, 3, 1, 4], [2, 7, 1, 8, 2]])
 REAL = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -85,7 +87,7 @@ def test_a_mask_is_zeros_and_ones(model: LoopedTransformer, door: str, mask: str
 @pytest.mark.parametrize("mask", ["yes", [[1, 1], [1]], [["a"]], object()])
 def test_what_is_no_mask_is_refused(model: LoopedTransformer, mask: Any) -> None:
     with pytest.raises(InputError):
-        model._check_mask(mask, *TOKENS.shape)
+        check_mask(model, mask, *TOKENS.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float64, torch.uint8])
@@ -157,7 +159,7 @@ def test_a_key_value_cache_can_be_kept_in_a_file(model: LoopedTransformer) -> No
 def test_other_libraries_caches_are_refused(model: LoopedTransformer) -> None:
     for cache in (DynamicCache(), {}, (None,)):
         with pytest.raises(InputError):
-            model._check_cache(cache)  # behind the annotations, which tests check
+            check_cache(model, cache)  # behind the annotations, which tests check
 
 
 @pytest.mark.parametrize("seed", [True, False])

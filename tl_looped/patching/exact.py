@@ -35,6 +35,7 @@ from tl_looped.patching.grid import (
 )
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Edit
+from tl_looped.transformer.prompt import read_prompt
 
 
 def patch_recurrences(
@@ -131,12 +132,11 @@ def as_tokens(
     if isinstance(prompts, (list, tuple)) and not prompts:
         raise InputError("corrupted_tokens: there is no prompt")
     mask = run.pop("attention_mask", None)
-    mask = None if mask is None else torch.as_tensor(mask)
     prepend_bos = run.pop("prepend_bos", None)
-    tokens, mask = model._tokens_and_mask(prompts, mask, prepend_bos, None)
-    if mask is not None:
-        run["attention_mask"] = mask
-    return tokens
+    prompt = read_prompt(model, prompts, mask, prepend_bos)
+    if prompt.mask is not None:
+        run["attention_mask"] = prompt.mask
+    return prompt.tokens
 
 
 def run_record(model: LoopedTransformer, run: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tl_looped.transformer.cache_size import (
 from tl_looped.transformer.hooking import LoopedHookManager
 from tl_looped.transformer.pool import collector_paused
 from tl_looped.transformer.reading import Tokens, n_prompts, read_input
+from tl_looped.transformer.run_options import layer_or_end
 from tl_looped.transformer.turns import in_turn
 
 
@@ -191,7 +192,7 @@ class CachingMixin(LoopedHookManager):
         pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
         sizes = self._twin_sizes(*shape, pos_slice, incl_bwd)
         start, stop = (
-            default if kwargs.get(end) is None else self._layer_or_end(kwargs[end])
+            default if kwargs.get(end) is None else layer_or_end(self.loop, kwargs[end])
             for end, default in (("start_at_layer", 0), ("stop_at_layer", self.loop.n_layers))
         )
         unused = [f"blocks.{i}." for i in (*range(start), *range(stop, self.loop.n_layers))]

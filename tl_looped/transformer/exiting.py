@@ -33,19 +33,11 @@ class ExitingMixin(LensesMixin):
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], Int[Tensor, "batch pos"]]:
         """Logits, and the recurrence after which each token left (-1 at padding)."""
         loop, kv = self.loop, run.context.kv
-        if not isinstance(rule, ExitRule):
-            raise InputError(
-                f"exit_rule must be an ExitRule, such as KLDivergence(1e-3), got {rule!r}"
-            )
-        if rule.needs_gate and not self.cfg.exit_gate:
-            raise InputError(f"{rule} needs an exit gate, {self.cfg.model_name} has none")
         if kv is not None and mask is not None and not bool(mask[:, -1].all()):
             raise InputError(
                 "with past_kv_cache a row leaves the loop by its last position, and some rows end "
                 "in padding: pad on the left"
             )
-        if loop.R == 0:
-            raise InputError("exit_rule needs at least one recurrence")
         if self._record is not None:
             self._record.early_exit = True
         tracker = ExitTracker(rule, kv is not None, mask)

@@ -26,7 +26,9 @@ from tl_looped.errors import InputError
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.transformer.exiting import ExitingMixin
+from tl_looped.transformer.prompt import read_prompt
 from tl_looped.transformer.reading import Chats, Given, Tokens, read_input
+from tl_looped.transformer.run_options import check_cache
 from tl_looped.transformer.sampling import Sampler
 from tl_looped.transformer.stopping import Ends, checked_strings, end_of_turn
 from tl_looped.transformer.turns import in_turn
@@ -271,16 +273,10 @@ class GenerationMixin(ExitingMixin):
         if self.tokenizer is None and kind == "str":
             raise InputError("return_type='str' needs a tokenizer")
         options.sampler()  # checks its arguments
-        given, prepend_bos = read_input(input), options.prepend_bos
+        given = read_input(input)
         in_text, chat = not isinstance(given, Tokens), isinstance(given, Chats)
         cache = self._generation_cache(options)
-        attention_mask = options.attention_mask
-        if cache is not None and cache.length:
-            # Neither a pad token nor a beginning of text stands in the middle of one.
-            prepend_bos = False if prepend_bos is None else prepend_bos
-            if attention_mask is None and isinstance(given, Tokens) and given.mask is None:
-                attention_mask = torch.ones_like(self._check_tokens(given.tokens))
-        tokens, mask = self._left_padded(given, prepend_bos, attention_mask)
+        tokens, mask = self._left_padded(given, options, cache)
         total = tokens.shape[1] + n_new - 1
         self._check_state_covers(options.initial_state, total + (cache.length if cache else 0))
         self._check_context(mask, cache, n_new)
@@ -294,17 +290,14 @@ class GenerationMixin(ExitingMixin):
         return _Job(tokens, mask, n_new, ends, fill, cache, options, to_text, given.many, chat)
 
     def _left_padded(
-        self, given: Given, prepend_bos: bool | None, attention_mask: Any
+        self, given: Given, options: GenerationOptions, cache: LoopedKeyValueCache | None
     ) -> tuple[Tensor, Tensor]:
-        if not isinstance(given, Tokens):
-            tokens, own = self.tokenize(given, prepend_bos, padding_side="left")
-            if attention_mask is None:
-                return tokens, own
-            found = attention_mask
-        else:
-            tokens, found = self._tokens_and_mask(given, attention_mask, prepend_bos, None)
-        checked = self._check_mask(found, *tokens.shape)
-        mask = torch.ones_like(tokens, dtype=torch.bool) if checked is None else checked
+        side = None if isinstance(given, Tokens) else "left"
+        prompt = read_prompt(
+            self, given, options.attention_mask, options.prepend_bos, side, past=cache
+        )
+        tokens, mask = prompt.tokens, prompt.mask
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         if not bool(mask[:, -1].all()):
             raise InputError("generate continues from the last position: pad on the left")
         return tokens, mask
@@ -315,7 +308,7 @@ class GenerationMixin(ExitingMixin):
             if given is not None:
                 raise InputError("past_kv_cache is given, but use_past_kv_cache is False")
             return None
-        self._check_cache(given)
+        check_cache(self, given)
         if given is not None and given.frozen:
             raise InputError("past_kv_cache is frozen, and generation extends it: unfreeze() it")
         return LoopedKeyValueCache() if given is None else given

@@ -27,8 +27,8 @@ from tl_looped.errors import InputError
 from tl_looped.model.block import Block, BlockWeights
 from tl_looped.model.hook_points import LoopedHookPoint, Reader
 from tl_looped.transformer.hooking import HookName
-from tl_looped.transformer.inputs import InputsMixin
 from tl_looped.transformer.loop_run import LoopRun
+from tl_looped.transformer.tokens import TokensMixin
 
 Edit: TypeAlias = Callable[[Tensor, LoopedHookPoint], Tensor | None]
 
@@ -73,7 +73,7 @@ class Intervention(ABC):
         """
 
 
-class InterveningMixin(InputsMixin):
+class InterveningMixin(TokensMixin):
     """``model.intervening``."""
 
     interventions: tuple[Intervention, ...] = ()

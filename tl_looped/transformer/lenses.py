@@ -24,6 +24,7 @@ from tl_looped.model.exit_gate import ExitReadout
 from tl_looped.model.norms import rms_norm
 from tl_looped.transformer.loop import LoopMixin
 from tl_looped.transformer.loop_run import LoopRun
+from tl_looped.transformer.prompt import check_mask, read_prompt
 
 
 class LensesMixin(LoopMixin):
@@ -65,7 +66,7 @@ class LensesMixin(LoopMixin):
             return self._home(self.unembed.silent(read))
         if (self.cfg.loop_norm and not after_loop_norm) or self.cfg.pre_coda_norm:
             stream = self._home(rms_norm(stream, final))
-        mask = self._check_mask(attention_mask, batch, length)
+        mask = check_mask(self, attention_mask, batch, length)
         run = RunContext.build(self.cfg, length, mask, stream.device, stream.dtype)
         flat = stream.reshape(-1, batch, length, self.cfg.d_model)
         outputs = [self.unembed.silent(rms_norm(self._silent_coda(x, run), final)) for x in flat]
@@ -105,17 +106,17 @@ class LensesMixin(LoopMixin):
         text = (
             kwargs.pop(name, None) for name in ("attention_mask", "prepend_bos", "padding_side")
         )
-        tokens, mask = self._tokens_and_mask(input, *text)
+        prompt = read_prompt(self, input, *text)
         _, cache = self.run_with_cache(
-            tokens,
-            attention_mask=mask,
+            prompt.tokens,
+            attention_mask=prompt.mask,
             names_filter=lambda name: name.endswith(keep),
             return_type=None,
             **kwargs,
         )
         gate = cache.stack_recurrences("exit_gate")[..., 0].permute(1, 2, 0)
         states = cache.stack_recurrences("state_out")
-        logits = self.coda_lens(states, attention_mask=mask, after_loop_norm=True)
+        logits = self.coda_lens(states, prompt.mask, after_loop_norm=True)
         return ExitReadout(gate, logits, self.cfg.exit_threshold)
 
     def _check_width(self, resid: Tensor) -> None:

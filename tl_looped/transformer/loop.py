@@ -29,6 +29,7 @@ from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.intervening import InterveningMixin
 from tl_looped.transformer.loop_run import LoopRun, Stream
 from tl_looped.transformer.pool import RecurrenceHooks
+from tl_looped.transformer.prompt import check_tokens
 from tl_looped.transformer.turns import in_turn
 
 
@@ -46,7 +47,7 @@ class LoopMixin(InterveningMixin):
     ) -> tuple[Stream, LoopRun]:
         """The embedding of tokens without padding and a run for it, for :meth:`unroll`."""
         self._refuse_interventions("a run step by step (training)")
-        tokens = self._check_tokens(tokens)
+        tokens = check_tokens(self, tokens)
         if tokens.shape[1] > self.cfg.n_ctx:
             raise InputError(
                 f"a sequence of {tokens.shape[1]} tokens is longer than the context of "

@@ -25,7 +25,10 @@ from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.limits import checked_recurrences
 from tl_looped.model.norms import rms_norm
 from tl_looped.transformer.loop import LoopMixin
-from tl_looped.transformer.loop_run import LoopRun, Stream
+from tl_looped.transformer.loop_run import Stream
+from tl_looped.transformer.prompt import read_prompt
+from tl_looped.transformer.run_options import RunOptions, begin_run, check_seed, check_state
+from tl_looped.transformer.spreading import refuse_offloaded
 
 
 @dataclass(frozen=True)
@@ -155,17 +158,18 @@ class LoopMapMixin(LoopMixin):
             InputError: as in ``forward``; a name in ``without_mlp`` that is no layer.
         """
         self._check_borrowed()
-        self._refuse_offloaded()
+        refuse_offloaded(self)
         self._refuse_interventions("loop_map")
         prelude, core, _ = self._blocks_without_mlp(without_mlp)
         inference = torch.is_inference_mode_enabled()
         # Tensors made in inference mode could not be differentiated through later.
         gradients = torch.is_grad_enabled() and not inference
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            tokens, mask = self._tokens_and_mask(input, attention_mask, prepend_bos, padding_side)
-            x = self.embed(tokens)
-            mask = self._check_mask(mask, x.shape[0], x.shape[1])
-            run = self._new_run(x, mask, None, initial_state, state_seed, None)
+            prompt = read_prompt(self, input, attention_mask, prepend_bos, padding_side)
+            x, mask = self.embed(prompt.tokens), prompt.mask
+            state = check_state("initial_state", initial_state)
+            options = RunOptions(self.loop, check_seed(self, state_seed), state)
+            run = begin_run(self.cfg, x, mask, options)
             for block in prelude:
                 x = block(x, run.context)
             run.prelude_output = x = self._home(x)

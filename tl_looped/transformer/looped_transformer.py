@@ -14,7 +14,6 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -24,25 +23,25 @@ from tl_looped._compat import get_device, lm_cross_entropy_loss
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, parse_dtype
-from tl_looped.model.context import RunContext
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
-from tl_looped.model.initial_state import refuse_zeros_for_the_prompt
-from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
+from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.model.masks import real_tokens
 from tl_looped.model.norms import NormWeights
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.generation import GenerationMixin
 from tl_looped.transformer.loop_map import LoopMapMixin
 from tl_looped.transformer.loop_run import LoopRun
-from tl_looped.transformer.reading import Tokens, read_input
+from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
+from tl_looped.transformer.run_options import begin_run, check_seed, read_options
 from tl_looped.transformer.spreading import (
     DeviceMap,
     by_parameter,
     check_devices,
     device_map_of,
     plan_devices,
+    refuse_offloaded,
 )
 from tl_looped.transformer.turns import in_turn
 
@@ -229,7 +228,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         from tl_looped.bridge.build import bridge_of  # imports all of TransformerLens's bridge
 
         with self._call_with_recurrences(n_recurrences):
-            return bridge_of(self, self.loop, self._checked_seed(state_seed))
+            return bridge_of(self, self.loop, check_seed(self, state_seed))
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoopedTransformer:
         # Behind to(), cuda(), half() and their kin: cfg follows the weights, as in TransformerLens.
@@ -320,40 +319,32 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             InputError: tokens outside the vocabulary, too long a sequence, wrong shapes.
         """
         self._check_borrowed()
-        self._refuse_offloaded()
-        with self._call_with_recurrences(n_recurrences):
-            if return_type not in _RETURN_TYPES:
-                raise InputError(f"return_type must be one of {_RETURN_TYPES}, got {return_type!r}")
-            start = None if start_at_layer is None else self._layer_or_end(start_at_layer)
-            stop = None if stop_at_layer is None else self._layer_or_end(stop_at_layer)
-            if stop is not None and (start or 0) > stop:
-                raise InputError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
-            self._check_cache(past_kv_cache)
-            if isinstance(initial_state, str):
-                refuse_zeros_for_the_prompt(self.cfg, f"initial_state={initial_state!r}")
-            if start_at_layer is not None and padding_side is not None:
-                raise InputError("padding_side is for text, and start_at_layer takes a stream")
-            mask = attention_mask
+        refuse_offloaded(self)
+        if return_type not in _RETURN_TYPES:
+            raise InputError(f"return_type must be one of {_RETURN_TYPES}, got {return_type!r}")
+        options = read_options(
+            self,
+            n_recurrences=n_recurrences,
+            initial_state=initial_state,
+            state_seed=state_seed,
+            prelude_output=prelude_output,
+            past_kv_cache=past_kv_cache,
+            exit_rule=exit_rule,
+            start_at_layer=start_at_layer,
+            stop_at_layer=stop_at_layer,
+        )
+        start, stop = options.start, options.stop
+        with self._call_with_recurrences(options.n_recurrences):
             if start is None:
-                input = read_input(input)
-                if past_kv_cache is not None and past_kv_cache.length:
-                    # Neither a pad token nor a beginning of text stands in the middle of one.
-                    mask = _no_padding_after(input) if mask is None else mask
-                    prepend_bos = False if prepend_bos is None else prepend_bos
-                tokens, mask = self._tokens_and_mask(input, mask, prepend_bos, padding_side)
-            elif tokens is not None:
-                tokens = self._check_tokens(tokens)
-                mask = self._padding(tokens, prepend_bos) if mask is None else mask
-            enters = self._check_loop_arguments(
-                start, stop, initial_state, state_seed, prelude_output
-            )
-            if start_at_layer is not None or stop_at_layer is not None:
-                self._check_whole(past_kv_cache, exit_rule)
-            rows_continue = past_kv_cache is not None and past_kv_cache.length > 0
-            x, mask = self._stream(input, tokens, mask, start, rows_continue)
-            kv = self._kv_run(past_kv_cache, x, mask)
-            run = self._new_run(x, mask, kv, initial_state, state_seed, prelude_output)
-            run.enters_loop = enters
+                prompt = read_prompt(
+                    self, input, attention_mask, prepend_bos, padding_side, past_kv_cache
+                )
+                x, tokens, mask = self.embed(prompt.tokens), prompt.tokens, prompt.mask
+            else:
+                x, tokens, mask = read_resid(
+                    self, input, tokens, attention_mask, prepend_bos, padding_side
+                )
+            run = begin_run(self.cfg, x, mask, options)
             recorded = self._recording() if self._records else nullcontext()
             with recorded, self._intervened(run) if self.interventions else nullcontext():
                 self._note_run(run, mask)
@@ -368,6 +359,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                     logits = self._head(x, run)
                 else:
                     logits, steps = self._run_with_exits(x, run, exit_rule, mask)
+            kv = run.context.kv
             if kv is not None:
                 kv.commit(self.loop.R)
                 kv.cache.own(self, self.cfg)
@@ -398,6 +390,24 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             logits = logits.float()
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
+    def token_rows(
+        self, prompts: Any, attention_mask: Tensor | None = None, prepend_bos: bool | None = None
+    ) -> list[Int[Tensor, " pos"]]:
+        """The real tokens of every prompt, without padding.
+
+        Args:
+            prompts: Whatever the model takes (``tl_looped.transformer.reading``); or a list of
+                token sequences of any lengths, which are taken as they are.
+            attention_mask: ``[batch, pos]`` of tokens, zero at padding; read off the pad tokens, as
+                in a run, if None.
+            prepend_bos: See :meth:`to_tokens`.
+
+        Raises:
+            InputError: without any prompt or token, or beyond the context; the prompt's number is
+                given.
+        """
+        return token_rows(self, prompts, attention_mask, prepend_bos)
+
     def _result(
         self,
         logits: Tensor,
@@ -412,71 +422,6 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             raise InputError("a loss needs tokens: pass tokens= with a residual input")
         loss = self.loss_fn(logits, tokens, mask, per_token)
         return loss if return_type == "loss" else (logits, loss)
-
-    def _stream(
-        self,
-        input: Any,
-        tokens: Tensor | None,
-        mask: Tensor | None,
-        start: int | None,
-        rows_continue: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream to start with and the checked mask."""
-        if start is None:
-            assert tokens is not None
-            x = self.embed(tokens)
-        else:
-            x = input
-            if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.cfg.d_model:
-                shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise InputError(
-                    f"start_at_layer takes a residual stream [batch, pos, {self.cfg.d_model}], "
-                    f"got {shape}"
-                )
-            x = x.to(self.W_E)
-        return x, self._check_mask(mask, x.shape[0], x.shape[1], rows_continue)
-
-    def _checked_seed(self, state_seed: int | None) -> int:
-        seed = self.state_seed if state_seed is None else state_seed
-        if type(seed) is not int:
-            raise InputError(f"state_seed must be an integer, got {seed!r}")
-        return seed
-
-    def _new_run(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        kv: KVRun | None,
-        initial_state: Tensor | str | None,
-        state_seed: int | None,
-        prelude_output: Tensor | None,
-    ) -> LoopRun:
-        seed = self._checked_seed(state_seed)
-        if isinstance(initial_state, (list, np.ndarray)):
-            initial_state = torch.as_tensor(initial_state)
-        if isinstance(initial_state, str):
-            if initial_state != "zeros":
-                raise InputError(
-                    f"initial_state must be a tensor or 'zeros', got {initial_state!r}"
-                )
-            initial_state = torch.zeros_like(x)
-        if initial_state is not None and initial_state.ndim == 3 and initial_state.shape[0] == 1:
-            initial_state = initial_state.expand(x.shape[0], -1, -1)
-        for name, state in (("initial_state", initial_state), ("prelude_output", prelude_output)):
-            if state is not None and state.shape != x.shape:
-                raise InputError(
-                    f"{name} must have shape [batch, pos, d_model] = {tuple(x.shape)}, "
-                    f"got {tuple(state.shape)}"
-                )
-        mask = mask if kv is None else kv.mask
-        length = x.shape[1] if mask is None else int(mask.sum(-1).max())
-        if length > self.cfg.n_ctx:
-            raise InputError(
-                f"a sequence of {length} tokens is longer than the context of {self.cfg.n_ctx}"
-            )
-        context = RunContext.build(self.cfg, x.shape[1], mask, x.device, x.dtype, kv)
-        given = None if prelude_output is None else prelude_output.to(x)
-        return LoopRun(context, initial_state, seed, given)
 
     def _note_run(self, run: LoopRun, mask: Tensor | None) -> None:
         """Tell a cache that is being made what run it is of."""
@@ -498,10 +443,3 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                 record.log.add(f"recurrence.{r}.hook_injected")
         for i in run.borrowed:
             record.log.add(f"blocks.{i}.weights")
-
-
-def _no_padding_after(given: Any) -> Tensor | None:
-    """A full mask for tokens that follow others, where a pad token is no padding any more."""
-    if not isinstance(given, Tokens) or given.mask is not None:
-        return None
-    return torch.ones_like(torch.atleast_2d(given.tokens), dtype=torch.bool)

@@ -181,9 +181,10 @@ class BlockPool(HookedRootModule):
         """
         self._go_to_recurrences(n_recurrences)
 
-    def _go_to_recurrences(self, n_recurrences: int) -> None:
-        if type(n_recurrences) is int and n_recurrences == self.loop.R:
-            return
+    def _loop_at(self, n_recurrences: int | None) -> LoopGeometry:
+        """The geometry of a run, checked; None is the present number of recurrences."""
+        if n_recurrences is None or (type(n_recurrences) is int and n_recurrences == self.loop.R):
+            return self.loop
         loop, fewest = self.loop, self.cfg.min_recurrences
         n_recurrences = checked_recurrences(n_recurrences, core=loop.k, others=loop.p + loop.c)
         if n_recurrences < fewest:
@@ -191,8 +192,14 @@ class BlockPool(HookedRootModule):
                 f"n_recurrences must be at least {fewest} for this model, got {n_recurrences}"
                 + ("" if n_recurrences else ": without injection and coda, zero has no output")
             )
-        self.loop = self.loop.with_recurrences(n_recurrences)
-        self.cfg.n_recurrences, self.cfg.n_layers = n_recurrences, self.loop.n_layers
+        return loop.with_recurrences(n_recurrences)
+
+    def _go_to_recurrences(self, n_recurrences: int) -> None:
+        loop = self._loop_at(n_recurrences)
+        if loop.R == self.loop.R:
+            return
+        self.loop = loop
+        self.cfg.n_recurrences, self.cfg.n_layers = loop.R, loop.n_layers
         self._select()
 
     @contextmanager

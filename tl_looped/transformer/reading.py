@@ -10,7 +10,7 @@ The one place where an input is recognised; every method that takes text or toke
 
 Whatever could mean two things is refused: a list of two tensors (tokens and labels? and a mask?), a
 mapping with a key that would be ignored, rows of unequal length without a mask, texts among other
-things. Shapes and ids are checked by the model (``tl_looped.transformer.inputs``).
+things. Shapes and ids are checked by the model (``tl_looped.transformer.prompt``).
 """
 
 from __future__ import annotations

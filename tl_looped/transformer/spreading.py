@@ -124,6 +124,19 @@ def check_devices(devices: Iterable[torch.device]) -> None:
             )
 
 
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raise if accelerate has taken the weights away until their own module is called."""
+    on_meta = next(model.parameters()).device.type == "meta"
+    if on_meta and any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise InputError(
+            "the weights are offloaded (accelerate's cpu_offload, disk_offload or "
+            "dispatch_model), which brings them back when their module is called, and here "
+            "every layer computes with the weights of another one. Load the model with "
+            "LoopedTransformer.from_pretrained(..., device_map='auto', max_memory=...): a "
+            "device of it may be the CPU"
+        )
+
+
 def by_parameter(model: nn.Module, plan: Mapping[str, torch.device]) -> dict[str, torch.device]:
     """The device of every parameter."""
     return {

@@ -52,6 +52,8 @@ def written(
 class TokensMixin(WeightsMixin):
     """The tokenizer's side of a model."""
 
+    state_seed: int
+
     @property
     def tokenizer(self) -> Any:
         """A Hugging Face tokenizer, or None for a model of token ids only.
