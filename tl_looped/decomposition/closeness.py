@@ -42,7 +42,8 @@ def rounding(x: Tensor, dtypes: set[torch.dtype], n_terms: int) -> Tensor:
     coarse, fine = unit(dtypes), torch.finfo(x.dtype).eps / 2
     level = x.square().mean(-1, keepdim=True).sqrt()
     smallest = max(torch.finfo(dtype).smallest_normal for dtype in dtypes) * coarse
-    return coarse * x.abs() + fine * n_terms**0.5 * level + smallest
+    size: Tensor = coarse * x.abs() + fine * n_terms**0.5 * level + smallest
+    return size
 
 
 def unchecked(missing: MissingActivationError) -> InvalidDecompositionError:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xarray as xr
@@ -180,6 +180,8 @@ def tokenize(engine: Engine, prompts: Prompts, too_long: str) -> tuple[list[Row]
 class LoopedEngine(Engine):
     """A looped model, through ``tl_looped.metrics.stream_batches``."""
 
+    model: LoopedTransformer
+
     def __init__(self, model: LoopedTransformer, spec: Experiment) -> None:
         self.model, self.spec = model, spec
         self.metrics = wanted_metrics(spec)
@@ -311,7 +313,7 @@ class LoopedEngine(Engine):
         """See :class:`Engine`."""
         cache = self._cache(row, ("attn.hook_pattern",))
         every = cache.stack_activation("pattern")[:, 0]
-        return pattern_variables(every, self.model.to_str_tokens(row))
+        return pattern_variables(every, cast(list[str], self.model.to_str_tokens(row)))
 
     def path(self, row: Row) -> dict[str, Any]:
         """See :class:`Engine`."""

@@ -58,7 +58,8 @@ class AttentionWeights(Module):
         q, kv = self.n_heads, self.n_kv_heads
         start, n = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}[which]
         rows = self.qkv[start * self.d_head : (start + n) * self.d_head]
-        return rows.unflatten(0, (n, self.d_head))
+        heads: Tensor = rows.unflatten(0, (n, self.d_head))
+        return heads
 
 
 class Attention(QuickModule):
@@ -213,7 +214,8 @@ class Attention(QuickModule):
     def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
         """Output weights."""
         weights = self._weights
-        return weights.out.unflatten(1, (weights.n_heads, weights.d_head)).permute(1, 2, 0)
+        heads: Tensor = weights.out.unflatten(1, (weights.n_heads, weights.d_head))
+        return heads.permute(1, 2, 0)
 
     @property
     def OV(self) -> FactoredMatrix:

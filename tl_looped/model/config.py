@@ -229,7 +229,7 @@ class LoopedConfig(TransformerLensConfig):
 
     def __post_init__(self) -> None:
         try:
-            super().__post_init__()
+            super().__post_init__()  # type: ignore[no-untyped-call]
         except (ValueError, ArithmeticError, TypeError) as error:
             raise ConfigError(f"inconsistent sizes: {error}") from error
         for name, enum in _ENUMS.items():

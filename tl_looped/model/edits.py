@@ -77,8 +77,8 @@ UNWATCHED = Watch()
 
 
 def watched_call(
-    module: Any, call: Callable[..., Any], log: EditLog, names: tuple[str, str], inputs: Any
-) -> Any:
+    module: Any, call: Callable[..., Tensor], log: EditLog, names: tuple[str, str], inputs: Any
+) -> Tensor:
     """A module's call that notes whether torch hooks changed what it is given or what it gives.
 
     Args:

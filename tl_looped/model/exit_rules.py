@@ -318,7 +318,8 @@ def _never(history: LoopHistory) -> Decision:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm
 
 
 def _floats(tensors: list[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -46,7 +46,13 @@ def has_torch_hooks(module: nn.Module) -> bool:
     return _has_torch_hooks(module.__dict__)
 
 
-class Arming:
+if TYPE_CHECKING:
+    _Armed = Module
+else:
+    _Armed = object
+
+
+class Arming(_Armed):
     """What remembers whether a torch hook was ever registered on a module.
 
     An idle call looks at this alone, and at the hooks on all modules: a module keeps its hooks in
@@ -60,34 +66,34 @@ class Arming:
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As in PyTorch."""
         self.__dict__["armed"] = True
-        super().compile(*args, **kwargs)  # type: ignore[misc]
+        super().compile(*args, **kwargs)
 
     # Every way to attach a torch hook leads through one of these.
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As in PyTorch."""
         self.__dict__["armed"] = True
-        return super().register_forward_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_forward_hook(*args, **kwargs)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As in PyTorch."""
         self.__dict__["armed"] = True
-        return super().register_forward_pre_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_forward_pre_hook(*args, **kwargs)
 
     def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As in PyTorch."""
         self.__dict__["armed"] = True
-        return super().register_full_backward_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_full_backward_hook(*args, **kwargs)
 
     def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As in PyTorch."""
         self.__dict__["armed"] = True
-        return super().register_full_backward_pre_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_full_backward_pre_hook(*args, **kwargs)
 
     def register_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As in PyTorch."""
         self.__dict__["armed"] = True
-        return super().register_backward_hook(*args, **kwargs)  # type: ignore[misc]
+        return super().register_backward_hook(*args, **kwargs)
 
 
 Reader: TypeAlias = Callable[[Tensor, "LoopedHookPoint"], None]
@@ -109,7 +115,7 @@ class LoopedHookPoint(Arming, HookPoint):
     pos_dim: int
 
     def __init__(self, pos_dim: int = -2) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.pos_dim = pos_dim
         self.location: LayerLocation | None = None
         self.reader: Reader | None = None
@@ -140,7 +146,7 @@ class LoopedHookPoint(Arming, HookPoint):
         """Whether anything at all listens: TransformerLens hooks, raw torch hooks or a cache."""
         return self.reader is not None or _has_torch_hooks(self.__dict__)
 
-    def __call__(self, x: Tensor) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         """The activation, as the hooks left it; at once if there are none."""
         # The idle call is the common one: 27,000 of them at 128 recurrences of Huginn.
         own = self.__dict__
@@ -188,12 +194,13 @@ class QuickModule(Arming, Module):
     """
 
     noted_as: ClassVar[tuple[str, str, str] | None] = None
+    forward: Callable[..., Tensor]
 
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["armed"] = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in PyTorch."""
         own = self.__dict__
         if (
@@ -207,16 +214,15 @@ class QuickModule(Arming, Module):
             if args and (own["_forward_pre_hooks"] or _global_forward_pre_hooks):
                 # As at a hook point: the stream goes on beside it, and a cache may hold it.
                 args = (args[0].clone(), *args[1:])
+            call: Callable[..., Tensor] = super().__call__
             if self.noted_as is None:
-                return super().__call__(*args, **kwargs)
-            where, *names = self.noted_as
-            point = own["_modules"][where]
+                return call(*args, **kwargs)
+            where, before, after = self.noted_as
+            point: LoopedHookPoint = own["_modules"][where]
             log, path = point.watch.log, str(point.name).removesuffix(where)
             if log is None:
-                return super().__call__(*args, **kwargs)
-            before, after = (path + name for name in names)
-            inputs = (args, kwargs)
-            return watched_call(self, super().__call__, log, (before, after), inputs)
+                return call(*args, **kwargs)
+            return watched_call(self, call, log, (path + before, path + after), (args, kwargs))
         return self.forward(*args, **kwargs)
 
 

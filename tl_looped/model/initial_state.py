@@ -44,7 +44,8 @@ def truncated_normal(seed: int, start: int, stop: int, d: int) -> Float[Tensor, 
     draw = _uniform_as_operator if torch.compiler.is_compiling() else _uniform
     uniform = draw(str(seed), start, stop, d)
     below = torch.special.ndtr(torch.tensor(-CUT, dtype=torch.float64))
-    return torch.special.ndtri(below + uniform * (1.0 - 2.0 * below))
+    state: Tensor = torch.special.ndtri(below + uniform * (1.0 - 2.0 * below))
+    return state
 
 
 def _uniform(seed: str, start: int, stop: int, d: int) -> Tensor:

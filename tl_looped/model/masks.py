@@ -23,15 +23,15 @@ def real_tokens(mask: Any, name: str = "attention_mask") -> Bool[Tensor, "..."]:
             it would turn real tokens and padding around; weights and numbers of packed documents
             would all count as real; NaN says nothing.
     """
-    mask = torch.as_tensor(mask)
-    if mask.dtype == torch.bool:
-        return mask
-    if mask.device.type != "meta":
-        strange = mask[(mask != 0) & (mask != 1)]
+    given: Tensor = torch.as_tensor(mask)
+    if given.dtype == torch.bool:
+        return given
+    if given.device.type != "meta":
+        strange = given[(given != 0) & (given != 1)]
         if strange.numel():
             value = strange[0].item()
             advice = " (of an additive mask, pass mask == 0)" if value < 0 else ""
             raise InputError(
                 f"{name} must be 1 at real tokens and 0 at padding, got {value!r}{advice}"
             )
-    return mask != 0
+    return given != 0

@@ -90,5 +90,5 @@ def rotate(
     else:
         first, second = x_.chunk(2, -1)
         swapped = torch.cat((second, first), -1)
-    rotated = x_ * by.cos + swapped * by.sin
+    rotated: Tensor = x_ * by.cos + swapped * by.sin
     return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
