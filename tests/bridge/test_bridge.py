@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import cache
 from typing import Any
 
 import pytest
@@ -72,6 +73,13 @@ def make(kind: str, **changes: Any) -> LoopedTransformer:
     return model
 
 
+@cache
+def pair(kind: str) -> tuple[LoopedTransformer, TransformerBridge]:
+    """A model and its bridge, made once for all tests that change neither."""
+    model = make(kind)
+    return model, model.to_bridge()
+
+
 def in_fp32(value: Tensor, hook: Any) -> Tensor:
     return value.float().double()
 
@@ -104,8 +112,8 @@ def test_logits_are_those_of_ouros_authors() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_the_models_for_every_layout_and_loop(kind: str, tokens: Tensor) -> None:
-    model = make(kind)
-    assert_same(model.to_bridge()(tokens), model(tokens))
+    model, bridge = pair(kind)
+    assert_same(bridge(tokens), model(tokens))
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -129,9 +137,9 @@ def test_in_other_precisions_a_bridge_is_as_exact_as_the_model(
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_every_activation_of_a_block_is_the_models(kind: str, tokens: Tensor) -> None:
-    model = make(kind)
+    model, bridge = pair(kind)
     _, expected = model.run_with_cache(tokens)
-    _, found = model.to_bridge().run_with_cache(tokens)
+    _, found = bridge.run_with_cache(tokens)
     for name in expected:
         if name.startswith(OWN_NAMES) or name.endswith(OWN_SUFFIXES):
             continue
@@ -144,10 +152,10 @@ def test_every_activation_of_a_block_is_the_models(kind: str, tokens: Tensor) ->
 
 
 def test_a_blocks_boundary_shows_what_happens_between_recurrences(tokens: Tensor) -> None:
-    model = make("residual-injection")
+    model, bridge = pair("residual-injection")
     loop = model.loop
     _, expected = model.run_with_cache(tokens)
-    _, found = model.to_bridge().run_with_cache(tokens)
+    _, found = bridge.run_with_cache(tokens)
     for r in range(loop.R):
         at = f"blocks.{loop.index(r, 0)}.boundary"
         came = expected["resid_post", loop.index(r, 0) - 1]
@@ -167,8 +175,8 @@ EDITED += ("attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_post", "h
 def test_an_edit_at_one_recurrence_has_the_effect_it_has_in_the_model(
     kind: str, tokens: Tensor
 ) -> None:
-    model = make(kind)
-    bridge, logits = model.to_bridge(), model(tokens)
+    model, bridge = pair(kind)
+    logits = model(tokens)
 
     def shift(value: Tensor, hook: Any) -> Tensor:
         return value.roll(1, -1)
@@ -216,8 +224,8 @@ def test_parameters_are_the_models_own_and_registered_once(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_weights_by_transformerlens_name_are_the_models(kind: str) -> None:
-    model = make(kind)
-    found, expected = model.to_bridge().tl_parameters(), model.tl_parameters()
+    model, bridge = pair(kind)
+    found, expected = bridge.tl_parameters(), model.tl_parameters()
     assert {n for n in expected if n not in found} <= {n for n in expected if "_post.w" in n} | {
         n for n in expected if n.rsplit(".", 2)[-2] in ("ln_mid", "ln_out")
     }
@@ -229,12 +237,13 @@ def test_weights_by_transformerlens_name_are_the_models(kind: str) -> None:
 def test_a_backward_pass_gives_the_shared_parameters_the_models_gradients(
     kind: str, tokens: Tensor
 ) -> None:
-    model = make(kind)
+    model, bridge = pair(kind)
     gradients = []
-    for one in (model, model.to_bridge()):
+    for one in (model, bridge):
         model.zero_grad()
         one(tokens, return_type="loss").backward()
         gradients.append([p.grad for p in model.parameters()])
+    model.zero_grad()
     assert sum(g is not None for g in gradients[0]) > 10
     for found, expected in zip(gradients[1], gradients[0], strict=True):
         assert (found is None) == (expected is None)
@@ -291,7 +300,7 @@ def test_hooks_of_the_model_and_of_its_bridge_are_apart(tokens: Tensor) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["pre-injection", "post-qk-norm"])
 def test_a_padded_row_gives_what_it_gives_alone(kind: str, side: str, tokens: Tensor) -> None:
-    bridge, real = make(kind).to_bridge(), slice(3, None) if side == "left" else slice(0, 6)
+    (_, bridge), real = pair(kind), slice(3, None) if side == "left" else slice(0, 6)
     mask = torch.ones_like(tokens)
     mask[0] = 0
     mask[0, real] = 1
@@ -302,8 +311,8 @@ def test_a_padded_row_gives_what_it_gives_alone(kind: str, side: str, tokens: Te
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_stop_and_start_at_layer_compose_to_the_whole_run(kind: str, tokens: Tensor) -> None:
-    model = make(kind)
-    bridge, loop = model.to_bridge(), model.loop
+    model, bridge = pair(kind)
+    loop = model.loop
     e = model.run_with_cache(tokens)[1]["resid_post", loop.p - 1] if loop.p else None
     for layer in (0, loop.index(1, 0), loop.index(2, 1), loop.n_layers - 1):
         stream = bridge(tokens, stop_at_layer=layer)
@@ -315,8 +324,8 @@ def test_stop_and_start_at_layer_compose_to_the_whole_run(kind: str, tokens: Ten
 
 
 def test_a_start_in_the_loop_without_anything_to_inject_is_refused(tokens: Tensor) -> None:
-    model = make("pre-injection")
-    bridge, loop = model.to_bridge(), model.loop
+    model, bridge = pair("pre-injection")
+    loop = model.loop
     stream = bridge(tokens, stop_at_layer=loop.index(1, 1))
     with refused(InputError, f"start_at_layer={loop.index(1, 1)}", "prelude_output="):
         bridge(stream, start_at_layer=loop.index(1, 1))
@@ -327,10 +336,9 @@ def test_a_start_in_the_loop_without_anything_to_inject_is_refused(tokens: Tenso
 
 
 def test_bad_arguments_are_refused(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make("pre")
+    model, bridge = pair("pre")
     with refused(RecurrenceCountError, "0"):
         model.to_bridge(0)
-    bridge = model.to_bridge()
     with refused(InputError, "65 tokens", "64"):
         bridge(torch.zeros(1, 65, dtype=torch.long))
     with refused(InputError, "attention_mask", "(2, 9)", "(2, 8)"):
