@@ -54,6 +54,7 @@ def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.set_grad_enabled(grad)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", RUN)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: str, capsys: pytest.CaptureFixture[str]

@@ -18,7 +18,7 @@ from tl_looped.experiments.store import find_runs, read_dataset
 from tl_looped.paper.needs import with_needs
 from tl_looped.paper.plan import Overlay, PaperRun, Plan
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.full]
 
 TEXTS = ("Tom has 3 pens and 4 boxes.", "It is so, is it?", "She reads 12 pages a day.")
 PROMPTS = PromptSet("text", texts=TEXTS)

@@ -191,6 +191,7 @@ def test_a_grid_is_its_cells(grid: tuple[Path, dict[Cell, xr.Dataset]]) -> None:
     assert all(found[cell].identical(data) for cell, data in read.items())
 
 
+@pytest.mark.full
 def test_processes_do_not_change_a_bit(
     grid: tuple[Path, dict[Cell, xr.Dataset]], tmp_path: Path
 ) -> None:
@@ -327,6 +328,7 @@ def test_cell_tables_are_the_numbers_of_the_last_recurrence(
     assert row["growth"] == norms[5] / norms[3]
 
 
+@pytest.mark.full
 def test_the_page_shows_every_condition(tmp_path: Path) -> None:
     wanted = cells(seeds=(0, 1), layers=(4,), norms=("pre", "post"), inits=("normal",))
     page = reproduce_section42(tmp_path, wanted=wanted, size=SMALL, workers=1)
@@ -361,6 +363,7 @@ def test_the_command_names_what_is_wrong(arguments: list[str], match: str, tmp_p
     assert match in str(result.exception)
 
 
+@pytest.mark.full
 def test_a_dead_process_is_an_error_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

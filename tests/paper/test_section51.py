@@ -36,7 +36,7 @@ from tl_looped.paper.section51.tables import tables_of
 from tl_looped.paper.section51.training import section51_config
 from tl_looped.training.corpus import train_tokenizer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.full]
 
 TEXTS = [f"{a} plus {b}\nis {a + b}" for a in range(10) for b in range(10)]
 PROMPTS = ("1 plus 2\nis 3", "7 plus 5\nis 12 and more", "9 plus 9")
