@@ -154,6 +154,14 @@ def random_config(**changes: Any) -> LoopedConfig:
     return LoopedConfig(**(values | changes))
 
 
+# A (1, 1 x 2, 1) model of eight dimensions, as a dictionary: for tests of what is refused.
+TINY: dict[str, Any] = {
+    "d_model": 8, "d_head": 4, "n_heads": 2, "n_ctx": 32, "d_vocab": 11, "d_mlp": 8,
+    "n_prelude": 1, "n_core": 1, "n_coda": 1, "n_recurrences": 2, "injection": "linear",
+    "initializer_range": 0.3,
+}  # fmt: skip
+
+
 def exact_config(**changes: Any) -> LoopedConfig:
     """The same in fp64.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 from tl_looped import ConfigError, LoopedConfig, LoopedTransformer, RecurrenceCountError
 from tl_looped.experiments.spec import Experiment
@@ -16,16 +17,11 @@ from tl_looped.model import limits
 from tl_looped.training.recurrences import Constant, PoissonLogNormal
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
-SIZES: dict[str, Any] = {
-    "d_model": 8, "d_head": 4, "n_heads": 2, "n_ctx": 32, "d_vocab": 11, "d_mlp": 8,
-    "n_prelude": 1, "n_core": 1, "n_coda": 1, "n_recurrences": 2, "injection": "linear",
-    "initializer_range": 0.3,
-}  # fmt: skip
 
 
 @pytest.fixture
 def model() -> LoopedTransformer:
-    return LoopedTransformer.from_config(SIZES)
+    return LoopedTransformer.from_config(TINY)
 
 
 DOORS: dict[str, Callable[[LoopedTransformer, Any], Any]] = {
@@ -108,7 +104,7 @@ def test_the_map_and_its_states_have_the_same_limit(model: LoopedTransformer) ->
 )
 def test_a_configuration_has_sizes_that_can_be_built(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
-        LoopedConfig.from_json(SIZES | wrong)
+        LoopedConfig.from_json(TINY | wrong)
 
 
 def test_experiments_and_training_know_the_limit() -> None:

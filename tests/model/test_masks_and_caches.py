@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -22,11 +23,7 @@ from tl_looped.transformer.run_options import check_cache
 
 TOKENS = torch.tensor([[0, 0, 3, 1, 4], [2, 7, 1, 8, 2]])
 REAL = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-SIZES: dict[str, Any] = {
-    "d_model": 8, "d_head": 4, "n_heads": 2, "n_ctx": 32, "d_vocab": 11, "d_mlp": 8,
-    "n_prelude": 1, "n_core": 1, "n_coda": 1, "n_recurrences": 2, "injection": "linear",
-    "initializer_range": 0.3, "dtype": "float64",
-}  # fmt: skip
+SIZES = TINY | {"dtype": "float64"}
 
 
 @pytest.fixture

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import accelerate
 import pytest
 import torch
+from conftest import TINY
 
 from tl_looped import InputError, LoopedTransformer
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
-SIZES: dict[str, Any] = {
-    "d_model": 8, "d_head": 4, "n_heads": 2, "n_ctx": 32, "d_vocab": 11, "d_mlp": 8,
-    "n_prelude": 1, "n_core": 1, "n_coda": 1, "n_recurrences": 2, "injection": "linear",
-    "initializer_range": 0.3,
-}  # fmt: skip
 
 
 @pytest.fixture
 def model() -> LoopedTransformer:
-    return LoopedTransformer.from_config(SIZES)
+    return LoopedTransformer.from_config(TINY)
 
 
 def test_offloaded_weights_are_refused(model: LoopedTransformer) -> None:
@@ -47,7 +42,7 @@ def test_another_spread_than_the_models_own_is_refused(model: LoopedTransformer)
 
 def test_under_meta_a_model_has_shapes_and_no_values(model: LoopedTransformer) -> None:
     with torch.device("meta"):
-        empty = LoopedTransformer.from_config(SIZES | {"device": "cpu"})
+        empty = LoopedTransformer.from_config(TINY | {"device": "cpu"})
     assert {p.device.type for p in empty.parameters()} == {"meta"}
     assert empty.cfg.device == "meta"
     shapes = {name: p.shape for name, p in model.named_parameters()}

@@ -7,27 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 from tl_looped import InputError, LoopedTransformer
 from tl_looped import interventions as iv
 from tl_looped.viz.reading import counted
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
-SIZES: dict[str, Any] = {
-    "d_model": 8, "d_head": 4, "n_heads": 2, "n_ctx": 32, "d_vocab": 11, "d_mlp": 8,
-    "n_prelude": 1, "n_core": 2, "n_coda": 1, "n_recurrences": 4, "initializer_range": 0.3,
-    "dtype": "float64",
-}  # fmt: skip
+SIZES = TINY | {"n_core": 2, "n_recurrences": 4, "dtype": "float64"}
 KINDS: dict[str, dict[str, Any]] = {
-    "skip-adapter": {"injection": "linear", "initial_state": "prelude-skip-adapter"},
-    "embedded": {"injection": "linear", "initial_state": "prelude"},
-    "random": {"injection": "linear", "initial_state": "random", "initial_state_std": 0.4},
-    "without injection": {},
-    "without coda": {"n_coda": 0},
-    "loop norm": {"n_coda": 0, "n_prelude": 0, "loop_norm": True, "norm_layout": "sandwich"},
-    "skip-adapter without coda": {
-        "injection": "linear", "initial_state": "prelude-skip-adapter", "n_coda": 0,
+    "skip-adapter": {"initial_state": "prelude-skip-adapter"},
+    "embedded": {"initial_state": "prelude"},
+    "random": {"initial_state": "random", "initial_state_std": 0.4},
+    "without injection": {"injection": "none"},
+    "without coda": {"injection": "none", "n_coda": 0},
+    "loop norm": {
+        "injection": "none", "n_coda": 0, "n_prelude": 0, "loop_norm": True,
+        "norm_layout": "sandwich",
     },
+    "skip-adapter without coda": {"initial_state": "prelude-skip-adapter", "n_coda": 0},
 }  # fmt: skip
 
 
