@@ -29,9 +29,9 @@ from tl_looped.experiments.spec import PromptSet
 from tl_looped.experiments.store import FORMAT
 from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
 from tl_looped.paper.figures import draw
-from tl_looped.report import page as report
+from tl_looped.report import run_report as report
 from tl_looped.report.findings import read_findings
-from tl_looped.report.page import write_report
+from tl_looped.report.run_report import write_report
 from tl_looped.report.views import write_view
 from tl_looped.viz import attention_view
 

@@ -19,10 +19,15 @@ from tl_looped.metrics import cyclicity_index
 from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.clusters import FEATURES
 from tl_looped.metrics.convergence import Verdict
-from tl_looped.metrics.mirroring import mirroring_score
+from tl_looped.metrics.mirroring import MirroringInterval, mirroring_score
 from tl_looped.report.mirrored import MirroringTable
 from tl_looped.report.summary import Median, Verdicts, by_model, most_telling, summarise
 from tl_looped.report.text import digits, model_name, value
+
+
+def colsum_score(data: xr.Dataset, *others: xr.Dataset) -> MirroringInterval:
+    """The score that stands in the summary table."""
+    return only(data, *others).mirroring.scores["colsum_concentration"]
 
 
 def test_verdicts_are_counted_over_prompts() -> None:
@@ -99,14 +104,14 @@ def test_cyclicity_is_that_of_the_core() -> None:
 
 def test_the_mirroring_score_is_the_metric_of_the_mean_curves() -> None:
     data, base = result(), feedforward(7)
-    score = only(data, base).mirroring.scores[0]
+    score = colsum_score(data, base)
     mean, f = curves(data).mean(-1), curves(base).mean(-1)
     each = mirroring_score(
         mean[P : P + K * R].reshape(R, K), f, prelude=mean[:P], coda=mean[P + K * R :]
     ).pearson
     assert score.score == pytest.approx(each.mean(), abs=1e-9)
-    assert score.best == (int(each.argmax()), pytest.approx(each.max(), abs=1e-9))
-    assert score.low < score.score < score.high
+    assert score.by_recurrence == pytest.approx(each, abs=1e-9)
+    assert score.percentile.low < score.score < score.percentile.high
     assert (score.n_prompts, score.left_out, score.paired) == ((N, N), (0, 0), True)
 
 
@@ -116,26 +121,31 @@ def test_an_affine_image_of_the_feedforward_curve_mirrors_it() -> None:
     looped = np.concatenate((values[:P], *[values[P : P + K]] * R, values[P + K :]))
     dims = base["colsum_concentration"].dims
     data = result().assign(colsum_concentration=(dims, 3 * looped + 2))
-    score = only(data, base).mirroring.scores[0]
-    assert (score.score, score.low, score.high) == pytest.approx((1, 1, 1), abs=1e-12)
+    score = colsum_score(data, base)
+    assert (score.score, score.percentile.low, score.percentile.high) == pytest.approx(
+        (1, 1, 1), abs=1e-12
+    )
     # Drawn by themselves, the prompts differ between the two.
-    unpaired = only(data, base.assign_attrs(prompts_digest="others")).mirroring.scores[0]
+    unpaired = only(data, base.assign_attrs(prompts_digest="others")).mirroring.scores[
+        "colsum_concentration"
+    ]
     assert not unpaired.paired
     assert unpaired.score == pytest.approx(1, abs=1e-12)
-    assert unpaired.low < 0.99
+    assert unpaired.percentile.low < 0.99
 
 
 def test_the_interval_has_a_seed_and_needs_two_prompts() -> None:
     runs = {"run": result(), "base": feedforward()}
     first, again, other = (
-        summarise(runs, Resampling(200, seed=seed))[0].mirroring.scores[0] for seed in (1, 1, 2)
+        summarise(runs, Resampling(200, seed=seed))[0].mirroring.scores["colsum_concentration"]
+        for seed in (1, 1, 2)
     )
-    assert first == again
-    assert (first.low, first.high) != (other.low, other.high)
-    one = only(result(n=1), feedforward(n=1)).mirroring.scores[0]
+    assert first.percentile == again.percentile
+    assert first.percentile != other.percentile
+    one = colsum_score(result(n=1), feedforward(n=1))
     assert math.isfinite(one.score)
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
+    assert math.isnan(one.percentile.low)
+    assert math.isnan(one.percentile.high)
     for bad in ({"n_resamples": 1}, {"confidence": 1.0}, {"seed": -1}):
         with pytest.raises(InputError, match=next(iter(bad))):
             Resampling(**bad)
@@ -143,12 +153,12 @@ def test_the_interval_has_a_seed_and_needs_two_prompts() -> None:
 
 def test_prompts_with_values_that_are_not_finite_are_left_out() -> None:
     data, base = result(), feedforward()
-    clean = only(data.isel(prompt=slice(1, None)), base.isel(prompt=slice(1, None)))
+    clean = colsum_score(data.isel(prompt=slice(1, None)), base.isel(prompt=slice(1, None)))
     for bad in (math.nan, math.inf):
         broken = data.copy(deep=True)
         broken["colsum_concentration"][P + 1, 0, 0] = bad
-        score = only(broken, base).mirroring.scores[0]
-        assert score.score == clean.mirroring.scores[0].score
+        score = colsum_score(broken, base)
+        assert score.score == clean.score
         assert (score.n_prompts, score.left_out) == ((N - 1, N - 1), (1, 1))
     broken["colsum_concentration"][0] = math.nan
     assert "every prompt" in only(broken, base).mirroring.reason
@@ -171,7 +181,7 @@ def test_which_feedforward_result() -> None:
     assert (
         only(by_name, elsewhere, base, base.assign_attrs(model="x")).mirroring.against == "other1"
     )
-    assert only(data, elsewhere).mirroring.scores[0].paired is False
+    assert colsum_score(data, elsewhere).paired is False
     assert only(base, data).mirroring == Missing("no loop: every layer ran once")
 
 

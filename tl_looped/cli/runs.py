@@ -356,7 +356,7 @@ def write_reports(folder: Path, feedforward: str | None = None) -> None:
 
     from tl_looped.experiments.store import has_checksum, unchecked
     from tl_looped.report.findings import read_findings
-    from tl_looped.report.page import write_report
+    from tl_looped.report.run_report import write_report
 
     found = read_findings(folder, feedforward)
     for name, data in found.data.items():

@@ -12,7 +12,8 @@ from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.reading import is_feedforward, read_results
 from tl_looped.experiments.store import RESULTS, SPEC, find_runs
 from tl_looped.files import is_folder
-from tl_looped.report import text as report_text
+from tl_looped.report import text
+from tl_looped.report.parts import SummaryRow
 from tl_looped.report.summary import RunSummary, by_model, summarise
 from tl_looped.words import called
 
@@ -35,10 +36,10 @@ class Findings:
     summaries: list[RunSummary]
     waiting: list[str]
 
-    def rows(self) -> list[report_text.Row]:
+    def rows(self) -> list[SummaryRow]:
         """The rows of the summary table, a model each."""
         anchors = {summary.run: f"run{i}" for i, summary in enumerate(self.summaries)}
-        return [report_text.row(runs, anchors) for runs in by_model(self.summaries)]
+        return [text.row(runs, anchors) for runs in by_model(self.summaries)]
 
 
 def read_findings(folder: Path, feedforward: str | None = None) -> Findings:

@@ -29,44 +29,13 @@ from tl_looped.experiments.reading import (
     specification,
 )
 from tl_looped.metrics.bootstrap import Resampling
-from tl_looped.metrics.catalogue import OUTPUTS, STAGE
+from tl_looped.metrics.catalogue import STAGE
 from tl_looped.metrics.depth_curves import parts_of, prompt_curves
-from tl_looped.metrics.mirroring import mirroring_interval
+from tl_looped.metrics.mirroring import MirroringInterval, mirroring_interval
 from tl_looped.words import called
 
 # The first that a result holds stands in the summary: ColSum is what the paper's Figure 8 compares.
 MIRRORED = ("colsum_concentration", *(name for name in STAGE if name != "colsum_concentration"))
-
-
-@dataclass(frozen=True)
-class Mirroring:
-    """Mirroring score of one metric; see the module.
-
-    Args:
-        metric: Name of the metric.
-        label: What it is called.
-        score: Mean over recurrences of Pearson's r.
-        low, high: Percentile bootstrap interval over prompts; NaN with one prompt, and where a
-            resample has a curve without spread.
-        best: Recurrence with the largest r, and that r.
-        n_prompts: Prompts of the looped and of the feedforward result, without those left out.
-        left_out: Prompts of either that have a value that is not finite.
-        paired: Whether both drew the same prompts in a resample.
-        confidence, n_resamples, seed: Of the bootstrap.
-    """
-
-    metric: str
-    label: str
-    score: float
-    low: float
-    high: float
-    best: tuple[int, float]
-    n_prompts: tuple[int, int]
-    left_out: tuple[int, int]
-    paired: bool
-    confidence: float
-    n_resamples: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -76,14 +45,14 @@ class MirroringTable:
     Args:
         against: Name of the feedforward run.
         model: Its model.
-        scores: A metric each, the summary's first.
+        scores: By metric, the summary's first.
         without: Metrics without a score, and why.
         apart: What must be known to read the scores; empty if nothing.
     """
 
     against: str
     model: str
-    scores: tuple[Mirroring, ...]
+    scores: dict[str, MirroringInterval]
     without: dict[str, Missing]
     apart: str = ""
 
@@ -103,7 +72,8 @@ def mirroring_of(
         return against
     other = runs[against]
     paired = same_prompts(data, other)
-    scores, without = [], {}
+    scores: dict[str, MirroringInterval] = {}
+    without: dict[str, Missing] = {}
     for metric in MIRRORED:
         if metric not in data or metric not in other:
             which = name if metric not in data else against
@@ -113,11 +83,11 @@ def mirroring_of(
         if isinstance(score, Missing):
             without[metric] = score
         else:
-            scores.append(score)
+            scores[metric] = score
     if not scores:
         return Missing("; ".join(dict.fromkeys(missing.reason for missing in without.values())))
     model = called(str(other.attrs.get("model", "")) or against)
-    return MirroringTable(against, model, tuple(scores), without, bos_apart(data, other))
+    return MirroringTable(against, model, scores, without, bos_apart(data, other))
 
 
 def _feedforward_of(name: str, runs: Mapping[str, xr.Dataset]) -> str | Missing:
@@ -153,7 +123,7 @@ def _names(data: xr.Dataset) -> set[str]:
 
 def _score(
     metric: str, data: xr.Dataset, other: xr.Dataset, paired: bool, resampling: Resampling
-) -> Mirroring | Missing:
+) -> MirroringInterval | Missing:
     prelude, core, coda = parts_of(data, prompt_curves(data, metric))
     feedforward = prompt_curves(other, metric)
     if 0 in (len(core), core.shape[-1], feedforward.shape[-1]):
@@ -165,18 +135,4 @@ def _score(
         return Missing("every prompt has a value that is not finite")
     if math.isnan(found.score):
         return Missing(f"a curve of {metric} is constant over depth: no correlation")
-    best = int(found.by_recurrence.round(12).argmax())  # the first of equal ones
-    return Mirroring(
-        metric=metric,
-        label=OUTPUTS[metric].label,
-        score=found.score,
-        low=found.percentile.low,
-        high=found.percentile.high,
-        best=(best, float(found.by_recurrence[best])),
-        n_prompts=found.n_prompts,
-        left_out=found.left_out,
-        paired=paired,
-        confidence=resampling.confidence,
-        n_resamples=resampling.n_resamples,
-        seed=resampling.seed,
-    )
+    return found

@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tl_looped.experiments.reading import Missing
+from tl_looped.metrics.catalogue import OUTPUTS
 from tl_looped.metrics.convergence import VERDICT_WORDS, Verdict
-from tl_looped.report.mirrored import Mirroring, MirroringTable
-from tl_looped.report.summary import (
-    Clusters,
-    Median,
-    RunSummary,
-    Verdicts,
-    most_telling,
-)
+from tl_looped.metrics.mirroring import MirroringInterval
+from tl_looped.report.mirrored import MirroringTable
+from tl_looped.report.parts import PageTable, SummaryCell, SummaryRow
+from tl_looped.report.summary import Clusters, Median, RunSummary, Verdicts, most_telling
 from tl_looped.words import IGNORED_STATE, count, heavy_token, training
 
 NOT_COMPUTED = "not computed"
@@ -36,71 +33,33 @@ class VerdictText:
     css: str
 
 
-_SAID = {
-    Verdict.CONVERGED: (
-        "the steps became small and stay so, and nothing moves after them",
-        "good",
-    ),
-    Verdict.PROJECTIVE: (
-        "the direction settles while the norm keeps growing",
-        "near",
-    ),
-    Verdict.DEGENERATE: ("it settles, and all layers share one limit", "near"),
-    Verdict.ORBIT: ("the state keeps coming back to where it was", "turn"),
-    Verdict.DRIFT: ("the state moves on along a straight line", "away"),
-    Verdict.NOT_CONVERGED: (
-        "none of these; a loop that is still contracting included",
-        "away",
-    ),
-    Verdict.UNDEFINED: (
-        "a state is not finite, or there are fewer than four recurrences",
-        "none",
-    ),
-}
-
-VERDICTS = {v: VerdictText(VERDICT_WORDS[v], meaning, css) for v, (meaning, css) in _SAID.items()}
+def _said(verdict: Verdict, meaning: str, css: str) -> tuple[Verdict, VerdictText]:
+    return verdict, VerdictText(VERDICT_WORDS[verdict], meaning, css)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A cell of the summary table.
-
-    Args:
-        label: Heading of its column.
-        main: The number, or "not computed".
-        note: Spread, counts or the reason, in small type.
-        missing: Whether the number is missing.
-        bar: Shares of the verdicts, in percent, with their colour.
-        source: Anchor and short name of the run, where its model has several.
-    """
-
-    label: str
-    main: str
-    note: str = ""
-    missing: bool = False
-    bar: tuple[tuple[float, str], ...] = ()
-    source: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A model in the summary table.
-
-    Args:
-        model: Its name.
-        shape: Of its loop.
-        runs: Anchor and short name of each of its runs.
-        feedforward: Whether it has no loop.
-        notes: What must be known to read the cells.
-        cells: A column each.
-    """
-
-    model: str
-    shape: str
-    runs: tuple[tuple[str, str], ...]
-    feedforward: bool
-    notes: tuple[str, ...]
-    cells: tuple[Cell, ...]
+VERDICTS: dict[Verdict, VerdictText] = dict(
+    [
+        _said(
+            Verdict.CONVERGED,
+            "the steps became small and stay so, and nothing moves after them",
+            "good",
+        ),
+        _said(Verdict.PROJECTIVE, "the direction settles while the norm keeps growing", "near"),
+        _said(Verdict.DEGENERATE, "it settles, and all layers share one limit", "near"),
+        _said(Verdict.ORBIT, "the state keeps coming back to where it was", "turn"),
+        _said(Verdict.DRIFT, "the state moves on along a straight line", "away"),
+        _said(
+            Verdict.NOT_CONVERGED,
+            "none of these; a loop that is still contracting included",
+            "away",
+        ),
+        _said(
+            Verdict.UNDEFINED,
+            "a state is not finite, or there are fewer than four recurrences",
+            "none",
+        ),
+    ]
+)
 
 
 def digits(x: float) -> str:
@@ -160,21 +119,26 @@ def heading(summary: RunSummary) -> str:
     return f"{model_name(summary)}: {run_name(summary)}"
 
 
-def row(runs: Sequence[RunSummary], anchors: Mapping[str, str]) -> Row:
-    """A model's row of the summary table; ``anchors`` by name of run."""
+def row(runs: Sequence[RunSummary], anchors: Mapping[str, str]) -> SummaryRow:
+    """A model's row of the summary table.
+
+    Args:
+        runs: Runs of the model.
+        anchors: Id in the page of each run, by its name.
+    """
     first = runs[0]
     shapes = {f"{one.loop}" for one in runs}
     loop = first.loop
     shape = f"({loop.p}, {loop.k} x R, {loop.c})" if len(shapes) > 1 else shapes.pop()
     if first.trained is not None:
         shape += f", {training(first.trained)}"
-    return Row(
+    return SummaryRow(
         model=model_name(first),
         shape=f"{loop.n_layers} layers, feedforward" if first.feedforward else shape,
         runs=tuple((anchors[one.run], run_name(one)) for one in runs),
         feedforward=first.feedforward,
         notes=_notes(runs),
-        cells=tuple(_cell(name, text, runs, anchors) for name, text in _COLUMNS.items()),
+        cells=tuple(_cell(name, runs, anchors) for name in _COLUMNS),
     )
 
 
@@ -192,32 +156,32 @@ def _notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _cell(
-    name: str,
-    text: Callable[[Any], Cell],
-    runs: Sequence[RunSummary],
-    anchors: Mapping[str, str],
-) -> Cell:
+def _cell(name: str, runs: Sequence[RunSummary], anchors: Mapping[str, str]) -> SummaryCell:
     run = most_telling(runs, name)
-    cell = text(getattr(run, name))
-    per_token = run.relative_rate
-    if name == "rate" and run.heavy and isinstance(per_token, Median) and not cell.missing:
-        each = f"of relative steps, in which every token counts alike: {digits(per_token.value)}"
-        cell = replace(cell, note=f"{cell.note}; {each}")
-    if len(runs) == 1 or cell.missing:
-        return cell
-    return replace(cell, source=(anchors[run.run], run_name(run)))
-
-
-def _missing(label: str, missing: Missing) -> Cell:
-    main = NOT_COMPUTED if missing.applies else NOT_APPLICABLE
-    return Cell(label, main, missing.reason, missing=True)
-
-
-def _verdict(found: Verdicts | Missing) -> Cell:
-    label = "Fixed point"
+    label, text = _COLUMNS[name]
+    found = getattr(run, name)
     if isinstance(found, Missing):
-        return _missing(label, found)
+        main = NOT_COMPUTED if found.applies else NOT_APPLICABLE
+        return SummaryCell(label, main, found.reason, missing=True)
+    main, note = text(found)
+    per_token = run.relative_rate
+    if name == "rate" and run.heavy and isinstance(per_token, Median):
+        each = f"of relative steps, in which every token counts alike: {digits(per_token.value)}"
+        note = f"{note}; {each}"
+    return SummaryCell(
+        label,
+        main,
+        note,
+        bar=_bar(found) if isinstance(found, Verdicts) else (),
+        source=(anchors[run.run], run_name(run)) if len(runs) > 1 else None,
+    )
+
+
+def _bar(found: Verdicts) -> tuple[tuple[float, str], ...]:
+    return tuple((100 * m / found.n, VERDICTS[v].css) for v, m in found.counts.items())
+
+
+def _verdict(found: Verdicts) -> tuple[str, str]:
     (first, n), *others = found.counts.items()
     notes = [f"{VERDICTS[v].word}: {m}" for v, m in others]
     if found.n_settled:
@@ -227,8 +191,7 @@ def _verdict(found: Verdicts | Missing) -> Cell:
         notes.append("the results do not say whether a run twice as long confirmed it")
     elif not found.confirmed:
         notes.append("not checked against a run of twice the recurrences")
-    bar = tuple((100 * m / found.n, VERDICTS[v].css) for v, m in found.counts.items())
-    return Cell(label, f"{VERDICTS[first].word}: {n} of {found.n}", "; ".join(notes), bar=bar)
+    return f"{VERDICTS[first].word}: {n} of {found.n}", "; ".join(notes)
 
 
 def _quartiles(found: Median) -> str:
@@ -236,58 +199,44 @@ def _quartiles(found: Median) -> str:
     return text if found.n == found.of else f"{text}; {found.n} of {found.of} prompts have one"
 
 
-def _rate(found: Median | Missing) -> Cell:
-    label = "Rate"
-    if isinstance(found, Missing):
-        return _missing(label, found)
-    return Cell(label, digits(found.value), _quartiles(found))
+def _rate(found: Median) -> tuple[str, str]:
+    return digits(found.value), _quartiles(found)
 
 
-def _half_life(found: Median | Missing) -> Cell:
-    label = "Half-life"
-    if isinstance(found, Missing):
-        return _missing(label, found)
+def _half_life(found: Median) -> tuple[str, str]:
     if math.isinf(found.value):
-        return Cell(label, "∞", f"steps do not shrink; {_quartiles(found)}")
-    return Cell(
-        label,
-        f"{digits(found.value)} recurrence{'' if found.value == 1 else 's'}",
-        _quartiles(found),
-    )
+        return "∞", f"steps do not shrink; {_quartiles(found)}"
+    return f"{digits(found.value)} recurrence{'' if found.value == 1 else 's'}", _quartiles(found)
 
 
-def _cyclicity(found: float | Missing) -> Cell:
-    label = "Cyclicity"
-    if isinstance(found, Missing):
-        return _missing(label, found)
-    return Cell(label, correlation(found) if abs(found) >= 0.01 else digits(found))
+def _cyclicity(found: float) -> tuple[str, str]:
+    return correlation(found) if abs(found) >= 0.01 else digits(found), ""
 
 
-def interval(score: Mirroring) -> str:
+def interval(score: MirroringInterval) -> str:
     """The interval, or why there is none."""
-    if math.isnan(score.low):
+    low, high = score.percentile.low, score.percentile.high
+    if math.isnan(low):
         return "no interval: one prompt, or curves without spread"
-    ends = f"{correlation(score.low)} to {correlation(score.high)}"
-    return f"{100 * score.confidence:g} % interval {ends}"
+    ends = f"{correlation(low)} to {correlation(high)}"
+    return f"{100 * score.resampling.confidence:g} % interval {ends}"
 
 
-def _mirroring(found: MirroringTable | Missing) -> Cell:
-    label = "Mirroring score"
-    if isinstance(found, Missing):
-        return _missing(label, found)
-    score = found.scores[0]
-    name = score.label.split("(")[0].strip()
+def _mirroring(found: MirroringTable) -> tuple[str, str]:
+    metric, score = next(iter(found.scores.items()))
+    name = OUTPUTS[metric].label.split("(")[0].strip()
     note = f"{interval(score)}; {name}, over {found.model}"
-    return Cell(label, correlation(score.score), "; ".join(filter(None, (note, found.apart))))
+    return correlation(score.score), "; ".join(filter(None, (note, found.apart)))
 
 
-_COLUMNS: Mapping[str, Callable[[Any], Cell]] = {
-    "verdicts": _verdict,
-    "rate": _rate,
-    "half_life": _half_life,
-    "cyclicity": _cyclicity,
-    "mirroring": _mirroring,
+_COLUMNS: Mapping[str, tuple[str, Callable[[Any], tuple[str, str]]]] = {
+    "verdicts": ("Fixed point", _verdict),
+    "rate": ("Rate", _rate),
+    "half_life": ("Half-life", _half_life),
+    "cyclicity": ("Cyclicity", _cyclicity),
+    "mirroring": ("Mirroring score", _mirroring),
 }
+"""Heading of a column, and the number and note of its cells."""
 
 
 def _clusters(found: Clusters | Missing) -> str:
@@ -302,48 +251,31 @@ def _clusters(found: Clusters | Missing) -> str:
     )
 
 
-@dataclass(frozen=True)
-class MirroringText:
-    """The mirroring scores of one run.
-
-    Args:
-        caption: What was compared, and how.
-        lines: A metric each: its label, then pairs of a column's label and the text.
-        notes: Stage clusters; what is missing, and why.
-    """
-
-    caption: str
-    lines: tuple[tuple[Any, ...], ...]
-    notes: tuple[str, ...]
-
-
-def mirroring(summary: RunSummary) -> MirroringText:
-    """The table of one run's mirroring scores, a metric a line."""
+def mirroring(summary: RunSummary) -> PageTable:
+    """One run's mirroring scores, one metric per line; notes on clusters and on what is missing."""
     table = summary.mirroring
     assert isinstance(table, MirroringTable)
-    first = table.scores[0]
-    lines = tuple(
-        (
-            s.label,
-            ("Score", correlation(s.score)),
-            ("Interval over prompts", interval(s)),
-            ("Most alike", f"recurrence {s.best[0]}, {correlation(s.best[1])}"),
-        )
-        for s in table.scores
-    )
-    drawn = "the same prompts for both" if first.paired else "prompts of each by themselves"
-    notes = [f"{m}: {NOT_COMPUTED}, {gap.reason}" for m, gap in table.without.items()]
-    notes += [
-        f"{s.metric}: {s.left_out[0]} and {s.left_out[1]} prompts left out, values not finite"
-        for s in table.scores
-        if any(s.left_out)
+    first = next(iter(table.scores.values()))
+    rows = []
+    for metric, score in table.scores.items():
+        best = int(score.by_recurrence.round(12).argmax())  # the first of equal ones
+        alike = f"recurrence {best}, {correlation(float(score.by_recurrence[best]))}"
+        rows.append((OUTPUTS[metric].label, correlation(score.score), interval(score), alike))
+    notes = [
+        *([f"of this run and the feedforward one {table.apart}"] if table.apart else []),
+        _clusters(summary.clusters),
+        *(f"{m}: {NOT_COMPUTED}, {gap.reason}" for m, gap in table.without.items()),
+        *(
+            f"{m}: {s.left_out[0]} and {s.left_out[1]} prompts left out, values not finite"
+            for m, s in table.scores.items()
+            if any(s.left_out)
+        ),
     ]
-    notes.insert(0, _clusters(summary.clusters))
-    if table.apart:
-        notes.insert(0, f"of this run and the feedforward one {table.apart}")
+    drawn = "the same prompts for both" if first.paired else "prompts of each by themselves"
     caption = (
         f"{heading(summary)}, against {table.model} ({table.against}): bootstrap over "
         f"{first.n_prompts[0]} and {first.n_prompts[1]} prompts, "
-        f"{first.n_resamples:,} resamples, seed {first.seed}, {drawn}."
+        f"{first.resampling.n_resamples:,} resamples, seed {first.resampling.seed}, {drawn}."
     )
-    return MirroringText(caption, lines, tuple(notes))
+    columns = ("Metric", "Score", "Interval over prompts", "Most alike")
+    return PageTable(caption, columns, tuple(rows), tuple(notes))

@@ -21,13 +21,9 @@ from tl_looped.paper.section42.tables import INJECTIONS, GridTables, is_zero
 from tl_looped.plots.grids import NORM_NAMES, Condition, condition_name
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral_radius import radius_against_rate
-from tl_looped.report.section_page import (
-    PagePart,
-    PageTable,
-    figures_in,
-    table_of,
-    write_page,
-)
+from tl_looped.report.exhibits import named_figures
+from tl_looped.report.page import table_of, write_page
+from tl_looped.report.parts import PagePart, PageTable
 
 PAGE = "section-4.2.html"
 FIGURE_OF = {4: (30,), 12: (6, 29), 16: (31,)}
@@ -134,7 +130,8 @@ def write_section42(tables: GridTables, out: Path) -> Path:
         _counts(tables, size),
     ]
     make_folder(out)
-    return write_page(out / PAGE, "Section 4.2: looped models of random weights", lead, parts)
+    title = "Section 4.2: looped models of random weights"
+    return write_page(out / PAGE, title, parts, lead=lead)
 
 
 def _answer(tables: GridTables) -> PagePart:
@@ -240,14 +237,15 @@ def _figures(init: str, out: Path) -> PagePart:
         f"fig31_{init}",
     ]
     words = INIT_NAMES[init]
-    title = f"Figures, weights {words}"
-    return PagePart(f"figures-{init}", title, figures=figures_in(out / "figures", names, out))
+    anchor, title = f"figures-{init}", f"Figures, weights {words}"
+    figures = named_figures(out / "figures", names, anchor, out)
+    return PagePart(anchor, title, figures=figures)
 
 
 def _spectral(tables: GridTables, out: Path) -> list[PagePart]:
     if not tables.cells["spectral_radius"].notna().any():
         return []
-    figures = figures_in(out / "figures", ("fig_spectral_radius_against_rate",), out)
+    figures = named_figures(out / "figures", ("fig_spectral_radius_against_rate",), "spectral", out)
     text = (
         "At a fixed point, small deviations shrink in the long run by the spectral radius of the "
         "loop's Jacobian a recurrence. The measured rate is a fit over all steps, the first ones "

@@ -20,7 +20,9 @@ from tl_looped.plots.small_models import (
     steps_over_recurrences,
     training_curves,
 )
-from tl_looped.report.section_page import PagePart, figures_in, table_of, write_page
+from tl_looped.report.exhibits import named_figures
+from tl_looped.report.page import table_of, write_page
+from tl_looped.report.parts import PagePart
 
 PAGE = "section-5.1.html"
 
@@ -83,7 +85,8 @@ def write_section51(found: Section51, out: Path) -> Path:
         f"{about['prompts']['run']} prompts ({about['prompts']['set']}). All models are pre-norm, "
         "so that nothing here compares norms."
     )
-    missing = [f"{name} ({why})" for name, why in about["missing"].items()]
+    missing = "; ".join(f"{name} ({why})" for name, why in about["missing"].items())
+    notice = missing and f"Not in this report: {missing}."
     parts = [
         _decided(found),
         _trained(found, out),
@@ -95,7 +98,7 @@ def write_section51(found: Section51, out: Path) -> Path:
         _counts(found),
     ]
     title = "Section 5.1: small looped models, at the scale of a CPU"
-    return write_page(out / PAGE, title, lead, parts, missing)
+    return write_page(out / PAGE, title, parts, lead=lead, notice=notice)
 
 
 def _decided(found: Section51) -> PagePart:
@@ -177,7 +180,7 @@ def _trained(found: Section51, out: Path) -> PagePart:
         "How much it rises beyond them is in the conditions below. Losses by recurrences are of "
         f"the first {rows} held-out rows; the curves during training are of {HELD_OUT_ROWS}."
     )
-    figures = figures_in(out / "figures", ("fig_curves", "fig_loss"), out)
+    figures = named_figures(out / "figures", ("fig_curves", "fig_loss"), "training", out)
     return PagePart("training", "Training", (text,), (table,), figures=figures)
 
 
@@ -195,9 +198,8 @@ def _stages(out: Path) -> PagePart:
         "Stage metrics by recurrence over [prelude, block, coda]; bands are over seeds. Figures "
         "56, 58, 59, 61 and 62 of the paper are of shapes that are not trained here."
     )
-    return PagePart(
-        "stages", "Stage metrics", (text,), figures=figures_in(out / "figures", names, out)
-    )
+    figures = named_figures(out / "figures", names, "stages", out)
+    return PagePart("stages", "Stage metrics", (text,), figures=figures)
 
 
 def _mirroring(found: Section51) -> PagePart:
@@ -289,7 +291,7 @@ def _convergence(found: Section51, out: Path) -> PagePart:
         "confirmed by runs of twice the recurrences. "
         "Losses in nats a token. Left out: prompts without a rate."
     )
-    figures = figures_in(out / "figures", ("fig_steps",), out)
+    figures = named_figures(out / "figures", ("fig_steps",), "conditions", out)
     text = (
         "n seeds have few different resamples, ten for three: bootstrap intervals over so few are "
         "too narrow. The control runs once, and its loss is compared with the others' as trained."
