@@ -12,7 +12,7 @@ from conftest import Recorder
 from streamed import METRICS, WIDE, explicit_forward
 
 from tl_looped import LoopedTransformer
-from tl_looped.metrics import stream_metrics
+from tl_looped.metrics import stream
 
 SIZE = "(2, 4 x 128, 2), d_model 512, T=128"
 
@@ -28,7 +28,7 @@ def bench_streaming_in_one_run(benchmark: Any, record: Recorder) -> None:
         benchmark,
         f"all metrics, states on disk / forward, {SIZE}",
         1.5,
-        lambda: stream_metrics(model, tokens, METRICS, states="disk"),
+        lambda: stream(model, tokens, METRICS, states="disk"),
         lambda: explicit_forward(model, tokens),
         3,
     )
@@ -45,7 +45,7 @@ def bench_streaming_in_two_runs(benchmark: Any, record: Recorder) -> None:
         benchmark,
         f"all metrics, states recomputed / two forwards, {SIZE}",
         1.5,
-        lambda: stream_metrics(model, tokens, METRICS),
+        lambda: stream(model, tokens, METRICS),
         twice,
         3,
     )

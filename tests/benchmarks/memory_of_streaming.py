@@ -16,7 +16,7 @@ import torch
 import xarray  # noqa: F401 - its import is part of no measurement
 from streamed import METRICS, WIDE, explicit_forward
 
-from tl_looped.metrics import stream_metrics
+from tl_looped.metrics import stream
 
 
 def peak_of(run: Callable[[], Any]) -> int:
@@ -34,11 +34,11 @@ def main() -> None:
     with torch.inference_mode():
         # Everything that is made once is made before, by a short run.
         small = WIDE.model(n_recurrences=2)
-        stream_metrics(small, WIDE.tokens(), METRICS, states=states)
+        stream(small, WIDE.tokens(), METRICS, states=states)
         model = WIDE.model(n_recurrences=recurrences)
         tokens = WIDE.tokens()
         forward = peak_of(lambda: explicit_forward(model, tokens))
-        added = peak_of(lambda: stream_metrics(model, tokens, METRICS, states=states)) - forward
+        added = peak_of(lambda: stream(model, tokens, METRICS, states=states)) - forward
     sizes = [model.estimate_cache_bytes(None, 1, WIDE.pos, n_recurrences=n) for n in (1, 2)]
     print(added, sizes[1] - sizes[0])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_looped import LoopedConfig, LoopedTransformer
 
-METRICS = ("stage", "successive", "fixed_point")
+METRICS = ("signature", "successive", "fixed_point")
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from tl_looped.metrics import (
     CONVERGENCE,
     Verdict,
     by_recurrence,
-    convergence_of_result,
-    stream_metrics,
-    verdict_of_states,
+    convergence_verdict,
+    stream,
 )
 
 TEXTS = ("Tom has 3 pens and 4 boxes.", "It is so, is it?", "She reads 12 pages.")
@@ -102,7 +101,7 @@ def test_a_confirmed_verdict_is_that_of_the_states_of_twice_the_recurrences(
     for prompt, text in enumerate(TEXTS):
         _, cache = demo.run_with_cache(text, n_recurrences=2 * R)
         states = cache.stack_recurrences("resid_post")[:, :, 0]
-        wanted = verdict_of_states(states[:R, :, None], states[:, :, None])
+        wanted = convergence_verdict(states[:R, :, None], states[:, :, None])
         found = data.isel(prompt=prompt)
         assert Verdict(int(found["verdict"])) is Verdict(int(wanted.verdict))
         assert float(found["rate"]) == pytest.approx(float(wanted.rate), rel=1e-3, nan_ok=True)
@@ -115,9 +114,9 @@ def test_the_longer_run_takes_the_same_kernels(demo, tmp_path: Path, monkeypatch
 
     def spy(data: xr.Dataset, longer: xr.Dataset, **others: bool) -> xr.Dataset:
         seen.append((data, longer))
-        return convergence_of_result(data, longer, **others)
+        return convergence_verdict(data, longer, **others)
 
-    monkeypatch.setattr(engines, "convergence_of_result", spy)
+    monkeypatch.setattr(engines, "convergence_verdict", spy)
     run(replace(SPEC, extras=("confirm",)), tmp_path)
     for data, longer in seen:
         norms = [by_recurrence(one)["residual_mean"].values for one in (data, longer)]
@@ -126,13 +125,13 @@ def test_the_longer_run_takes_the_same_kernels(demo, tmp_path: Path, monkeypatch
 
 
 def test_runs_that_part_for_rounding_get_a_verdict_if_their_start_is_known(demo) -> None:
-    data = stream_metrics(demo, list(TEXTS), CONVERGENCE, over="depth", n_recurrences=R)
-    longer = stream_metrics(demo, list(TEXTS), CONVERGENCE, over="depth", n_recurrences=2 * R)
+    data = stream(demo, list(TEXTS), CONVERGENCE, by="depth", n_recurrences=R)
+    longer = stream(demo, list(TEXTS), CONVERGENCE, by="depth", n_recurrences=2 * R)
     apart = longer.assign(residual_mean=longer["residual_mean"] * 1.1)
     with pytest.raises(InputError, match="longer belongs to another run"):
-        convergence_of_result(data, apart)
-    found = convergence_of_result(data, apart, same_start=True)
-    wanted = convergence_of_result(data, longer)
+        convergence_verdict(data, apart)
+    found = convergence_verdict(data, apart, same_start=True)
+    wanted = convergence_verdict(data, longer)
     assert found["verdict"].equals(wanted["verdict"])
 
 

@@ -23,7 +23,7 @@ from tl_looped.experiments.engines import load_engine
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.metrics import over_cache, pairwise_over_cache
+from tl_looped.metrics import from_cache, pairwise_from_cache
 from tl_looped.metrics.depth_curves import mean_curve
 from tl_looped.model.bos import adds_bos
 
@@ -103,8 +103,8 @@ def test_layers_are_read_as_they_run_and_no_pattern_is_kept(llama: Path) -> None
     engine = load_engine(spec, find_model(spec), "cpu")
     row = torch.randint(5, 2000, (7,), generator=torch.Generator().manual_seed(0))
     _, cache = engine.model.run_with_cache(row[None], attention_mask=torch.ones_like(row[None]))
-    wanted = over_cache(cache, spec.metrics, over="depth")
-    matrices = pairwise_over_cache(cache)
+    wanted = from_cache(cache, spec.metrics, by="depth")
+    matrices = pairwise_from_cache(cache)
     del cache
     patterns: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
@@ -203,7 +203,12 @@ def test_runs_that_were_read_differently_are_told_apart(tmp_path: Path) -> None:
         random_config(**VARIANTS["pre-injection"], d_vocab=2048), tokenizer
     )
     usual = Experiment(
-        "looped", prompts=PROMPTS, metrics=("stage",), extras=(), recurrences=2, prepend_bos=True
+        "looped",
+        prompts=PROMPTS,
+        metrics=("signature",),
+        extras=(),
+        recurrences=2,
+        prepend_bos=True,
     )
     specs = (
         usual,

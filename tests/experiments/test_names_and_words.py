@@ -18,10 +18,10 @@ from tl_looped.cli import app
 from tl_looped.experiments.compare import compare_runs
 from tl_looped.experiments.reading import display_names
 from tl_looped.experiments.store import RESULTS, write_dataset
-from tl_looped.metrics import convergence_of_result, stream_metrics
+from tl_looped.metrics import convergence_verdict, stream
 from tl_looped.metrics.convergence import Verdict
 from tl_looped.metrics.labels import ignores_state
-from tl_looped.metrics.of_result import CONVERGENCE
+from tl_looped.metrics.verdicts import CONVERGENCE
 from tl_looped.paper.figures import draw
 from tl_looped.plots.captions import caption_of, verdict_of
 from tl_looped.report.summary import summarise
@@ -114,11 +114,9 @@ def test_an_adapter_that_ignores_the_state_is_said() -> None:
     assert not ignores_state(LoopedTransformer.from_config(random_config(**ADAPTER)))
     assert not ignores_state(LoopedTransformer.from_config(random_config()))
     metrics = [*CONVERGENCE, "fixed_point_rel"]
-    data = stream_metrics(model, [[1, 2, 3, 4]], metrics, over="depth")
+    data = stream(model, [[1, 2, 3, 4]], metrics, by="depth")
     assert float(np.nanmax(data["successive_abs"])) == 0.0
-    data = xr.merge(
-        [data, convergence_of_result(data)], compat="override", combine_attrs="override"
-    )
+    data = xr.merge([data, convergence_verdict(data)], compat="override", combine_attrs="override")
     summaries = summarise({"a": data})
     assert summaries[0].verdicts.counts == {Verdict.CONVERGED: 1}
     (note,) = row(summaries, {"a": "run0"}).notes
@@ -129,7 +127,7 @@ def test_an_adapter_that_ignores_the_state_is_said() -> None:
     assert texts.count("0 everywhere") == 2
     model.injection.weight.data[0, 0] = 1e-30
     assert not ignores_state(model)
-    said = stream_metrics(model, [[1, 2, 3, 4]], metrics, over="depth")
+    said = stream(model, [[1, 2, 3, 4]], metrics, by="depth")
     assert "adapter ignores" not in caption_of(said)
 
 

@@ -27,13 +27,16 @@ from tl_looped.experiments.reading import specification
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.metrics import convergence_of_result, over_cache, stream_metrics
-from tl_looped.metrics.attention import pairwise_attention_distance
+from tl_looped.metrics import convergence_verdict, from_cache, stream
+from tl_looped.metrics.attention_patterns import pairwise_attention_distance
 from tl_looped.metrics.states import pairwise_residual_cosine
 
 TEXTS = ("Tom has 3 pens.", "One two.", "Six boxes hold 4 pens each, he says.", "It is so.", "No.")
 SPEC = Experiment(
-    "tiny", prompts=PromptSet("text", texts=TEXTS), recurrences=3, metrics=("stage", "successive")
+    "tiny",
+    prompts=PromptSet("text", texts=TEXTS),
+    recurrences=3,
+    metrics=("signature", "successive"),
 )
 
 
@@ -59,8 +62,8 @@ def test_results_are_those_of_the_metrics_and_are_not_computed_twice(
 ) -> None:
     run = run_experiment(SPEC, tmp_path, model=tiny, batch_size=1)
     data = run.load()
-    expected = stream_metrics(
-        tiny, list(TEXTS), SPEC.metrics, over="depth", n_recurrences=3, batch_size=1, state_seed=0
+    expected = stream(
+        tiny, list(TEXTS), SPEC.metrics, by="depth", n_recurrences=3, batch_size=1, state_seed=0
     )
     assert set(data.data_vars) == set(expected.data_vars)
     for name, values in expected.items():
@@ -127,9 +130,7 @@ def test_extras_are_what_the_cache_gives(tiny: LoopedTransformer, tmp_path: Path
     assert path.shape == (3, 3, 3)
     assert data["pca_explained"].values.sum() <= 1 + 1e-6
     assert np.linalg.norm(path - path[-1, -1]) <= np.linalg.norm(last - last[-1, -1]) + 1e-6
-    verdicts = convergence_of_result(
-        stream_metrics(tiny, list(TEXTS), "all", over="depth", n_recurrences=3)
-    )
+    verdicts = convergence_verdict(stream(tiny, list(TEXTS), "all", by="depth", n_recurrences=3))
     np.testing.assert_array_equal(data["verdict"].values, verdicts["verdict"].values)
     assert data.sizes["unique_layer"] == 6
     assert ((data["prediction"] >= 0) & (data["prediction"] <= 1)).all()
@@ -142,7 +143,7 @@ def test_limiting_needs_a_window_and_says_so_at_once(tiny, tmp_path: Path) -> No
 
 
 def test_a_part_comes_back_as_it_was(tiny, tmp_path: Path) -> None:
-    data = stream_metrics(tiny, list(TEXTS), "all", over="depth", n_recurrences=3)
+    data = stream(tiny, list(TEXTS), "all", by="depth", n_recurrences=3)
     path = store.write_part(data.assign_coords(label=data["label"]), tmp_path / "a.npz")
     assert store.read_part(path).identical(data)
     path.write_bytes(path.read_bytes()[:-1])
@@ -340,7 +341,7 @@ def test_numbers_do_not_depend_on_how_a_model_comes(tiny, tmp_path: Path) -> Non
     for name in given.data_vars:
         np.testing.assert_array_equal(loaded[name].values, given[name].values)
     cache = tiny.run_with_cache(TEXTS[0], n_recurrences=3)[1]
-    one = over_cache(cache, "stage", over="depth")
+    one = from_cache(cache, "signature", by="depth")
     np.testing.assert_allclose(given["sink_rate"][:, :1], one["sink_rate"], atol=1e-6)
 
 

@@ -184,7 +184,7 @@ def test_the_hash_changes_with_what_decides_the_numbers_alone(tmp_path: Path) ->
         Experiment("demo", recurrences=5),
         Experiment("demo", recurrences=4, state_seed=1),
         Experiment("demo", recurrences=4, dtype="bfloat16"),
-        Experiment("demo", recurrences=4, metrics=("stage",)),
+        Experiment("demo", recurrences=4, metrics=("signature",)),
         Experiment("demo", recurrences=4, extras=("pca",)),
         Experiment("demo", recurrences=4, initial_state="zeros"),
         Experiment("demo", recurrences=4, reference_recurrences=8),
@@ -215,7 +215,7 @@ def test_figures_bring_what_they_need() -> None:
     with pytest.raises(InputError, match="ablate-mlp"):
         with_needs(Experiment("demo"), (41,))
     spec = with_needs(Experiment("demo", metrics=("mixing_raw",)), (2, 4, 5))
-    assert spec.metrics == ("mixing_raw", "stage", "fixed_point")
+    assert spec.metrics == ("mixing_raw", "signature", "fixed_point")
     assert spec.extras == ("pairwise", "pca")
 
 

@@ -29,13 +29,12 @@ from tl_looped.experiments.store import find_runs, read_dataset
 from tl_looped.metrics import (
     CONVERGENCE,
     Verdict,
-    convergence_of_result,
+    convergence_verdict,
     loop_jacobian_spectrum,
-    spectrum_of_states,
-    stream_metrics,
-    verdict_of_states,
+    loop_spectrum,
+    stream,
 )
-from tl_looped.metrics.spectral import SPECTRUM, reached_state
+from tl_looped.metrics.spectrum import SPECTRUM, reached_state
 from tl_looped.plots.spectral_radius import (
     agreement_points,
     radius_against_rate,
@@ -90,7 +89,7 @@ def test_the_rate_of_an_affine_loop_is_its_spectral_radius(states, step, radius:
     spectrum = loop_jacobian_spectrum(step, last)
     assert spectrum.spectral_radius.item() == pytest.approx(radius, rel=1e-12)
     assert spectrum.largest_singular_value.item() == pytest.approx(radius, rel=1e-12)
-    assert verdict_of_states(states).rate.item() == pytest.approx(radius, rel=1e-6)
+    assert convergence_verdict(states).rate.item() == pytest.approx(radius, rel=1e-6)
 
 
 @settings(deadline=None, max_examples=6, derandomize=True)
@@ -102,7 +101,7 @@ def test_the_rate_of_a_normal_map_tends_to_the_radius(seed: int, radius: float) 
     matrix = basis @ (radius * torch.tensor([1.0, 0.5, -0.3, 0.0]).double()).diag() @ basis.T
     states = iterate(lambda x: x @ matrix + 1.0, start_state(), 60)
     # Without the first steps, in which the smaller eigenvalues still show.
-    rate = verdict_of_states(states[12:]).rate.item()
+    rate = convergence_verdict(states[12:]).rate.item()
     found = loop_jacobian_spectrum(lambda x: x @ matrix + 1.0, states[-1, 0])
     assert found.spectral_radius.item() == pytest.approx(radius, rel=1e-6)
     assert rate == pytest.approx(radius, rel=2e-2)
@@ -115,7 +114,7 @@ def test_the_rate_of_a_map_far_from_normal_lies_above_its_radius_at_first() -> N
     rates = []
     for n in (30, 140):
         states = iterate(lambda x: x @ matrix.T, start, n)
-        rates.append(verdict_of_states(states).rate.item())
+        rates.append(convergence_verdict(states).rate.item())
     assert rates[0] > 0.9
     assert 0.8 < rates[1] < 0.825
 
@@ -125,15 +124,15 @@ def test_the_rate_of_a_random_model_agrees_with_its_radius() -> None:
     changes = VARIANTS["pre-injection"] | {"n_core": 2, "n_prelude": 1, "init_mode": "normal"}
     model = LoopedTransformer.from_config(random_config(**changes)).double()
     tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
-    data = stream_metrics(model, tokens, CONVERGENCE, over="depth", n_recurrences=40)
-    found = convergence_of_result(data)
-    spectrum = spectrum_of_states(model, tokens, n_recurrences=40, n_iterations=120)
+    data = stream(model, tokens, CONVERGENCE, by="depth", n_recurrences=40)
+    found = convergence_verdict(data)
+    spectrum = loop_spectrum(model, tokens, n_recurrences=40, n_iterations=120)
     radius = spectrum["spectral_radius"].values
     assert found["verdict"].values.tolist() == [Verdict.CONVERGED] * 3
     assert (spectrum["spectral_radius_error"] < 1e-3).all()
     np.testing.assert_allclose(found["rate"], radius, atol=0.03)
     states = [model.loop_map(row[None]).run(40)[:, None, 0].detach() for row in tokens]
-    late = [verdict_of_states(one[12:]).rate.item() for one in states]
+    late = [convergence_verdict(one[12:]).rate.item() for one in states]
     np.testing.assert_allclose(late, radius, atol=0.005)
     # And not because nothing differs: prompts do, and the singular value says something else.
     assert np.ptp(radius) > 0.1
@@ -147,7 +146,7 @@ def test_the_spectrum_is_that_of_the_brute_force_jacobian_whatever_the_padding()
     model = LoopedTransformer.from_config(random_config(**SMALL)).double()
     tokens = torch.tensor([[7, 7, 3, 1, 4], [1, 5, 9, 2, 6]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    data = spectrum_of_states(model, tokens, n_recurrences=6, attention_mask=mask)
+    data = loop_spectrum(model, tokens, n_recurrences=6, attention_mask=mask)
     for prompt, row in enumerate((tokens[0, 2:], tokens[1])):
         loop_map = model.loop_map(row[None])
         state = loop_map.run(6)[-1].detach()
@@ -163,7 +162,7 @@ def test_the_spectrum_is_that_of_the_brute_force_jacobian_whatever_the_padding()
         step = (loop_map(state) - state).norm(dim=-1) / state.norm(dim=-1)
         residual = found["fixed_point_residual"].item()
         assert residual == pytest.approx(step.mean().item(), rel=1e-9)
-        alone = spectrum_of_states(model, row[None], n_recurrences=6)
+        alone = loop_spectrum(model, row[None], n_recurrences=6)
         for name in SPECTRUM:
             assert alone[name].item() == pytest.approx(found[name].item(), rel=1e-12), name
 
@@ -172,10 +171,10 @@ def test_given_states_are_where_the_spectrum_is_taken(small: LoopedTransformer) 
     tokens = torch.tensor([[3, 1, 4], [1, 5, 9]])
     model = LoopedTransformer.from_config(replace_dtype(small, torch.float64))
     states = reached_state(model.loop_map(tokens), 5)
-    at_them = spectrum_of_states(model, tokens, states, n_iterations=20)
-    from_start = spectrum_of_states(model, tokens, n_recurrences=5, n_iterations=20)
+    at_them = loop_spectrum(model, tokens, states, n_iterations=20)
+    from_start = loop_spectrum(model, tokens, n_recurrences=5, n_iterations=20)
     assert_same_data(at_them, from_start)
-    elsewhere = spectrum_of_states(model, tokens, 3 * states, n_iterations=20)
+    elsewhere = loop_spectrum(model, tokens, 3 * states, n_iterations=20)
     assert (elsewhere["spectral_radius"] != at_them["spectral_radius"]).all()
     assert at_them.attrs == {
         "spectrum_iterations": 20, "spectrum_tolerance": 1e-3, "spectrum_seed": 0,
@@ -195,10 +194,10 @@ def test_the_reached_state_is_that_of_the_run_also_where_it_skips_the_adapter() 
 
 def test_half_precision_gives_the_radius_within_its_rounding(small: LoopedTransformer) -> None:
     tokens = torch.tensor([[3, 1, 4]])
-    exact = spectrum_of_states(small, tokens, n_recurrences=R)
+    exact = loop_spectrum(small, tokens, n_recurrences=R)
     rough = LoopedTransformer.from_config(replace_dtype(small, torch.bfloat16))
     rough.load_state_dict(small.state_dict())
-    found = spectrum_of_states(rough, tokens, n_recurrences=R)
+    found = loop_spectrum(rough, tokens, n_recurrences=R)
     radius = exact["spectral_radius"].item()
     assert found["spectral_radius"].item() == pytest.approx(radius, rel=0.03)
     assert found["spectral_radius"].dtype == np.float64
@@ -230,18 +229,18 @@ def test_what_cannot_be_asked_for(small: LoopedTransformer) -> None:
     tokens = torch.tensor([[3, 1, 4]])
     for shape in ((1, 2, 8), (1, 3, 9)):
         with pytest.raises(InputError, match=r"states must have shape \(1, 3, 8\)"):
-            spectrum_of_states(small, tokens, torch.zeros(shape))
+            loop_spectrum(small, tokens, torch.zeros(shape))
     with pytest.raises(InputError, match=r"without_mlp must be a list of layers, got 'core.0'"):
         small.loop_map(tokens, without_mlp="core.0")
     with pytest.raises(InputError, match="attention_mask must be like tokens"):
-        spectrum_of_states(small, tokens, attention_mask=torch.tensor([[0, 0, 0]]))
+        loop_spectrum(small, tokens, attention_mask=torch.tensor([[0, 0, 0]]))
     with pytest.raises(InputError, match="n_iterations"):
-        spectrum_of_states(small, tokens, n_iterations=2)
+        loop_spectrum(small, tokens, n_iterations=2)
 
 
 def test_a_state_that_is_not_finite_has_no_spectrum(small: LoopedTransformer) -> None:
     state = torch.full((1, 3, 8), math.nan)
-    data = spectrum_of_states(small, torch.tensor([[3, 1, 4]]), state, n_iterations=8)
+    data = loop_spectrum(small, torch.tensor([[3, 1, 4]]), state, n_iterations=8)
     assert np.isnan(data["spectral_radius"].item())
     assert data["spectrum_converged"].item() == 0
 
@@ -257,7 +256,7 @@ def test_the_extra_writes_the_spectra_of_the_model(
     small: LoopedTransformer, measured: xr.Dataset
 ) -> None:
     for prompt, row in enumerate(rows_of(small)):
-        wanted = spectrum_of_states(small, row, n_recurrences=R)
+        wanted = loop_spectrum(small, row, n_recurrences=R)
         for name in SPECTRUM:
             found = measured[name].isel(prompt=prompt)
             assert float(found) == pytest.approx(wanted[name].item(), rel=1e-6), name
@@ -291,7 +290,7 @@ def test_an_ablated_run_has_the_spectrum_of_the_ablated_model(
         without.core[0].mlp.down.zero_()
         without.prelude[0].mlp.down.zero_()
     for prompt, row in enumerate(rows_of(small)):
-        wanted = spectrum_of_states(without, row, n_recurrences=R)
+        wanted = loop_spectrum(without, row, n_recurrences=R)
         found = float(data["spectral_radius"][prompt])
         assert found == pytest.approx(wanted["spectral_radius"].item(), rel=1e-6)
     assert (np.abs(data["spectral_radius"] - measured["spectral_radius"]) > 1e-3).all()
@@ -481,7 +480,7 @@ def test_a_training_run_is_measured_at_every_snapshot_and_drawn(
     np.testing.assert_array_equal(data["held_out_loss"], [np.nan, 2.5, np.nan])
     last = LoopedTransformer.from_pretrained(trained / "final", device="cpu")
     prompt = int(results[6]["source_row"][0])
-    wanted = spectrum_of_states(last, last.tokenize(TEXTS[prompt])[0], n_recurrences=R)
+    wanted = loop_spectrum(last, last.tokenize(TEXTS[prompt])[0], n_recurrences=R)
     radius = data["spectral_radius"].sel(step=6)[0].item()
     assert radius == pytest.approx(wanted["spectral_radius"].item(), rel=1e-6)
     again = spectrum_command(*arguments)

@@ -19,7 +19,7 @@ from tl_looped import ConfigError, LoopedTransformer, retrofit
 from tl_looped.cli import app
 from tl_looped.experiments.identity import module_identity
 from tl_looped.experiments.reading import is_feedforward
-from tl_looped.metrics import stream_metrics
+from tl_looped.metrics import stream
 from tl_looped.metrics.labels import trained_recurrences
 from tl_looped.paper.figures import draw
 from tl_looped.plots.captions import caption_of
@@ -145,7 +145,7 @@ def test_it_decides_no_number_and_so_no_identity() -> None:
 def test_results_say_it(trained: float | None, attribute: float) -> None:
     model = LoopedTransformer.from_config(random_config(n_recurrences=3))
     model.cfg.trained_recurrences = trained
-    data = stream_metrics(model, [[1, 2, 3]], metrics=["residual_mean"], over="depth")
+    data = stream(model, [[1, 2, 3]], metrics=["residual_mean"], by="depth")
     assert data.attrs["trained_recurrences"] == attribute
     assert trained_recurrences(data) == attribute
     assert trained_recurrences(data.drop_attrs()) is None

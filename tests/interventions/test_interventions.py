@@ -738,8 +738,8 @@ def test_what_tells_rows_apart_is_not_streamed(llama: Case) -> None:
     _, cache = llama.model.run_with_cache(llama.tokens)
     resampled = iv.AblateHeads({1: 0}, by="resample", reference=cache)
     for change in (iv.SwapStates(1), resampled):
-        with llama.model.intervening(change), refused(InputError, "over_cache"):
-            metrics.stream_metrics(llama.model, llama.tokens, ["stage"], progress=False)
+        with llama.model.intervening(change), refused(InputError, "from_cache"):
+            metrics.stream(llama.model, llama.tokens, ["signature"], progress=False)
 
 
 def test_a_run_within_an_intervened_run_is_refused(llama: Case) -> None:

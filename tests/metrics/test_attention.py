@@ -167,11 +167,11 @@ def test_attention_distance_keeps_small_differences() -> None:
 
 METRICS: dict[str, Callable[..., Tensor]] = {
     "colsum": colsum_concentration,
-    "sink": sink_score,
+    "sink": lambda x, mask=None: sink_score(x, attention_mask=mask),
     "sink of the second": lambda x, mask=None: sink_score(x, 1, mask),
-    "above uniform": lambda x, mask=None: sink_score(x, mask=mask, above_uniform=True),
+    "above uniform": lambda x, mask=None: sink_score(x, attention_mask=mask, above_uniform=True),
     "visible": lambda x, mask=None: sink_score(x, 1, mask, "visible"),
-    "rate": lambda x, mask=None: sink_rate(x, mask=mask),
+    "rate": lambda x, mask=None: sink_rate(x, attention_mask=mask),
     **{
         form: lambda x, mask=None, form=form: mixing_score(x, form, mask)
         for form in ("raw", "per_token", "per_row", "log_t")
@@ -200,7 +200,7 @@ def test_a_padded_batch_gives_the_unpadded_values(toy: str, metric: str, left: b
     prompts = [torch.stack([ATTENTIONS[toy](n), random_pattern(n)]) for n in (5, 9, 3)]
     alone = torch.stack([function(prompt) for prompt in prompts])
     rows, masks = zip(*(padded(prompt, 9, left) for prompt in prompts), strict=True)
-    batch = function(torch.stack(rows), mask=torch.stack(masks))
+    batch = function(torch.stack(rows), torch.stack(masks))
     torch.testing.assert_close(batch, alone, atol=1e-12, rtol=1e-12, equal_nan=True)
 
 
@@ -221,7 +221,8 @@ def test_what_padding_holds_does_not_matter() -> None:
     expected = colsum_concentration(whole, mask)
     whole[:, :3] = math.nan
     assert torch.equal(colsum_concentration(whole, mask), expected)
-    assert torch.equal(mixing_score(whole, mask=mask), mixing_score(whole.nan_to_num(), mask=mask))
+    clean = whole.nan_to_num()
+    assert torch.equal(mixing_score(whole, "raw", mask), mixing_score(clean, "raw", mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -269,9 +270,9 @@ def test_a_nan_stays_where_it_is() -> None:
         (lambda: colsum_concentration(torch.eye(3), torch.ones(4)), "mask must be"),
         (lambda: colsum_concentration(torch.eye(3), torch.zeros(3)), "without any real token"),
         # Two prompts of two heads: a mask of prompts is not one of heads.
-        (lambda: sink_score(torch.eye(3).expand(2, 3, 3), mask=torch.ones(2, 3)), "mask must be"),
+        (lambda: mixing_score(torch.eye(3).expand(2, 3, 3), "raw", torch.ones(2, 3)), "must be"),
         (
-            lambda: sink_rate(random_pattern(2, 4), mask=torch.tensor([0, 1, 1, 1])),
+            lambda: sink_rate(random_pattern(2, 4), attention_mask=torch.tensor([0, 1, 1, 1])),
             "padded batch without its attention_mask",
         ),
     ],
@@ -299,7 +300,7 @@ def test_a_short_prompt_has_no_score_for_a_late_key() -> None:
     long = random_pattern(2, 5)
     score = sink_score(torch.stack([whole, long]), 4, torch.stack([mask, torch.ones(5)]))
     assert score.isnan().tolist() == [[True, True], [False, False]]
-    rate = sink_rate(torch.stack([whole, long]), key=4, mask=torch.stack([mask, torch.ones(5)]))
+    rate = sink_rate(torch.stack([whole, long]), 0.3, 4, torch.stack([mask, torch.ones(5)]))
     assert rate.isnan().tolist() == [True, False]
 
 
@@ -318,7 +319,7 @@ def test_all_pairs_row_by_row_are_the_distances_of_pairs(monkeypatch, mask) -> N
         for a in patterns.unbind()
     ]
     for block in (1, 8 * 4 * 7 * 3, 2**30):
-        monkeypatch.setattr("tl_looped.metrics.attention.BLOCK_BYTES", block)
+        monkeypatch.setattr("tl_looped.metrics.attention_patterns.BLOCK_BYTES", block)
         found = pairwise_attention_distance(patterns, real)
         torch.testing.assert_close(found, torch.tensor(wanted).double(), rtol=1e-13, atol=1e-13)
         assert torch.equal(found, found.T)

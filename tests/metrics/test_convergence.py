@@ -13,25 +13,24 @@ from torch import Tensor
 from toys import affine, cyclic_affine, drift, grower, iterate, negative_affine, rotation, still
 
 from tl_looped.errors import InputError
+from tl_looped.metrics import convergence_verdict
 from tl_looped.metrics.convergence import (
     ConvergenceResult,
     Verdict,
     a_posteriori_bound,
-    convergence_verdict,
     fixed_point_residual,
     half_life,
 )
 from tl_looped.metrics.convergence_states import (
     convergence_series,
     min_layer_cosine,
-    verdict_of_states,
 )
 
 CONVERGED, PROJECTIVE, DEGENERATE, ORBIT, DRIFT, NOT_CONVERGED, UNDEFINED = Verdict
 
 
 def judge(loop, n: int, longer: bool = True, **kwargs) -> ConvergenceResult:
-    return verdict_of_states(loop(n), loop(2 * n) if longer else None, **kwargs)
+    return convergence_verdict(loop(n), loop(2 * n) if longer else None, **kwargs)
 
 
 @pytest.mark.parametrize("longer", [True, False])
@@ -58,7 +57,7 @@ def test_rates_are_exact_above_the_noise_and_close_within_it() -> None:
     assert judge(cyclic_affine, 64).rate.item() == pytest.approx(0.25, abs=1e-9)
     assert judge(negative_affine, 128).rate.item() == pytest.approx(0.9, abs=1e-9)
     assert judge(rotation, 64).rate.item() == pytest.approx(1.0, abs=1e-9)
-    single = verdict_of_states(affine(256).float())
+    single = convergence_verdict(affine(256).float())
     assert single.rate.item() == pytest.approx(0.8, abs=2e-3)
     assert judge(affine, 64).half_life.item() == pytest.approx(math.log(2) / -math.log(0.8))
     assert half_life(torch.tensor([0.5, 1.0, 1.5, math.nan])).tolist() == pytest.approx(
@@ -77,8 +76,8 @@ def test_the_first_recurrence_that_settles() -> None:
     assert (relative[first - 1 :] <= 1e-4).all()
     assert relative[first - 2] > 1e-4
     # Three steps are the least: two after the last large one are too few.
-    assert verdict_of_states(affine(first + 2)).settled_at.item() == -1
-    assert verdict_of_states(affine(first + 3)).settled_at.item() == first
+    assert convergence_verdict(affine(first + 2)).settled_at.item() == -1
+    assert convergence_verdict(affine(first + 3)).settled_at.item() == first
 
 
 @pytest.mark.parametrize("period", [2.0, 2.5, 3.0, 5.3, 7.3, 8.0, 16.0])
@@ -120,7 +119,7 @@ def test_a_late_arc_of_less_than_a_quarter_of_a_turn_looks_straight() -> None:
     for turns, straight in ((0.24, True), (0.26, False)):
         states = 10 * rotation(64, period=31 / turns)  # 31 late steps
         states[..., 2] = 0.0
-        assert (verdict_of_states(states).verdict.item() == DRIFT) is straight
+        assert (convergence_verdict(states).verdict.item() == DRIFT) is straight
 
 
 def test_an_orbit_that_divides_the_run_is_not_fooled_by_the_distance_to_its_double() -> None:
@@ -147,7 +146,7 @@ def test_a_fixed_point_that_is_left_once_is_no_orbit(back: int) -> None:
     )
     states = there + 0.5 ** torch.arange(40).double()[:, None, None, None] * out
     states[39 - back] = out - there
-    found = verdict_of_states(states)
+    found = convergence_verdict(states)
     assert found.verdict.item() == NOT_CONVERGED
     assert found.period.isnan()
 
@@ -162,30 +161,30 @@ def test_a_damped_spiral_is_no_orbit_and_converges_in_the_end() -> None:
 def test_a_random_walk_is_none_of_them() -> None:
     noise = torch.randn(256, 1, 5, 64, generator=torch.Generator().manual_seed(0))
     walk = noise.double().cumsum(0)
-    assert verdict_of_states(walk[:128], walk).verdict.item() == NOT_CONVERGED
-    assert verdict_of_states(noise[:128], noise).verdict.item() == NOT_CONVERGED
+    assert convergence_verdict(walk[:128], walk).verdict.item() == NOT_CONVERGED
+    assert convergence_verdict(noise[:128], noise).verdict.item() == NOT_CONVERGED
 
 
 def test_white_noise_of_few_dimensions_comes_back_by_chance_but_not_turn_after_turn() -> None:
     noise = torch.randn(128, 1, 200, 1, 4, generator=torch.Generator().manual_seed(0))
-    found = verdict_of_states(noise).verdict
+    found = convergence_verdict(noise).verdict
     assert (found == NOT_CONVERGED).double().mean() > 0.97
     assert not (found == CONVERGED).any()
 
 
 def test_layers_that_share_one_limit_are_degenerate() -> None:
     shared = affine(64).repeat(1, 3, 1, 1)
-    found = verdict_of_states(shared)
+    found = convergence_verdict(shared)
     assert found.verdict.item() == DEGENERATE
     assert found.converged.item()
-    growing = verdict_of_states(grower(128).repeat(1, 2, 1, 1))
+    growing = convergence_verdict(grower(128).repeat(1, 2, 1, 1))
     assert growing.verdict.item() == DEGENERATE
     assert growing.projective.item()
     assert not growing.converged.item()
     # Layers with limits of their own are not, and neither is a shared state without a limit.
     apart = torch.cat((affine(64), -affine(64)), 1)
-    assert verdict_of_states(apart).verdict.item() == CONVERGED
-    assert verdict_of_states(rotation(64).repeat(1, 2, 1, 1)).verdict.item() == ORBIT
+    assert convergence_verdict(apart).verdict.item() == CONVERGED
+    assert convergence_verdict(rotation(64).repeat(1, 2, 1, 1)).verdict.item() == ORBIT
 
 
 def test_the_lowest_layer_cosine() -> None:
@@ -200,21 +199,21 @@ def test_the_lowest_layer_cosine() -> None:
 def test_prompts_are_judged_alone_and_padding_is_not_looked_at() -> None:
     loops = (affine, drift, grower)
     batch = torch.stack([loop(64)[:, :, :1].expand(-1, -1, 3, -1) for loop in loops], 2).clone()
-    assert verdict_of_states(batch).verdict.tolist() == [CONVERGED, DRIFT, PROJECTIVE]
+    assert convergence_verdict(batch).verdict.tolist() == [CONVERGED, DRIFT, PROJECTIVE]
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]])
     batch[:, :, 0, 2] = torch.randn(64, 1, 4, generator=torch.Generator().manual_seed(0)).double()
     batch[:, :, 2, 0] = math.nan
-    found = verdict_of_states(batch, mask=mask)
+    found = convergence_verdict(batch, attention_mask=mask)
     assert found.verdict.tolist() == [CONVERGED, DRIFT, PROJECTIVE]
     assert found.rate[0].item() == pytest.approx(0.8, abs=1e-9)
-    assert verdict_of_states(batch).verdict.tolist() == [NOT_CONVERGED, DRIFT, UNDEFINED]
+    assert convergence_verdict(batch).verdict.tolist() == [NOT_CONVERGED, DRIFT, UNDEFINED]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_state_is_undefined(value: float) -> None:
     states = affine(64).repeat(1, 2, 1, 1)
     states[40, 0, 1, 2] = value
-    found = verdict_of_states(states)
+    found = convergence_verdict(states)
     assert found.verdict.item() == UNDEFINED
     assert found.rate.isnan()
     assert found.settled_at.item() == -1
@@ -230,7 +229,7 @@ def test_the_zero_map_converges_and_a_run_too_short_is_undefined() -> None:
 
 def test_a_doubled_run_unmasks_a_slow_drift_and_says_that_it_was_asked() -> None:
     creeping = drift(64, 5e-5)
-    alone = verdict_of_states(creeping)
+    alone = convergence_verdict(creeping)
     assert not alone.confirmed
     assert alone.bound.item() == math.inf  # its rate is 1, so the bound is not fooled either
     assert judge(lambda n: drift(n, 5e-5), 64).confirmed
@@ -239,13 +238,13 @@ def test_a_doubled_run_unmasks_a_slow_drift_and_says_that_it_was_asked() -> None
 
 
 def test_the_tolerance_follows_the_dtype_unless_given() -> None:
-    assert verdict_of_states(affine(24)).verdict.item() == NOT_CONVERGED
-    half = verdict_of_states(affine(24).bfloat16())
+    assert convergence_verdict(affine(24)).verdict.item() == NOT_CONVERGED
+    half = convergence_verdict(affine(24).bfloat16())
     assert half.eps == 1e-2
     assert half.verdict.item() == CONVERGED
-    assert verdict_of_states(affine(24), eps=1e-2).verdict.item() == CONVERGED
+    assert convergence_verdict(affine(24), eps=1e-2).verdict.item() == CONVERGED
     with pytest.raises(InputError, match="eps must lie"):
-        verdict_of_states(affine(24), eps=0.0)
+        convergence_verdict(affine(24), eps=0.0)
 
 
 def test_the_residual_and_the_bound() -> None:
@@ -285,8 +284,8 @@ def test_the_series_alone_give_the_verdict_of_the_states() -> None:
 
 def test_wrong_input_names_the_argument() -> None:
     with pytest.raises(InputError, match="states_2r must have twice the 16"):
-        verdict_of_states(affine(16), affine(31))
+        convergence_verdict(affine(16), affine(31))
     with pytest.raises(InputError, match="states_2r belongs to another run"):
-        verdict_of_states(affine(16), affine(32, 0.5))
+        convergence_verdict(affine(16), affine(32, 0.5))
     with pytest.raises(InputError, match="states must be"):
-        verdict_of_states(torch.zeros(0, 1, 2, 3))
+        convergence_verdict(torch.zeros(0, 1, 2, 3))

@@ -30,16 +30,16 @@ from tl_looped.metrics import (
     cosine_similarity,
     distance_similarity,
     fixed_point_distance,
+    from_cache,
     lowest_cosine_to_fixed_points,
     matrix_entropy,
     mixing_score,
-    over_cache,
     residual_magnitude,
     sink_rate,
     sink_score,
     step_geometry,
+    stream,
     stream_batches,
-    stream_metrics,
     successive_difference,
 )
 
@@ -95,7 +95,7 @@ def test_the_three_doors_agree(golden: Golden, golden_model: LoopedTransformer) 
     model = golden_model
     _, cache = model.run_with_cache(golden.tokens, state_seed=3)
     both = ("all", "token")
-    from_cache = over_cache(cache, both)
+    data = from_cache(cache, both)
     loop = cache.loop
     patterns, states = cache.stack_recurrences("pattern"), cache.stack_recurrences("resid_post")
     before = torch.full_like(states, torch.nan)
@@ -103,23 +103,21 @@ def test_the_three_doors_agree(golden: Golden, golden_model: LoopedTransformer) 
         if loop.index(r, layer) > 0:
             before[r, layer] = cache["resid_post", loop.index(r, layer) - 1]
     expected = on_tensors(states, patterns, before)
-    state_out = {n for n in from_cache.data_vars if str(n).endswith("_state_out")}
-    assert set(from_cache.data_vars) - state_out == set(expected)
+    state_out = {n for n in data.data_vars if str(n).endswith("_state_out")}
+    assert set(data.data_vars) - state_out == set(expected)
     for name, value in expected.items():
-        assert from_cache[name].sizes["recurrence"] == loop.R
-        np.testing.assert_allclose(from_cache[name].values, value.numpy(), atol=SAME, rtol=SAME)
-    assert from_cache["sink_score"].dims == ("recurrence", "layer", "head", "prompt")
-    assert from_cache["entropy_bits"].dims == ("recurrence", "layer", "prompt")
+        assert data[name].sizes["recurrence"] == loop.R
+        np.testing.assert_allclose(data[name].values, value.numpy(), atol=SAME, rtol=SAME)
+    assert data["sink_score"].dims == ("recurrence", "layer", "head", "prompt")
+    assert data["entropy_bits"].dims == ("recurrence", "layer", "prompt")
     for options in ({}, {"states": "disk"}, {"batch_size": 1}):
-        assert_same_data(
-            stream_metrics(model, golden.tokens, both, state_seed=3, **options), from_cache
-        )
+        assert_same_data(stream(model, golden.tokens, both, state_seed=3, **options), data)
 
 
 def test_a_loop_norm_has_states_of_its_own(golden: Golden, golden_model: LoopedTransformer) -> None:
     """Of Ouro's last layer, both states are kept: before and after the final norm."""
     _, cache = golden_model.run_with_cache(golden.tokens, state_seed=3)
-    data = over_cache(cache, ["entropy_bits", "successive", "fixed_point"])
+    data = from_cache(cache, ["entropy_bits", "successive", "fixed_point"])
     names = {n for n in data.data_vars if str(n).endswith("_state_out")}
     if golden.name != "ouro":
         assert not names
@@ -139,7 +137,7 @@ def test_a_loop_norm_has_states_of_its_own(golden: Golden, golden_model: LoopedT
 
 def test_depth_holds_prelude_and_coda(plain: LoopedTransformer, tokens: Tensor) -> None:
     _, cache = plain.run_with_cache(tokens)
-    data = over_cache(cache, "all", over="depth")
+    data = from_cache(cache, "all", by="depth")
     loop = plain.loop
     assert data.sizes["effective_layer"] == loop.n_layers
     assert data["label"].values.tolist() == loop.labels()
@@ -152,7 +150,7 @@ def test_depth_holds_prelude_and_coda(plain: LoopedTransformer, tokens: Tensor) 
     assert outside["fixed_point_rel"].isnull().all()
     assert outside["successive_abs"].isnull().all()
     folded = by_recurrence(data)
-    assert_same_data(folded, over_cache(cache, "all"))
+    assert_same_data(folded, from_cache(cache, "all"))
     assert_same_data(by_recurrence(folded), folded)
     one = data["colsum_concentration"].isel(effective_layer=loop.index(3, 2))
     xr.testing.assert_equal(
@@ -185,8 +183,8 @@ def prompts() -> list[Tensor]:
 @pytest.mark.parametrize("batching", ["length", "padded"])
 def test_prompts_of_different_lengths(prompts: list[Tensor], batching: str, states: str) -> None:
     model = injected()
-    data = stream_metrics(
-        model, prompts, "all", over="depth", batching=batching, states=states, n_recurrences=5,
+    data = stream(
+        model, prompts, "all", by="depth", batching=batching, states=states, n_recurrences=5,
         state_seed=2, batch_size=3,
     )  # fmt: skip
     assert data["n_tokens"].values.tolist() == list(LENGTHS)
@@ -194,34 +192,34 @@ def test_prompts_of_different_lengths(prompts: list[Tensor], batching: str, stat
     assert data.attrs["n_recurrences"] == 5
     for number, prompt in enumerate(prompts):
         _, cache = model.run_with_cache(prompt, n_recurrences=5, state_seed=2)
-        alone = over_cache(cache, "all", over="depth")
+        alone = from_cache(cache, "all", by="depth")
         assert_same_data(data.isel(prompt=[number]).assign_coords(prompt=[0]), alone)
 
 
 def test_a_padded_cache_knows_its_mask(prompts: list[Tensor]) -> None:
     model = injected()
-    alone = stream_metrics(model, prompts, "all", state_seed=2)
+    alone = stream(model, prompts, "all", state_seed=2)
     for left in (False, True):
         tokens, mask = torch.zeros(5, 9, dtype=torch.long), torch.zeros(5, 9)
         for i, row in enumerate(prompts):
             place = slice(9 - len(row), 9) if left else slice(len(row))
             tokens[i, place], mask[i, place] = row, 1
         _, cache = model.run_with_cache(tokens, attention_mask=mask, state_seed=2)
-        assert_same_data(over_cache(cache, "all"), alone)
-        assert_same_data(over_cache(cache, "all", attention_mask=mask), alone)
+        assert_same_data(from_cache(cache, "all"), alone)
+        assert_same_data(from_cache(cache, "all", attention_mask=mask), alone)
         part = cache.apply_slice_to_batch_dim([1, 3])
         chosen = alone.isel(prompt=[1, 3]).assign_coords(prompt=[0, 1])
-        assert_same_data(over_cache(part, "all"), chosen)
+        assert_same_data(from_cache(part, "all"), chosen)
         one = cache.apply_slice_to_batch_dim(1)
-        assert_same_data(over_cache(one, "all"), chosen.isel(prompt=[0]))
+        assert_same_data(from_cache(one, "all"), chosen.isel(prompt=[0]))
         with pytest.raises(InputError, match="differs from the one"):
-            over_cache(cache, attention_mask=torch.ones(5, 9))
+            from_cache(cache, attention_mask=torch.ones(5, 9))
 
 
 def test_a_cache_without_batch_dimension(plain: LoopedTransformer, tokens: Tensor) -> None:
     _, one = plain.run_with_cache(tokens[:1], remove_batch_dim=True)
     _, batch = plain.run_with_cache(tokens[:1])
-    assert_same_data(over_cache(one, "all"), over_cache(batch, "all"))
+    assert_same_data(from_cache(one, "all"), from_cache(batch, "all"))
 
 
 def test_a_plain_cache_of_a_looped_model(plain: LoopedTransformer, tokens: Tensor) -> None:
@@ -232,25 +230,23 @@ def test_a_plain_cache_of_a_looped_model(plain: LoopedTransformer, tokens: Tenso
     cache = ActivationCache(looped.cache_dict, plain)
     assert plain.loop.R == 4
     with pytest.raises(InputError, match=r"layer 20, but its model has 15 layers at its present 4"):
-        over_cache(cache)
+        from_cache(cache)
     with plain.recurrences(6):
-        assert_same_data(over_cache(cache, "all"), over_cache(looped, "all"))
+        assert_same_data(from_cache(cache, "all"), from_cache(looped, "all"))
     with plain.recurrences(8), pytest.raises(MissingActivationError, match="of layer 21 of 27"):
-        over_cache(cache)
+        from_cache(cache, "signature")
 
 
 def test_a_later_run_as_the_reference(plain: LoopedTransformer, tokens: Tensor) -> None:
     _, cache = plain.run_with_cache(tokens, n_recurrences=4)
     _, longer = plain.run_with_cache(tokens, n_recurrences=8)
-    data = over_cache(cache, "fixed_point", reference=longer)
+    data = from_cache(cache, "fixed_point", reference=longer)
     expected = fixed_point_distance(
         cache.stack_recurrences("resid_post"), reference=longer.stack_recurrences("resid_post")[-1]
     )
     np.testing.assert_allclose(data["fixed_point_abs"], expected, atol=SAME)
     assert (data["fixed_point_abs"].isel(recurrence=-1) > 1e-3).all()
-    streamed = stream_metrics(
-        plain, tokens, "fixed_point", n_recurrences=4, reference_recurrences=8
-    )
+    streamed = stream(plain, tokens, "fixed_point", n_recurrences=4, reference_recurrences=8)
     assert_same_data(streamed, data)
     assert streamed.attrs["reference_recurrences"] == 8
 
@@ -260,10 +256,10 @@ def test_hooks_act_while_a_run_is_watched(plain: LoopedTransformer, tokens: Tens
         return x / 2
 
     with plain.hooks(fwd_hooks=[("blocks.(1, 0).hook_resid_post", halve)]):
-        watched = stream_metrics(plain, tokens, "all")
+        watched = stream(plain, tokens, "all")
         _, cache = plain.run_with_cache(tokens)
-    assert_same_data(watched, over_cache(cache, "all"))
-    plain_size = stream_metrics(plain, tokens, "magnitude")["residual_mean"]
+    assert_same_data(watched, from_cache(cache, "all"))
+    plain_size = stream(plain, tokens, "magnitude")["residual_mean"]
     assert (plain_size != watched["residual_mean"]).any()
     assert not any(point.is_active for point in plain.hook_dict.values())
 
@@ -278,26 +274,26 @@ def test_a_run_cached_by_a_hook_leaves_a_watched_one_alone(plain: LoopedTransfor
 
 
 def test_only_what_is_asked_for_is_computed(plain: LoopedTransformer, tokens: Tensor) -> None:
-    data = stream_metrics(plain, tokens, "entropy_bits")
+    data = stream(plain, tokens, "entropy_bits")
     assert set(data.data_vars) == {"entropy_bits"}
     assert data["entropy_bits"].attrs == {"long_name": "residual entropy", "units": "bits"}
     _, cache = plain.run_with_cache(tokens, names_filter="residual")
-    assert_same_data(over_cache(cache, "entropy_bits"), data)
+    assert_same_data(from_cache(cache, "entropy_bits"), data)
     with pytest.raises(MissingActivationError, match="no 'pattern' of layer 0 of 15"):
-        over_cache(cache, "sink_rate")
+        from_cache(cache, "sink_rate")
 
 
 def test_batches_can_be_saved_one_by_one(plain: LoopedTransformer, prompts: list[Tensor]) -> None:
     options = StreamOptions(batch_size=2)
-    batches = list(stream_batches(plain, prompts, "stage", options))
+    batches = list(stream_batches(plain, prompts, "signature", options))
     assert [b["prompt"].values.tolist() for b in batches] == [[1], [4], [0, 3], [2]]
     joined = by_recurrence(xr.concat(batches, "prompt").sortby("prompt"))
-    xr.testing.assert_allclose(joined, stream_metrics(plain, prompts, "stage"))
+    xr.testing.assert_allclose(joined, stream(plain, prompts, "signature"))
 
 
 def test_tokens_of_prompts_of_different_lengths(prompts: list[Tensor]) -> None:
     model = injected()
-    data = stream_metrics(model, prompts, "token", n_recurrences=4, state_seed=2, batch_size=2)
+    data = stream(model, prompts, "token", n_recurrences=4, state_seed=2, batch_size=2)
     assert data["token_cosine"].dims == ("recurrence", "layer", "token", "prompt")
     for number, prompt in enumerate(prompts):
         one = data.isel(prompt=number)
@@ -306,7 +302,7 @@ def test_tokens_of_prompts_of_different_lengths(prompts: list[Tensor]) -> None:
         found = one["token_cosine"].values
         np.testing.assert_allclose(found[:, :, : len(prompt)], expected.movedim(-1, 0), atol=SAME)
         assert np.isnan(found[:, :, len(prompt) :]).all()
-    padded = stream_metrics(
+    padded = stream(
         model, prompts, "token", n_recurrences=4, state_seed=2, batch_size=2, batching="padded"
     )
     assert_same_data(padded, data)
@@ -314,12 +310,12 @@ def test_tokens_of_prompts_of_different_lengths(prompts: list[Tensor]) -> None:
 
 def test_one_recurrence_and_none() -> None:
     model, tokens = injected(), torch.arange(7)[None]
-    one = stream_metrics(model, tokens, "all", n_recurrences=1)
+    one = stream(model, tokens, "all", n_recurrences=1)
     for name in one.data_vars:
         if str(name).startswith(("successive", "step")):
             assert one[name].isnull().all(), name
     assert not one["fixed_point_abs"].any()
-    none = stream_metrics(model, tokens, "stage", n_recurrences=0, over="depth")
+    none = stream(model, tokens, "signature", n_recurrences=0, by="depth")
     assert none["stage"].values.tolist() == ["prelude", "prelude", "coda"]
     with pytest.raises(InputError, match="no recurrence"):
         by_recurrence(none)
@@ -331,7 +327,7 @@ def test_a_model_that_diverges_gives_nan_from_there_on(plain: LoopedTransformer)
 
     tokens = torch.arange(6)[None]
     with plain.hooks(fwd_hooks=[("blocks.(2, 1).hook_resid_post", explode)]):
-        data = stream_metrics(plain, tokens, "all")
+        data = stream(plain, tokens, "all")
     before, after = data.isel(recurrence=slice(0, 2)), data.isel(recurrence=3)
     for name in data.data_vars:
         assert after[name].isnull().all(), name
@@ -345,20 +341,20 @@ def test_a_model_that_diverges_gives_nan_from_there_on(plain: LoopedTransformer)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda m, t: stream_metrics(m, t, "entropy"), InputError, "there is no 'entropy'; groups"),
-        (lambda m, t: stream_metrics(m, t, []), InputError, "none was given"),
-        (lambda m, t: stream_metrics(m, t, over="layer"), InputError, "over must be"),
-        (lambda m, t: stream_metrics(m, [], "stage"), InputError, "no prompt"),
-        (lambda m, t: stream_metrics(m, t, batch_size=0), InputError, "at least 1, got 0"),
-        (lambda m, t: stream_metrics(m, t, states="ram"), InputError, "states must be one of"),
-        (lambda m, t: stream_metrics(m, t, batching="none"), InputError, "batching must be one of"),
+        (lambda m, t: stream(m, t, "entropy"), InputError, "there is no 'entropy'; groups"),
+        (lambda m, t: stream(m, t, []), InputError, "none was given"),
+        (lambda m, t: stream(m, t, by="layer"), InputError, "by must be"),
+        (lambda m, t: stream(m, [], "signature"), InputError, "no prompt"),
+        (lambda m, t: stream(m, t, batch_size=0), InputError, "at least 1, got 0"),
+        (lambda m, t: stream(m, t, states="ram"), InputError, "states must be one of"),
+        (lambda m, t: stream(m, t, batching="none"), InputError, "batching must be one of"),
         (
-            lambda m, t: stream_metrics(m, t, states="disk", reference_recurrences=8),
+            lambda m, t: stream(m, t, states="disk", reference_recurrences=8),
             InputError,
             "needs states=recompute",
         ),
         (
-            lambda m, t: stream_metrics(m, [t[0], torch.zeros(99, dtype=torch.long)]),
+            lambda m, t: stream(m, [t[0], torch.zeros(99, dtype=torch.long)]),
             InputError,
             "prompt 1 has 99 tokens, more than the context",
         ),
@@ -379,8 +375,8 @@ def test_a_folder_that_cannot_be_written(
     plain: LoopedTransformer, tokens: Tensor, tmp_path: Any
 ) -> None:
     with pytest.raises(DataError, match="no file can be made in"):
-        stream_metrics(plain, tokens, states="disk", folder=tmp_path / "missing")
-    stream_metrics(plain, tokens, states="disk", folder=tmp_path)
+        stream(plain, tokens, states="disk", folder=tmp_path / "missing")
+    stream(plain, tokens, states="disk", folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -411,7 +407,7 @@ def test_a_cache_of_a_run_with_early_exits_is_refused(golden_model: LoopedTransf
     _, cache = golden_model.run_with_cache(torch.arange(8)[None], exit_rule=ExitAt(1))
     assert isinstance(cache, LoopedActivationCache)
     with pytest.raises(MissingActivationError, match="of layer"):
-        over_cache(cache)
+        from_cache(cache)
 
 
 def test_rows_of_texts_in_a_tuple() -> None:
@@ -428,6 +424,6 @@ def test_a_run_behind_a_key_value_cache_is_no_whole_prompt(plain: LoopedTransfor
     _, cache = plain.run_with_cache(torch.tensor([[4, 5]]), past_kv_cache=kv)
     assert cache.n_past == 3
     with pytest.raises(InputError, match="went on behind 3 positions"):
-        all_metrics.over_cache(cache, ["stage"])
+        all_metrics.from_cache(cache, ["signature"])
     _, whole = plain.run_with_cache(torch.tensor([[1, 2, 3]]), past_kv_cache=LoopedKeyValueCache())
-    all_metrics.over_cache(whole, ["stage"])
+    all_metrics.from_cache(whole, ["signature"])

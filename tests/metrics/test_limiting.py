@@ -13,6 +13,7 @@ from torch import Tensor
 from toys import drift, grower, rotation
 
 from tl_looped.errors import InputError
+from tl_looped.metrics import limiting_behavior
 from tl_looped.metrics.limiting import (
     LimitingBehavior,
     classify_limiting_behavior,
@@ -20,7 +21,6 @@ from tl_looped.metrics.limiting import (
     cosine_similarity,
     distance_similarity,
     label_percentages,
-    limiting_behavior_of_states,
 )
 
 FIXED, SLIDER, ORBIT, UNKNOWN, UNDEFINED = LimitingBehavior
@@ -36,7 +36,7 @@ def around_a_constant(radius: Tensor, period: float = math.inf) -> Tensor:
 
 
 def label(states: Tensor, on: str = "cosine"):
-    found = limiting_behavior_of_states(states, on)
+    found = limiting_behavior(states, on)
     return LimitingBehavior(int(found.labels)), bool(found.late), float(found.period)
 
 
@@ -66,7 +66,7 @@ def test_orbits_and_their_closed_form(period: float, radius: float, found: float
     torch.testing.assert_close(cosine_similarity(states)[0], expected)
     assert label(states)[0] is ORBIT
     assert label(states)[2] == pytest.approx(found)
-    amplitude = float(limiting_behavior_of_states(states).amplitude)
+    amplitude = float(limiting_behavior(states).amplitude)
     if period != 7.3:  # on a bin the amplitude is exact, between two it reads low
         assert amplitude == pytest.approx(radius**2 / (1 + radius**2), rel=0.01)
     else:
@@ -102,8 +102,8 @@ def test_damped_spirals(rate: float, expected: LimitingBehavior, late: bool) -> 
 
 def test_noise_and_a_random_walk_are_unknown() -> None:
     noise = torch.randn(R, 100, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert (limiting_behavior_of_states(noise).labels == UNKNOWN).all()
-    assert (limiting_behavior_of_states(noise.cumsum(0)).labels == UNKNOWN).all()
+    assert (limiting_behavior(noise).labels == UNKNOWN).all()
+    assert (limiting_behavior(noise.cumsum(0)).labels == UNKNOWN).all()
 
 
 def test_the_distance_twin_is_the_cosine_at_equal_norms_and_sees_a_radial_drift() -> None:
@@ -116,7 +116,7 @@ def test_the_distance_twin_is_the_cosine_at_equal_norms_and_sees_a_radial_drift(
     )
     assert label(radial)[0] is FIXED
     assert label(radial, "distance")[0] is SLIDER
-    assert set(limiting_behavior_of_states(grower(R)[:, 0], "distance").labels.tolist()) == {SLIDER}
+    assert set(limiting_behavior(grower(R)[:, 0], "distance").labels.tolist()) == {SLIDER}
 
 
 def test_a_breathing_norm_is_an_orbit_of_the_distance_alone() -> None:
@@ -133,8 +133,8 @@ def test_a_non_finite_series_is_undefined_and_leaves_its_neighbours_alone() -> N
     assert found.amplitude[1:].isnan().all()
     assert found.period[1:].isnan().all()
     zero = torch.zeros(R, 1, 3)
-    assert limiting_behavior_of_states(zero).labels.tolist() == [UNDEFINED]
-    assert limiting_behavior_of_states(zero, "distance").labels.tolist() == [UNDEFINED]
+    assert limiting_behavior(zero).labels.tolist() == [UNDEFINED]
+    assert limiting_behavior(zero, "distance").labels.tolist() == [UNDEFINED]
 
 
 def test_a_constant_series_below_one_has_no_oscillation() -> None:
@@ -154,7 +154,7 @@ def test_a_smaller_window_needs_fewer_recurrences() -> None:
         with pytest.raises(InputError, match=next(iter(wrong))):
             classify_limiting_behavior(series, **wrong)
     with pytest.raises(InputError, match="on must be one of"):
-        limiting_behavior_of_states(rotation(R)[:, 0], "norm")
+        limiting_behavior(rotation(R)[:, 0], "norm")
 
 
 def test_only_the_window_and_not_the_trivial_last_value_is_looked_at() -> None:
@@ -226,7 +226,7 @@ def cycle(k: int, n: int, transient: int = 0, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("k", [*range(2, 17), 31, 32, 33, 47, 63, 64])
 def test_whatever_repeats_within_the_window_is_an_orbit(k: int, on: str) -> None:
     """A cycle of random states has every harmonic, and no one frequency."""
-    found = limiting_behavior_of_states(cycle(k, R, transient=R - 65), on)
+    found = limiting_behavior(cycle(k, R, transient=R - 65), on)
     assert (found.labels == ORBIT).all()
     assert found.period.tolist() == [k, k]
     assert not found.late.any()
@@ -245,7 +245,7 @@ def test_an_orbit_that_is_away_for_one_recurrence_is_no_fixed_point(k: int) -> N
 def test_a_fixed_point_that_is_left_once_is_no_orbit(back: int) -> None:
     states = cycle(1, R)
     states[R - 1 - back] = cycle(2, R, seed=1)[0]
-    found = limiting_behavior_of_states(states)
+    found = limiting_behavior(states)
     assert (found.labels == FIXED).all()
     assert found.period.isnan().all()
 
@@ -257,10 +257,10 @@ def test_a_square_wave_is_an_orbit() -> None:
 
 
 def test_a_longer_cycle_and_one_under_the_threshold_are_not() -> None:
-    assert (limiting_behavior_of_states(cycle(65, R)).labels != ORBIT).all()
+    assert (limiting_behavior(cycle(65, R)).labels != ORBIT).all()
     small = 1 + 0.01 * cycle(5, R)
     assert (1 - cosine_similarity(small)).max() < 0.05
-    assert (limiting_behavior_of_states(small).labels == FIXED).all()
+    assert (limiting_behavior(small).labels == FIXED).all()
 
 
 def test_an_irrational_rotation_has_the_period_of_a_fourier_bin() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_looped.errors import InputError, MissingActivationError
-from tl_looped.metrics.lipschitz import attention_lipschitz_bounds, attention_lipschitz_of_cache
+from tl_looped.metrics.lipschitz import attention_lipschitz_bounds, attention_lipschitz_from_cache
 
 HOOKS = ("hook_resid_pre", "ln1.hook_normalized", "hook_rot_q", "hook_rot_k", "hook_pattern")
 
@@ -73,7 +73,7 @@ def test_padding_changes_nothing_on_either_side() -> None:
         pad = (0, 0, left, 2 - left)
         wide = [torch.nn.functional.pad(a, pad, value=math.nan) for a in (x, before)]
         mask = torch.nn.functional.pad(torch.ones(1, 5), (left, 2 - left))
-        found = attention_lipschitz_bounds(*wide, W_Q, W_K, mask=mask)
+        found = attention_lipschitz_bounds(*wide, W_Q, W_K, attention_mask=mask)
         for name in ("change", "paper", "spectral", "queries_keys"):
             torch.testing.assert_close(getattr(found, name), getattr(alone, name))
 
@@ -107,7 +107,7 @@ def test_the_bound_of_queries_and_keys_holds_in_every_reference_case(golden: Gol
     ratios = []
     for r in range(1, model.loop.R):
         for layer in range(model.loop.k):
-            found = attention_lipschitz_of_cache(cache, layer, r)
+            found = attention_lipschitz_from_cache(cache, layer, r)
             patterns = [cache["pattern", (s, layer)].double() for s in (r, r - 1)]
             actual = (patterns[0] - patterns[1]).flatten(-2).norm(dim=-1)
             torch.testing.assert_close(found.change, actual, atol=SAME, rtol=SAME)
@@ -124,9 +124,9 @@ def test_a_cache_without_the_hooks_or_the_recurrence_says_so() -> None:
     model = golden.load()
     _, cache = model.run_with_cache(golden.tokens, names_filter=lambda n: n.endswith("rot_q"))
     with pytest.raises(MissingActivationError, match=r"ln1\.hook_normalized"):
-        attention_lipschitz_of_cache(cache, 0, 1)
+        attention_lipschitz_from_cache(cache, 0, 1)
     with pytest.raises(InputError, match="recurrence must be 1"):
-        attention_lipschitz_of_cache(cache, 0, 0)
+        attention_lipschitz_from_cache(cache, 0, 0)
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -136,7 +136,7 @@ def test_the_attention_input_has_the_gain_once(folded: bool) -> None:
     if folded:
         model.enable_compatibility_mode()
     _, cache = model.run_with_cache(golden.tokens, names_filter=lambda n: n.endswith(HOOKS))
-    found = attention_lipschitz_of_cache(cache, 1, 2, assume_plain=True)
+    found = attention_lipschitz_from_cache(cache, 1, 2, assume_plain=True)
     layer = golden.load().blocks[model.loop.index(2, 1)]
     x, before = (cache["normalized", (r, 1), "ln1"] * layer.ln1.w for r in (2, 1))
     weights = layer.attn.W_Q, layer.attn.W_K

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, Pretrai
 
 from tl_looped import InputError, LoopedTransformer
 from tl_looped.metrics.neurons import (
-    prediction_suppression_by_layer,
-    prediction_suppression_feedforward,
+    prediction_suppression,
     prediction_suppression_fraction,
 )
 
@@ -197,7 +196,7 @@ def make(kind: str, **changes: Any) -> LoopedTransformer:
 @pytest.mark.parametrize("kind", list(VARIANTS))
 def test_every_layer_with_weights_of_its_own_once(kind: str) -> None:
     model = make(kind)
-    found = prediction_suppression_by_layer(model, threshold=3.0)
+    found = prediction_suppression(model, threshold=3.0)
     p, k, c = model.loop.p, model.loop.k, model.loop.c
     assert found["stage"].values.tolist() == ["prelude"] * p + ["core"] * k + ["coda"] * c
     assert found["layer_in_stage"].values.tolist() == [*range(p), *range(k), *range(c)]
@@ -226,16 +225,16 @@ def test_the_direction_is_labelled() -> None:
         "residual-injection": "raw: ln_out acts on the sum and cannot be folded",
     }
     for kind, label in labels.items():
-        assert prediction_suppression_by_layer(make(kind)).attrs["direction"] == label
+        assert prediction_suppression(make(kind)).attrs["direction"] == label
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compatibility_mode_and_recurrences_change_nothing(dtype: torch.dtype) -> None:
     model = make("post-qk-norm", dtype=dtype)
-    before = prediction_suppression_by_layer(model)
+    before = prediction_suppression(model)
     model.enable_compatibility_mode()
     model.set_recurrences(1)
-    assert prediction_suppression_by_layer(model).identical(before)
+    assert prediction_suppression(model).identical(before)
 
 
 class Words:
@@ -247,18 +246,18 @@ class Words:
 
 def test_padding_columns_are_no_tokens() -> None:
     model = make("pre")
-    everything = prediction_suppression_by_layer(model)
+    everything = prediction_suppression(model)
     with torch.no_grad():
         model.unembed.weight[37:] = 100 * cloud(13, 32)
-    asked = prediction_suppression_by_layer(model, n_vocab=37)
+    asked = prediction_suppression(model, n_vocab=37)
     assert (asked.attrs["n_vocab"], asked.attrs["d_vocab"], asked.attrs["n_tokens"]) == (37, 50, 37)
     model.tokenizer = Words()
-    assert prediction_suppression_by_layer(model).identical(asked)
-    assert prediction_suppression_by_layer(model, n_vocab=50).attrs["n_tokens"] == 50
+    assert prediction_suppression(model).identical(asked)
+    assert prediction_suppression(model, n_vocab=50).attrs["n_tokens"] == 50
     assert not np.allclose(asked["kurtosis"], everything["kurtosis"])
     for bad in (0, 51):
         with pytest.raises(InputError, match="n_vocab must be 1 to 50"):
-            prediction_suppression_by_layer(model, n_vocab=bad)
+            prediction_suppression(model, n_vocab=bad)
 
 
 SIZES = {
@@ -293,7 +292,7 @@ def test_feedforward_models(config: PretrainedConfig, post: str | None) -> None:
         w = layer.mlp.down_proj.weight.detach().clone().T
         directions.append(w if post is None else w * getattr(layer, post).weight.detach())
     bridge = build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config)
-    found = prediction_suppression_feedforward(bridge, n_vocab=39, threshold=3.0)
+    found = prediction_suppression(bridge, n_vocab=39, threshold=3.0)
     for i, w in enumerate(directions):
         expected = prediction_suppression_fraction(w, columns[:, :39], threshold=3.0)
         assert found["kurtosis"][i].values == pytest.approx(expected.kurtosis.numpy(), rel=1e-4)
@@ -304,14 +303,14 @@ def test_feedforward_models(config: PretrainedConfig, post: str | None) -> None:
     bridge.enable_compatibility_mode(
         disable_warnings=True, center_unembed=False, fold_ln=post is None
     )  # TransformerLens folds no OLMo-2
-    folded = prediction_suppression_feedforward(bridge, n_vocab=39, threshold=3.0)
+    folded = prediction_suppression(bridge, n_vocab=39, threshold=3.0)
     assert np.allclose(folded["kurtosis"], found["kurtosis"], rtol=1e-3)
 
 
 def test_a_looped_model_run_once_is_a_feedforward_model() -> None:
     model = make("sandwich-loop-norm")
-    unrolled = prediction_suppression_feedforward(model.to_bridge(n_recurrences=1))
-    looped = prediction_suppression_by_layer(model)
+    unrolled = prediction_suppression(model.to_bridge(n_recurrences=1))
+    looped = prediction_suppression(model)
     assert np.allclose(unrolled["kurtosis"], looped["kurtosis"], rtol=1e-4)
     assert unrolled.attrs["direction"] == looped.attrs["direction"]
 
@@ -320,4 +319,4 @@ def test_feedforward_models_that_cannot_be_read() -> None:
     model = make("pre").to_bridge(n_recurrences=1)
     model.cfg.rmsnorm_uses_offset = True
     with pytest.raises(InputError, match="as an offset from one"):
-        prediction_suppression_feedforward(model)
+        prediction_suppression(model)

@@ -132,7 +132,7 @@ def test_padding_changes_nothing_and_prompts_go_in_parts(
     mask[0, :left] = 0
     mask[0, left + 6 :] = 0
     _, cache = model.run_with_cache(tokens, attention_mask=mask)
-    found = lens_trajectory(cache, mask=mask)
+    found = lens_trajectory(cache, attention_mask=mask)
     assert found.position.tolist() == [left + 5, 8]
     _, short = model.run_with_cache(tokens[:1, left : left + 6])
     alone = lens_trajectory(short)
@@ -145,7 +145,7 @@ def test_padding_changes_nothing_and_prompts_go_in_parts(
             padded.probability[..., :1], unpadded.probability, atol=SAME, rtol=SAME
         )
     monkeypatch.setattr("tl_looped.metrics.readouts._LOGITS_AT_ONCE", 1)
-    parts = lens_trajectory(cache, mask=mask)
+    parts = lens_trajectory(cache, attention_mask=mask)
     torch.testing.assert_close(parts.coda_lens.kl_to_final, found.coda_lens.kl_to_final)
 
 

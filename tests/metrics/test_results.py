@@ -18,23 +18,21 @@ from tl_looped.errors import InputError
 from tl_looped.metrics import (
     CONVERGENCE,
     Verdict,
-    attention_lipschitz_of_cache,
-    convergence_of_result,
+    attention_lipschitz_from_cache,
+    convergence_verdict,
     cooccurrence,
     cyclicity_index,
     fixed_point_distance,
+    from_cache,
     label_percentages,
-    lens_over_cache,
     lens_trajectory,
-    limiting_behavior_of_states,
-    limiting_of_result,
-    over_cache,
+    lenses_from_cache,
+    limiting_behavior,
     pairwise_attention_distance,
-    pairwise_over_cache,
+    pairwise_from_cache,
     pairwise_residual_cosine,
     state_distance,
-    stream_metrics,
-    verdict_of_states,
+    stream,
 )
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -57,9 +55,9 @@ PROMPTS = [torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2, 6]), torch.tensor(
 
 def test_verdicts_of_a_stream_are_those_of_the_states() -> None:
     model = contracting()
-    data = stream_metrics(model, PROMPTS, CONVERGENCE, n_recurrences=10, state_seed=1)
-    longer = stream_metrics(model, PROMPTS, CONVERGENCE, n_recurrences=20, state_seed=1)
-    verdicts = convergence_of_result(data, longer)
+    data = stream(model, PROMPTS, CONVERGENCE, n_recurrences=10, state_seed=1)
+    longer = stream(model, PROMPTS, CONVERGENCE, n_recurrences=20, state_seed=1)
+    verdicts = convergence_verdict(data, longer)
     for number, prompt in enumerate(PROMPTS):
         states = [
             model.run_with_cache(prompt, n_recurrences=n, state_seed=1, names_filter="residual")[
@@ -67,7 +65,7 @@ def test_verdicts_of_a_stream_are_those_of_the_states() -> None:
             ].stack_recurrences("resid_post")[:, :, 0]
             for n in (10, 20)
         ]
-        expected = verdict_of_states(*states)
+        expected = convergence_verdict(*states)
         assert verdicts["verdict"][number] == expected.verdict
         assert verdicts["settled_at"][number] == expected.settled_at
         np.testing.assert_allclose(verdicts["rate"][number], expected.rate, rtol=1e-4)
@@ -76,7 +74,7 @@ def test_verdicts_of_a_stream_are_those_of_the_states() -> None:
     ]
     assert (verdicts["verdict_name"] == "CONVERGED").all()
     assert verdicts.attrs["confirmed"] == 1
-    alone = convergence_of_result(data)
+    alone = convergence_verdict(data)
     assert alone.attrs["confirmed"] == 0
     assert (alone["verdict"] == verdicts["verdict"]).all()
 
@@ -85,28 +83,28 @@ def test_verdicts_of_a_stream_are_those_of_the_states() -> None:
 def test_verdicts_of_the_golden_cases(name: str) -> None:
     golden = load_golden(name)
     model = golden.load(dtype=torch.float64)
-    data = stream_metrics(model, golden.tokens, CONVERGENCE, n_recurrences=12, state_seed=3)
+    data = stream(model, golden.tokens, CONVERGENCE, n_recurrences=12, state_seed=3)
     # Without patterns, as the stream: both with fused attention, whose rounding the rate sees.
     _, cache = model.run_with_cache(
         golden.tokens, n_recurrences=12, state_seed=3, names_filter="residual"
     )
-    expected = verdict_of_states(cache.stack_recurrences("resid_post"))
-    verdicts = convergence_of_result(data)
+    expected = convergence_verdict(cache.stack_recurrences("resid_post"))
+    verdicts = convergence_verdict(data)
     assert verdicts["verdict"].values.tolist() == expected.verdict.tolist()
     np.testing.assert_allclose(verdicts["rate"], expected.rate, rtol=1e-5)
-    of_cache = convergence_of_result(over_cache(cache, CONVERGENCE))
+    of_cache = convergence_verdict(from_cache(cache, CONVERGENCE))
     xr.testing.assert_allclose(of_cache, verdicts)
 
 
 def test_limiting_behaviour_of_tokens() -> None:
     model = contracting()
-    data = stream_metrics(model, PROMPTS, "token", n_recurrences=20, state_seed=1)
-    labels = limiting_of_result(data, window=16)
+    data = stream(model, PROMPTS, "token", n_recurrences=20, state_seed=1)
+    labels = limiting_behavior(data, window=16)
     assert labels["limiting_label"].dims == ("layer", "token", "prompt")
     for number, prompt in enumerate(PROMPTS):
         _, cache = model.run_with_cache(prompt, n_recurrences=20, state_seed=1)
         states = cache.stack_recurrences("resid_post")[:, :, 0]
-        expected = limiting_behavior_of_states(states, window=16).labels.numpy()
+        expected = limiting_behavior(states, window=16).labels.numpy()
         found = labels["limiting_label"].isel(prompt=number).values
         assert found[:, : len(prompt)].tolist() == expected.tolist()
         assert (found[:, len(prompt) :] == 4).all()  # UNDEFINED: there is no token
@@ -126,7 +124,7 @@ def test_matrices_of_a_run(name: str) -> None:
     golden = load_golden(name)
     model = golden.load()
     _, cache = model.run_with_cache(golden.tokens, **golden.run)
-    data = pairwise_over_cache(cache)
+    data = pairwise_from_cache(cache)
     assert data["pairwise_attention_distance"].dims == ("effective_layer", "other_layer", "prompt")
     patterns, states = cache.stack_activation("pattern"), cache.stack_activation("resid_post")
     mean = data.mean("prompt")
@@ -141,7 +139,7 @@ def test_matrices_of_a_run(name: str) -> None:
         core = states[loop.p : loop.p + loop.k * loop.R, prompt]
         expected = cyclicity_index(pairwise_residual_cosine(core), loop.k)
         np.testing.assert_allclose(data["cyclicity_index"][prompt], expected, atol=1e-9)
-    only = pairwise_over_cache(cache, ("cosine",))
+    only = pairwise_from_cache(cache, ("cosine",))
     assert set(only.data_vars) == {"pairwise_residual_cosine", "cyclicity_index"}
 
 
@@ -152,14 +150,14 @@ def test_matrices_of_a_padded_run() -> None:
     tokens[0, :3], tokens[1] = PROMPTS[1], PROMPTS[0]
     _, batch = model.run_with_cache(tokens, attention_mask=mask, state_seed=1)
     _, alone = model.run_with_cache(PROMPTS[1], state_seed=1)
-    a, b = pairwise_over_cache(batch).isel(prompt=[0]), pairwise_over_cache(alone)
+    a, b = pairwise_from_cache(batch).isel(prompt=[0]), pairwise_from_cache(alone)
     for name in a.data_vars:
         np.testing.assert_allclose(a[name], b[name], atol=SAME)
 
 
 def test_lenses_of_a_run(golden: Golden, golden_model: LoopedTransformer) -> None:
     _, cache = golden_model.run_with_cache(golden.tokens, **golden.run)
-    data = lens_over_cache(cache)
+    data = lenses_from_cache(cache)
     assert data["rank"].dims == ("lens", "recurrence", "layer", "prompt")
     final = golden.tensors["logits"][:, -1]
     assert data["token"].values.tolist() == final.argmax(-1).tolist()
@@ -185,24 +183,22 @@ def test_lenses_of_a_run(golden: Golden, golden_model: LoopedTransformer) -> Non
 
 
 def small(**changes: object) -> xr.Dataset:
-    return stream_metrics(contracting(), PROMPTS, CONVERGENCE, n_recurrences=6, **changes)
+    return stream(contracting(), PROMPTS, CONVERGENCE, n_recurrences=6, **changes)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: convergence_of_result(small().drop_vars("residual_mean")), "lacks residual_mean"),
-        (lambda: convergence_of_result(small(), small()), "with 12 recurrences"),
-        (lambda: convergence_of_result(small(reference_recurrences=12)), "leave reference_rec"),
-        (lambda: limiting_of_result(small()), "compute the group 'token'"),
+        (lambda: convergence_verdict(small().drop_vars("residual_mean")), "lacks residual_mean"),
+        (lambda: convergence_verdict(small(), small()), "with 12 recurrences"),
+        (lambda: convergence_verdict(small(reference_recurrences=12)), "leave reference_rec"),
+        (lambda: limiting_behavior(small()), "compute the group 'token'"),
         (
-            lambda: limiting_of_result(
-                stream_metrics(contracting(), PROMPTS, "token", n_recurrences=6)
-            ),
+            lambda: limiting_behavior(stream(contracting(), PROMPTS, "token", n_recurrences=6)),
             r"window \+ 1 = 65 recurrences",
         ),
         (
-            lambda: pairwise_over_cache(contracting().run_with_cache(PROMPTS[0])[1], ("patterns",)),
+            lambda: pairwise_from_cache(contracting().run_with_cache(PROMPTS[0])[1], ("patterns",)),
             "which must be some of attention, cosine",
         ),
     ],
@@ -214,10 +210,10 @@ def test_refusals(call: Callable[[], xr.Dataset], message: str) -> None:
 
 def test_a_longer_run_of_another_seed_is_refused() -> None:
     model = contracting(carried=5.0)
-    data = stream_metrics(model, PROMPTS, CONVERGENCE, n_recurrences=2, state_seed=1)
-    longer = stream_metrics(model, PROMPTS, CONVERGENCE, n_recurrences=4, state_seed=2)
+    data = stream(model, PROMPTS, CONVERGENCE, n_recurrences=2, state_seed=1)
+    longer = stream(model, PROMPTS, CONVERGENCE, n_recurrences=4, state_seed=2)
     with pytest.raises(InputError, match="belongs to another run"):
-        convergence_of_result(data, longer)
+        convergence_verdict(data, longer)
 
 
 def test_a_prompt_that_diverges_has_no_verdict(plain: LoopedTransformer) -> None:
@@ -228,8 +224,8 @@ def test_a_prompt_that_diverges_has_no_verdict(plain: LoopedTransformer) -> None
 
     tokens = torch.arange(12).reshape(2, 6)
     with plain.hooks(fwd_hooks=[("blocks.(2, 1).hook_resid_post", explode)]):
-        data = stream_metrics(plain, tokens, CONVERGENCE, n_recurrences=6)
-    names = convergence_of_result(data)["verdict_name"].values
+        data = stream(plain, tokens, CONVERGENCE, n_recurrences=6)
+    names = convergence_verdict(data)["verdict_name"].values
     assert names[1] == "UNDEFINED"
     assert names[0] != "UNDEFINED"
 
@@ -266,26 +262,26 @@ def test_a_reference_must_be_of_the_same_run(other: str) -> None:
         "mask": lambda: cached(model, TOKENS, 6, attention_mask=mask),
     }[other]()
     with pytest.raises(InputError, match="reference must be a run of the same model and prompts"):
-        over_cache(cached(model, TOKENS), "fixed_point", reference=reference)
+        from_cache(cached(model, TOKENS), "fixed_point", reference=reference)
 
 
 def test_a_result_with_a_reference_says_so_and_gets_no_verdict() -> None:
     model = changing()
-    data = over_cache(cached(model, TOKENS), CONVERGENCE, reference=cached(model, TOKENS, 6))
+    data = from_cache(cached(model, TOKENS), CONVERGENCE, reference=cached(model, TOKENS, 6))
     assert data.attrs["reference_recurrences"] == 6
     with pytest.raises(InputError, match="leave reference_recurrences out"):
-        convergence_of_result(data)
+        convergence_verdict(data)
 
 
 @pytest.mark.parametrize("change", ["seed", "prompts"])
 def test_a_longer_run_of_equal_norms_is_refused_too(change: str) -> None:
     """Behind Huginn's norms all states have about the same size, whatever they are."""
     model = changing(norm_layout=NormLayout.RESIDUAL)
-    data = stream_metrics(model, TOKENS, CONVERGENCE, n_recurrences=4, state_seed=1)
+    data = stream(model, TOKENS, CONVERGENCE, n_recurrences=4, state_seed=1)
     tokens, seed = (TOKENS, 2) if change == "seed" else (TOKENS.flip(0), 1)
-    longer = stream_metrics(model, tokens, CONVERGENCE, n_recurrences=8, state_seed=seed)
+    longer = stream(model, tokens, CONVERGENCE, n_recurrences=8, state_seed=seed)
     with pytest.raises(InputError, match="belongs to another run"):
-        convergence_of_result(data, longer)
+        convergence_verdict(data, longer)
 
 
 def test_distances_count_relative_to_the_norm_of_their_own_layer() -> None:
@@ -302,8 +298,8 @@ def test_distances_count_relative_to_the_norm_of_their_own_layer() -> None:
         names = [f"recurrence.{r}.blocks.{i}.hook_resid_post" for r in range(n) for i in range(3)]
         with model.recurrences(n), model.hooks(fwd_hooks=[(name, hold) for name in names]):
             _, cache = model.run_with_cache(TOKENS[:1], names_filter="residual")
-        results.append(over_cache(cache, CONVERGENCE))
-    assert convergence_of_result(*results, eps=1e-2)["verdict_name"].item() != "CONVERGED"
+        results.append(from_cache(cache, CONVERGENCE))
+    assert convergence_verdict(*results, eps=1e-2)["verdict_name"].item() != "CONVERGED"
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -319,15 +315,15 @@ def test_lenses_and_bounds_know_the_mask_of_the_run(left: bool) -> None:
         alone = cached(model, row)
         a, b = (lens_trajectory(cache).coda_lens.kl_to_final for cache in (padded, alone))
         torch.testing.assert_close(a[..., i], b[..., 0], atol=SAME, rtol=0)
-        a, b = (attention_lipschitz_of_cache(cache, 1, 2).change for cache in (padded, alone))
+        a, b = (attention_lipschitz_from_cache(cache, 1, 2).change for cache in (padded, alone))
         torch.testing.assert_close(a[i], b[0], atol=SAME, rtol=0)
 
 
 def test_tokens_count_from_the_first_real_one() -> None:
     model = changing()
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    padded = over_cache(cached(model, TOKENS[:2] * mask, attention_mask=mask), "token")
-    alone = over_cache(cached(model, TOKENS[0, 2:]), "token")
+    padded = from_cache(cached(model, TOKENS[:2] * mask, attention_mask=mask), "token")
+    alone = from_cache(cached(model, TOKENS[0, 2:]), "token")
     found = padded["token_cosine"].isel(prompt=0, token=slice(3))
     np.testing.assert_allclose(found, alone["token_cosine"].isel(prompt=0), atol=SAME)
     assert padded["token_cosine"].isel(prompt=0, token=slice(3, 5)).isnull().all()
@@ -335,12 +331,12 @@ def test_tokens_count_from_the_first_real_one() -> None:
 
 def test_a_part_of_the_positions_is_no_prompt() -> None:
     with pytest.raises(InputError, match="cache holds 3 of the 5 positions"):
-        over_cache(cached(changing(), TOKENS, pos_slice=(1, 4)), "magnitude")
+        from_cache(cached(changing(), TOKENS, pos_slice=(1, 4)), "magnitude")
 
 
 def test_attributes_can_be_stored() -> None:
     for seed in (3, 2**100):
-        data = stream_metrics(changing(), TOKENS, "magnitude", n_recurrences=1, state_seed=seed)
+        data = stream(changing(), TOKENS, "magnitude", n_recurrences=1, state_seed=seed)
         assert int(data.attrs["state_seed"]) == seed
         for value in data.attrs.values():
             assert type(value) in (str, float) or -(2**63) <= value < 2**63
@@ -349,23 +345,21 @@ def test_attributes_can_be_stored() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: stream_metrics(m, [TOKENS, TOKENS]), "2 arrays of tokens"),
-        (lambda m: stream_metrics(m, [[1, 2], []]), "prompt 1 must be a sequence"),
+        (lambda m: stream(m, [TOKENS, TOKENS]), "2 arrays of tokens"),
+        (lambda m: stream(m, [[1, 2], []]), "prompt 1 must be a sequence"),
         (
-            lambda m: stream_metrics(m, ["a", [1, 2]]),
+            lambda m: stream(m, ["a", [1, 2]]),
             "item 1 of the input is a list, item 0 is a text",
         ),
         (
-            lambda m: stream_metrics(m, TOKENS.tolist(), attention_mask=torch.ones(3, 5)),
+            lambda m: stream(m, TOKENS.tolist(), attention_mask=torch.ones(3, 5)),
             "attention_mask is for tokens",
         ),
-        (lambda m: stream_metrics(m, TOKENS, state_seed=1, initial_state="zeros"), "random"),
-        (lambda m: lens_over_cache(cached(m, TOKENS, 0)), "no recurrence"),
-        (lambda m: attention_lipschitz_of_cache(cached(m, TOKENS, 1), 0, 1), "no two in a row"),
+        (lambda m: stream(m, TOKENS, state_seed=1, initial_state="zeros"), "random"),
+        (lambda m: lenses_from_cache(cached(m, TOKENS, 0)), "no recurrence"),
+        (lambda m: attention_lipschitz_from_cache(cached(m, TOKENS, 1), 0, 1), "no two in a row"),
         (
-            lambda m: convergence_of_result(
-                stream_metrics(m, TOKENS, CONVERGENCE).isel(recurrence=slice(2))
-            ),
+            lambda m: convergence_verdict(stream(m, TOKENS, CONVERGENCE).isel(recurrence=slice(2))),
             "2 of its run's 4 recurrences",
         ),
         (

@@ -15,12 +15,11 @@ from tl_looped import ConfigError, InputError, LoopedTransformer
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.metrics import convergence_of_result, over_cache, stream_metrics
+from tl_looped.metrics import CONVERGENCE, convergence_verdict, from_cache, stream
 from tl_looped.metrics.catalogue import OUTPUTS, PER_TOKEN
 from tl_looped.metrics.convergence import Verdict
-from tl_looped.metrics.convergence_states import verdict_of_states
-from tl_looped.metrics.of_result import CONVERGENCE, heavy_token
-from tl_looped.metrics.spectra import matrix_entropy
+from tl_looped.metrics.entropy import matrix_entropy
+from tl_looped.metrics.heavy_tokens import find_heavy_token
 from tl_looped.metrics.states import residual_magnitude, state_distance, successive_difference
 from tl_looped.metrics.steps import step_geometry
 from tl_looped.plots.captions import caption_of
@@ -44,13 +43,13 @@ def sink_and_others(n: int, rate: float = 0.25, others: float = 0.8) -> Tensor:
 
 def test_the_rate_is_the_sink_s_the_relative_rate_is_not() -> None:
     states = sink_and_others(6)
-    found = verdict_of_states(states)
+    found = convergence_verdict(states)
     assert found.rate.item() == pytest.approx(0.25, abs=0.01)
-    others = verdict_of_states(states, skip_first=1)
+    others = convergence_verdict(states, skip_first=1)
     assert others.rate.item() == pytest.approx(0.8, abs=1e-9)
-    assert verdict_of_states(states[:, :, 1:]).rate.item() == others.rate.item()
+    assert convergence_verdict(states[:, :, 1:]).rate.item() == others.rate.item()
     assert 0.6 < found.relative_rate.item() < 0.85
-    each = verdict_of_states(sink_and_others(12), per_token=True)
+    each = convergence_verdict(sink_and_others(12), per_token=True)
     assert each.rate.tolist() == pytest.approx([0.25, 0.8, 0.8, 0.8], abs=1e-6)
 
 
@@ -58,10 +57,10 @@ def test_each_token_is_judged_alone() -> None:
     states = sink_and_others(64)
     states[:, :, 2] += torch.arange(64)[:, None, None]
     mask = torch.tensor([1, 1, 1, 0])
-    found = verdict_of_states(states, mask=mask, per_token=True)
+    found = convergence_verdict(states, attention_mask=mask, per_token=True)
     converged, drift, undefined = Verdict.CONVERGED, Verdict.DRIFT, Verdict.UNDEFINED
     assert found.verdict.tolist() == [converged, converged, drift, undefined]
-    skipped = verdict_of_states(states, mask=mask, skip_first=1, per_token=True)
+    skipped = convergence_verdict(states, attention_mask=mask, skip_first=1, per_token=True)
     assert skipped.verdict.tolist() == [undefined, converged, drift, undefined]
 
 
@@ -78,7 +77,7 @@ def test_skipping_is_leaving_out_on_either_side_of_the_padding() -> None:
         "turn": lambda s, **k: step_geometry(s, **k).turning_cosine,
     }
     for name, function in functions.items():
-        whole = function(x, mask=mask, skip_first=2)
+        whole = function(x, attention_mask=mask, skip_first=2)
         for prompt, where in enumerate(kept):
             alone = function(x[:, :, prompt, where])
             torch.testing.assert_close(
@@ -101,10 +100,10 @@ def test_both_doors_skip_alike_and_leave_patterns_and_tokens_whole() -> None:
     model = LoopedTransformer.from_config(random_config(n_recurrences=3)).double()
     tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     everything = ["all", "token"]
-    whole = stream_metrics(model, tokens, everything, over="depth")
-    streamed = stream_metrics(model, tokens, everything, over="depth", skip_first=1)
+    whole = stream(model, tokens, everything, by="depth")
+    streamed = stream(model, tokens, everything, by="depth", skip_first=1)
     _, cache = model.run_with_cache(tokens)
-    cached = over_cache(cache, everything, over="depth", skip_first=1)
+    cached = from_cache(cache, everything, by="depth", skip_first=1)
     assert streamed.attrs["skip_first"] == cached.attrs["skip_first"] == 1
     assert "skip_first" not in whole.attrs
     for name in whole:
@@ -126,11 +125,11 @@ def test_both_doors_skip_alike_and_leave_patterns_and_tokens_whole() -> None:
 def test_verdicts_refuse_a_longer_run_that_skips_others() -> None:
     model = LoopedTransformer.from_config(random_config(n_recurrences=4))
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
-    data = stream_metrics(model, tokens, CONVERGENCE, skip_first=1)
-    longer = stream_metrics(model, tokens, CONVERGENCE, n_recurrences=8)
+    data = stream(model, tokens, CONVERGENCE, skip_first=1)
+    longer = stream(model, tokens, CONVERGENCE, n_recurrences=8)
     with pytest.raises(InputError, match=r"longer leaves out 0 tokens \(skip_first\), data 1"):
-        convergence_of_result(data, longer)
-    found = convergence_of_result(data)
+        convergence_verdict(data, longer)
+    found = convergence_verdict(data)
     assert found["relative_rate"].dims == ("prompt",)
 
 
@@ -158,16 +157,16 @@ def heavy(share: float, first: bool = True, **extra: Any) -> Any:
 
 
 def test_a_heavy_token_is_said_in_reports_and_captions() -> None:
-    found = heavy_token(heavy(0.9))
+    found = find_heavy_token(heavy(0.9))
     assert (found.prompts, found.of, found.is_first) == (N - 1, N - 1, True)
     assert found.most == pytest.approx(0.9)
-    assert not heavy_token(heavy(0.9, first=False)).is_first
-    assert heavy_token(heavy(0.5)) is None
-    assert heavy_token(result()) is None
+    assert not find_heavy_token(heavy(0.9, first=False)).is_first
+    assert find_heavy_token(heavy(0.5)) is None
+    assert find_heavy_token(result()) is None
     # At layers outside the core it says nothing about the loop.
     outside = heavy(0.1)
     outside["residual_max"][0] = 9.0
-    assert heavy_token(outside) is None
+    assert find_heavy_token(outside) is None
     data = with_numbers(heavy(0.9), verdict=[0] * N, rate=[0.25] * N)
     (note,) = row(summarise({"a": data}), {"a": "run0"}).notes
     assert "In 4 of 4 prompts the first token holds more than half of the summed norm" in note

@@ -274,7 +274,7 @@ def test_a_padded_batch_gives_the_unpadded_values(metric: str, left: bool) -> No
     for i, x in enumerate(prompts):
         rows = slice(n - x.shape[-2], n) if left else slice(x.shape[-2])
         wide[:, :, i, rows], mask[i, rows] = x, 1
-    torch.testing.assert_close(function(wide, mask=mask), alone, equal_nan=True)
+    torch.testing.assert_close(function(wide, mask), alone, equal_nan=True)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -313,9 +313,9 @@ def test_a_state_that_is_not_finite_shows() -> None:
         (lambda: state_distance(torch.ones(3, 2), torch.ones(3, 2), "attention"), "form must be"),
         (lambda: matrix_entropy(torch.ones(3, 2), "log"), "form must be one of nats, bits"),
         (lambda: residual_magnitude(torch.ones(3, 2), "median"), "statistic must be one of"),
-        (lambda: residual_magnitude(torch.ones(3, 2), mask=torch.ones(2)), "mask must be"),
+        (lambda: residual_magnitude(torch.ones(3, 2), "mean", torch.ones(2)), "mask must be"),
         (lambda: residual_magnitude(torch.ones(0, 2)), "hold no token"),
-        (lambda: matrix_entropy(torch.ones(3, 2), mask=torch.zeros(3)), "without any real token"),
+        (lambda: matrix_entropy(torch.ones(3, 2), "nats", torch.zeros(3)), "without any real"),
     ],
 )
 def test_refusals(call: Callable[[], Tensor], message: str) -> None:

@@ -87,7 +87,7 @@ def test_angular_distance_at_a_lag_averages_angles_over_real_tokens() -> None:
     )
     assert angular_distance(layers).tolist() == pytest.approx([0.25, 0.75])
     assert angular_distance(layers, lag=2).tolist() == pytest.approx([0.5])
-    assert angular_distance(layers, mask=torch.tensor([1, 0])).tolist() == pytest.approx([0, 1])
+    assert angular_distance(layers, 1, torch.tensor([1, 0])).tolist() == pytest.approx([0, 1])
     layers[1, 0] = 0
     assert angular_distance(layers).tolist() == pytest.approx([0.5, 0.5])
     assert angular_distance(torch.zeros(2, 3, 4)).isnan().all()

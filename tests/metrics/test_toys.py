@@ -12,12 +12,12 @@ from tl_looped.metrics import (
     LimitingBehavior,
     Verdict,
     angular_distance,
-    limiting_behavior_of_states,
+    convergence_verdict,
+    limiting_behavior,
     pca_trajectory,
     state_distance,
     step_geometry,
     successive_difference,
-    verdict_of_states,
 )
 
 R = 160
@@ -88,7 +88,7 @@ VERDICTS = {
 @pytest.mark.parametrize("loop", LOOPS)
 def test_verdicts(loop: str) -> None:
     long = LOOPS[loop](2 * R)
-    result = verdict_of_states(long[:R], long)
+    result = convergence_verdict(long[:R], long)
     assert Verdict(int(result.verdict)) is VERDICTS[loop]
 
 
@@ -104,5 +104,5 @@ LIMITS = {
 
 @pytest.mark.parametrize("loop", LIMITS)
 def test_limits(loop: str) -> None:
-    labels = limiting_behavior_of_states(LOOPS[loop](R)[:, 0]).labels
+    labels = limiting_behavior(LOOPS[loop](R)[:, 0]).labels
     assert (labels == LIMITS[loop]).all()

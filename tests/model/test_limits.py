@@ -12,7 +12,7 @@ from conftest import TINY
 
 from tl_looped import ConfigError, LoopedConfig, LoopedTransformer, RecurrenceCountError
 from tl_looped.experiments.spec import Experiment
-from tl_looped.metrics.spectral import reached_state
+from tl_looped.metrics.spectrum import reached_state
 from tl_looped.model import limits
 from tl_looped.training.recurrences import Constant, PoissonLogNormal
 

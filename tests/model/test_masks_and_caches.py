@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from tl_looped import InputError, LoopedKeyValueCache, LoopedTransformer
 from tl_looped import interventions as iv
-from tl_looped.metrics.spectral import spectrum_of_states
+from tl_looped.metrics.spectrum import loop_spectrum
 from tl_looped.metrics.states import state_distance
 from tl_looped.transformer.prompt import check_mask
 from tl_looped.transformer.run_options import check_cache
@@ -67,9 +67,7 @@ DOORS: dict[str, Callable[[LoopedTransformer, Tensor], Any]] = {
         iv.fixed_point(m, TOKENS, 3, math.inf, attention_mask=mask).state
     ),
     "spectrum": lambda m, mask: torch.from_numpy(
-        spectrum_of_states(
-            m, TOKENS, attention_mask=mask, n_iterations=8
-        ).fixed_point_residual.values
+        loop_spectrum(m, TOKENS, attention_mask=mask, n_iterations=8).fixed_point_residual.values
     ),
 }
 

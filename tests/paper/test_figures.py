@@ -10,20 +10,20 @@ from conftest import random_config
 
 from tl_looped import LoopedTransformer, NormLayout
 from tl_looped.errors import InputError
-from tl_looped.metrics import stream_metrics
+from tl_looped.metrics import stream
 from tl_looped.metrics.limiting import LimitingBehavior
-from tl_looped.metrics.neurons import prediction_suppression_by_layer
+from tl_looped.metrics.neurons import prediction_suppression
 from tl_looped.paper.figures import FIGURES, draw
 
 pytestmark = pytest.mark.once
 
-GROUPS = ("stage", "magnitude", "successive", "fixed_point")
+GROUPS = ("signature", "magnitude", "successive", "fixed_point")
 
 
 def run(R: int = 3, metrics=GROUPS, **config) -> xr.Dataset:
     model = LoopedTransformer.from_config(random_config(**config))
     tokens = [torch.arange(n) for n in (5, 7)]
-    return stream_metrics(model, tokens, metrics, over="depth", n_recurrences=R)
+    return stream(model, tokens, metrics, by="depth", n_recurrences=R)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def looped() -> xr.Dataset:
     data["pca_explained"] = ("component", [0.6, 0.2])
     data["limiting_label"] = (("layer", "token", "prompt"), rng.integers(0, 4, (3, 7, 2)))
     model = LoopedTransformer.from_config(random_config())
-    neurons = prediction_suppression_by_layer(model)
+    neurons = prediction_suppression(model)
     for name in ("prediction", "suppression"):
         data[name] = ("unique_layer", neurons[name].to_numpy())
     weights = rng.uniform(size=(n, 4, 5, 5)) * np.tril(np.ones((5, 5)))
@@ -48,7 +48,7 @@ def looped() -> xr.Dataset:
 
 @pytest.fixture(scope="module")
 def feedforward() -> xr.Dataset:
-    return run(1, "stage", n_prelude=0, n_coda=0, n_core=5, model_name="base")
+    return run(1, "signature", n_prelude=0, n_coda=0, n_core=5, model_name="base")
 
 
 def test_the_table_holds_the_figures_of_the_paper() -> None:
@@ -172,7 +172,7 @@ def test_the_strongest_orbit_names_its_prompt(behaviours: xr.Dataset) -> None:
         assert "tau = 0.05, rho = 0.9, window 64" in drawn.caption
     (other,) = draw(16, behaviours, prompt=4)
     assert other.settings["prompt"] == 4
-    assert other.title == "Stage metrics of prompt 4, toy"
+    assert other.title == "Signature metrics of prompt 4, toy"
     assert "orbit" not in other.caption
     with pytest.raises(InputError, match=r"prompt must be one of \[4, 5, 6\], got 2"):
         draw(16, behaviours, prompt=2)
@@ -273,7 +273,7 @@ def test_the_floor_plan_has_depth_upwards(looped: xr.Dataset) -> None:
 
 
 def test_halves_of_the_block_are_those_of_the_data(feedforward: xr.Dataset) -> None:
-    data = run(2, "stage", n_core=5)
+    data = run(2, "signature", n_core=5)
     (drawn,) = draw(40, data, feedforward=feedforward)
     # (2, 5 x 2, 1): the second recurrence is layers 7 to 11, its halves 7, 8 and 9, 10, 11.
     for panel, name in (("sink rate", "sink_rate"), ("residual entropy", "entropy_bits")):
@@ -294,10 +294,10 @@ def test_an_ablation_is_titled_as_one_and_its_baseline_is_not(looped: xr.Dataset
     ablated, baseline = draw(41, looped, baseline=looped)
     assert (ablated.name, baseline.name) == ("fig41", "fig41_baseline")
     assert ablated.title.startswith(
-        "Stage metrics over block depth, second layer's MLP output zero"
+        "Signature metrics over block depth, second layer's MLP output zero"
     )
     assert "caller's word" in ablated.caption
-    assert baseline.title.startswith("Stage metrics over block depth, nothing zeroed")
+    assert baseline.title.startswith("Signature metrics over block depth, nothing zeroed")
     assert "caller's word" not in baseline.caption
     layers = looped.assign_attrs(spec='{"ablate_mlp": ["prelude.1", "core.0"]}')
     (recorded,) = draw(41, layers)

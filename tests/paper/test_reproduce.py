@@ -47,7 +47,7 @@ def test_every_run_has_its_figures_and_the_folder_one_report(out: Path) -> None:
     assert len(find_runs(out)) == 4
     assert not list(out.glob("*/report.html"))
     page = (out / "report.html").read_text()
-    for text in ("demo, without the MLP output of prelude.1", "Comparisons", "stage clusters"):
+    for text in ("demo, without the MLP output of prelude.1", "Comparisons", "depth clusters"):
         assert text in page
 
 

@@ -18,8 +18,8 @@ from tl_looped.cli.sections import reproduce_section42
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.sealing import opened
 from tl_looped.experiments.store import read_part, write_part
-from tl_looped.metrics import convergence_of_result, stream_metrics
-from tl_looped.metrics.of_result import CONVERGENCE
+from tl_looped.metrics import convergence_verdict, stream
+from tl_looped.metrics.verdicts import CONVERGENCE
 from tl_looped.paper.section42.cells import (
     METRICS,
     Cell,
@@ -121,12 +121,12 @@ def test_curves_are_those_of_a_run_of_the_first_recurrences(cell: Cell) -> None:
     model = LoopedTransformer.from_config(cell.config(SMALL))
     model.state_seed = cell.seed
     tokens = torch.arange(3)[None]
-    alone = stream_metrics(model, tokens, [*METRICS, *CONVERGENCE], over="depth")
-    longer = stream_metrics(model, tokens, CONVERGENCE, over="depth", n_recurrences=12)
+    alone = stream(model, tokens, [*METRICS, *CONVERGENCE], by="depth")
+    longer = stream(model, tokens, CONVERGENCE, by="depth", n_recurrences=12)
     for name in METRICS:
         np.testing.assert_allclose(data[name], alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
     # Means of ratios here, ratios of means there: the numbers differ, the verdict does not.
-    verdict = convergence_of_result(alone, longer)
+    verdict = convergence_verdict(alone, longer)
     assert data["verdict_name"].values == verdict["verdict_name"].values
     assert data.attrs.get("state_seed") == (cell.seed if cell.injected else None)
 

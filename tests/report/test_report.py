@@ -27,7 +27,7 @@ from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import read_results
 from tl_looped.experiments.spec import PromptSet
 from tl_looped.experiments.store import FORMAT
-from tl_looped.metrics import cyclicity_index, over_cache, pairwise_residual_cosine
+from tl_looped.metrics import cyclicity_index, from_cache, pairwise_residual_cosine
 from tl_looped.paper.figures import draw
 from tl_looped.report import run_report as report
 from tl_looped.report.findings import read_findings
@@ -120,7 +120,7 @@ def test_the_report_of_a_real_run(tmp_path: Path) -> None:
             state_seed=0,
             names_filter=_keep,
         )[1]
-        data = over_cache(cache, "stage", over="depth")
+        data = from_cache(cache, "signature", by="depth")
         matrix = pairwise_residual_cosine(cache.stack_activation("resid_post")).numpy()
     data["pairwise_residual_cosine"] = ("effective_layer", "other_layer"), matrix
     data = data.assign_attrs(format=FORMAT, spec="{}", torch=str(torch.__version__))

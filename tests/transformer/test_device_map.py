@@ -27,7 +27,7 @@ from tl_looped.experiments.parallel import Workers
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.metrics import stream_metrics
+from tl_looped.metrics import stream
 from tl_looped.model.exit_rules import ArgmaxStability, GateExit, KLDivergence, LatentDifference
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.patching import attribute_recurrences, patch_recurrences
@@ -234,7 +234,7 @@ def unrolled(model: LoopedTransformer) -> list[Tensor]:
 
 def streamed(model: LoopedTransformer, **options: Any) -> Any:
     rows = [[1, 2, 3, 4], [5, 6, 7]]
-    data = stream_metrics(model, rows, "all", batching="padded", **options)
+    data = stream(model, rows, "all", batching="padded", **options)
     return data.to_dict(), {name: str(values.dtype) for name, values in data.items()}
 
 

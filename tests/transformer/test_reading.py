@@ -42,8 +42,8 @@ from tl_looped.experiments.reading import specification
 from tl_looped.experiments.run import resolve, run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.interventions import fixed_point
-from tl_looped.metrics import stream_metrics
-from tl_looped.metrics.spectral import spectrum_of_states
+from tl_looped.metrics import stream
+from tl_looped.metrics.spectrum import loop_spectrum
 from tl_looped.model.bos import adds_bos
 from tl_looped.paper.drawing import draw_over
 from tl_looped.patching import attribute_recurrences, patch_recurrences
@@ -171,7 +171,7 @@ def test_bos_is_never_there_twice(prepend_bos: bool | None) -> None:
     assert cache["embed"].shape[1] == 3
     greedy = {"max_new_tokens": 1, "do_sample": False, "verbose": False, "return_type": "tokens"}
     assert model.generate(once, **greedy, **how).shape[1] == 4
-    assert stream_metrics(model, [once], **how)["n_tokens"].values.tolist() == [3]
+    assert stream(model, [once], **how)["n_tokens"].values.tolist() == [3]
     assert model.to_tokens(once, prepend_bos=False).tolist() == [[BOS, A, B]]
 
 
@@ -429,7 +429,7 @@ def test_conversations_are_taken_wherever_text_is(model, holder: str) -> None:
     assert model.to_str_tokens(given) == ([strings] if holder == "several" else strings)
     assert model.get_token_position("b", given) == 2
     assert [row.tolist() for row in model.token_rows(given)] == [ids]
-    assert stream_metrics(model, given)["n_tokens"].values.tolist() == [4]
+    assert stream(model, given)["n_tokens"].values.tolist() == [4]
     assert torch.equal(
         model.loop_map(given).run(1)[-1], model.loop_map(torch.tensor([ids])).run(1)[-1]
     )
@@ -468,7 +468,7 @@ def test_tools_take_a_conversation_for_its_tokens(tool: str) -> None:
 def test_the_spectrum_takes_tokens_and_says_so_of_text(model) -> None:
     for given in ("a b c", CHAT, TEXTS):
         with pytest.raises(InputError, match=r"got text: model\.to_tokens"):
-            spectrum_of_states(model, given)
+            loop_spectrum(model, given)
 
 
 def test_views_take_the_prompt_as_the_model_does(model) -> None:
@@ -549,7 +549,7 @@ def test_a_file_of_prompts_may_hold_conversations(tmp_path: Path) -> None:
     assert data["n_tokens"].values.tolist() == [4, 6]
     assert data.attrs["bos"].endswith("conversations as their template writes them")
     model = LoopedTransformer.from_pretrained(folder, device="cpu", dtype="float64")
-    alone = stream_metrics(model, [CHAT], ("magnitude",), n_recurrences=2)
+    alone = stream(model, [CHAT], ("magnitude",), n_recurrences=2)
     first = data["residual_mean"].isel(prompt=0)
     core = first.isel(effective_layer=data["stage"].to_numpy() == "core")
     np.testing.assert_allclose(core, alone["residual_mean"].values.ravel(), rtol=1e-10)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_looped import InputError, LoopedTransformer
 from tl_looped import interventions as iv
-from tl_looped.metrics.streaming import stream_metrics
+from tl_looped.metrics.streaming import stream
 
 COUNTS = (2, 3, 5, 8)
 TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -67,7 +67,7 @@ def ways(model: LoopedTransformer) -> dict[str, Callable[[int], Tensor]]:
         ),
         "size": lambda n: torch.tensor(model.estimate_cache_bytes("residual", n_recurrences=n)),
         "metrics": lambda n: torch.tensor(
-            stream_metrics(model, TOKENS, ["residual_mean"], n_recurrences=n).residual_mean.values
+            stream(model, TOKENS, ["residual_mean"], n_recurrences=n).residual_mean.values
         ),
     }
 
@@ -197,8 +197,8 @@ def test_streams_of_one_model_go_on_side_by_side(model: LoopedTransformer) -> No
     want = [model.generate(TOKENS, 6, n_recurrences=n, **options)[:, 5:] for n in (2, 8)]
     streams = [model.generate_stream(TOKENS, 6, 1, n_recurrences=n, **options) for n in (2, 8)]
     pieces = [[in_thread(lambda s=s: next(s)) for s in streams] for _ in range(6)]
-    for stream, tokens in zip(zip(*pieces, strict=True), want, strict=True):
-        assert torch.equal(torch.cat(stream, 1)[:, 5:], tokens)
+    for parts, tokens in zip(zip(*pieces, strict=True), want, strict=True):
+        assert torch.equal(torch.cat(parts, 1)[:, 5:], tokens)
 
 
 def test_recurrences_one_by_one_refuse_another_number(model: LoopedTransformer) -> None:

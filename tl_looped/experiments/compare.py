@@ -29,13 +29,13 @@ from tl_looped.experiments.reading import (
 from tl_looped.experiments.store import RESULTS, find_runs, has_checksum, read_run, unchecked
 from tl_looped.experiments.tables import write_table
 from tl_looped.metrics import mirroring_score
-from tl_looped.metrics.catalogue import STAGE
+from tl_looped.metrics.catalogue import SIGNATURE
 from tl_looped.metrics.clusters import cluster_table
 from tl_looped.metrics.depth_curves import mean_curve, parts_of
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.metrics.mirroring import MirroringScore
 
-N_STAGES = 3
+N_CLUSTERS = 3
 _YES_NO = {0: "no", 1: "yes"}
 _SCORES = ("pearson", "spearman", "rmse", "lag", "lag_pearson", "p_shift", "p_permutation")
 
@@ -150,7 +150,7 @@ def _about(name: str, model: str, data: xr.Dataset) -> dict[str, object]:
 
 def _curves(name: str, data: xr.Dataset) -> pd.DataFrame:
     tables = []
-    for metric in (m for m in STAGE if m in data):
+    for metric in (m for m in SIGNATURE if m in data):
         prelude, core, coda = parts_of(data, mean_curve(data, metric))
         for r, block in enumerate(core):
             whole = np.concatenate((prelude, block, coda))
@@ -175,7 +175,7 @@ def _mirroring(
 ) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     data, other = runs[a], runs[b]
-    for metric in STAGE:
+    for metric in SIGNATURE:
         if metric not in data or metric not in other:
             notices.append(f"{a} and {b} do not both have {metric}")
             continue
@@ -214,7 +214,7 @@ def cluster_rows(
         seed: Of k-means.
     """
     try:
-        table = cluster_table(runs[a], runs[b], N_STAGES, seed)
+        table = cluster_table(runs[a], runs[b], N_CLUSTERS, seed)
     except InputError as error:
         notices.append(f"clusters of {a} and {b}: {error}")
         return []

@@ -31,16 +31,15 @@ from tl_looped.interventions import AblateMLP
 from tl_looped.metrics import (
     CONVERGENCE,
     StreamOptions,
-    convergence_of_result,
+    convergence_verdict,
     pca_trajectory,
-    prediction_suppression_by_layer,
-    prediction_suppression_feedforward,
+    prediction_suppression,
     stream_batches,
 )
 from tl_looped.metrics.catalogue import Reads, reads_of, select
 from tl_looped.metrics.collector import Collector, Site
 from tl_looped.metrics.labels import labelled, run_attributes
-from tl_looped.metrics.spectral import check_silent, spectrum_of_states, without_spectrum
+from tl_looped.metrics.spectrum import check_silent, loop_spectrum, without_spectrum
 from tl_looped.model.config import parse_dtype
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.transformer import LoopedTransformer
@@ -231,7 +230,7 @@ class LoopedEngine(Engine):
             if "pattern" in reads_of(self.metrics):
                 metrics.append("sink_rate")  # patterns that are read take other kernels
             longer = self._stream(rows, metrics, 2 * self.spec.recurrences)
-        return beside(data, convergence_of_result(data, longer, same_start=True))
+        return beside(data, convergence_verdict(data, longer, same_start=True))
 
     def _stream(
         self, rows: list[Row], metrics: Sequence[str], n_recurrences: int | None
@@ -297,7 +296,7 @@ class LoopedEngine(Engine):
         found = [
             without_spectrum(1)
             if row is None
-            else spectrum_of_states(
+            else loop_spectrum(
                 self.model,
                 row[None],
                 n_recurrences=self.spec.recurrences,
@@ -329,7 +328,7 @@ class LoopedEngine(Engine):
 
     def neurons(self) -> xr.Dataset:
         """See :class:`Engine`."""
-        return neuron_fractions(prediction_suppression_by_layer(self.model))
+        return neuron_fractions(prediction_suppression(self.model))
 
 
 class FeedforwardEngine(Engine):
@@ -427,4 +426,4 @@ class FeedforwardEngine(Engine):
 
     def neurons(self) -> xr.Dataset:
         """See :class:`Engine`."""
-        return neuron_fractions(prediction_suppression_feedforward(self.model))
+        return neuron_fractions(prediction_suppression(self.model))

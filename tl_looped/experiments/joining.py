@@ -24,7 +24,7 @@ from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics import (
     by_recurrence,
     join_batches,
-    limiting_of_result,
+    limiting_behavior,
 )
 from tl_looped.metrics.catalogue import select
 
@@ -70,7 +70,7 @@ def joined(
         - convergence, confirm: ``verdict``, ``settled_at``, ``rate``, ``half_life``, …
           (``prompt``), which the parts hold already; the attribute ``confirmed`` tells which
         - spectrum: ``spectral_radius``, ``largest_singular_value``, … (``prompt``), NaN behind the
-          first ``spectrum_most_prompts`` prompts; see ``tl_looped.metrics.spectral``
+          first ``spectrum_most_prompts`` prompts; see ``tl_looped.metrics.spectrum``
         - neurons: ``prediction``, ``suppression`` (``unique_layer``)
 
     Raises:
@@ -100,7 +100,7 @@ def _with_extras(
 ) -> xr.Dataset:
     metrics = data  # the extras read the metrics alone, not each other
     if "limiting" in spec.extras:
-        data = beside(data, limiting_of_result(metrics))
+        data = beside(data, limiting_behavior(metrics))
     if "tokens" in spec.extras:
         similarity = by_recurrence(metrics[["token_cosine"]])["token_cosine"]
         data = data.assign(token_similarity=similarity.astype(np.float32))

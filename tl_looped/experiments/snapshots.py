@@ -23,7 +23,7 @@ from tl_looped.errors import DataError
 from tl_looped.experiments import store
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import CONVERGENCE
-from tl_looped.metrics.spectral import SPECTRUM
+from tl_looped.metrics.spectrum import SPECTRUM
 from tl_looped.plots.captions import caption_of
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral_radius import radius_against_rate, radius_over_training

@@ -22,7 +22,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tl_looped.errors import ConfigError, DataError
 from tl_looped.files import is_file, write_text
-from tl_looped.metrics.catalogue import select
+from tl_looped.metrics.catalogue import DEFAULT_METRICS, select
 from tl_looped.metrics.inputs import check_choice
 from tl_looped.model import limits
 from tl_looped.model.config import parse_dtype
@@ -50,16 +50,6 @@ EXTRAS = (
 )
 _LONGEST_FILE = 2**26  # characters
 _LAYER = re.compile(r"(prelude|core|coda)\.(0|[1-9][0-9]*)")
-
-DEFAULT_METRICS = (
-    "stage",
-    "magnitude",
-    "successive",
-    "fixed_point",
-    # In these forms what stage clusters are made from does not depend on length or width.
-    "mixing_per_row",
-    "entropy_norm_max",
-)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.metrics.attention import distances_of_layers
+from tl_looped.metrics.attention_patterns import distances_of_layers
 from tl_looped.metrics.catalogue import Reads
 from tl_looped.metrics.inputs import BLOCK_BYTES
 from tl_looped.metrics.states import cosines_of_layers
@@ -56,7 +56,7 @@ class Stacked:
         return self._kept[name]
 
     def matrices(self) -> xr.Dataset:
-        """Attention distance and residual cosine, as ``tl_looped.metrics.pairwise_over_cache``."""
+        """Attention distance and residual cosine, as ``tl_looped.metrics.pairwise_from_cache``."""
         dims = ("effective_layer", "other_layer", "prompt")
         unmasked = [None] * self.n_layers
         found = {

@@ -1,11 +1,22 @@
-"""Metrics of looped models: on tensors, over an ActivationCache, and while the model runs.
+"""Metrics of looped models: of tensors, of an ActivationCache, and while the model runs.
 
-Functions on tensors take any leading batch dimensions. :func:`over_cache` and
-:func:`stream_metrics` apply them to a run and return labelled xarray datasets;
-:func:`convergence_of_result` and :func:`limiting_of_result` read such a dataset.
+Names:
+
+- A metric of tensors is a noun, ``sink_rate(pattern)``, ``step_geometry(states)``. It takes any
+  leading batch dimensions and, where tokens count, ``attention_mask``.
+- ``from_cache(cache)`` and ``stream(model, prompts)`` measure a whole run by the same metrics,
+  named as text, into a labelled xarray dataset: ``by="recurrence"`` (recurrence, layer) or
+  ``by="depth"`` (effective layer). What needs a whole run at once is ``pairwise_from_cache``,
+  ``lenses_from_cache`` and ``attention_lipschitz_from_cache``.
+- A verdict takes states or such a dataset: ``convergence_verdict``, ``limiting_behavior``.
+- What is read off a model and not off a run takes the model: ``prediction_suppression(model)``,
+  ``loop_spectrum(model, tokens)``.
+- Groups of metrics: ``"signature"`` (the four by which the paper tells stages of inference apart),
+  ``"magnitude"``, ``"successive"``, ``"fixed_point"``, ``"step"``, ``"token"``, ``"all"``;
+  :data:`DEFAULT_METRICS` is what every door measures unless asked.
 """
 
-from tl_looped.metrics.attention import (
+from tl_looped.metrics.attention_patterns import (
     attention_distance,
     colsum_concentration,
     mixing_score,
@@ -24,18 +35,18 @@ from tl_looped.metrics.bootstrap import (
     sign_flip_p,
     t_interval,
 )
-from tl_looped.metrics.cache_matrices import lens_over_cache, pairwise_over_cache
-from tl_looped.metrics.clusters import StageClusters, cluster_table, stage_clusters
+from tl_looped.metrics.cached import from_cache, lenses_from_cache, pairwise_from_cache
+from tl_looped.metrics.catalogue import DEFAULT_METRICS
+from tl_looped.metrics.clusters import DepthClusters, cluster_table, depth_clusters
 from tl_looped.metrics.convergence import (
     ConvergenceResult,
     ConvergenceSeries,
     Verdict,
     a_posteriori_bound,
-    convergence_verdict,
     fixed_point_residual,
     half_life,
 )
-from tl_looped.metrics.convergence_states import convergence_series, verdict_of_states
+from tl_looped.metrics.convergence_states import convergence_series
 from tl_looped.metrics.dynamics import (
     JacobianSpectrum,
     PathIndependence,
@@ -43,6 +54,8 @@ from tl_looped.metrics.dynamics import (
     loop_starts,
     path_independence,
 )
+from tl_looped.metrics.entropy import matrix_entropy
+from tl_looped.metrics.heavy_tokens import HeavyToken, find_heavy_token
 from tl_looped.metrics.labels import by_recurrence
 from tl_looped.metrics.limiting import (
     LabelPercentages,
@@ -53,12 +66,11 @@ from tl_looped.metrics.limiting import (
     cosine_similarity,
     distance_similarity,
     label_percentages,
-    limiting_behavior_of_states,
 )
 from tl_looped.metrics.lipschitz import (
     AttentionLipschitz,
     attention_lipschitz_bounds,
-    attention_lipschitz_of_cache,
+    attention_lipschitz_from_cache,
 )
 from tl_looped.metrics.mirroring import (
     MirroringInterval,
@@ -71,12 +83,9 @@ from tl_looped.metrics.mirroring import (
 )
 from tl_looped.metrics.neurons import (
     NeuronClasses,
-    prediction_suppression_by_layer,
-    prediction_suppression_feedforward,
+    prediction_suppression,
     prediction_suppression_fraction,
 )
-from tl_looped.metrics.of_result import CONVERGENCE, convergence_of_result, limiting_of_result
-from tl_looped.metrics.over_cache import over_cache
 from tl_looped.metrics.readouts import (
     KLBetweenRecurrences,
     LensReadout,
@@ -87,8 +96,7 @@ from tl_looped.metrics.readouts import (
     lens_readout,
     lens_trajectory,
 )
-from tl_looped.metrics.spectra import matrix_entropy
-from tl_looped.metrics.spectral import spectrum_of_states
+from tl_looped.metrics.spectrum import loop_spectrum
 from tl_looped.metrics.states import (
     cyclicity_index,
     fixed_point_distance,
@@ -99,15 +107,19 @@ from tl_looped.metrics.states import (
     successive_difference,
 )
 from tl_looped.metrics.steps import StepGeometry, angular_distance, step_geometry
-from tl_looped.metrics.streaming import StreamOptions, join_batches, stream_batches, stream_metrics
+from tl_looped.metrics.streaming import StreamOptions, join_batches, stream, stream_batches
 from tl_looped.metrics.trajectories import PCATrajectory, pca_trajectory
+from tl_looped.metrics.verdicts import CONVERGENCE, convergence_verdict, limiting_behavior
 
 __all__ = [
     "CONVERGENCE",
+    "DEFAULT_METRICS",
     "AttentionLipschitz",
     "BootstrapCI",
     "ConvergenceResult",
     "ConvergenceSeries",
+    "DepthClusters",
+    "HeavyToken",
     "HierarchicalCI",
     "Interval",
     "JacobianSpectrum",
@@ -123,7 +135,6 @@ __all__ = [
     "PCATrajectory",
     "PathIndependence",
     "Resampling",
-    "StageClusters",
     "StepGeometry",
     "StreamOptions",
     "Verdict",
@@ -131,64 +142,61 @@ __all__ = [
     "angular_distance",
     "attention_distance",
     "attention_lipschitz_bounds",
-    "attention_lipschitz_of_cache",
+    "attention_lipschitz_from_cache",
     "base_layer_cosine",
     "bootstrap_ci",
     "by_recurrence",
     "classify_limiting_behavior",
     "cluster_table",
     "colsum_concentration",
-    "convergence_of_result",
     "convergence_series",
     "convergence_verdict",
     "cooccurrence",
     "cosine_similarity",
     "cyclicity_index",
+    "depth_clusters",
     "distance_similarity",
     "exit_distribution",
+    "find_heavy_token",
     "fixed_point_distance",
     "fixed_point_residual",
+    "from_cache",
     "half_life",
     "hierarchical_bootstrap_ci",
     "join_batches",
     "kl_between_recurrences",
     "kl_divergence",
     "label_percentages",
-    "lens_over_cache",
     "lens_readout",
     "lens_trajectory",
-    "limiting_behavior_of_states",
-    "limiting_of_result",
+    "lenses_from_cache",
+    "limiting_behavior",
     "linear_cka",
     "loop_jacobian_spectrum",
+    "loop_spectrum",
     "loop_starts",
     "lowest_cosine_to_fixed_points",
     "matrix_entropy",
     "mirroring_interval",
     "mirroring_score",
     "mixing_score",
-    "over_cache",
     "paired_contrast",
     "pairwise_attention_distance",
-    "pairwise_over_cache",
+    "pairwise_from_cache",
     "pairwise_residual_cosine",
     "path_independence",
     "pca_trajectory",
     "permuted_mirroring",
-    "prediction_suppression_by_layer",
-    "prediction_suppression_feedforward",
+    "prediction_suppression",
     "prediction_suppression_fraction",
     "residual_magnitude",
     "sign_flip_p",
     "sink_rate",
     "sink_score",
-    "spectrum_of_states",
-    "stage_clusters",
     "state_distance",
     "step_geometry",
+    "stream",
     "stream_batches",
-    "stream_metrics",
     "successive_difference",
     "t_interval",
-    "verdict_of_states",
 ]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.metrics.attention import (
+from tl_looped.metrics.attention_patterns import (
     SINK_THRESHOLD,
     MixingForm,
     Rows,
@@ -33,7 +33,7 @@ from tl_looped.metrics.attention import (
     mixing_in_form,
     rows_distance,
 )
-from tl_looped.metrics.spectra import EntropyForm, entropy_in_form, matrix_entropy
+from tl_looped.metrics.entropy import EntropyForm, entropy_in_form, matrix_entropy
 from tl_looped.metrics.states import Sized, distances, magnitudes, norms, token_cosine
 from tl_looped.metrics.steps import angular_distance, step_geometry
 
@@ -117,7 +117,7 @@ def _turn(oldest: Any, previous: Any, x: Any) -> dict[str, Tensor]:
 
 
 def _adjacent(before: Any, x: Any) -> dict[str, Tensor]:
-    angle = angular_distance(torch.stack([before.x, x.x]), mask=x.counted)[0]
+    angle = angular_distance(torch.stack([before.x, x.x]), attention_mask=x.counted)[0]
     return {"angular_distance": angle}
 
 
@@ -221,11 +221,11 @@ OUTPUTS: dict[str, Output] = {
 
 PER_TOKEN = tuple(name for family in FAMILIES if family.per_token for name in family.outputs)
 
-# The paper's four "stages of inference".
-STAGE = ("sink_rate", "mixing_per_token", "colsum_concentration", "entropy_bits")
+# By which the paper tells stages of inference apart.
+SIGNATURE = ("sink_rate", "mixing_per_token", "colsum_concentration", "entropy_bits")
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "stage": STAGE,
+    "signature": SIGNATURE,
     "magnitude": tuple(name for name in OUTPUTS if name.startswith("residual_")),
     "successive": tuple(name for name in OUTPUTS if name.startswith("successive_")),
     "fixed_point": tuple(name for name in OUTPUTS if name.startswith("fixed_point_")),
@@ -234,14 +234,27 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(name for name in OUTPUTS if name not in PER_TOKEN),
 }
 
+DEFAULT_METRICS = (
+    "signature",
+    "magnitude",
+    "successive",
+    "fixed_point",
+    # In these forms what clusters are made from does not depend on length or width.
+    "mixing_per_row",
+    "entropy_norm_max",
+)
+"""What a run is measured by unless something else is asked for, by any door."""
+
+_RENAMED = {"stage": "signature"}  # groups in experiments of earlier versions
+
 
 def select(wanted: str | Iterable[str] | None) -> list[str]:
     """Names of metrics from names and groups, each once, in the order given.
 
     Args:
-        wanted: A name, a group (``"stage"``, ``"magnitude"``, ``"successive"``, ``"fixed_point"``,
-            ``"step"``; ``"token"``, which has a number for each token; ``"all"`` others) or
-            several of them.
+        wanted: Name, group (``"signature"``, ``"magnitude"``, ``"successive"``,
+            ``"fixed_point"``, ``"step"``; ``"token"``, which has a number for each token; ``"all"``
+            others), or several of them.
 
     Raises:
         InputError: for an unknown name, with the list of all.
@@ -250,6 +263,7 @@ def select(wanted: str | Iterable[str] | None) -> list[str]:
     if wanted is None:
         raise InputError("metrics: none was given")
     for name in [wanted] if isinstance(wanted, str) else wanted:
+        name = _RENAMED.get(name, name)
         if name not in GROUPS and name not in OUTPUTS:
             raise InputError(
                 f"metrics: there is no {name!r}; groups are {', '.join(GROUPS)}; metrics are "

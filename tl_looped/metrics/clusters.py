@@ -45,7 +45,7 @@ FEATURES = (
 
 
 @dataclass(frozen=True)
-class StageClusters:
+class DepthClusters:
     """Stages of a feedforward model and of the recurrences of a looped one.
 
     Attributes:
@@ -90,16 +90,16 @@ class StageClusters:
     seed: int
 
 
-def stage_clusters(
+def depth_clusters(
     feedforward: Float[np.ndarray, "layer feature"] | Float[Tensor, "layer feature"],
     core: Float[np.ndarray, "recurrence core _"] | Float[Tensor, "recurrence core _"],
     *,
     prelude: Float[np.ndarray, "prelude _"] | Float[Tensor, "prelude _"] | None = None,
     coda: Float[np.ndarray, "coda _"] | Float[Tensor, "coda _"] | None = None,
-    n_stages: int = 3,
+    n_clusters: int = 3,
     n_init: int = 20,
     seed: int = 0,
-) -> StageClusters:
+) -> DepthClusters:
     """Cluster a feedforward model's layers and assign those of a looped model (k-means).
 
     Depth. Layer i of n stands at ``i / (n - 1)`` of the depth (a single layer at 0). A layer of
@@ -116,7 +116,7 @@ def stage_clusters(
         feedforward: Features of the feedforward model's layers.
         core: Features of the core layers at each recurrence.
         prelude, coda: Features of the layers before and behind the loop.
-        n_stages: K of k-means.
+        n_clusters: K of k-means.
         n_init: Starts of k-means, of which the best counts.
         seed: Of k-means, a non-negative integer below 2^32.
 
@@ -125,16 +125,16 @@ def stage_clusters(
             fewer than K different points, or if a size or number is out of range.
     """
     base, blocks, before, after = _checked(feedforward, core, prelude, coda)
-    if n_stages < 1 or n_init < 1 or not 0 <= seed < 2**32:
+    if n_clusters < 1 or n_init < 1 or not 0 <= seed < 2**32:
         raise InputError(
-            f"n_stages and n_init must be at least 1 and seed 0 to 2^32 - 1, got {n_stages}, "
+            f"n_clusters and n_init must be at least 1 and seed 0 to 2^32 - 1, got {n_clusters}, "
             f"{n_init} and {seed}"
         )
     different = len(np.unique(base, axis=0))
-    if different < n_stages:
+    if different < n_clusters:
         raise InputError(
             f"feedforward has {len(base)} layers, {different} of them different: not enough for "
-            f"n_stages={n_stages}"
+            f"n_clusters={n_clusters}"
         )
     mean, sd = base.mean(0), base.std(0)
     flat = np.ptp(base, axis=0) <= _CONSTANT * np.abs(base).max(0)
@@ -143,13 +143,13 @@ def stage_clusters(
             f"feedforward: feature {int(flat.argmax())} is the same for all layers and cannot be "
             "z-scored: leave it out of feedforward and of the looped model's features"
         )
-    stages = _fit((base - mean) / sd, n_stages, n_init, seed)
+    stages = _fit((base - mean) / sd, n_clusters, n_init, seed)
     ff = _assign((base - mean) / sd, stages)[0]
     labels, distance = _assign((blocks - mean) / sd, stages)
     first, last = (_assign((x - mean) / sd, stages)[0] for x in (before, after))
     virtual = _virtual(first, labels, last)
     matched = ff[_nearest_depth(len(virtual[0]), len(ff))]
-    return StageClusters(
+    return DepthClusters(
         feedforward=ff,
         prelude=first,
         core=labels,
@@ -172,16 +172,16 @@ def stage_clusters(
 
 
 def cluster_table(
-    data: xr.Dataset, feedforward: xr.Dataset, n_stages: int = 3, seed: int = 0
+    data: xr.Dataset, feedforward: xr.Dataset, n_clusters: int = 3, seed: int = 0
 ) -> pd.DataFrame:
-    """:func:`stage_clusters` of two results by depth: a row per recurrence of the looped one.
+    """:func:`depth_clusters` of two results by depth: a row per recurrence of the looped one.
 
     Layers are points of :data:`FEATURES`, each the mean over heads and prompts.
 
     Args:
         data: Result of the looped model.
         feedforward: Result of the feedforward model.
-        n_stages: K of k-means.
+        n_clusters: K of k-means.
         seed: Of k-means.
 
     Returns:
@@ -191,15 +191,20 @@ def cluster_table(
         ``distance`` and ``seed``.
 
     Raises:
-        InputError: as :func:`stage_clusters`, or for a feature that a result lacks.
+        InputError: as :func:`depth_clusters`, or for a feature that a result lacks.
     """
     missing = [m for m in FEATURES if m not in data or m not in feedforward]
     if missing:
         raise InputError(f"{', '.join(missing)} were not computed for both")
     prelude, core, coda = parts_of(data, _features(data))
     try:
-        found = stage_clusters(
-            _features(feedforward), core, prelude=prelude, coda=coda, n_stages=n_stages, seed=seed
+        found = depth_clusters(
+            _features(feedforward),
+            core,
+            prelude=prelude,
+            coda=coda,
+            n_clusters=n_clusters,
+            seed=seed,
         )
     except InputError as error:
         named = ", ".join(f"{i} is {name}" for i, name in enumerate(FEATURES))
@@ -263,11 +268,11 @@ def _checked(
 
 
 def _fit(
-    z: Float[np.ndarray, "layer feature"], n_stages: int, n_init: int, seed: int
+    z: Float[np.ndarray, "layer feature"], n_clusters: int, n_init: int, seed: int
 ) -> Float[np.ndarray, "stage feature"]:
     """Centres of k-means, by the mean depth of their layers."""
-    found = KMeans(n_stages, n_init=n_init, random_state=seed).fit(z)
-    depths = [np.flatnonzero(found.labels_ == i).mean() for i in range(n_stages)]
+    found = KMeans(n_clusters, n_init=n_init, random_state=seed).fit(z)
+    depths = [np.flatnonzero(found.labels_ == i).mean() for i in range(n_clusters)]
     return found.cluster_centers_[np.argsort(depths, kind="stable")]
 
 

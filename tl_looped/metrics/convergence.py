@@ -6,7 +6,7 @@ of a run twice as long (arXiv 2604.11791 studies the distances alone; the verdic
 
 Everything is decided on :class:`ConvergenceSeries`, a handful of numbers for each recurrence and
 prompt, so that a caller that streams over recurrences needs no states:
-:func:`convergence_verdict`. :func:`verdict_of_states` computes them from states.
+:func:`tl_looped.metrics.convergence_verdict` takes it, states or a labelled result.
 
 How the verdicts are decided, in this order; ``eps`` is the tolerance, "late" means the last half
 of the run:
@@ -197,7 +197,7 @@ def default_eps(dtype: torch.dtype) -> float:
     return 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
 
 
-def convergence_verdict(series: ConvergenceSeries, eps: float | None = None) -> ConvergenceResult:
+def decide(series: ConvergenceSeries, eps: float | None = None) -> ConvergenceResult:
     """The verdict of every prompt from its summary series; the module says how it is decided.
 
     Args:

@@ -1,4 +1,4 @@
-"""The verdict of :mod:`tl_looped.metrics.convergence` from the states of a loop."""
+"""The series that :mod:`tl_looped.metrics.convergence` decides on, from the states of a loop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.convergence import (
-    ConvergenceResult,
     ConvergenceSeries,
-    convergence_verdict,
     fixed_point_residual,
 )
 from tl_looped.metrics.inputs import counted_tokens, token_mask, token_mean
@@ -27,7 +25,7 @@ _SAME_RUN = {torch.bfloat16: 0.1, torch.float16: 0.02}
 def convergence_series(
     states: Float[Tensor, "recurrence layer *batch pos d_model"],
     states_2r: Float[Tensor, "recurrence2 layer *batch pos d_model"] | None = None,
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     skip_first: int = 0,
 ) -> ConvergenceSeries:
     """Summary series of a loop, one number a recurrence and prompt, in fp64.
@@ -41,7 +39,7 @@ def convergence_series(
         states_2r: Of a run with 2R recurrences from the same start, for the residual
             (``S(x_R)`` is its next state) and the distance to ``x_2R``. Its first R recurrences
             are the states again.
-        mask: ``[*batch, pos]``, zero at padding.
+        attention_mask: ``[*batch, pos]``, zero at padding.
         skip_first: Real tokens at the beginning that are left out of all means.
 
     Raises:
@@ -55,7 +53,7 @@ def convergence_series(
         )
     if states_2r is not None:
         _check_same_run(states, states_2r)
-    real = counted_tokens(states[0], mask, skip_first)
+    real = counted_tokens(states[0], attention_mask, skip_first)
 
     def mean(values: Tensor) -> Tensor:
         """Mean over tokens where the value is defined, then the largest over layers."""
@@ -79,7 +77,7 @@ def convergence_series(
         if states_2r is None
         else mean(fixed_point_residual(states_2r[len(states) - 1], states_2r[len(states)])),
         distance_2r=None if states_2r is None else mean(fixed_point_residual(last, states_2r[-1])),
-        min_layer_cosine=min_layer_cosine(last, mask if real is None else real),
+        min_layer_cosine=min_layer_cosine(last, attention_mask if real is None else real),
     )
 
 
@@ -125,32 +123,3 @@ def _check_same_run(states: Tensor, longer: Tensor) -> None:
             f"states_2r belongs to another run: its state after {count(n, 'recurrence')} is off by "
             f"{float(off):.3g} of its norm. Give both the same prompt, state_seed or initial_state"
         )
-
-
-def verdict_of_states(
-    states: Float[Tensor, "recurrence layer *batch pos d_model"],
-    states_2r: Float[Tensor, "recurrence2 layer *batch pos d_model"] | None = None,
-    mask: Tensor | None = None,
-    eps: float | None = None,
-    skip_first: int = 0,
-    per_token: bool = False,
-) -> ConvergenceResult:
-    """:func:`convergence_verdict` of every prompt, from states.
-
-    Args:
-        states, states_2r, mask, skip_first: Of :func:`convergence_series`.
-        eps: Of :func:`convergence_verdict`.
-        per_token: Judge each token by itself: results are ``[*batch, pos]``, UNDEFINED at padding
-            and at the tokens that are skipped.
-    """
-    if not per_token:
-        return convergence_verdict(convergence_series(states, states_2r, mask, skip_first), eps)
-    counted = counted_tokens(states[0], mask, skip_first)
-
-    def alone(x: Tensor) -> Tensor:
-        if counted is not None:
-            x = x.masked_fill(~counted[..., None], math.nan)
-        return x.unsqueeze(-2)
-
-    longer = None if states_2r is None else alone(states_2r)
-    return convergence_verdict(convergence_series(alone(states), longer), eps)

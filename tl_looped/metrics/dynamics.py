@@ -58,7 +58,7 @@ class JacobianSpectrum:
 def loop_jacobian_spectrum(
     step: Step,
     state: Float[Tensor, "*batch pos d_model"],
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     n_iterations: int = 300,
     tolerance: float = 1e-3,
     seed: int = 0,
@@ -77,7 +77,7 @@ def loop_jacobian_spectrum(
         step: See the module. Half precision is differentiated as it is: the numbers are those of
             the rounded map's formula, in its precision.
         state: Where, for instance the fixed point ``x_R``.
-        mask: ``[*batch, pos]``, zero at padding, which is held fixed.
+        attention_mask: ``[*batch, pos]``, zero at padding, which is held fixed.
         n_iterations: At least 8. Each costs about a recurrence; the Jacobian of a causal model is
             block triangular over positions and far from normal, so ask for several hundred.
         tolerance: Relative error that counts as converged.
@@ -90,7 +90,7 @@ def loop_jacobian_spectrum(
         raise InputError(f"n_iterations must be an integer of at least 8, got {n_iterations!r}")
     if not tolerance > 0:
         raise InputError(f"tolerance must be positive, got {tolerance}")
-    real = token_mask(state, mask)
+    real = token_mask(state, attention_mask)
     with _differentiable():
         x = state.detach().clone()
         keep = torch.ones_like(x) if real is None else real[..., None].to(x).expand(x.shape).clone()
@@ -204,7 +204,7 @@ def path_independence(
     step: Step,
     starts: Mapping[str, Float[Tensor, "*batch pos d_model"]],
     n_recurrences: int,
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
 ) -> PathIndependence:
     """Iterate a step from several starts and compare where they end.
 
@@ -217,7 +217,7 @@ def path_independence(
         starts: States by name; :func:`loop_starts` makes the usual ones. Another prompt's fixed
             point is a further one.
         n_recurrences: How often to iterate, at least once.
-        mask: ``[*batch, pos]``, zero at padding.
+        attention_mask: ``[*batch, pos]``, zero at padding.
     """
     if len(starts) < 2:
         raise InputError(f"starts must hold at least two states, got {list(starts)}")
@@ -231,7 +231,7 @@ def path_independence(
         for _ in range(n_recurrences):
             state = step(state)
         ends.append(state)
-    real = token_mask(ends[0], mask)
+    real = token_mask(ends[0], attention_mask)
     norms = [end.double().norm(dim=-1) for end in ends]
 
     def pairwise(of: Callable[[int, int], Tensor]) -> Tensor:

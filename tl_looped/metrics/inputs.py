@@ -152,12 +152,12 @@ def _checked_mask(
     fits = 0 < mask.ndim <= len(batch_and_pos)
     if not fits or tuple(mask.shape) != batch_and_pos[len(batch_and_pos) - mask.ndim :]:
         raise InputError(
-            f"mask must be [..., pos] with the last dimensions of {batch_and_pos} for {what} of "
-            f"shape {shape}, got {tuple(mask.shape)}"
+            f"attention_mask must be [..., pos] with the last dimensions of {batch_and_pos} for "
+            f"{what} of shape {shape}, got {tuple(mask.shape)}"
         )
-    real = real_tokens(mask, "mask")
+    real = real_tokens(mask, "attention_mask")
     if not bool(real.any(-1).all()):
-        raise InputError("mask leaves a prompt without any real token")
+        raise InputError("attention_mask leaves a prompt without any real token")
     return real
 
 

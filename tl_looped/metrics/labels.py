@@ -36,7 +36,7 @@ IGNORES_STATE = "adapter_ignores_state"
 NOT_TRAINED = 0
 """The attribute ``trained_recurrences`` of a model that was not trained as a loop."""
 
-Over = Literal["recurrence", "depth"]
+Arrangement = Literal["recurrence", "depth"]
 
 
 def labelled(

@@ -47,7 +47,7 @@ from scipy.signal.windows import hann
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.metrics.inputs import check_choice, token_mask
+from tl_looped.metrics.inputs import token_mask
 
 _CHUNK = 1 << 15  # tokens at a time, so that the spectra stay within tens of megabytes
 _SMALLEST_WINDOW = 8
@@ -250,25 +250,6 @@ def _last(states: Tensor) -> Tensor:
     return states[-1].double()
 
 
-def limiting_behavior_of_states(
-    states: Float[Tensor, "recurrence *batch pos d_model"],
-    on: str = "cosine",
-    window: int = 64,
-    tau: float = 0.05,
-    rho: float = 0.9,
-) -> LimitingBehaviors:
-    """:func:`classify_limiting_behavior` of every token of a loop's states.
-
-    Args:
-        states: Of one layer, the last core layer in the paper.
-        on: :func:`cosine_similarity` or :func:`distance_similarity`.
-        window, tau, rho: As in :func:`classify_limiting_behavior`.
-    """
-    check_choice("on", on, ("cosine", "distance"))
-    similarity = cosine_similarity if on == "cosine" else distance_similarity
-    return classify_limiting_behavior(similarity(states), window, tau, rho)
-
-
 def _one_hot(labels: Tensor) -> Bool[Tensor, "*any label"]:
     kinds = torch.arange(len(LimitingBehavior), device=labels.device)
     if labels.numel() and not bool(((labels >= 0) & (labels < len(kinds))).all()):
@@ -286,13 +267,13 @@ def _real_tokens(labels: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def cooccurrence(
-    labels: Int[Tensor, "*batch layer token"], mask: Tensor | None = None
+    labels: Int[Tensor, "*batch layer token"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "label label"]:
     """P(some layer shows b | some layer shows a, at the same token), Fig. 14 of the paper.
 
     Args:
         labels: Values of :class:`LimitingBehavior` at several layers; all batches are pooled.
-        mask: ``[*batch, token]``, zero at padding.
+        attention_mask: ``[*batch, token]``, zero at padding.
 
     Returns:
         Row a, column b, both indexed by :class:`LimitingBehavior`. A row of NaN where no token
@@ -300,7 +281,7 @@ def cooccurrence(
     """
     if labels.ndim < 2:
         raise InputError(f"labels must be [..., layer, token], got shape {tuple(labels.shape)}")
-    shown = _one_hot(labels).any(-3) & _real_tokens(labels[..., 0, :], mask)[..., None]
+    shown = _one_hot(labels).any(-3) & _real_tokens(labels[..., 0, :], attention_mask)[..., None]
     shown = shown.reshape(-1, len(LimitingBehavior)).double()
     both = shown.T @ shown
     return both / both.diagonal()[:, None]
@@ -320,17 +301,17 @@ class LabelPercentages:
 
 
 def label_percentages(
-    labels: Int[Tensor, "*rest batch token"], mask: Tensor | None = None
+    labels: Int[Tensor, "*rest batch token"], attention_mask: Tensor | None = None
 ) -> LabelPercentages:
     """Percent of tokens and of prompts that show each behaviour (Tables 3 and 4 of the paper).
 
     Args:
         labels: Values of :class:`LimitingBehavior`; leading dimensions (layers) are kept apart.
-        mask: ``[batch, token]``, zero at padding.
+        attention_mask: ``[batch, token]``, zero at padding.
     """
     if labels.ndim < 2:
         raise InputError(f"labels must be [..., batch, token], got shape {tuple(labels.shape)}")
-    real = _real_tokens(labels, mask)
+    real = _real_tokens(labels, attention_mask)
     shown = _one_hot(labels) & real[..., None]
     count = real.sum((-2, -1)).double()[..., None]
     return LabelPercentages(

@@ -63,7 +63,7 @@ def attention_lipschitz_bounds(
     k: Tensor | None = None,
     q_before: Tensor | None = None,
     k_before: Tensor | None = None,
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     assume_plain: bool = False,
 ) -> AttentionLipschitz:
     """The three bounds of the module, and the change that they bound.
@@ -74,7 +74,7 @@ def attention_lipschitz_bounds(
         q, k, q_before, k_before: Queries and keys as attention multiplies them, behind bias, norm
             and rotation, ``[*batch, pos, head, d_head]`` with a key for every query head. All
             four, or none for ``X W``: then all three bounds are valid.
-        mask: ``[*batch, pos]``, zero at padding, whose rows and columns are left out.
+        attention_mask: ``[*batch, pos]``, zero at padding, whose rows and columns are left out.
         assume_plain: Compute the first two bounds with given queries and keys too. They are then
             no bounds, and their ratios may exceed 1.
 
@@ -89,7 +89,7 @@ def attention_lipschitz_bounds(
             f"x and x_before must be of one shape [..., pos, d_model] and W_Q and W_K of one shape "
             f"[head, d_model, d_head], got {[tuple(a.shape) for a in (x, x_before, W_Q, W_K)]}"
         )
-    real = token_mask(x, mask)
+    real = token_mask(x, attention_mask)
     plain = q is None
     x, x_before, W_Q, W_K = (a.detach().double() for a in (x, x_before, W_Q, W_K))
     if real is not None:
@@ -160,11 +160,11 @@ def _norms_of_product(W_Q: Tensor, W_K: Tensor) -> tuple[Tensor, Tensor]:
     return _norm(small), _spectral(small)
 
 
-def attention_lipschitz_of_cache(
+def attention_lipschitz_from_cache(
     cache: Any,
     layer: int,
     recurrence: int,
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     assume_plain: bool = False,
 ) -> AttentionLipschitz:
     """:func:`attention_lipschitz_bounds` of a core layer, at a recurrence against the one before.
@@ -175,7 +175,7 @@ def attention_lipschitz_of_cache(
             families without a norm there (OLMo-2).
         layer: Core layer, 0-based.
         recurrence: At least 1.
-        mask: The ``attention_mask`` of the run; the cache knows its own.
+        attention_mask: The ``attention_mask`` of the run; the cache knows its own.
         assume_plain: As in :func:`attention_lipschitz_bounds`.
 
     Raises:
@@ -189,7 +189,7 @@ def attention_lipschitz_of_cache(
         )
     if recurrence % cache.loop.R == 0:
         raise InputError(f"recurrence must be 1..{cache.loop.R - 1}, got {recurrence}")
-    mask = mask_of_cache(cache, mask)
+    attention_mask = mask_of_cache(cache, attention_mask)
     now = recurrence % cache.loop.R
     block = cache.model.blocks[cache.loop.index(now, layer)]
     repeats = block.cfg.n_heads // block.cfg.n_kv_heads
@@ -207,5 +207,5 @@ def attention_lipschitz_of_cache(
     (x, q, k), (x_before, q_before, k_before) = activations(now), activations(now - 1)
     weights = block.attn.W_Q.to(x.device), block.attn.W_K.to(x.device)
     return attention_lipschitz_bounds(
-        x, x_before, *weights, q, k, q_before, k_before, mask, assume_plain
+        x, x_before, *weights, q, k, q_before, k_before, attention_mask, assume_plain
     )

@@ -341,7 +341,7 @@ def _over_prompts(
 def base_layer_cosine(
     states: Float[Tensor, "*layers pos d_model"],
     base: Float[Tensor, "*base_layers base_pos base_d_model"],
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Float[Tensor, "*broadcast_layers"]:
     """Cosine of a retrofitted model's states with those of the base model's layers.
 
@@ -356,7 +356,7 @@ def base_layer_cosine(
     Args:
         states: States of the looped model.
         base: States of the base model, of the same prompts and layers.
-        mask: ``[..., pos]``, real tokens, as in the other metrics.
+        attention_mask: ``[..., pos]``, real tokens, as in the other metrics.
 
     Raises:
         InputError: if the shapes do not fit.
@@ -371,7 +371,7 @@ def base_layer_cosine(
             f"got {tuple(base.shape)}"
         )
     x, y = (_unit(z.double()).expand(shape) for z in (states, base))
-    real = token_mask(x, mask)
+    real = token_mask(x, attention_mask)
     zero = (x == 0).all(-1) | (y == 0).all(-1)
     return token_mean((x * y).sum(-1), real, left_out=zero)
 

@@ -17,9 +17,8 @@ for that token. A weight of a looped model is counted once, whatever the number 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,19 +95,25 @@ def prediction_suppression_fraction(
     return _classes(w_out, _columns(unembed), threshold, chunk_bytes)
 
 
-def prediction_suppression_by_layer(
-    model: LoopedTransformer,
+def prediction_suppression(
+    model: Any,
     *,
     n_vocab: int | None = None,
     threshold: float = KURTOSIS_THRESHOLD,
     chunk_bytes: int = _CHUNK_BYTES,
 ) -> xr.Dataset:
-    """Prediction and suppression neurons of every layer of a looped model, each layer once.
+    """Prediction and suppression neurons of every layer of a model, each layer once.
 
-    The order is prelude, core, coda, p + k + c layers. The final norm's gain is folded into the
-    unembedding, in compatibility mode or not, and that of ``ln2_post`` into the output directions
-    where the model has one; ``attrs["direction"]`` says what was done. See
+    Of a looped model the order is prelude, core, coda, p + k + c layers. The final norm's gain is
+    folded into the unembedding, in compatibility mode or not, and that of a norm behind the MLP
+    into the output directions; ``attrs["direction"]`` says what was done. See
     :func:`prediction_suppression_fraction` for the formula.
+
+    A feedforward model for comparison is a ``HookedTransformer``, a ``TransformerBridge``, or
+    anything with ``W_U [d_model, d_vocab]`` and ``blocks[i].mlp.W_out [d_mlp, d_model]``; norms are
+    found by TransformerLens's names. A model whose weights were processed already (ones for gains)
+    gives the same, but for ``center_unembed``, which moves the columns and with them the cosines.
+    LayerNorm's centring is not folded in: load such a model with ``center_writing_weights=True``.
 
     Args:
         model: The model. Its weights are read, nothing is run.
@@ -118,84 +123,77 @@ def prediction_suppression_by_layer(
 
     Returns:
         ``prediction`` and ``suppression`` over ``layer``, ``kurtosis`` and ``skew`` over ``layer``
-        and ``neuron``, coordinates ``stage`` and ``layer_in_stage``.
+        and ``neuron``, coordinates ``stage`` (``"feedforward"`` in such a model) and
+        ``layer_in_stage``.
 
     Raises:
-        InputError: if ``n_vocab`` is out of range or a weight is not finite.
+        InputError: if ``n_vocab`` is out of range, a weight is not finite, or a feedforward model
+            has mixtures of experts or gains stored as an offset from one.
     """
-    cfg = model.cfg
+    parts = _looped(model) if isinstance(model, LoopedTransformer) else _feedforward(model)
+    d_vocab = parts.W_U.shape[1]
+    used = _vocabulary(n_vocab, getattr(model, "tokenizer", None), d_vocab)
+    columns = _columns(_unembedding(parts.W_U, parts.ln_final, used))
+    found = [_classes(_direction(*one), columns, threshold, chunk_bytes) for one in parts.outputs]
+    return _labelled(found, parts.places).assign_attrs(
+        **parts.attributes, d_vocab=d_vocab, n_vocab=used
+    )
+
+
+class _Parts(NamedTuple):
+    """What is read of a model: output matrices with the norms behind them, places, and the end."""
+
+    outputs: list[tuple[Tensor, Any]]
+    places: list[tuple[str, int]]
+    W_U: Float[Tensor, "d_model d_vocab"]
+    ln_final: Any
+    attributes: dict[str, str]
+
+
+def _looped(model: LoopedTransformer) -> _Parts:
+    cfg, blocks = model.cfg, model.unique_blocks()
     directions = {
         NormLayout.PRE: "raw",
         NormLayout.POST: "times the gain of ln2_post",
         NormLayout.SANDWICH: "times the gain of ln2_post",
         NormLayout.RESIDUAL: "raw: ln_out acts on the sum and cannot be folded",
     }
-    used = _vocabulary(n_vocab, model.tokenizer, cfg.d_vocab)
-    blocks = model.unique_blocks()
-    found = _by_layer(
-        (_direction(block.mlp.W_out, getattr(block, "ln2_post", None)) for block in blocks),
+    return _Parts(
+        [(block.mlp.W_out, getattr(block, "ln2_post", None)) for block in blocks],
+        [(block.location.stage, block.location.layer) for block in blocks],
         # As they are stored: a bf16 gain is folded into bf16 columns in fp32, not in bf16.
-        _unembedding(model.unembed.matrix.T, model.final_norm, used),
-        threshold,
-        chunk_bytes,
-    )
-    stages = [block.location.stage for block in blocks]
-    places = [block.location.layer for block in blocks]
-    return _labelled(found, stages, places).assign_attrs(
-        model=cfg.model_name,
-        norm_layout=cfg.norm_layout.value,
-        direction=directions[cfg.norm_layout],
-        d_vocab=cfg.d_vocab,
-        n_vocab=used,
+        model.unembed.matrix.T,
+        model.final_norm,
+        {
+            "model": cfg.model_name,
+            "norm_layout": cfg.norm_layout.value,
+            "direction": directions[cfg.norm_layout],
+        },
     )
 
 
-def prediction_suppression_feedforward(
-    model: Any,
-    *,
-    n_vocab: int | None = None,
-    threshold: float = KURTOSIS_THRESHOLD,
-    chunk_bytes: int = _CHUNK_BYTES,
-) -> xr.Dataset:
-    """The same of a feedforward model with TransformerLens's weight names, for comparison.
-
-    Takes a ``HookedTransformer``, a ``TransformerBridge``, or anything with ``W_U [d_model,
-    d_vocab]`` and ``blocks[i].mlp.W_out [d_mlp, d_model]``. The gain of ``ln_final``, if it has
-    one, is folded into the unembedding, and that of a norm behind the MLP (``ln2_post``, or
-    OLMo-2's ``ln2``) into the output directions. A model whose weights were processed already (ones
-    for gains) gives the same, but for ``center_unembed``, which moves the columns and with them the
-    cosines. LayerNorm's centring is not folded in: load such a model with
-    ``center_writing_weights=True``. ``stage`` is ``"feedforward"`` throughout.
-
-    Raises:
-        InputError: as :func:`prediction_suppression_by_layer`, and if the model has mixtures of
-            experts or gains stored as an offset from one.
-    """
+def _feedforward(model: Any) -> _Parts:
     cfg = getattr(model, "cfg", None)
     if getattr(cfg, "rmsnorm_uses_offset", False):
         raise InputError(
             "model stores its norms' gains as an offset from one (Gemma): fold 1 + w yourself and "
             "call prediction_suppression_fraction"
         )
-    d_vocab = model.W_U.shape[-1]
-    used = _vocabulary(n_vocab, getattr(model, "tokenizer", None), d_vocab)
     post = "ln2" if getattr(cfg, "original_architecture", None) in _LN2_BEHIND_MLP else "ln2_post"
     if any(hasattr(block, "ln2_post") for block in model.blocks):
         post = "ln2_post"
-    has_gain = [_gain(getattr(block, post, None)) is not None for block in model.blocks]
-    found = _by_layer(
-        (_direction(block.mlp.W_out, getattr(block, post, None)) for block in model.blocks),
-        _unembedding(model.W_U, getattr(model, "ln_final", None), used),
-        threshold,
-        chunk_bytes,
-    )
-    n = len(found)
-    return _labelled(found, ["feedforward"] * n, list(range(n))).assign_attrs(
-        model=str(getattr(cfg, "model_name", "feedforward")),
-        normalization=str(getattr(cfg, "normalization_type", "unknown")),
-        direction=f"times the gain of {post}" if any(has_gain) else "raw",
-        d_vocab=d_vocab,
-        n_vocab=used,
+    outputs = [(block.mlp.W_out, getattr(block, post, None)) for block in model.blocks]
+    has_gain = any(_gain(norm) is not None for _, norm in outputs)
+    return _Parts(
+        outputs,
+        [("feedforward", i) for i in range(len(outputs))],
+        model.W_U,
+        getattr(model, "ln_final", None),
+        {
+            "model": str(getattr(cfg, "model_name", "feedforward")),
+            "normalization": str(getattr(cfg, "normalization_type", "unknown")),
+            "direction": f"times the gain of {post}" if has_gain else "raw",
+        },
     )
 
 
@@ -260,16 +258,6 @@ def _moments(
 # -- models -------------------------------------------------------------------------------------
 
 
-def _by_layer(
-    directions: Iterable[Float[Tensor, "neuron d_model"]],
-    unembed: Float[Tensor, "d_model vocab"],
-    threshold: float,
-    chunk_bytes: int,
-) -> list[NeuronClasses]:
-    columns = _columns(unembed)
-    return [_classes(w, columns, threshold, chunk_bytes) for w in directions]
-
-
 def _gain(norm: Any) -> Float[Tensor, " d_model"] | None:
     """The gain of a norm under TransformerLens's name or PyTorch's; None if it has none."""
     for name in ("w", "weight"):
@@ -307,7 +295,7 @@ def _vocabulary(n_vocab: int | None, tokenizer: Any, d_vocab: int) -> int:
     return n_vocab
 
 
-def _labelled(found: list[NeuronClasses], stages: list[str], places: list[int]) -> xr.Dataset:
+def _labelled(found: list[NeuronClasses], places: list[tuple[str, int]]) -> xr.Dataset:
     def per_neuron(name: str) -> tuple[tuple[str, str], np.ndarray]:
         return ("layer", "neuron"), np.stack([getattr(f, name).cpu().numpy() for f in found])
 
@@ -320,8 +308,8 @@ def _labelled(found: list[NeuronClasses], stages: list[str], places: list[int]) 
         },
         coords={
             "layer": np.arange(len(found)),
-            "stage": ("layer", stages),
-            "layer_in_stage": ("layer", places),
+            "stage": ("layer", [stage for stage, _ in places]),
+            "layer_in_stage": ("layer", [layer for _, layer in places]),
         },
         attrs={
             "threshold": found[0].threshold,

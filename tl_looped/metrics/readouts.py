@@ -148,7 +148,7 @@ def lens_trajectory(
     cache: Any,
     token: Int[Tensor, " batch"] | None = None,
     position: int = -1,
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
 ) -> LensTrajectory:
     """Rank, probability and divergence of one token at every (recurrence, layer) of a run.
 
@@ -160,7 +160,7 @@ def lens_trajectory(
             first of those that tie).
         position: Which of a prompt's real tokens to read from, from the left, or from the right
             if negative; the last one by default.
-        mask: The run's ``attention_mask``, ``[batch, pos]``; the cache knows its own.
+        attention_mask: The run's ``attention_mask``, ``[batch, pos]``; the cache knows its own.
 
     Raises:
         MissingActivationError: the cache lacks a state, or the run left the loop early.
@@ -169,14 +169,14 @@ def lens_trajectory(
     loop, model = cache.loop, cache.model
     if loop.R == 0:
         raise InputError("the run had no recurrence, and no state of the loop to read")
-    mask = mask_of_cache(cache, mask)
+    attention_mask = mask_of_cache(cache, attention_mask)
 
     def state(r: int, layer: int) -> Tensor:
         x = cache["resid_post", (r, layer)]
         return x if x.ndim == 3 else x[None]
 
     last = state(loop.R - 1, loop.k - 1)
-    real = _real(mask, last)
+    real = _real(attention_mask, last)
     where = _positions(real, position)
     rows = torch.arange(len(last), device=last.device)
 
@@ -217,7 +217,7 @@ def _real(mask: Tensor | None, states: Tensor) -> Tensor:
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=states.device)
     if tuple(mask.shape) != shape:
-        raise InputError(f"mask must be [batch, pos] = {shape}, got {tuple(mask.shape)}")
+        raise InputError(f"attention_mask must be [batch, pos] = {shape}, got {tuple(mask.shape)}")
     return real_tokens(mask).to(states.device)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.metrics.attention import attention_distance
+from tl_looped.metrics.attention_patterns import attention_distance
 from tl_looped.metrics.inputs import (
     BLOCK_BYTES,
     at_least_fp32,
@@ -80,7 +80,7 @@ def state_distance(
     x: Float[Tensor, "*batch pos d_model"],
     reference: Float[Tensor, "*batch pos d_model"],
     form: StateForm | str = "abs",
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     skip_first: int = 0,
 ) -> Float[Tensor, "*batch"]:
     """How far states are from reference states, averaged over tokens.
@@ -91,11 +91,11 @@ def state_distance(
         form: ``abs``, ``||x - ref||``; ``rel``, each token's distance over its ``||ref||``;
             ``cosine``, the similarity (1 means no angle); ``direction``, the distance of the unit
             vectors, ``sqrt(2 - 2 cos)``, which keeps the digits that a cosine near 1 loses.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
         skip_first: Real tokens at the beginning that are left out of the mean.
     """
     check_choice("form", form, get_args(StateForm))
-    ours, theirs = (Sized.of(states, mask, skip_first) for states in (x, reference))
+    ours, theirs = (Sized.of(states, attention_mask, skip_first) for states in (x, reference))
     return distances(ours, theirs, (form,))[form]
 
 
@@ -130,7 +130,7 @@ def token_cosine(x: Sized, reference: Sized) -> Float[Tensor, "*batch pos"]:
 def successive_difference(
     states: States,
     form: Form | str = "abs",
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     skip_first: int = 0,
 ) -> PerRecurrence:
     """Step from the previous recurrence, same layer (Figs 3, 24, 25).
@@ -141,7 +141,7 @@ def successive_difference(
         form: ``abs``, mean over tokens of ``||x_r - x_(r-1)||``; ``rel``, each token's step over
             its ``||x_r||``; ``cosine`` of ``x_r`` and ``x_(r-1)``; ``direction``, distance of their
             unit vectors; ``attention``, Frobenius distance of the patterns, for each head.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
         skip_first: Real tokens at the beginning that are left out of the mean; of states alone.
 
     Returns:
@@ -150,16 +150,16 @@ def successive_difference(
     check_choice("form", form, get_args(Form))
     if form == "attention":
         _whole_patterns(skip_first)
-        step = attention_distance(states[:-1], states[1:], mask)
+        step = attention_distance(states[:-1], states[1:], attention_mask)
     else:
-        step = state_distance(states[:-1], states[1:], form, mask, skip_first)
+        step = state_distance(states[:-1], states[1:], form, attention_mask, skip_first)
     return torch.cat((step.new_full((1, *step.shape[1:]), math.nan), step))
 
 
 def fixed_point_distance(
     states: States,
     form: Form | str = "abs",
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     reference: Float[Tensor, "*layers pos_ d_model_"] | None = None,
     skip_first: int = 0,
 ) -> PerRecurrence:
@@ -172,7 +172,7 @@ def fixed_point_distance(
     Args:
         states: States, or patterns for ``form="attention"``.
         form: As in :func:`successive_difference`, relative to the norm of the reference.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
         reference: The fixed points ``[layer, ..., pos, d_model]``, of the shape of one recurrence;
             the last recurrence's states if None.
         skip_first: As in :func:`successive_difference`.
@@ -183,8 +183,8 @@ def fixed_point_distance(
     last = (states[-1] if reference is None else reference).unsqueeze(0).expand_as(states)
     if form == "attention":
         _whole_patterns(skip_first)
-        return attention_distance(states, last, mask)
-    return state_distance(states, last, form, mask, skip_first)
+        return attention_distance(states, last, attention_mask)
+    return state_distance(states, last, form, attention_mask, skip_first)
 
 
 def _whole_patterns(skip_first: int) -> None:
@@ -197,7 +197,7 @@ def _whole_patterns(skip_first: int) -> None:
 
 def lowest_cosine_to_fixed_points(
     states: States,
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     reference: Float[Tensor, "*layers pos_ d_model_"] | None = None,
 ) -> Float[Tensor, "recurrence *batch"]:
     """Lowest cosine between the first layer's state and any layer's fixed point (Fig. 6, right).
@@ -207,15 +207,17 @@ def lowest_cosine_to_fixed_points(
 
     Args:
         states: States.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
         reference: The fixed points ``[layer, ..., pos, d_model]``, of the shape of one recurrence;
             the last recurrence's states if None.
     """
     last = states[-1] if reference is None else reference
     same_shape("reference", states[-1], last)
     first = states[:, 0]
-    cosine = [state_distance(first, point.expand_as(first), "cosine", mask) for point in last]
-    return lowest(torch.stack(cosine))
+    cosines = [
+        state_distance(first, point.expand_as(first), "cosine", attention_mask) for point in last
+    ]
+    return lowest(torch.stack(cosines))
 
 
 def lowest(cosines_to_layers: Float[Tensor, "layer *batch"]) -> Float[Tensor, "*batch"]:
@@ -224,19 +226,19 @@ def lowest(cosines_to_layers: Float[Tensor, "layer *batch"]) -> Float[Tensor, "*
 
 
 def pairwise_residual_cosine(
-    states: Float[Tensor, "layer *batch pos d_model"], mask: Tensor | None = None
+    states: Float[Tensor, "layer *batch pos d_model"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "layer layer"]:
     """Cosine of the states of every two layers: mean over tokens, then prompts (Figs 19, 20).
 
     Args:
         states: All layers to compare, stacked: ``cache.stack_activation("resid_post")``.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
 
     Returns:
         A symmetric matrix. NaN where a layer's states are zero at every token of every prompt;
         prompts for which that holds are left out.
     """
-    real = token_mask(states, mask)
+    real = token_mask(states, attention_mask)
     if real is None or real.ndim < states.ndim - 1:
         return cosines_of_layers(states.unbind(), [real] * len(states))
     return cosines_of_layers(states.unbind(), real.unbind())  # a mask for every layer
@@ -321,7 +323,7 @@ def _mean_where(x: Tensor, where: Tensor) -> Tensor:
 def residual_magnitude(
     states: Float[Tensor, "*batch pos d_model"],
     statistic: Magnitude | str = "mean",
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     skip_first: int = 0,
 ) -> Float[Tensor, "*batch"]:
     """Size of the residual stream (Fig. 9).
@@ -330,11 +332,11 @@ def residual_magnitude(
         states: States.
         statistic: ``mean`` or ``max`` over tokens of ``||x||``; ``first``, that of the first real
             token, where massive activations stand; ``rms``, the mean over ``sqrt(d_model)``.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
         skip_first: Real tokens at the beginning that are left out of all but ``first``.
     """
     check_choice("statistic", statistic, get_args(Magnitude))
-    return magnitudes(Sized.of(states, mask, skip_first))[statistic]
+    return magnitudes(Sized.of(states, attention_mask, skip_first))[statistic]
 
 
 def magnitudes(states: Sized) -> dict[str, Float[Tensor, "*batch"]]:

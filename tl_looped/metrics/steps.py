@@ -35,7 +35,7 @@ class StepGeometry:
 
 def step_geometry(
     states: Float[Tensor, "recurrence *batch pos d_model"],
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     skip_first: int = 0,
 ) -> StepGeometry:
     """Size, turning and acceleration of successive steps (the two scales of Pappone et al. 2025).
@@ -45,7 +45,7 @@ def step_geometry(
 
     Args:
         states: Of one layer, or several with the layer in front of the batch.
-        mask: ``[*batch, pos]``, zero at padding.
+        attention_mask: ``[*batch, pos]``, zero at padding.
         skip_first: Real tokens at the beginning that are left out of the means.
 
     Raises:
@@ -55,7 +55,7 @@ def step_geometry(
         raise InputError(
             f"states must be [recurrence, ..., pos, d_model], got shape {tuple(states.shape)}"
         )
-    real = counted_tokens(states[0], mask, skip_first)
+    real = counted_tokens(states[0], attention_mask, skip_first)
     undefined = torch.full(states.shape[1:-2], math.nan, dtype=torch.float64, device=states.device)
     rows = []
     step, before = None, None  # this step and the one before it
@@ -78,7 +78,9 @@ def step_geometry(
 
 
 def angular_distance(
-    states: Float[Tensor, "layer *batch pos d_model"], lag: int = 1, mask: Tensor | None = None
+    states: Float[Tensor, "layer *batch pos d_model"],
+    lag: int = 1,
+    attention_mask: Tensor | None = None,
 ) -> Float[Tensor, "pair *batch"]:
     """``arccos(cos(x_l, x_(l+lag))) / pi`` of layers that are ``lag`` apart, mean over real tokens.
 
@@ -91,7 +93,7 @@ def angular_distance(
     Args:
         states: Of all layers in their order, of a loop over several recurrences too.
         lag: Layers between the two, at least 1.
-        mask: ``[*batch, pos]``, zero at padding.
+        attention_mask: ``[*batch, pos]``, zero at padding.
 
     Returns:
         One value for each ``l`` from 0 to ``layers - lag - 1``.
@@ -105,7 +107,7 @@ def angular_distance(
         )
     if type(lag) is not int or not 1 <= lag < max(states.shape[0], 2):
         raise InputError(f"lag must be 1..{states.shape[0] - 1}, got {lag}")
-    real = token_mask(states[0], mask) if states.shape[0] else None
+    real = token_mask(states[0], attention_mask) if states.shape[0] else None
     rows = [
         _angular(states[i], states[i + lag], real) for i in range(max(states.shape[0] - lag, 0))
     ]

@@ -9,7 +9,7 @@ ways to come by it:
   is the reference bit for bit where the device is deterministic.
 - ``states="disk"``: one run puts the core's states into a temporary file, to be read again.
 
-Numbers are those of ``over_cache``: prompts of one length form a batch, or are padded to one under
+Numbers are those of ``from_cache``: prompts of one length form a batch, or are padded to one under
 a mask, and a random initial state depends on the seed and the position alone. A run begins at the
 prompt and ends before the logits.
 """
@@ -30,10 +30,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_looped.errors import InputError
-from tl_looped.metrics.catalogue import Reads, select
+from tl_looped.metrics.catalogue import DEFAULT_METRICS, Reads, select
 from tl_looped.metrics.collector import STATE_OUT, Collector, Site
 from tl_looped.metrics.inputs import check_choice
-from tl_looped.metrics.labels import Over, by_recurrence, labelled, run_attributes
+from tl_looped.metrics.labels import Arrangement, by_recurrence, labelled, run_attributes
 from tl_looped.metrics.spill import Spill
 from tl_looped.model.config import InitialState
 from tl_looped.transformer import LoopedTransformer
@@ -87,27 +87,24 @@ class StreamOptions:
             raise InputError("reference_recurrences is a run of its own: it needs states=recompute")
 
 
-DEFAULT_METRICS = ("stage", "successive", "fixed_point")
-
-
-def stream_metrics(
+def stream(
     model: LoopedTransformer,
     prompts: Any,
     metrics: str | Iterable[str] = DEFAULT_METRICS,
-    over: Over | str = "recurrence",
+    by: Arrangement | str = "recurrence",
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
     progress: bool = False,
     **options: Any,
 ) -> xr.Dataset:
-    """Metrics of many prompts, labelled as by ``over_cache``.
+    """Metrics of many prompts, labelled as by ``from_cache``.
 
     Args:
         model: The model; its hooks, if any, act as in every run.
         prompts: As :meth:`LoopedTransformer.token_rows` takes them: texts, tokens, sequences of any
             lengths.
         metrics: Names and groups, see ``tl_looped.metrics.catalogue``.
-        over: ``"recurrence"`` or ``"depth"``, see ``tl_looped.metrics.labels``.
+        by: ``"recurrence"`` or ``"depth"``, see ``tl_looped.metrics.labels``.
         attention_mask, prepend_bos: See :meth:`LoopedTransformer.token_rows`.
         progress: Show a bar over prompts.
         **options: Fields of :class:`StreamOptions`: ``n_recurrences``, ``batch_size``, …
@@ -117,17 +114,17 @@ def stream_metrics(
     """
     if not isinstance(model, LoopedTransformer):
         raise InputError(
-            f"model must be a LoopedTransformer, got {type(model).__name__}: use over_cache"
+            f"model must be a LoopedTransformer, got {type(model).__name__}: use from_cache"
         )
     rows = model.token_rows(prompts, attention_mask, prepend_bos)
-    check_choice("over", over, get_args(Over))
+    check_choice("by", by, get_args(Arrangement))
     batches = []
     with tqdm(total=len(rows), disable=not progress, unit="prompt") as bar:
         for batch in stream_batches(model, rows, metrics, StreamOptions(**options)):
             batches.append(batch)
             bar.update(batch.sizes["prompt"])
     data = join_batches(batches)
-    return by_recurrence(data) if over == "recurrence" else data
+    return by_recurrence(data) if by == "recurrence" else data
 
 
 def stream_batches(
@@ -141,7 +138,7 @@ def stream_batches(
     Args:
         model: The model.
         rows: Tokens of every prompt, from :meth:`LoopedTransformer.token_rows`.
-        metrics: As in :func:`stream_metrics`.
+        metrics: As in :func:`stream`.
         options: How to run.
 
     Yields:
@@ -153,7 +150,7 @@ def stream_batches(
     if by_row:
         raise InputError(
             f"{by_row} depend on which row of a batch a prompt is, and prompts are batched here by "
-            "length: run_with_cache and over_cache keep the rows that you give"
+            "length: run_with_cache and from_cache keep the rows that you give"
         )
     for numbers in batches_of([len(row) for row in rows], options):
         yield _run_batch(model, rows, numbers, names, options)

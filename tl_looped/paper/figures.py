@@ -23,21 +23,21 @@ from typing import Any
 import xarray as xr
 
 from tl_looped.errors import InputError
-from tl_looped.metrics.catalogue import STAGE
+from tl_looped.metrics.catalogue import SIGNATURE
 from tl_looped.plots import grid_recipes, recipes, token_recipes
 from tl_looped.plots.recipes import DrawnFigure, DrawOptions, Recipe, Request
 from tl_looped.plots.summaries import as_runs, shape_of
 
 COLSUM = ("colsum_concentration",)
-_STAGE_RUN = "stream_metrics(model, prompts, 'stage', over='depth', n_recurrences={R})"
-_STEPS_RUN = "stream_metrics(model, prompts, 'successive', over='depth', n_recurrences={R})"
-_FIXED_RUN = "stream_metrics(model, prompts, 'fixed_point', over='depth', n_recurrences={R})"
-_SIZE_RUN = "stream_metrics(model, prompts, 'magnitude', over='depth', n_recurrences={R})"
+_SIGNATURE_RUN = "stream(model, prompts, 'signature', by='depth', n_recurrences={R})"
+_STEPS_RUN = "stream(model, prompts, 'successive', by='depth', n_recurrences={R})"
+_FIXED_RUN = "stream(model, prompts, 'fixed_point', by='depth', n_recurrences={R})"
+_SIZE_RUN = "stream(model, prompts, 'magnitude', by='depth', n_recurrences={R})"
 _PAIR_RUN = "an experiment with pairwise matrices at {R} recurrences"
 _PCA_RUN = "an experiment with a PCA path (tl_looped.metrics.trajectories.pca_trajectory)"
 _LIMIT_RUN = "an experiment with limiting behaviour at {R} recurrences"
-_NEURON_RUN = "tl_looped.metrics.neurons.prediction_suppression_by_layer(model)"
-_BASE_RUN = "tl_looped.metrics.neurons.prediction_suppression_feedforward(model)"
+_NEURON_RUN = "tl_looped.metrics.neurons.prediction_suppression(model)"
+_BASE_RUN = "tl_looped.metrics.neurons.prediction_suppression(model)"
 _PATTERN_RUN = "a run of one prompt that keeps `pattern` (effective_layer, head, query, key)"
 
 _THREE = "Ouro 1.4B, Huginn, r-Llama"
@@ -85,11 +85,11 @@ _depth, _realised = recipes.by_recurrence_over_depth, recipes.realised
 def _blocks(
     first: int, models: tuple[str, ...], prompts: str, recurrences: int = 8
 ) -> list[FigureSpec]:
-    """Figures of all stage metrics by recurrence over block depth, one a model."""
+    """Figures of all signature metrics by recurrence over block depth, one a model."""
     return [
         FigureSpec(
-            first + i, "stage metrics over block depth", STAGE, "R", model, _depth, _STAGE_RUN,
-            recurrences, prompts=prompts,
+            first + i, "signature metrics over block depth", SIGNATURE, "R", model, _depth,
+            _SIGNATURE_RUN, recurrences, prompts=prompts,
         )
         for i, model in enumerate(models)
     ]  # fmt: skip
@@ -97,13 +97,15 @@ def _blocks(
 
 _FIVE = ("Ouro 1.4B", "Huginn", "r-Llama", "r-OLMo", "r-TinyLlama")
 _GRID_RUN = "random models of {R} recurrences: fixed_point, successive, one result a seed"
-_SMALL_RUN = "models of Section 5.1 trained and run with 'stage' at {R} recurrences, one per seed"
+_SMALL_RUN = (
+    "models of Section 5.1 trained and run with 'signature' at {R} recurrences, one per seed"
+)
 
 
 def _small(first: int, what: str, bare: bool) -> list[FigureSpec]:
     return [
         FigureSpec(
-            first + i, f"stage metrics, {what}, block of {block} layers", STAGE, "R",
+            first + i, f"signature metrics, {what}, block of {block} layers", SIGNATURE, "R",
             "small models", partial(grid_recipes.small_model, block=block, bare=bare),
             _SMALL_RUN, 4, "sd",
         )
@@ -133,28 +135,28 @@ _SPECS = [
                recipes.path, _PCA_RUN, prompts="test sentence", least_recurrences=2),
     _grid(6, "distance to the last state, random weights", _LOWEST, 12, "range"),
     FigureSpec(7, "ColSum concentration over realised depth", COLSUM, "N + L", "r-Llama",
-               _realised, _STAGE_RUN, 8, "sd"),
+               _realised, _SIGNATURE_RUN, 8, "sd"),
     FigureSpec(8, "ColSum concentration within a block, and feedforward", COLSUM, "R",
-               "Ouro 1.4B, retrofits; Llama, bases", recipes.over_feedforward, _STAGE_RUN, 8),
+               "Ouro 1.4B, retrofits; Llama, bases", recipes.over_feedforward, _SIGNATURE_RUN, 8),
     FigureSpec(9, "residual magnitudes", ("residual_mean", "residual_max", "residual_first"), "N",
                "several", recipes.magnitudes, _SIZE_RUN, None, "quantiles"),
     FigureSpec(10, "ColSum concentration of small trained models", COLSUM, "R", "small models",
                grid_recipes.small_models, _SMALL_RUN, 4, "sd", many=True),
     FigureSpec(11, "ColSum concentration by recurrence", COLSUM, "L", "r-Llama, Ouro 1.4B",
-               _by_layer, _STAGE_RUN, 128, "sd"),
+               _by_layer, _SIGNATURE_RUN, 128, "sd"),
     FigureSpec(12, "ColSum concentration at unseen recurrences", COLSUM, "R", "r-Llama, Ouro 1.4B",
-               _depth, _STAGE_RUN, 128),
+               _depth, _SIGNATURE_RUN, 128),
     FigureSpec(13, "steps of Algorithm 1", ("token_similarity",), "columns", "Huginn",
                token_recipes.limiting_steps, _LIMIT_RUN, 128, least_recurrences=2),
     FigureSpec(14, "limiting behaviours at the same token", ("limiting_label",), "heat map",
                "Huginn", token_recipes.cooccurring, _LIMIT_RUN, 128),
     FigureSpec(15, "paths with the intermediate layers", ("pca", "pca_explained"), "per token",
                "Huginn", recipes.path, _PCA_RUN, 128, least_recurrences=2),
-    FigureSpec(16, "stage metrics of the strongest orbit", STAGE, "N + L", "Huginn",
+    FigureSpec(16, "signature metrics of the strongest orbit", SIGNATURE, "N + L", "Huginn",
                partial(token_recipes.of_strongest_orbit, views="N"), _LIMIT_RUN, 128),
-    FigureSpec(17, "stage metrics of the strongest orbit, last loops", STAGE, "R", "Huginn",
+    FigureSpec(17, "signature metrics of the strongest orbit, last loops", SIGNATURE, "R", "Huginn",
                partial(token_recipes.of_strongest_orbit, views="R"), _LIMIT_RUN, 128),
-    FigureSpec(18, "stage metrics of the strongest orbit", STAGE, "N + L; R", "r-Llama",
+    FigureSpec(18, "signature metrics of the strongest orbit", SIGNATURE, "N + L; R", "r-Llama",
                partial(token_recipes.of_strongest_orbit, views="NR"), _LIMIT_RUN, 128),
     FigureSpec(19, "cosine between residual streams", ("pairwise_residual_cosine",), "heat map",
                _THREE, recipes.matrix, _PAIR_RUN, 8),
@@ -183,16 +185,16 @@ _SPECS = [
                "feedforward models", partial(recipes.neurons, looped=False), _BASE_RUN),
     FigureSpec(33, "prediction and suppression neurons", ("prediction", "suppression"), "depth %",
                "looped models", partial(recipes.neurons, looped=True), _NEURON_RUN),
-    FigureSpec(34, "stage metrics over realised depth", STAGE, "N + L", _THREE, _realised,
-               _STAGE_RUN, 8, "sd"),
+    FigureSpec(34, "signature metrics over realised depth", SIGNATURE, "N + L", _THREE, _realised,
+               _SIGNATURE_RUN, 8, "sd"),
     *_blocks(35, _FIVE, _GSM8K),
-    FigureSpec(40, "halves of the block, and feedforward", STAGE, "R", "Ouro 2.6B, Llama",
-               recipes.halves, _STAGE_RUN, 4),
-    FigureSpec(41, "stage metrics over block depth", STAGE, "R", "r-Llama", recipes.ablated,
-               _STAGE_RUN, 8),
+    FigureSpec(40, "halves of the block, and feedforward", SIGNATURE, "R", "Ouro 2.6B, Llama",
+               recipes.halves, _SIGNATURE_RUN, 4),
+    FigureSpec(41, "signature metrics over block depth", SIGNATURE, "R", "r-Llama", recipes.ablated,
+               _SIGNATURE_RUN, 8),
     *_blocks(42, _FIVE, "HellaSwag-256"),
-    *(FigureSpec(47 + i, "stage metrics by recurrence", STAGE, "L", model, _by_layer, _STAGE_RUN,
-                 128, "sd") for i, model in enumerate(_THREE.split(", "))),
+    *(FigureSpec(47 + i, "signature metrics by recurrence", SIGNATURE, "L", model, _by_layer,
+                 _SIGNATURE_RUN, 128, "sd") for i, model in enumerate(_THREE.split(", "))),
     *_blocks(50, tuple(_THREE.split(", ")), _GSM8K, 128),
     *_small(54, "small base model", bare=False),
     *_small(57, "small model with injection", bare=False),
@@ -238,7 +240,7 @@ def draw(number: int | str, data: Any, **others: Any) -> list[DrawnFigure]:
 
     Args:
         number: In the paper.
-        data: A result by depth (``over="depth"``); a list of them, one per seed, where figures show
+        data: A result by depth (``by="depth"``); a list of them, one per seed, where figures show
             several seeds; mappings for Figures 6, 10 and 29 to 31, see the module.
         **others: Fields of :class:`tl_looped.plots.recipes.DrawOptions`.
 

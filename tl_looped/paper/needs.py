@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from tl_looped.errors import InputError
 from tl_looped.experiments.spec import Experiment
 
-STAGES = ("stage",)
+SIGNATURE = ("signature",)
 
 
 @dataclass(frozen=True)
 class Needs:
     """Metrics, extras and ablations of a figure."""
 
-    metrics: tuple[str, ...] = STAGES
+    metrics: tuple[str, ...] = SIGNATURE
     extras: tuple[str, ...] = ()
     is_ablated: bool = False
 

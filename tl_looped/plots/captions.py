@@ -13,10 +13,10 @@ import numpy as np
 import xarray as xr
 
 from tl_looped import words
-from tl_looped.metrics.attention import SINK_THRESHOLD
+from tl_looped.metrics.attention_patterns import SINK_THRESHOLD
 from tl_looped.metrics.convergence import FIXED_POINTS, VERDICT_WORDS, Verdict
+from tl_looped.metrics.heavy_tokens import find_heavy_token
 from tl_looped.metrics.labels import IGNORES_STATE, trained_recurrences
-from tl_looped.metrics.of_result import heavy_token
 from tl_looped.plots.summaries import Band, Runs, as_runs, name_of, shape_of, summary
 from tl_looped.words import count, training
 
@@ -137,7 +137,7 @@ def _of_metrics(run: xr.Dataset, names: Sequence[str]) -> list[str]:
         if skipped := int(run.attrs.get("skip_first", 0)):
             first = "token" if skipped == 1 else count(skipped, "token")
             out.append(f"metrics of states leave out the first {first}")
-        if found := heavy_token(run):
+        if found := find_heavy_token(run):
             out.append(words.heavy_token(found.prompts, found.of, found.most, found.is_first))
     if "sink_rate" in names:
         out.append(f"a head is a sink if its score is at least {SINK_THRESHOLD}")

@@ -80,7 +80,7 @@ def small_models(request: Request, data: Any) -> list[DrawnFigure]:
 
 
 def small_model(request: Request, data: Runs, block: int, bare: bool | None) -> list[DrawnFigure]:
-    """Figs 54 to 62: the stage metrics of one small model, with the control if given."""
+    """Figs 54 to 62: the signature metrics of one small model, with the control if given."""
     check_block(data, block, bare, f"Fig. {request.number}")
     return by_recurrence_over_depth(request, data, feedforward=request.options.control)
 

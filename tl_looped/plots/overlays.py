@@ -65,7 +65,7 @@ def neuron_fractions(data: xr.Dataset, feedforward: xr.Dataset | None = None) ->
 
     Args:
         data: ``prediction`` and ``suppression``, fractions over ``unique_layer`` or ``layer``, as
-            :func:`tl_looped.metrics.neurons.prediction_suppression_by_layer` returns them or as a
+            :func:`tl_looped.metrics.neurons.prediction_suppression` returns them or as a
             result holds them.
         feedforward: The same of a feedforward model, drawn dashed.
     """
@@ -96,7 +96,7 @@ def _neuron_lines(data: xr.Dataset, style: Style, suffix: str) -> list[Line]:
 
 
 def _neuron_spans(data: xr.Dataset) -> tuple[Span, ...]:
-    """Prelude and coda of a result, or of what ``prediction_suppression_by_layer`` returns."""
+    """Prelude and coda of a result, or of what ``prediction_suppression`` returns."""
     n = len(data["prediction"])
     if "n_core" in data.attrs:
         loop = shape_of(data)

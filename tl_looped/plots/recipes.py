@@ -420,6 +420,6 @@ def _needed(request: Request, name: str) -> Any:
     if value is None:
         raise InputError(
             f"Fig. {request.number} needs {name}=: results by depth of the feedforward model on "
-            "the same prompts, from stream_metrics or over_cache"
+            "the same prompts, from stream or from_cache"
         )
     return value

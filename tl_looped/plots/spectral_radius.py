@@ -2,7 +2,7 @@
 
 Two figures that are none of the paper's (their number is 0): every prompt as a point, rate over
 radius, and both over a training run. Data are results with the variables of
-``tl_looped.metrics.spectral`` and of ``convergence_of_result``, or datasets made by hand:
+``tl_looped.metrics.spectrum`` and of ``convergence_verdict``, or datasets made by hand:
 
 - ``spectral_radius``, ``rate``: over any dimensions, all the same ones.
 - ``verdict`` (and ``settled_at``), or ``fixed_point_residual``: whether there is a fixed point.

@@ -84,7 +84,7 @@ def shape_of(runs: Runs) -> LoopGeometry:
         return geometry_of(run)
     except KeyError as error:
         raise InputError(
-            f"data has no attribute {error}: results of stream_metrics and over_cache have it"
+            f"data has no attribute {error}: results of stream and from_cache have it"
         ) from error
 
 

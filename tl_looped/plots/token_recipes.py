@@ -164,11 +164,11 @@ def strongest_orbit(request: Request, data: xr.Dataset) -> tuple[int, str]:
 
 
 def of_strongest_orbit(request: Request, data: xr.Dataset, views: str) -> list[DrawnFigure]:
-    """Stage metrics of one prompt: over realised depth, by layer, and the last loops over depth.
+    """Signature of one prompt: over realised depth, by layer, and the last loops over depth.
 
     Args:
         request: What was asked for.
-        data: Stage metrics, and ``token_similarity`` unless ``prompt=`` is given.
+        data: Signature metrics, and ``token_similarity`` unless ``prompt=`` is given.
         views: ``"N"``, ``"R"`` or both, ``"NR"``.
     """
     number = request.options.prompt
@@ -177,7 +177,7 @@ def of_strongest_orbit(request: Request, data: xr.Dataset, views: str) -> list[D
         extra = [*_thresholds(request), why]
     else:
         # Whether it has an orbit is not known then.
-        request = replace(request, title=f"stage metrics of prompt {number}")
+        request = replace(request, title=f"signature metrics of prompt {number}")
         extra = [f"prompt {number} was asked for"]
     prompts = [int(x) for x in data["prompt"].to_numpy()]
     if number not in prompts:

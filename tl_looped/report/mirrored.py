@@ -29,13 +29,13 @@ from tl_looped.experiments.reading import (
     specification,
 )
 from tl_looped.metrics.bootstrap import Resampling
-from tl_looped.metrics.catalogue import STAGE
+from tl_looped.metrics.catalogue import SIGNATURE
 from tl_looped.metrics.depth_curves import parts_of, prompt_curves
 from tl_looped.metrics.mirroring import MirroringInterval, mirroring_interval
 from tl_looped.words import called
 
 # The first that a result holds stands in the summary: ColSum is what the paper's Figure 8 compares.
-MIRRORED = ("colsum_concentration", *(name for name in STAGE if name != "colsum_concentration"))
+MIRRORED = ("colsum_concentration", *(name for name in SIGNATURE if name != "colsum_concentration"))
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.compare import N_STAGES, cluster_rows
+from tl_looped.experiments.compare import N_CLUSTERS, cluster_rows
 from tl_looped.experiments.reading import Missing, display_names, is_feedforward
 from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.convergence import FIXED_POINTS, Verdict
+from tl_looped.metrics.heavy_tokens import HeavyToken, find_heavy_token
 from tl_looped.metrics.labels import IGNORES_STATE, geometry_of, trained_recurrences
-from tl_looped.metrics.of_result import HeavyToken, heavy_token
 from tl_looped.metrics.states import cyclicity_index
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.plots.captions import ablated_layers
@@ -93,14 +93,14 @@ class Clusters:
             the same relative depth.
         low, high: Smallest and largest over recurrences.
         rand_index: Mean adjusted Rand index; 0 is what chance gives.
-        n_stages, seed: Of k-means.
+        n_clusters, seed: Of k-means.
     """
 
     agreement: float
     low: float
     high: float
     rand_index: float
-    n_stages: int
+    n_clusters: int
     seed: int
 
 
@@ -122,7 +122,7 @@ class RunSummary:
         n_prompts: Prompts that were run.
         feedforward: Whether the model has no loop.
         ignores_state: Whether the adapter's part for the state is zero.
-        heavy: Whether one token holds most of the norm, see ``metrics.of_result.heavy_token``.
+        heavy: Whether one token holds most of the norm, see ``metrics.find_heavy_token``.
         skip_first: Tokens at the beginning that metrics of states left out.
         verdicts, rate, half_life, cyclicity, mirroring, clusters: See the module.
         relative_rate: Of relative steps, in which every token counts alike.
@@ -185,7 +185,7 @@ def _summary(
         n_prompts=data.sizes["prompt"],
         feedforward=feedforward,
         ignores_state=bool(data.attrs.get(IGNORES_STATE)),
-        heavy=heavy_token(data),
+        heavy=find_heavy_token(data),
         skip_first=int(data.attrs.get("skip_first", 0)),
     )
     if feedforward:
@@ -258,7 +258,7 @@ def _clusters(
     share, rand = table["agreement"], table["rand_index"]
     return Clusters(
         float(share.mean()), float(share.min()), float(share.max()), float(rand.mean()),
-        N_STAGES, int(table["seed"].iloc[0]),
+        N_CLUSTERS, int(table["seed"].iloc[0]),
     )  # fmt: skip
 
 

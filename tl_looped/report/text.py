@@ -241,9 +241,9 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], tuple[str, str]]]] = {
 
 def _clusters(found: Clusters | Missing) -> str:
     if isinstance(found, Missing):
-        return f"stage clusters: {NOT_COMPUTED}, {found.reason}"
+        return f"depth clusters: {NOT_COMPUTED}, {found.reason}"
     return (
-        f"stage clusters ({found.n_stages} k-means clusters of the feedforward layers, seed "
+        f"depth clusters ({found.n_clusters} k-means clusters of the feedforward layers, seed "
         f"{found.seed}): a share of {correlation(found.agreement)} of the layers is in the "
         f"feedforward model's stage at the same depth, mean over recurrences "
         f"({correlation(found.low)} to {correlation(found.high)}); adjusted Rand index "

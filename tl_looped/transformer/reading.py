@@ -267,7 +267,7 @@ def _stacked(rows: list[Any]) -> Tokens:
     if len(set(lengths)) > 1:
         raise InputError(
             f"the rows of tokens have {lengths[:8]} tokens: pad them to one length and give "
-            "attention_mask= with them, or run them one by one (token_rows and stream_metrics "
+            "attention_mask= with them, or run them one by one (token_rows and stream "
             "take rows of any lengths)"
         )
     return Tokens(torch.stack(tensors), None, many=True)

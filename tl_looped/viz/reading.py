@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
-from tl_looped.metrics.over_cache import RunView
+from tl_looped.metrics.run_view import RunView
 from tl_looped.transformer.reading import Chats, Texts, n_prompts, read_input
 
 

@@ -31,7 +31,6 @@ from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import check_choice
 from tl_looped.plots.colours import Colour, recurrence_colours
-from tl_looped.transformer import LoopedTransformer
 from tl_looped.viz.page import MAX_BYTES, View, check_size, whole_page
 from tl_looped.viz.reading import PromptView
 from tl_looped.words import count
@@ -209,7 +208,7 @@ def settled_tokens(
     )
 
 
-def _logits(model: LoopedTransformer, state: Tensor, real: Tensor | None, coda: bool) -> Tensor:
+def _logits(model: Any, state: Tensor, real: Tensor | None, coda: bool) -> Tensor:
     """``[pos, d_vocab]``, padding included."""
     if not coda:
         return model.logit_lens(state[None])[0]
@@ -222,7 +221,7 @@ def _top(logits: Tensor) -> Int[Tensor, " pos"]:
     return logits.argmax(-1).masked_fill(logits.isnan().any(-1), UNDEFINED)
 
 
-def _name(model: LoopedTransformer, token: int) -> str:
+def _name(model: Any, token: int) -> str:
     return f"#{token}" if model.tokenizer is None else str(model.to_single_str_token(token))
 
 

@@ -29,9 +29,9 @@ import xarray as xr
 
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
-from tl_looped.metrics import over_cache, verdict_of_states
+from tl_looped.metrics import convergence_verdict, from_cache
 from tl_looped.metrics.convergence import Verdict
-from tl_looped.metrics.spectral import SPECTRUM, spectrum_of_states, without_spectrum
+from tl_looped.metrics.spectrum import SPECTRUM, loop_spectrum, without_spectrum
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout
 from tl_looped.model.init import init_weights
 from tl_looped.transformer import LoopedTransformer
@@ -64,7 +64,7 @@ class CellSize:
         n_tokens: Of the input.
         n_recurrences: Of the curves; the verdict is confirmed by a run of twice as many.
         n_iterations: For the spectral radius, where there is a fixed point; see
-            :func:`tl_looped.metrics.spectral.spectrum_of_states`. 0 leaves it out.
+            :func:`tl_looped.metrics.spectrum.loop_spectrum`. 0 leaves it out.
     """
 
     d_model: int = 256
@@ -203,9 +203,9 @@ def run_cell(cell: Cell, size: CellSize, model: LoopedTransformer | None = None)
     Returns:
         ``METRICS`` by depth of the first ``n_recurrences``, and
         over ``prompt``: ``verdict`` and its numbers as
-        :func:`tl_looped.metrics.verdict_of_states` gives them, ``lowest_layer_cosine`` (the lowest
-        cosine of a layer's last state with the first's), and the variables of
-        :data:`tl_looped.metrics.spectral.SPECTRUM`, which are NaN where there is no fixed point.
+        :func:`tl_looped.metrics.convergence_verdict` gives them, ``lowest_layer_cosine`` (the
+        lowest cosine of a layer's last state with the first's), and the variables of
+        :data:`tl_looped.metrics.spectrum.SPECTRUM`, which are NaN where there is no fixed point.
     """
     model = model_of(cell, size) if model is None else model
     tokens = torch.arange(size.n_tokens)[None]
@@ -215,8 +215,8 @@ def run_cell(cell: Cell, size: CellSize, model: LoopedTransformer | None = None)
         names_filter=lambda name: name.endswith("hook_resid_post"),
     )
     states = cache.stack_recurrences("resid_post")
-    result = verdict_of_states(states[: size.n_recurrences], states)
-    data = over_cache(_first(cache, model, size.n_recurrences), METRICS, over="depth")
+    result = convergence_verdict(states[: size.n_recurrences], states)
+    data = from_cache(_first(cache, model, size.n_recurrences), METRICS, by="depth")
     numbers: dict[str, Any] = {
         name: getattr(result, name).numpy()
         for name in ("verdict", "settled_at", "rate", "half_life", "period", "bound")
@@ -249,7 +249,7 @@ def _spectrum(
     if size.n_iterations == 0 or not bool(has_fixed_point.all()):
         found = without_spectrum(len(tokens))
     else:
-        found = spectrum_of_states(model, tokens, state, n_iterations=size.n_iterations)
+        found = loop_spectrum(model, tokens, state, n_iterations=size.n_iterations)
     return {name: found[name].values for name in SPECTRUM}
 
 

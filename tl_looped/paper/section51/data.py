@@ -78,7 +78,7 @@ def write_data(
             table.to_parquet(content, index=False, compression="zstd")
             write_bytes(content.getvalue(), folder / f"{name}.parquet")
         else:
-            # Stage metrics keep all digits: the statistics are computed from them.
+            # Signature metrics keep all digits: the statistics are computed from them.
             digits = "%.17g" if name == "stages" else "%.8g"
             write_text(table.to_csv(index=False, float_format=digits), folder / f"{name}.csv")
     for name, table in statistics.tables().items():

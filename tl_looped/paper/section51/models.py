@@ -1,12 +1,13 @@
 """The small models of Section 5.1 of the paper (arXiv 2604.11791), measured.
 
 :mod:`tl_looped.paper.section51.training` trains them. Here every finished training run becomes a
-few experiments on its final model: at the trained recurrences for the stage metrics of Figures 10
-and 54 to 62, and at more of them for verdicts and rates, each confirmed by a run of twice as many.
+few experiments on its final model: at the trained recurrences for the signature metrics of Figures
+10 and 54 to 62, and at more of them for verdicts and rates, each confirmed by a run of twice as
+many.
 What was run before is not run again. Models that are not trained are listed and passed over.
 
 Decisions, ours. Prompts are padded to a batch, under a mask, so that the same ones serve all
-models. The control is a core of twelve layers that runs once: it has stage metrics and no verdict.
+models. The control is a core of twelve layers that runs once: it has a signature and no verdict.
 Of the paper's nine figures, those of blocks of 12, and of 8 with injection or bare, have no model.
 """
 
@@ -26,15 +27,15 @@ from tl_looped.errors import DataError
 from tl_looped.experiments.jobs import Watch
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.metrics.of_result import CONVERGENCE
+from tl_looped.metrics.verdicts import CONVERGENCE
 from tl_looped.paper.section51.training import CONFIGURATIONS, SEEDS
 from tl_looped.words import count
 
 CONTROL = "feedforward"
 FIGURES_OF = {54: "base4", 55: "base8", 57: "injection", 60: "no-prelude-coda"}
-"""Figures of one model: the stage metrics, by the number in the paper."""
+"""Figures of one model: the signature metrics, by the number in the paper."""
 
-STAGE_METRICS = ("stage", "magnitude", "mixing_per_row", "entropy_norm_max")
+SIGNATURE_METRICS = ("signature", "magnitude", "mixing_per_row", "entropy_norm_max")
 STEP_METRICS = (*CONVERGENCE, "fixed_point_rel")
 VERDICT_RECURRENCES = (32, 128)
 
@@ -177,7 +178,7 @@ def experiments(
         )
 
     loops = [n for n in recurrences if n != own] if trained.configuration != CONTROL else []
-    return [one(own, STAGE_METRICS), *(one(n, STEP_METRICS, "confirm") for n in loops)]
+    return [one(own, SIGNATURE_METRICS), *(one(n, STEP_METRICS, "confirm") for n in loops)]
 
 
 def _seed_of(folder: Path) -> int:

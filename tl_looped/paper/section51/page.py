@@ -195,11 +195,11 @@ def _rises(found: Section51) -> bool:
 def _stages(out: Path) -> PagePart:
     names = ("fig10", *(f"fig{number}" for number in FIGURES_OF))
     text = (
-        "Stage metrics by recurrence over [prelude, block, coda]; bands are over seeds. Figures "
-        "56, 58, 59, 61 and 62 of the paper are of shapes that are not trained here."
+        "Signature metrics by recurrence over [prelude, block, coda]; bands are over seeds. "
+        "Figures 56, 58, 59, 61 and 62 of the paper are of shapes that are not trained here."
     )
     figures = named_figures(out / "figures", names, "stages", out)
-    return PagePart("stages", "Stage metrics", (text,), figures=figures)
+    return PagePart("stages", "Signature metrics", (text,), figures=figures)
 
 
 def _mirroring(found: Section51) -> PagePart:

@@ -29,7 +29,7 @@ import pandas as pd
 from tl_looped.experiments.compare import cluster_rows
 from tl_looped.metrics import bootstrap_ci
 from tl_looped.metrics.bootstrap import Resampling
-from tl_looped.metrics.catalogue import STAGE
+from tl_looped.metrics.catalogue import SIGNATURE
 from tl_looped.metrics.depth_curves import parts_of
 from tl_looped.metrics.mirroring import PermutedScore, permutation_p, permuted_mirroring
 from tl_looped.paper.section51.models import CONTROL
@@ -156,7 +156,7 @@ def _mirroring(models: SmallModels, resampling: Resampling) -> tuple[pd.DataFram
     for name in models.looped:
         p, _, c = models.about["models"][name]["shape"]
         forms = ("whole", "block") if p + c else ("whole",)
-        for metric in STAGE:
+        for metric in SIGNATURE:
             for form in forms:
                 found = _scores(models, name, metric, form == "whole", resampling.seed)
                 about = {"configuration": name, "metric": metric, "curve": form}
@@ -273,7 +273,7 @@ def _says(what: str, row: Mapping[str, Any]) -> tuple[bool, str]:
 def _ceiling(models: SmallModels) -> pd.DataFrame:
     rows = []
     controls = {seed: models.dataset(CONTROL, seed) for seed in models.seeds(CONTROL)}
-    for metric in STAGE:
+    for metric in SIGNATURE:
         curves = [data[metric].to_numpy() for data in controls.values()]
         scores = [
             permuted_mirroring(a[None], b, n_permutations=1).score

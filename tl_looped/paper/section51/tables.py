@@ -6,8 +6,8 @@ made again from the data that the package ships.
 
 - ``curves``: ``configuration, seed`` and the columns of every run's ``log.csv``.
 - ``evaluation``: the same with ``evaluation.csv``, the held-out loss by recurrences.
-- ``stages``: stage metrics at the trained recurrences, a row an effective layer: means over heads,
-  then over the prompts with a value. fp64.
+- ``stages``: signature metrics at the trained recurrences, a row per effective layer: means over
+  heads, then over the prompts with a value. fp64.
 - ``steps``: what verdicts are decided on, at more recurrences; the same means, fp32.
 - ``prompts``: verdict, rate, half-life of every prompt, model and number of recurrences.
 """

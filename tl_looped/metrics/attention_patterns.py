@@ -72,7 +72,9 @@ class Rows:
         return -terms.sum(-1, dtype=torch.float64)
 
 
-def colsum_concentration(pattern: Pattern, mask: Tensor | None = None) -> Float[Tensor, "*batch"]:
+def colsum_concentration(
+    pattern: Pattern, attention_mask: Tensor | None = None
+) -> Float[Tensor, "*batch"]:
     """How unevenly attention falls on the keys: 0 if every key gets the same, 1 if one gets all.
 
     With the column sums ``c_j = sum_i A_ij`` and ``p = c / T``: ``1 + sum_j p_j ln p_j / ln T``.
@@ -80,12 +82,12 @@ def colsum_concentration(pattern: Pattern, mask: Tensor | None = None) -> Float[
 
     Args:
         pattern: Attention patterns.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
 
     Returns:
         One value a head; NaN for a single token.
     """
-    rows = Rows.of(pattern, mask)
+    rows = Rows.of(pattern, attention_mask)
     return _colsum(rows.received(), rows.n_tokens)
 
 
@@ -99,7 +101,7 @@ def _colsum(received: Tensor, n_tokens: Tensor) -> Float[Tensor, "*batch"]:
 def sink_score(
     pattern: Pattern,
     key: int = 0,
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     denominator: Denominator | str = "all",
     above_uniform: bool = False,
 ) -> Float[Tensor, "*batch"]:
@@ -112,7 +114,7 @@ def sink_score(
     Args:
         pattern: Attention patterns.
         key: Position of the key (0-based), counted from the first real token.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
         denominator: ``"all"`` divides by T as the paper's equation does; ``"visible"`` by
             ``T - k``, the queries that may see the key, as public code of Gu et al. does.
         above_uniform: Subtract the score of uniform causal attention, ``(H_T - H_k) / T``.
@@ -124,7 +126,7 @@ def sink_score(
         InputError: if no prompt is longer than ``key``.
     """
     check_choice("denominator", denominator, get_args(Denominator))
-    rows = Rows.of(pattern, mask)
+    rows = Rows.of(pattern, attention_mask)
     longest = int(rows.n_tokens.max())
     if not 0 <= key < longest:
         raise InputError(f"key must be 0..{longest - 1} (the longest prompt), got {key}")
@@ -154,7 +156,7 @@ def sink_rate(
     pattern: Float[Tensor, "*batch head query key"],
     threshold: float = SINK_THRESHOLD,
     key: int = 0,
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     strict: bool = False,
     denominator: Denominator | str = "all",
 ) -> Float[Tensor, "*batch"]:
@@ -163,7 +165,7 @@ def sink_rate(
     Args:
         pattern: Attention patterns.
         threshold: The paper's is 0.3, in [0, 1].
-        key, mask, denominator: As in :func:`sink_score`.
+        key, attention_mask, denominator: As in :func:`sink_score`.
         strict: Ask for more than the threshold instead of at least it.
 
     Returns:
@@ -173,7 +175,7 @@ def sink_rate(
         raise InputError(f"pattern must have heads, [..., head, query, key], got {pattern.shape}")
     if not 0.0 <= threshold <= 1.0:
         raise InputError(f"threshold must be in [0, 1], got {threshold}")
-    return _rate(sink_score(pattern, key, mask, denominator), threshold, strict)
+    return _rate(sink_score(pattern, key, attention_mask, denominator), threshold, strict)
 
 
 def _rate(
@@ -184,7 +186,7 @@ def _rate(
 
 
 def mixing_score(
-    pattern: Pattern, form: MixingForm | str = "raw", mask: Tensor | None = None
+    pattern: Pattern, form: MixingForm | str = "raw", attention_mask: Tensor | None = None
 ) -> Float[Tensor, "*batch"]:
     """How widely the queries spread their attention: row entropies ``h_i = -sum_j A_ij ln A_ij``.
 
@@ -196,13 +198,13 @@ def mixing_score(
     Args:
         pattern: Attention patterns.
         form: See above.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
 
     Returns:
         One value a head; for a single token 0, but NaN in the forms ``per_row`` and ``log_t``.
     """
     check_choice("form", form, get_args(MixingForm))
-    rows = Rows.of(pattern, mask)
+    rows = Rows.of(pattern, attention_mask)
     entropies = rows.entropies()
     if form == "per_row":
         return _mixing_per_row(entropies, rows)
@@ -253,7 +255,7 @@ def all_of_pattern(rows: Rows) -> dict[str, Float[Tensor, "*values"]]:
 
 
 def attention_distance(
-    a: Pattern, b: Pattern, mask: Tensor | None = None
+    a: Pattern, b: Pattern, attention_mask: Tensor | None = None
 ) -> Float[Tensor, "*batch"]:
     """Frobenius distance ``||A - B||_F`` between two patterns, head by head.
 
@@ -262,9 +264,9 @@ def attention_distance(
 
     Args:
         a, b: Attention patterns of the same sequences.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
     """
-    return rows_distance(Rows.of(a, mask), Rows.of(b, mask))
+    return rows_distance(Rows.of(a, attention_mask), Rows.of(b, attention_mask))
 
 
 def rows_distance(a: Rows, b: Rows) -> Float[Tensor, "*batch"]:
@@ -275,7 +277,7 @@ def rows_distance(a: Rows, b: Rows) -> Float[Tensor, "*batch"]:
 
 
 def pairwise_attention_distance(
-    patterns: Float[Tensor, "layer *batch query key"], mask: Tensor | None = None
+    patterns: Float[Tensor, "layer *batch query key"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "layer layer"]:
     """:func:`attention_distance` of every two layers, averaged over heads and prompts.
 
@@ -283,9 +285,9 @@ def pairwise_attention_distance(
 
     Args:
         patterns: All layers to compare, stacked: ``cache.stack_activation("pattern")``.
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
     """
-    real = query_mask(patterns, mask)
+    real = query_mask(patterns, attention_mask)
     if real is None or real.ndim < patterns.ndim - 1:
         return distances_of_layers(patterns.unbind(), [real] * len(patterns))
     return distances_of_layers(patterns.unbind(), real.unbind())  # a mask for every layer

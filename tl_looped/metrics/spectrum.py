@@ -48,7 +48,7 @@ SPECTRUM = {
     "spectrum_converged": "1 if both errors are within the tolerance, 0 if not",
     "fixed_point_residual": "relative step of one more recurrence, mean over tokens",
 }
-"""The variables of :func:`spectrum_of_states` and what they are; all are without a unit."""
+"""The variables of :func:`loop_spectrum` and what they are; all are without a unit."""
 
 
 def reached_state(loop_map: LoopMap, n_recurrences: int) -> Float[Tensor, "batch pos d_model"]:
@@ -68,7 +68,7 @@ def reached_state(loop_map: LoopMap, n_recurrences: int) -> Float[Tensor, "batch
     return state
 
 
-def spectrum_of_states(
+def loop_spectrum(
     model: LoopedTransformer,
     tokens: Any,
     states: Float[Tensor, "state_prompt state_pos d_model"] | None = None,
@@ -159,7 +159,7 @@ def spectrum_of_states(
 def _labelled(
     values: dict[str, list[float]], n_iterations: int, tolerance: float, seed: int
 ) -> xr.Dataset:
-    """Lists over prompts as the dataset of :func:`spectrum_of_states`."""
+    """Lists over prompts as the dataset of :func:`loop_spectrum`."""
     variables: dict[str, Any] = {
         name: ("prompt", torch.tensor(column, dtype=torch.float64).numpy())
         for name, column in values.items()

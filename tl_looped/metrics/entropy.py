@@ -22,7 +22,7 @@ EntropyForm = Literal["nats", "bits", "norm_max", "skean"]
 def matrix_entropy(
     x: Float[Tensor, "*batch pos d_model"],
     form: EntropyForm | str = "bits",
-    mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     skip_first: int = 0,
 ) -> Float[Tensor, "*batch"]:
     """Entropy of the squared singular values: 0 for rank one, ``ln T`` for orthogonal equal rows.
@@ -33,7 +33,7 @@ def matrix_entropy(
         x: States.
         form: ``nats``; ``bits``; ``norm_max``, ``H / min(ln T, ln D)`` in [0, 1]; ``skean``, in
             nats after removing the mean over tokens and giving each row norm 1 (Skean et al.).
-        mask: ``[..., pos]``, zero at padding.
+        attention_mask: ``[..., pos]``, zero at padding.
         skip_first: Real tokens at the beginning that are left out, as if they were not there.
 
     Returns:
@@ -41,7 +41,7 @@ def matrix_entropy(
         non-finite states; ``norm_max`` also for a single token or dimension.
     """
     check_choice("form", form, get_args(EntropyForm))
-    real = counted_tokens(x, mask, skip_first)
+    real = counted_tokens(x, attention_mask, skip_first)
     wide = at_least_fp32(x).double()
     if real is not None:
         wide = wide.masked_fill(~real[..., None], 0.0)
