@@ -202,6 +202,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def with_gains(model: LoopedTransformer) -> LoopedTransformer:
+    """The model with gains that are not one, biases that are not zero: what is left out shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".w"):
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith("_bias"):
+                parameter.normal_(generator=generator)
+    return model
+
+
 @pytest.fixture(scope="module")
 def plain() -> LoopedTransformer:
     """(2, 3 x 4, 1) without injection, in fp64."""

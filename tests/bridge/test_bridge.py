@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import SAMPLES, assert_same
-from conftest import CASES, TOLERANCE, VARIANTS, exact_config, load_golden
+from conftest import CASES, TOLERANCE, VARIANTS, exact_config, load_golden, with_gains
 from refusals import refused
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -61,16 +61,8 @@ OWN_SUFFIXES = ("hook_resid_mid_sum", "hook_resid_post_sum")
 
 
 def make(kind: str, **changes: Any) -> LoopedTransformer:
-    """A model in fp64 with gains that are not one, so that a norm left out shows."""
-    model = LoopedTransformer.from_config(exact_config(**(KINDS[kind] | changes)))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            elif parameter.shape == (parameter.shape[0], model.cfg.d_head):
-                parameter.normal_(generator=generator)  # biases of queries and keys
-    return model
+    config = exact_config(**(KINDS[kind] | changes))
+    return with_gains(LoopedTransformer.from_config(config))
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_same
-from conftest import VARIANTS, Golden, exact_config
+from conftest import VARIANTS, Golden, exact_config, with_gains
 from torch import Tensor
 from transformer_lens import ActivationCache
 
@@ -40,15 +40,8 @@ KINDS: dict[str, dict[str, Any]] = VARIANTS | {
 
 
 def model_of(kind: str, **changes: Any) -> LoopedTransformer:
-    """A small model with gains that are not one."""
     values = {"n_prelude": 2, "n_core": 2, "n_recurrences": 3} | KINDS[kind] | changes
-    model = LoopedTransformer.from_config(exact_config(**values))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".w"):
-                parameter.uniform_(0.5, 1.5, generator=generator)
-    return model
+    return with_gains(LoopedTransformer.from_config(exact_config(**values)))
 
 
 def cached(model: LoopedTransformer, tokens: Tensor, **run: Any) -> LoopedActivationCache:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, Golden, random_config
+from conftest import VARIANTS, Golden, random_config, with_gains
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -50,14 +50,8 @@ STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
 def model_of(kind: str, dtype: torch.dtype = torch.float64) -> LoopedTransformer:
-    """A small model with gains that are not one."""
     values = {"n_prelude": 1, "n_core": 2, "n_recurrences": 2, "d_vocab": 20} | KINDS[kind]
-    model = LoopedTransformer.from_config(random_config(**values))
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".w"):
-            parameter.uniform_(0.5, 1.5, generator=generator)
-    return model.to(dtype)
+    return with_gains(LoopedTransformer.from_config(random_config(**values))).to(dtype)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_same
-from conftest import exact_config
+from conftest import exact_config, with_gains
 from torch import Tensor
 
 from tl_looped import ConfigError, LoopedKeyValueCache, LoopedTransformer
@@ -20,16 +20,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make(kind: str, **changes: Any) -> LoopedTransformer:
-    """Gains that are not one, and biases that are not zero."""
-    model = LoopedTransformer.from_config(exact_config(**(KINDS[kind] | changes)))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("_bias"):
-                parameter.normal_(generator=generator)
-            elif parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-    return model
+    config = exact_config(**(KINDS[kind] | changes))
+    return with_gains(LoopedTransformer.from_config(config))
 
 
 @pytest.fixture(params=list(KINDS))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_same
-from conftest import VARIANTS, exact_config
+from conftest import VARIANTS, exact_config, with_gains
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -25,14 +25,7 @@ STACKS = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "b_Q", "b_K", "
 def model(request: pytest.FixtureRequest) -> LoopedTransformer:
     """A small model with gains that are not one, and without gradients."""
     model = LoopedTransformer.from_config(exact_config(**VARIANTS[request.param]))
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if name.endswith(".w"):
-            parameter.uniform_(0.5, 1.5, generator=generator)
-        if name.endswith("_bias"):
-            parameter.normal_(generator=generator)
-    return model
+    return with_gains(model).requires_grad_(False)
 
 
 def test_stacks_are_indexed_by_effective_layer(model: LoopedTransformer) -> None:
