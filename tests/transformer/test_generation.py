@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from copy import deepcopy
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tl_looped import (
     LoopedTransformer,
     TokenizerError,
 )
+from tl_looped.transformer.generation import GenerationOptions
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 GREEDY: dict[str, Any] = {"do_sample": False, "verbose": False, "stop_at_eos": False}
@@ -313,6 +316,12 @@ def test_the_demo_model_writes_the_same_with_and_without_the_cache() -> None:
     assert model.generate(prompts[0], **sample) == model.generate(
         prompts[0], use_past_kv_cache=False, **sample
     )
+
+
+def test_a_stream_takes_the_options_of_generate() -> None:
+    parameters = list(inspect.signature(LoopedTransformer.generate).parameters.values())[3:]
+    streamed = [(option.name, option.default) for option in fields(GenerationOptions)]
+    assert streamed == [(option.name, option.default) for option in parameters]
 
 
 def test_a_stream_gives_the_tokens_of_generate(tokens: Tensor) -> None:

@@ -45,7 +45,7 @@ from tl_looped.model.geometry import LoopGeometry
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.spreading import PLANS
 from tl_looped.transformer.text_length import checked_lengths, is_surely_longer
-from tl_looped.transformer.tokens import written
+from tl_looped.transformer.tokenizing import written
 
 MOST_SPECTRA = 32
 """Prompts that get a spectrum, the first ones of a run: each costs hundreds of recurrences."""

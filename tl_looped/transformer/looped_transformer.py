@@ -8,14 +8,14 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_looped import checkpoints
@@ -29,8 +29,10 @@ from tl_looped.model.init import init_weights
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.model.masks import real_tokens
 from tl_looped.model.norms import NormWeights
+from tl_looped.transformer import generation, tokenizing
 from tl_looped.transformer.embeddings import Embed, Unembed
-from tl_looped.transformer.generation import GenerationMixin
+from tl_looped.transformer.exiting import ExitingMixin
+from tl_looped.transformer.generation import GenerationOptions
 from tl_looped.transformer.loop_map import LoopMapMixin
 from tl_looped.transformer.loop_run import LoopRun
 from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
@@ -44,11 +46,12 @@ from tl_looped.transformer.spreading import (
     refuse_offloaded,
 )
 from tl_looped.transformer.turns import in_turn
+from tl_looped.transformer.vocabulary import refuse_larger
 
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
 
-class LoopedTransformer(GenerationMixin, LoopMapMixin):
+class LoopedTransformer(ExitingMixin, LoopMapMixin):
     """A looped transformer with hook points by effective layer and by (recurrence, layer).
 
     Args:
@@ -70,7 +73,7 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
         cfg.normalization_type = "RMS"  # a new model is not folded, even if the other one was
         self.tokenizer = tokenizer
         self.generation_config: dict[str, Any] = {}
-        self._settle_bos()
+        tokenizing.settle_bos(self)
         self.state_seed = 0
         device = torch.device("cpu" if cfg.device is None else cfg.device)
         if torch.get_default_device().type == "meta":  # within torch.device("meta")
@@ -261,6 +264,163 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
                 "Load it spread: LoopedTransformer.from_pretrained(..., device_map='auto')"
             )
 
+    # -- text and tokens ----------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """A Hugging Face tokenizer, or None for a model of token ids only.
+
+        Raises:
+            TokenizerError: when one is set that gives ids without an embedding.
+        """
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        refuse_larger(tokenizer, self.cfg.d_vocab)
+        self._tokenizer = tokenizer
+
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
+        """Use this tokenizer from now on.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            default_padding_side: ``"left"`` or ``"right"``; the tokenizer's own if None.
+
+        Raises:
+            TokenizerError: if it gives ids for which the model has no embedding.
+        """
+        tokenizing.set_tokenizer(self, tokenizer, default_padding_side)
+
+    def describe_bos(self, prepend_bos: bool | None = None) -> str:
+        """A sentence: whether text gets a BOS token, and who decided it.
+
+        Args:
+            prepend_bos: What the call that is described says, if it says anything.
+        """
+        return tokenizing.describe_bos(self, prepend_bos)
+
+    def tokenize(
+        self,
+        text: Any,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        truncate: bool = False,
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """Tokens of one or more texts, and the mask of the real ones.
+
+        Args:
+            text: One text or several, padded to the longest, or conversations: see
+                ``tl_looped.transformer.reading``. A conversation is written by :meth:`chat_text`,
+                with the opening of the model's reply, and gets no BOS but the template's own.
+            prepend_bos: Overrides ``cfg.default_prepend_bos``. A text that begins with BOS gets
+                no second one either way.
+            padding_side: ``"left"`` or ``"right"``; the tokenizer's own side if None.
+            truncate: Cut rows to the context length instead of raising.
+
+        Raises:
+            TokenizerError: without a tokenizer, or if a text gives no token at all.
+            InputError: if a text is longer than the context, for what is not text, or an unknown
+                padding_side.
+        """
+        return tokenizing.tokenize(self, text, prepend_bos, padding_side, truncate)
+
+    def to_tokens(
+        self,
+        input: Any,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = False,
+    ) -> Int[Tensor, "batch pos"]:
+        """Tokens of texts or conversations, padded to the longest; see :meth:`tokenize`."""
+        return tokenizing.to_tokens(
+            self, input, prepend_bos, padding_side, move_to_device, truncate
+        )
+
+    def chat_text(self, messages: Any, add_generation_prompt: bool = True) -> str:
+        """A conversation as the tokenizer's chat template writes it, special tokens included.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            add_generation_prompt: End with the opening of the model's reply.
+
+        Raises:
+            TokenizerError: without a tokenizer, or if it has no chat template, or one that refuses
+                the messages.
+            InputError: if they are not messages.
+        """
+        return tokenizing.chat_text(self, messages, add_generation_prompt)
+
+    def token_rows(
+        self, prompts: Any, attention_mask: Tensor | None = None, prepend_bos: bool | None = None
+    ) -> list[Int[Tensor, " pos"]]:
+        """The real tokens of every prompt, without padding.
+
+        Args:
+            prompts: Whatever the model takes (``tl_looped.transformer.reading``); or a list of
+                token sequences of any lengths, which are taken as they are.
+            attention_mask: ``[batch, pos]`` of tokens, zero at padding; read off the pad tokens, as
+                in a run, if None.
+            prepend_bos: See :meth:`to_tokens`.
+
+        Raises:
+            InputError: without any prompt or token, or beyond the context; the prompt's number is
+                given.
+        """
+        return token_rows(self, prompts, attention_mask, prepend_bos)
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """Text of one token, of a sequence, or a list of texts of several, of any lengths."""
+        return tokenizing.to_string(self, tokens)
+
+    def to_str_tokens(
+        self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
+    ) -> list[str] | list[list[str]]:
+        """Each token as a string; a list of texts, conversations or token sequences gives a list of
+        such lists, unpadded.
+        """
+        return tokenizing.to_str_tokens(self, input, prepend_bos)
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is exactly one token.
+
+        Raises:
+            TokenizerError: if it is none or several; the message lists them.
+        """
+        return tokenizing.to_single_token(self, string)
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """The text of one token id."""
+        return tokenizing.to_single_str_token(self, int_token)
+
+    def get_token_position(
+        self,
+        single_token: str | int | Tensor,
+        input: Any,
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> int:
+        """Position of a token in a text, a conversation or tokens ``[pos]`` or ``[1, pos]``.
+
+        Raises:
+            InputError: if it does not occur, if there is more than one sequence, or if ``mode``
+                is neither ``"first"`` nor ``"last"``.
+        """
+        return tokenizing.get_token_position(self, single_token, input, mode, prepend_bos)
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "..."]
+    ) -> Float[Tensor, "... d_model"]:
+        """Columns of W_U of the given tokens, as rows.
+
+        As in TransformerLens, a single token gives ``[d_model]``. The final norm's gain is folded
+        in only in compatibility mode; the exact direction of a logit is always
+        ``ln_final.w * W_U[:, token]``.
+        """
+        return tokenizing.tokens_to_residual_directions(self, tokens)
+
     # -- running ------------------------------------------------------------------------------
 
     @in_turn
@@ -390,23 +550,101 @@ class LoopedTransformer(GenerationMixin, LoopMapMixin):
             logits = logits.float()
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
-    def token_rows(
-        self, prompts: Any, attention_mask: Tensor | None = None, prepend_bos: bool | None = None
-    ) -> list[Int[Tensor, " pos"]]:
-        """The real tokens of every prompt, without padding.
+    # -- generation ---------------------------------------------------------------------------
+
+    @in_turn
+    @torch.no_grad()
+    def generate(
+        self,
+        input: Any,
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: int | list[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        return_type: str = "input",
+        verbose: bool = True,
+        attention_mask: Tensor | None = None,
+        n_recurrences: int | None = None,
+        initial_state: Tensor | str | None = None,
+        state_seed: int | None = None,
+        seed: int | None = None,
+        past_kv_cache: LoopedKeyValueCache | None = None,
+        exit_rule: ExitRule | None = None,
+        stop_strings: Any = None,
+    ) -> Any:
+        """Continue one or more prompts.
 
         Args:
-            prompts: Whatever the model takes (``tl_looped.transformer.reading``); or a list of
-                token sequences of any lengths, which are taken as they are.
-            attention_mask: ``[batch, pos]`` of tokens, zero at padding; read off the pad tokens, as
-                in a run, if None.
-            prepend_bos: See :meth:`to_tokens`.
+            input: As for the model itself: text, several texts (padded on the left), tokens, or a
+                conversation, or several, for the tokenizer's chat template.
+            max_new_tokens: Most new tokens a row.
+            stop_at_eos: End a row at a stop token; it is filled up with the first of them.
+            eos_token_id: Stop token or tokens, in place of :meth:`stop_tokens`.
+            do_sample: Sample; otherwise take the most likely token.
+            top_k, top_p, temperature, freq_penalty, repetition_penalty: As in TransformerLens; the
+                penalties count real tokens only.
+            use_past_kv_cache: Keep keys and values of earlier tokens.
+            prepend_bos: Overrides ``cfg.default_prepend_bos`` for text. A chat template brings its
+                own.
+            return_type: ``"input"`` (as the input was), ``"str"`` or ``"tokens"``.
+            verbose: Show progress, and the cache's memory.
+            attention_mask: Mask of a left-padded token batch.
+            n_recurrences: Recurrences of every step.
+            initial_state: ``"zeros"``, or a state for every position up to the last generated.
+            state_seed: Seed of the random initial state.
+            seed: Seed of the sampling; the global generator is left alone if given.
+            past_kv_cache: A cache to use, for instance one that shares slots,
+                ``LoopedKeyValueCache(recurrence_slots=1)``, or one that holds a prefix already.
+            exit_rule: When tokens leave the loop.
+            stop_strings: Text or texts that end a row once its reply contains one; the token that
+                completes it stays. It is filled up as after a stop token, or with padding.
 
-        Raises:
-            InputError: without any prompt or token, or beyond the context; the prompt's number is
-                given.
+        Returns:
+            Prompt and continuation, as text or as tokens ``[batch, pos]``; of a conversation the
+            reply alone. In text, special tokens of the prompt and the one that ends a row are left
+            out; others of the reply are written, so that no marker vanishes from a text that goes
+            on behind it. With ``exit_rule`` an :class:`ExitResult` of that and
+            the recurrence after which each new token's prediction left the loop ``[batch, new]``.
         """
-        return token_rows(self, prompts, attention_mask, prepend_bos)
+        options = GenerationOptions.of(locals())
+        return generation.generate(self, input, max_new_tokens, options)
+
+    @in_turn
+    def generate_stream(
+        self,
+        input: Any,
+        max_new_tokens: int = 10,
+        max_tokens_per_yield: int = 25,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """As :meth:`generate`, piece by piece, in TransformerLens's way.
+
+        Args:
+            input, max_new_tokens: As in :meth:`generate`.
+            max_tokens_per_yield: Most tokens in a piece.
+            **options: As in :meth:`generate`; of an ``exit_rule`` the steps are not returned.
+
+        Yields:
+            Tokens ``[batch, n]``, or texts. The first piece includes the prompt (but for a
+            conversation), later ones hold new tokens only. The model may be used between them.
+        """
+        asked = GenerationOptions(**options)
+        return generation.stream(self, input, max_new_tokens, max_tokens_per_yield, asked)
+
+    def stop_tokens(self) -> list[int]:
+        """Tokens that end a generated text, unless ``eos_token_id`` says otherwise.
+
+        The tokenizer's EOS; those of the checkpoint's ``generation_config.json``; and the special
+        token that the chat template writes after a reply, the end of a turn.
+        """
+        return generation.stop_tokens(self)
 
     def _result(
         self,

@@ -1,14 +1,14 @@
 """A prompt, read once at the door: whatever a model takes, as checked tokens and a mask.
 
 What an input *is* (texts, conversations, tokens in any container) is recognised in
-``tl_looped.transformer.reading``; what text becomes, in ``tl_looped.transformer.tokens``. Here the
-two meet, and every shape, id and mask is checked before anything is computed.
+``tl_looped.transformer.reading``; what text becomes, in ``tl_looped.transformer.tokenizing``.
+Here the two meet, and every shape, id and mask is checked before anything is computed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,9 +27,11 @@ from tl_looped.transformer.reading import (
     read_rows,
     read_tokens,
 )
+from tl_looped.transformer.tokenizing import prepends_bos, row_of, texts_of, tokenize
 
 if TYPE_CHECKING:
-    from tl_looped.transformer.tokens import TokensMixin
+    from tl_looped.transformer.looped_transformer import LoopedTransformer
+    from tl_looped.transformer.weights import WeightsMixin
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Prompt:
 
 
 def read_prompt(
-    model: TokensMixin,
+    model: WeightsMixin,
     input: Any,
     attention_mask: Any = None,
     prepend_bos: bool | None = None,
@@ -69,13 +71,13 @@ def read_prompt(
         InputError: for what is not an input, ids outside the vocabulary, a mask that does not fit,
             or an argument that would have no effect.
     """
-    given = read_input(input)
+    given, whole = read_input(input), cast("LoopedTransformer", model)
     continues = past is not None and past.length > 0
     if continues and prepend_bos is None:
         prepend_bos = False
     mask = attention_mask
     if not isinstance(given, Tokens):
-        tokens, own_mask = model.tokenize(given, prepend_bos, padding_side)
+        tokens, own_mask = tokenize(whole, given, prepend_bos, padding_side, False)
         mask = own_mask if mask is None else mask
     else:
         if padding_side is not None:
@@ -92,7 +94,7 @@ def read_prompt(
         if mask is None and continues:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         elif mask is None:
-            mask = model._padding(tokens, prepend_bos)
+            mask = padding_of(whole, tokens, prepend_bos)
     batch, length = tokens.shape
     return Prompt(tokens, check_mask(model, mask, batch, length, continues))
 
@@ -106,7 +108,7 @@ class ResidualInput(NamedTuple):
 
 
 def read_resid(
-    model: TokensMixin,
+    model: LoopedTransformer,
     resid: Any,
     tokens: Any = None,
     attention_mask: Any = None,
@@ -137,19 +139,19 @@ def read_resid(
     mask = attention_mask
     if tokens is not None:
         tokens = check_tokens(model, tokens)
-        mask = model._padding(tokens, prepend_bos) if mask is None else mask
+        mask = padding_of(model, tokens, prepend_bos) if mask is None else mask
     checked = check_mask(model, mask, resid.shape[0], resid.shape[1])
     return ResidualInput(resid.to(model.W_E), tokens, checked)
 
 
 def token_rows(
-    model: TokensMixin, prompts: Any, attention_mask: Any, prepend_bos: bool | None
+    model: LoopedTransformer, prompts: Any, attention_mask: Any, prepend_bos: bool | None
 ) -> list[Int[Tensor, " pos"]]:
     """The real tokens of every prompt; see :meth:`LoopedTransformer.token_rows`."""
     given = read_rows(prompts)
     if isinstance(given, (Texts, Chats)):
-        texts, prepend_bos = model._texts(given, prepend_bos)
-        rows = [model.tokenize(text, prepend_bos)[0][0] for text in texts]
+        texts, prepend_bos = texts_of(model, given, prepend_bos)
+        rows = [row_of(model, text, prepend_bos) for text in texts]
     elif isinstance(given, Rows):
         if attention_mask is not None:
             raise InputError("attention_mask is for tokens [batch, pos], not for a list")
@@ -168,7 +170,7 @@ def token_rows(
     return rows
 
 
-def _token_row(model: TokensMixin, number: int, row: Any) -> Int[Tensor, " pos"]:
+def _token_row(model: LoopedTransformer, number: int, row: Any) -> Int[Tensor, " pos"]:
     """One sequence of a list of them."""
     try:
         given = read_input(row)
@@ -180,7 +182,7 @@ def _token_row(model: TokensMixin, number: int, row: Any) -> Int[Tensor, " pos"]
     return check_tokens(model, given.tokens)[0]
 
 
-def check_tokens(model: TokensMixin, tokens: Any) -> Int[Tensor, "batch pos"]:
+def check_tokens(model: WeightsMixin, tokens: Any) -> Int[Tensor, "batch pos"]:
     """Token ids within the vocabulary, as a batch on the embedding's device."""
     tokens = integers(tokens) if isinstance(tokens, Tensor) else read_tokens(tokens)
     if tokens.dtype != torch.int64 or tokens.ndim not in (1, 2):
@@ -200,8 +202,39 @@ def check_tokens(model: TokensMixin, tokens: Any) -> Int[Tensor, "batch pos"]:
     return tokens.to(model.W_E.device, torch.long)
 
 
+def padding_of(
+    model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], prepend_bos: bool | None
+) -> Bool[Tensor, "batch pos"] | None:
+    """Mask of a token batch, read off its pad tokens; None if it has no padding.
+
+    A pad token that is neither BOS nor EOS is padding wherever it leads or ends a row. One that
+    is also BOS or EOS may be meant, so only leading runs that some rows have and others have
+    not are padding, less the BOS token itself.
+    """
+    ids = {
+        name: getattr(model.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos")
+    }
+    pad = ids["eos"] if ids["pad"] is None else ids["pad"]
+    if pad is None:
+        return None
+    is_pad = tokens == pad
+    leading = is_pad.long().cumprod(-1).sum(-1)
+    trailing = torch.zeros_like(leading)
+    if pad in (ids["bos"], ids["eos"]):
+        if pad == ids["bos"] and prepends_bos(model, prepend_bos):
+            leading = (leading - 1).clamp(min=0)
+        if int(leading.min()) > 0:
+            return None
+    else:
+        trailing = is_pad.flip(-1).long().cumprod(-1).sum(-1)
+    if not bool(leading.any() or trailing.any()):
+        return None
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    return (at >= leading[:, None]) & (at < tokens.shape[1] - trailing[:, None])
+
+
 def check_mask(
-    model: TokensMixin, mask: Any, batch: int, length: int, rows_continue: bool = False
+    model: WeightsMixin, mask: Any, batch: int, length: int, rows_continue: bool = False
 ) -> Bool[Tensor, "batch pos"] | None:
     """A boolean mask on the embedding's device, with a real token in every row; None stays None.
 

@@ -25,7 +25,8 @@ from tl_looped.transformer.loop_run import LoopRun, Stream
 from tl_looped.transformer.prompt import check_rows
 
 if TYPE_CHECKING:
-    from tl_looped.transformer.tokens import TokensMixin
+    from tl_looped.transformer.looped_transformer import LoopedTransformer
+    from tl_looped.transformer.weights import WeightsMixin
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class RunOptions:
 
 
 def read_options(
-    model: TokensMixin,
+    model: LoopedTransformer,
     *,
     n_recurrences: int | None = None,
     initial_state: Any = None,
@@ -112,7 +113,7 @@ def layer_or_end(loop: LoopGeometry, layer: LayerLike) -> int:
     return loop.n_layers if layer == loop.n_layers else loop.resolve(layer)
 
 
-def check_seed(model: TokensMixin, state_seed: int | None) -> int:
+def check_seed(model: WeightsMixin, state_seed: int | None) -> int:
     """Seed of a random initial state: the model's own if None."""
     seed = model.state_seed if state_seed is None else state_seed
     if type(seed) is not int:
@@ -129,7 +130,7 @@ def check_state(name: str, state: Any) -> Any:
     raise InputError(f"{name} must be a tensor or 'zeros', got {state!r}")
 
 
-def check_cache(model: TokensMixin, cache: Any) -> None:
+def check_cache(model: LoopedTransformer, cache: Any) -> None:
     """Raise if these are not keys and values of this model as it is now."""
     if cache is None:
         return

@@ -31,6 +31,7 @@ class WeightsMixin(CachingMixin):
 
     embed: Embed
     unembed: Unembed
+    state_seed: int
     max_stack_bytes: int = 2**30
     """Largest stack of weights over effective layers, in bytes."""
 
