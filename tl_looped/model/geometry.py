@@ -105,6 +105,10 @@ class LoopGeometry:
             return self.index(layer[0], layer[1])
         return self._check("effective layer", layer, self.n_layers)
 
+    def resolve_or_end(self, layer: LayerLike) -> int:
+        """The same, or ``n_layers`` for the end of them all."""
+        return self.n_layers if layer == self.n_layers else self.resolve(layer)
+
     def has_boundary(self, i: int) -> bool:
         """Whether anything happens before effective layer ``i``."""
         return self.p <= i <= self.p + self.k * self.R and (i - self.p) % self.k == 0

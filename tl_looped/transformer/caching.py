@@ -11,7 +11,6 @@ from tl_looped._compat import Slice, SliceInput
 from tl_looped.cache import LoopedActivationCache, RunRecord
 from tl_looped.errors import InputError
 from tl_looped.model.config import InitialState
-from tl_looped.model.geometry import LayerLike
 from tl_looped.model.hook_points import CacheWriter
 from tl_looped.transformer.cache_size import (
     ALWAYS_FREE,
@@ -25,7 +24,6 @@ from tl_looped.transformer.cache_size import (
 from tl_looped.transformer.hooking import LoopedHookManager
 from tl_looped.transformer.pool import collector_paused
 from tl_looped.transformer.reading import Tokens, n_prompts, read_input
-from tl_looped.transformer.run_options import layer_or_end
 from tl_looped.transformer.turns import in_turn
 
 
@@ -34,10 +32,6 @@ class CachingMixin(LoopedHookManager):
 
     if TYPE_CHECKING:  # of the classes that inherit this one
 
-        @property
-        def W_E(self) -> Tensor: ...  # noqa: D102
-
-        def _layer_or_end(self, layer: LayerLike) -> int: ...
         def tokenize(  # noqa: D102
             self, text: Any, prepend_bos: bool | None = None, padding_side: str | None = None
         ) -> tuple[Tensor, Tensor]: ...
@@ -192,7 +186,7 @@ class CachingMixin(LoopedHookManager):
         pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
         sizes = self._twin_sizes(*shape, pos_slice, incl_bwd)
         start, stop = (
-            default if kwargs.get(end) is None else layer_or_end(self.loop, kwargs[end])
+            default if kwargs.get(end) is None else self.loop.resolve_or_end(kwargs[end])
             for end, default in (("start_at_layer", 0), ("stop_at_layer", self.loop.n_layers))
         )
         unused = [f"blocks.{i}." for i in (*range(start), *range(stop, self.loop.n_layers))]

@@ -26,9 +26,9 @@ from torch import Tensor
 from tl_looped.errors import InputError
 from tl_looped.model.block import Block, BlockWeights
 from tl_looped.model.hook_points import LoopedHookPoint, Reader
+from tl_looped.transformer.caching import CachingMixin
 from tl_looped.transformer.hooking import HookName
 from tl_looped.transformer.loop_run import LoopRun
-from tl_looped.transformer.weights import WeightsMixin
 
 Edit: TypeAlias = Callable[[Tensor, LoopedHookPoint], Tensor | None]
 
@@ -73,7 +73,7 @@ class Intervention(ABC):
         """
 
 
-class InterveningMixin(WeightsMixin):
+class InterveningMixin(CachingMixin):
     """``model.intervening``."""
 
     interventions: tuple[Intervention, ...] = ()

@@ -26,7 +26,7 @@ from tl_looped.transformer.prompt import check_rows
 
 if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
-    from tl_looped.transformer.weights import WeightsMixin
+    from tl_looped.transformer.pool import BlockPool
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,8 @@ def read_options(
         prelude_output=check_state("prelude_output", prelude_output),
         past_kv_cache=past_kv_cache,
         exit_rule=exit_rule,
-        start=None if start_at_layer is None else layer_or_end(loop, start_at_layer),
-        stop=None if stop_at_layer is None else layer_or_end(loop, stop_at_layer),
+        start=None if start_at_layer is None else loop.resolve_or_end(start_at_layer),
+        stop=None if stop_at_layer is None else loop.resolve_or_end(stop_at_layer),
     )
     if isinstance(options.prelude_output, str):
         raise InputError(f"prelude_output must be a tensor, got {prelude_output!r}")
@@ -108,12 +108,7 @@ def read_options(
     return options
 
 
-def layer_or_end(loop: LoopGeometry, layer: LayerLike) -> int:
-    """An effective layer, or the end of them all."""
-    return loop.n_layers if layer == loop.n_layers else loop.resolve(layer)
-
-
-def check_seed(model: WeightsMixin, state_seed: int | None) -> int:
+def check_seed(model: BlockPool, state_seed: int | None) -> int:
     """Seed of a random initial state: the model's own if None."""
     seed = model.state_seed if state_seed is None else state_seed
     if type(seed) is not int:
