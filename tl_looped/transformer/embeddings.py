@@ -89,7 +89,7 @@ class Unembed(QuickModule):
     ) -> Float[Tensor, "... d_vocab"]:
         """Logits of what ``ln_final`` gives: ``x @ W_U``.
 
-        ``has_gain`` says that ``x`` has the final norm's gain in it already, also if that is
+        ``has_gain`` says that ``x`` has the final norm's gain in it already, even if that is
         folded: the state of a loop that ends in the final norm.
         """
         if self.folded and not has_gain:

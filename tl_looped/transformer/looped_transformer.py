@@ -139,7 +139,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
             device_map: Spread the weights over several devices: ``"auto"``, ``"balanced"``,
                 ``"balanced_low_0"`` or ``"sequential"`` as in accelerate, or a dict of module names
                 to devices. See ``tl_looped.transformer.spreading`` for what that means.
-            max_memory: Most bytes of weights a device, as in accelerate:
+            max_memory: Most bytes of weights per device, as in accelerate:
                 ``{0: "20GiB", 1: "40GiB", "cpu": "60GiB"}``.
             default_prepend_bos: Whether text gets a BOS token. If None: as the model was saved;
                 otherwise as its authors do by hand (Huginn), or as its tokenizer does by itself.
@@ -464,7 +464,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
             state_seed: Seed of the random initial state; ``self.state_seed`` if None.
             prelude_output: What is injected, if ``start_at_layer`` skips the prelude.
             past_kv_cache: Keys and values of the tokens that come before; extended unless it is
-                frozen. Outputs are those of the new tokens. Behind others, no token is taken for
+                frozen. Outputs are those of the new tokens. After others, no token is taken for
                 padding without an ``attention_mask``, and text gets no BOS unless asked for.
             exit_rule: Each token leaves the loop when the rule says so, and goes on to the coda
                 with its state at that recurrence. The loop ends when every token has left. Keys and
@@ -610,8 +610,8 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
             Prompt and continuation, as text or as tokens ``[batch, pos]``; of a conversation the
             reply alone. In text, special tokens of the prompt and the one that ends a row are left
             out; others of the reply are written, so that no marker vanishes from a text that goes
-            on behind it. With ``exit_rule`` an :class:`ExitResult` of that and
-            the recurrence after which each new token's prediction left the loop ``[batch, new]``.
+            on after it. With ``exit_rule`` an :class:`ExitResult` of that and the recurrence after
+            which each new token's prediction left the loop ``[batch, new]``.
         """
         options = GenerationOptions.of(locals())
         return generation.generate(self, input, max_new_tokens, options)

@@ -61,8 +61,8 @@ def read_prompt(
         model: Whose tokenizer, vocabulary and device count.
         input: Anything in ``tl_looped.transformer.reading``.
         attention_mask: ``[batch, pos]``, one at real tokens and zero at padding.
-        prepend_bos: Of text; ``cfg.default_prepend_bos`` if None.
-        padding_side: Of text; the tokenizer's own if None.
+        prepend_bos: Whether text gets a BOS token; ``cfg.default_prepend_bos`` if None.
+        padding_side: Side on which text is padded; the tokenizer's own if None.
         past: Keys and values of tokens that come before. After those, no token is taken for padding
             without an ``attention_mask``, text gets no BOS unless asked for, and a row may consist
             of padding.

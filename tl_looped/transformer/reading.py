@@ -274,7 +274,7 @@ def _stacked(rows: list[Any]) -> Tokens:
 
 
 def _ndim(item: Any) -> int | None:
-    """Number of dimensions; None of what is no array of numbers."""
+    """Number of dimensions; None for what is not an array of numbers."""
     if isinstance(item, Tensor):
         return item.ndim
     if isinstance(item, str) or item is None:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_looped.checks import whole
 from tl_looped.errors import InputError
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import RunContext
@@ -111,9 +112,7 @@ def read_options(
 def check_seed(model: BlockPool, state_seed: int | None) -> int:
     """Seed of a random initial state: the model's own if None."""
     seed = model.state_seed if state_seed is None else state_seed
-    if type(seed) is not int:
-        raise InputError(f"state_seed must be an integer, got {seed!r}")
-    return seed
+    return whole(seed, "state_seed", least=None)
 
 
 def check_state(name: str, state: Any) -> Any:
@@ -153,10 +152,10 @@ def _check_part(options: RunOptions, state_seed: int | None) -> None:
     """Raise where a run of some of the layers would not read an argument."""
     start, stop = options.start, options.stop
     if stop is not None and (start or 0) > stop:
-        raise InputError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
+        raise InputError(f"start_at_layer={start} lies after stop_at_layer={stop}")
     if options.runs_prelude and options.prelude_output is not None:
         raise InputError(
-            "prelude_output is for a start_at_layer behind the prelude; this run computes its "
+            "prelude_output is for a start_at_layer after the prelude; this run computes its "
             "own. To change what is injected, hook the prelude's last hook_resid_post."
         )
     given_start = options.initial_state is not None or state_seed is not None
@@ -183,7 +182,7 @@ def begin_run(
     Args:
         cfg: Configuration of the model.
         x: The embedding, or the stream of a run that starts later.
-        mask: Of its tokens, checked.
+        mask: Mask of its tokens, checked.
         options: How it is run.
 
     Raises:

@@ -1,7 +1,7 @@
 """From logits to the next token, with TransformerLens's own sampling.
 
 Penalties count the real tokens of a row: what padding a batch happens to have changes nothing.
-With a seed the draws are those of that seed, and the global generator is left as it was, also
+With a seed the draws are those of that seed, and the global generator is left as it was, even
 between the steps of a stream.
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped._compat import sample_logits
-from tl_looped.errors import InputError
+from tl_looped.checks import at_most_one, number, whole
 
 
 @dataclass
@@ -37,18 +37,16 @@ class Sampler:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_p is not None:
-            raise InputError("top_k and top_p exclude each other: give one")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature must be at least 0, got {self.temperature}")
-        if not self.freq_penalty >= 0:
-            raise InputError(f"freq_penalty must be at least 0, got {self.freq_penalty}")
-        if not self.repetition_penalty > 0:
-            raise InputError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        at_most_one(top_k=self.top_k, top_p=self.top_p)
+        if self.top_k is not None:
+            whole(self.top_k, "top_k", 1)
+        if self.top_p is not None:
+            number(self.top_p, "top_p", above=0, most=1)
+        if self.seed is not None:
+            whole(self.seed, "seed", least=None)
+        number(self.temperature, "temperature", 0)
+        number(self.freq_penalty, "freq_penalty", 0)
+        number(self.repetition_penalty, "repetition_penalty", above=0)
         self._state: Tensor | None = None
 
     def next_tokens(

@@ -80,7 +80,7 @@ def plan_devices(
         model: A looped transformer, in the dtype that it is to have.
         device_map: One of :data:`PLANS`, a device for everything, or devices by module names, where
             ``""`` is the whole model and ``"core"`` all layers of the core.
-        max_memory: Most bytes a device, for a plan.
+        max_memory: Most bytes per device, for a plan.
 
     Raises:
         InputError: for a map that leaves a place out, splits one, names something else or a disk;
@@ -96,7 +96,7 @@ def plan_devices(
     known = {"", *names, *(name.split(".")[0] for name in names), *(["unembed"] if tied else [])}
     if unknown := sorted(map(str, set(device_map) - known)):
         raise InputError(
-            f"device_map: {unknown} are no places of this model, which has {names}; '' is all of "
+            f"device_map: {unknown} are not places of this model, which has {names}; '' is all of "
             "it, and no layer can be split"
         )
     devices = {key: _device(key, value) for key, value in device_map.items()}
@@ -115,7 +115,7 @@ def plan_devices(
 
 
 def check_devices(devices: Iterable[torch.device]) -> None:
-    """Raise where a device is no device of this machine."""
+    """Raise where a device is not one of this machine."""
     for device in devices:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise InputError(
@@ -179,7 +179,7 @@ def _planned(
         found = infer_auto_device_map(
             skeleton, max_memory=dict(memory), no_split_module_classes=_WHOLE
         )
-    except ValueError as error:  # a device that is none, a size that is none
+    except ValueError as error:  # what is not a device, or not a size
         raise InputError(f"max_memory={max_memory!r}: {error}") from error
     on_disk = sorted(name for name, device in found.items() if str(device) == "disk")
     if on_disk:
@@ -211,7 +211,8 @@ def _device(name: str, value: Any) -> torch.device:
         device = torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise InputError(
-            f"device_map: {value!r} is none of {PLANS} and no device such as 0, 'cuda:1' or 'cpu'"
+            f"device_map: {value!r} is neither one of {PLANS} nor a device such as 0, 'cuda:1' or "
+            "'cpu'"
         ) from error
     if device.type != "cpu" and device.index is None:
         # A tensor's device has its number, and the two are compared.

@@ -2,7 +2,7 @@
 
 Decisions: the tokens that end a text are the tokenizer's EOS, those of the checkpoint's
 ``generation_config.json`` (an instruction-tuned model often ends its turn with another token), and
-the token that the chat template writes behind a message of the assistant; ``eos_token_id=`` takes
+the token that the chat template writes after a message of the assistant; ``eos_token_id=`` takes
 the place of all of them. A stop string ends a row as in transformers: as soon as the decoded reply
 contains it, and the token that completes it stays. Unlike there, it must lie within the reply: what
 the prompt ends with does not count.
@@ -22,10 +22,10 @@ _REPLY = "Xylophone"
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that a chat template writes behind the assistant's reply, or None.
+    """The special token that a chat template writes after the assistant's reply, or None.
 
     Found by writing a conversation. None without a template, if the template refuses the
-    conversation, and if something else than a special token comes behind the reply.
+    conversation, and if something other than a special token comes after the reply.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return None
@@ -34,8 +34,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # the template's own: it takes other roles, or more
         return None
-    _, found, behind = text.rpartition(_REPLY)
-    ids = tokenizer.encode(behind.strip(), add_special_tokens=False) if found else []
+    _, found, after = text.rpartition(_REPLY)
+    ids = tokenizer.encode(after.strip(), add_special_tokens=False) if found else []
     if not ids or ids[0] == tokenizer.bos_token_id or ids[0] not in special_ids(tokenizer):
         return None
     return int(ids[0])
@@ -51,12 +51,14 @@ def checked_strings(given: Any) -> tuple[str, ...]:
     """Stop strings as a tuple.
 
     Raises:
-        InputError: for what is no text, or an empty one, which every reply contains.
+        InputError: for what is not text, or an empty one, which every reply contains.
     """
     strings = (given,) if isinstance(given, str) else given
     strings = () if strings is None else strings
     if not isinstance(strings, (list, tuple)) or not all(isinstance(s, str) and s for s in strings):
-        raise InputError(f"stop_strings must be a text or a list of texts, none empty: {given!r}")
+        raise InputError(
+            f"stop_strings must be a text or a list of texts, none of them empty, got {given!r}"
+        )
     return tuple(strings)
 
 
@@ -65,7 +67,7 @@ class Ends:
 
     Args:
         n_rows: Rows.
-        tokens: Ids that end a row; a special one is no part of its text.
+        tokens: Ids that end a row; a special one is not part of its text.
         strings: Texts that end a row, and are part of it.
         tokenizer: None without one.
 

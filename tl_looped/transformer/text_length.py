@@ -1,12 +1,12 @@
 """Whether a text can be tokenized: it fits the context, as far as its length tells, and the memory.
 
-A tokenizer takes some 200 bytes of memory a byte of text, and where they cannot be had it ends the
-whole process. So a text is looked at before. Of tokenizers that lose nothing of a text (BPE over
-all bytes, without a step that drops or shortens anything) the longest token says how much text the
-context can hold at most; what is longer is too long for sure. Of other tokenizers nothing is known:
-one token may stand for a word of any length, or none for white space. There, and where a text is to
-be cut to the context, only the memory is a limit: the beginning of a text need not have the first
-tokens of the whole.
+A tokenizer takes some 200 bytes of memory per byte of text, and where they cannot be had it ends
+the whole process. So a text is looked at before. Of tokenizers that lose nothing of a text (BPE
+over all bytes, without a step that drops or shortens anything) the longest token says how much text
+the context can hold at most; what is longer is certainly too long. Of other tokenizers nothing is
+known: one token may stand for a word of any length, or none for white space. There, and where a
+text is to be cut to the context, only the memory is a limit: the beginning of a text need not have
+the first tokens of the whole.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def checked_lengths(tokenizer: Any, texts: Sequence[str], n_tokens: int | None) 
     """The texts, each looked at before it is given out.
 
     Args:
-        tokenizer: Of the texts.
+        tokenizer: The tokenizer.
         texts: The texts.
         n_tokens: The most that a text may have; None if it is cut.
 
     Raises:
-        InputError: for a text that has more tokens for sure, or for which there is no memory.
+        InputError: for a text that certainly has more tokens, or for which there is no memory.
     """
     for number, text in enumerate(texts):
         if n_tokens is not None and is_surely_longer(tokenizer, text, n_tokens):

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.checks import one_of
 from tl_looped.errors import InputError, TokenizerError
 from tl_looped.model.bos import adds_bos, bos_sentence, with_bos
 from tl_looped.transformer.reading import Chats, Given, Rows, Tokens, read_input, read_rows
@@ -25,6 +26,9 @@ from tl_looped.transformer.text_length import checked_lengths
 
 if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
+
+
+_SIDES = ("left", "right")
 
 
 def written(
@@ -52,10 +56,8 @@ def set_tokenizer(
     model: LoopedTransformer, tokenizer: Any, default_padding_side: str | None
 ) -> None:
     """Use this tokenizer from now on."""
-    if default_padding_side not in (None, "left", "right"):
-        raise InputError(
-            f"default_padding_side must be 'left' or 'right', got {default_padding_side!r}"
-        )
+    if default_padding_side is not None:
+        one_of(default_padding_side, "default_padding_side", _SIDES)
     before = model.tokenizer
     model.tokenizer = tokenizer
     if model.cfg.bos_from == "tokenizer" and _bos_decided_by(model, before) == "tokenizer":
@@ -135,8 +137,7 @@ def tokenize(
     tokenizer = need_tokenizer(model)
     prepend_bos = prepends_bos(model, prepend_bos)
     side = padding_side or getattr(tokenizer, "padding_side", None) or "right"
-    if side not in ("left", "right"):
-        raise InputError(f"padding_side must be 'left' or 'right', got {side!r}")
+    one_of(side, "padding_side", _SIDES)
     fitting = checked_lengths(tokenizer, texts, None if truncate else model.cfg.n_ctx)
     rows = [tokenizer.encode(t, add_special_tokens=False) for t in fitting]
     if prepend_bos:
@@ -180,7 +181,7 @@ def texts_of(
         except UnicodeEncodeError as error:
             raise InputError(
                 f"text {number} holds half of a surrogate pair at character {error.start}, "
-                "which is no character: read it with the right encoding, or drop it by "
+                "which is not a character: read it with the right encoding, or drop it by "
                 "text.encode(errors='ignore').decode()"
             ) from error
     return given.texts, prepend_bos
@@ -284,8 +285,7 @@ def get_token_position(
     prepend_bos: bool | None,
 ) -> int:
     """Position of a token in a text, a conversation or one sequence of tokens."""
-    if mode not in ("first", "last"):
-        raise InputError(f"mode must be 'first' or 'last', got {mode!r}")
+    one_of(mode, "mode", ("first", "last"))
     given = read_input(input)
     if not isinstance(given, Tokens):
         given = Tokens(tokenize(model, given, prepend_bos, None, False)[0], None, given.many)
