@@ -405,12 +405,12 @@ def test_auto_without_gpus_is_the_cpu(folders: dict[str, Path]) -> None:
 
 WHOLE = {"": "cpu"}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no such place": ({"device_map": WHOLE | {"lm_head": 0}}, r"\['lm_head'\] are no places"),
+    "no such place": ({"device_map": WHOLE | {"lm_head": 0}}, "lm_head"),
     "a split layer": ({"device_map": WHOLE | {"core.0.attn": 0}}, "no layer can be split"),
     "a place left out": ({"device_map": {"embed": "cpu"}}, "no device for 'prelude.0'"),
     "disk": ({"device_map": WHOLE | {"core": "disk"}}, "puts 'core' on 'disk'"),
     "meta": ({"device_map": "meta"}, "puts 'the model' on 'meta'"),
-    "no device": ({"device_map": "spread"}, "none of .*balanced"),
+    "no device": ({"device_map": "spread"}, "spread.*balanced"),
     "no such device": ({"device_map": WHOLE | {"core": 7}}, "names cuda:7"),
     "both": ({"device_map": "auto", "device": "cpu"}, "exclude each other"),
     "memory alone": ({"max_memory": {0: "1GB"}}, "max_memory is for a device_map"),
