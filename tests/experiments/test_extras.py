@@ -150,6 +150,7 @@ def test_too_many_patterns_are_refused_before_anything_runs(tmp_path: Path) -> N
         run(spec, tmp_path)
 
 
+@pytest.mark.full
 def test_states_on_disk_and_a_second_run_give_the_same_bits(tmp_path: Path, monkeypatch) -> None:
     spec = replace(SPEC, extras=("confirm",))
     on_disk = run(spec, tmp_path / "disk")

@@ -143,6 +143,7 @@ def test_one_model_is_not_used_for_another_condition() -> None:
         list(run_condition([PRE, a_cell(norm="post")], SMALL))
 
 
+@pytest.mark.full
 def test_weights_of_standard_deviation_002_give_the_pattern_of_figure_6() -> None:
     # metrics.md section 5, measured apart from this package: pre-norm with injection reaches
     # distinct fixed points, the Ouro norm reaches none, pre-norm alone drifts along one direction.

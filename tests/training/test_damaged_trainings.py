@@ -19,7 +19,7 @@ from tl_looped.training.record import check_vacant, identity, make_record
 from tl_looped.training.saved import newest_checkpoint, rotate, seal, sealed_checkpoints
 from tl_looped.training.trainer import train
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.full]
 
 NESTED = "[" * 100_000
 

@@ -404,6 +404,7 @@ def test_truncation_that_cuts_nothing_needs_no_injection() -> None:
 # -- runs of every kind ---------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "spec"),
     [

@@ -105,6 +105,7 @@ train(model(), ROWS, HELD_OUT, SPEC, Path({out!r}), tick=tick)
 """
 
 
+@pytest.mark.full
 def test_a_killed_process_resumes_to_the_same_weights_and_log(whole: Path, tmp_path: Path) -> None:
     code = KILLED.format(folders=[str(p) for p in Path(__file__).parents[:2]], out=str(tmp_path))
     process = subprocess.run([sys.executable, "-c", code], check=False)
@@ -301,6 +302,7 @@ def test_snapshots_are_models_of_every_other_evaluation_and_change_nothing(
     assert all(torch.equal(p, checkpoint[f"model.{n}"]) for n, p in then.named_parameters())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("step", [3, 10])
 def test_a_run_that_goes_on_has_the_same_snapshots(tmp_path: Path, step: int) -> None:
     def stop(tick) -> None:

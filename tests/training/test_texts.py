@@ -176,6 +176,7 @@ def test_evaluation_is_the_models_loss_at_each_number_of_recurrences() -> None:
     assert model.cfg.n_recurrences == 4
 
 
+@pytest.mark.full
 def test_the_command_trains_draws_and_goes_on(corpus, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(texts, "EVALUATED", range(1, 4))
     out = tmp_path / "run"
@@ -213,6 +214,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_the_command_goes_on_training_a_model(corpus, source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(texts, "EVALUATED", range(1, 3))
     out = tmp_path / "healed"
@@ -350,6 +352,7 @@ def test_configurations_of_section_51() -> None:
         section51.section51_config("base12", 1024, 0)
 
 
+@pytest.mark.full
 def test_runs_of_section_51_share_rows_and_go_on(tmp_path: Path, monkeypatch) -> None:
     data = tmp_path / "gsm8k.jsonl"
     lines = [{"question": t, "answer": t} for t in TEXTS]

@@ -45,6 +45,7 @@ def test_loss_falls_and_the_log_and_best_model_are_written(tmp_path: Path) -> No
     assert not model.training
 
 
+@pytest.mark.full
 @pytest.mark.once
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     one, other, third = (

@@ -267,6 +267,7 @@ CHECKS: dict[str, Callable[[LoopedTransformer], Any]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_spread_model_gives_what_one_device_gives(check: str, pair: Pair) -> None:
     one, many = pair
