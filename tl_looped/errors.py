@@ -1,7 +1,8 @@
 """The exceptions of tl_looped: one family, so that one ``except`` clause catches them all.
 
 Each class also inherits the built-in exception that a TransformerLens or PyTorch user would
-expect in its place (an unknown hook name is a ``KeyError``, a bad argument a ``ValueError``).
+expect in its place (an unknown hook name is a ``KeyError``, a bad argument a ``ValueError``, and
+what TransformerLens asserts an ``AssertionError``).
 Every message names the thing, the value that was given and the valid range or the fix.
 """
 
@@ -44,7 +45,7 @@ class HookNameError(TLLoopedError, KeyError):
     """A hook name that does not exist in the model at its current number of recurrences."""
 
 
-class GatedHookError(TLLoopedError, ValueError):
+class GatedHookError(TLLoopedError, ValueError, AssertionError):
     """A hook that exists only while a configuration flag is on, used while it is off."""
 
 
@@ -58,6 +59,10 @@ class ArgumentTypeError(InputError, TypeError):
 
 class TokenizerError(TLLoopedError, ValueError):
     """Text was given to a model without a tokenizer, or text that the tokenizer cannot handle."""
+
+
+class SingleTokenError(TokenizerError, InputError, AssertionError):
+    """Text that is not exactly one token, or a token that does not stand in the one sequence."""
 
 
 class InvalidDecompositionError(TLLoopedError, NotImplementedError):

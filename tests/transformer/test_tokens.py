@@ -12,7 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tl_looped import Injection, InputError, LoopedTransformer, NormLayout, TokenizerError
+from tl_looped import (
+    Injection,
+    InputError,
+    LoopedTransformer,
+    NormLayout,
+    SingleTokenError,
+    TokenizerError,
+)
 from tl_looped.model.config import InitialState
 
 pytestmark = pytest.mark.once
@@ -86,11 +93,11 @@ def test_text_beyond_the_context_is_refused_or_cut(model) -> None:
     [
         (lambda m: m.to_tokens("", prepend_bos=False), TokenizerError, "gives no token"),
         (lambda m: m.to_tokens([]), InputError, "no text"),
-        (lambda m: m.to_tokens("a", padding_side="top"), InputError, "'left' or 'right'"),
-        (lambda m: m.to_single_token("on"), TokenizerError, r"\['o', 'n'\]"),
-        (lambda m: m.get_token_position("x", "on the"), InputError, "does not occur"),
-        (lambda m: m.get_token_position("o", "on", mode="middle"), InputError, "'first' or"),
-        (lambda m: m.get_token_position("o", m.to_tokens(["on", "no"])), InputError, "one seq"),
+        (lambda m: m.to_tokens("a", padding_side="top"), InputError, "padding_side .*'top'"),
+        (lambda m: m.to_single_token("on"), SingleTokenError, r"\['o', 'n'\]"),
+        (lambda m: m.get_token_position("x", "on the"), SingleTokenError, "'x'"),
+        (lambda m: m.get_token_position("o", "on", mode="middle"), InputError, "mode .*'middle'"),
+        (lambda m: m.get_token_position("o", m.to_tokens(["on", "no"])), SingleTokenError, "seq"),
         (lambda m: m.to_str_tokens(m.to_tokens(["on", "no"])), InputError, "one sequence"),
         (lambda m: m.generate("on", return_type="json"), InputError, "return_type"),
     ],
@@ -98,6 +105,16 @@ def test_text_beyond_the_context_is_refused_or_cut(model) -> None:
 def test_what_cannot_be_tokenised_is_refused(model, call, error, reason) -> None:
     with pytest.raises(error, match=reason):
         call(model)
+
+
+def test_what_transformer_lens_asserts_is_an_assertion_here(model) -> None:
+    for error in (AssertionError, TokenizerError, InputError):
+        with pytest.raises(error):
+            model.to_single_token("on")
+        with pytest.raises(error):
+            model.get_token_position("x", "on the")
+    with pytest.raises(AssertionError):
+        model.run_with_cache("on", names_filter="blocks.0.attn.hook_result")
 
 
 def test_a_model_without_a_tokenizer_asks_for_token_ids(model) -> None:

@@ -386,7 +386,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """The id of a text that is exactly one token.
 
         Raises:
-            TokenizerError: if it is none or several; the message lists them.
+            SingleTokenError: if it is none or several; the message lists them.
         """
         return tokenizing.to_single_token(self, string)
 
@@ -405,8 +405,8 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """Position of a token in a text, a conversation or tokens ``[pos]`` or ``[1, pos]``.
 
         Raises:
-            InputError: if it does not occur, if there is more than one sequence, or if ``mode``
-                is neither ``"first"`` nor ``"last"``.
+            SingleTokenError: if it does not occur, or if there is more than one sequence.
+            InputError: if ``mode`` is neither ``"first"`` nor ``"last"``.
         """
         return tokenizing.get_token_position(self, single_token, input, mode, prepend_bos)
 

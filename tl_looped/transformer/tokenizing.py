@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.checks import one_of
-from tl_looped.errors import InputError, TokenizerError
+from tl_looped.errors import InputError, SingleTokenError, TokenizerError
 from tl_looped.model.bos import adds_bos, bos_sentence, with_bos
 from tl_looped.transformer.reading import Chats, Given, Rows, Tokens, read_input, read_rows
 from tl_looped.transformer.text_length import checked_lengths
@@ -258,7 +258,7 @@ def _one_sequence(model: LoopedTransformer, method: str, given: Tokens) -> Int[T
     """The only row of tokens."""
     ids = given.tokens
     if ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
-        raise InputError(f"{method} takes one sequence, got shape {tuple(ids.shape)}")
+        raise SingleTokenError(f"{method} takes one sequence, got shape {tuple(ids.shape)}")
     return ids.reshape(-1)
 
 
@@ -266,7 +266,7 @@ def to_single_token(model: LoopedTransformer, string: str) -> int:
     """The id of a text that is exactly one token."""
     ids = row_of(model, string, False)
     if len(ids) != 1:
-        raise TokenizerError(
+        raise SingleTokenError(
             f"{string!r} is not a single token but {to_str_tokens(model, string, False)}"
         )
     return int(ids[0])
@@ -294,7 +294,7 @@ def get_token_position(
     token = to_single_token(model, str(single_token)) if is_text else int(single_token)
     found = (ids == token).nonzero().flatten().tolist()
     if not found:
-        raise InputError(f"token {single_token!r} does not occur in the prompt")
+        raise SingleTokenError(f"token {single_token!r} does not occur in the prompt")
     return int(found[0 if mode == "first" else -1])
 
 
