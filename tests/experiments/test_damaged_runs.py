@@ -18,9 +18,9 @@ from conftest import VARIANTS, random_config
 from tl_looped import DataError, LoopedTransformer
 from tl_looped.experiments import sealing, store
 from tl_looped.experiments.compare import compare_runs, load_runs
-from tl_looped.experiments.jobs import Watch
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
+from tl_looped.progress import Progress
 from tl_looped.report.findings import read_findings
 
 pytestmark = pytest.mark.once
@@ -61,7 +61,7 @@ def stopped(spec: Experiment, out: Path, model: LoopedTransformer, after: int = 
 
     before = set(out.glob("*"))
     with pytest.raises(Stop):
-        run_experiment(spec, out, model=model, batch_size=1, watch=Watch(advance=advance))
+        run_experiment(spec, out, model=model, batch_size=1, progress=Progress(advance=advance))
     (folder,) = set(out.glob("*")) - before
     return folder / "parts"
 
@@ -70,8 +70,8 @@ def resumed(out: Path, model: LoopedTransformer) -> tuple[xr.Dataset, list[str],
     """Results of going on, what was said, and how many prompts were done before."""
     said: list[str] = []
     before: list[int] = []
-    watch = Watch(start=lambda total, done: before.append(done), say=said.append)
-    run = run_experiment(SPEC, out, model=model, watch=watch)
+    progress = Progress(start=lambda total, done: before.append(done), say=said.append)
+    run = run_experiment(SPEC, out, model=model, progress=progress)
     return run.load(), said, before[0]
 
 
@@ -159,7 +159,9 @@ def test_results_of_another_run_are_set_aside(tiny, whole, tmp_path: Path) -> No
     with pytest.raises(DataError, match="another run"):
         mine.load()
     said: list[str] = []
-    again = run_experiment(SPEC, tmp_path, model=tiny, batch_size=1, watch=Watch(say=said.append))
+    again = run_experiment(
+        SPEC, tmp_path, model=tiny, batch_size=1, progress=Progress(say=said.append)
+    )
     assert again.is_new
     assert again.load().identical(whole)
     assert "holds the results of another run" in said[0]
@@ -175,7 +177,7 @@ def test_results_without_a_checksum_are_used_and_said(tiny, whole, tmp_path: Pat
     path.write_bytes(content)
     for spec in (SPEC, replace(SPEC, feedforward="b")):  # the second one writes it again
         said: list[str] = []
-        again = run_experiment(spec, tmp_path, model=tiny, watch=Watch(say=said.append))
+        again = run_experiment(spec, tmp_path, model=tiny, progress=Progress(say=said.append))
         assert not again.is_new
         assert "has no checksum" in said[0]
         assert not store.has_checksum(again.load())
@@ -217,8 +219,8 @@ def test_tables_are_written_before_the_results_and_again_if_missing(
     (folder,) = tmp_path.iterdir()
     assert not (folder / "results.nc").exists()
     before: list[int] = []
-    watch = Watch(start=lambda total, done: before.append(done))
-    run_experiment(SPEC, tmp_path, model=tiny, watch=watch)
+    progress = Progress(start=lambda total, done: before.append(done))
+    run_experiment(SPEC, tmp_path, model=tiny, progress=progress)
     assert before == [len(TEXTS)]  # nothing was run again
     tables = {path: path.read_bytes() for path in (folder / "tables").iterdir()}
     names = {path.name for path in tables}

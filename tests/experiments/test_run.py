@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tl_looped import DataError, InputError, LoopedTransformer
 from tl_looped.experiments import store
 from tl_looped.experiments.identity import folder_identity
-from tl_looped.experiments.jobs import Watch, is_out_of_memory
+from tl_looped.experiments.jobs import is_out_of_memory
 from tl_looped.experiments.reading import specification
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.sources import find_model
@@ -30,6 +30,7 @@ from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import convergence_verdict, from_cache, stream
 from tl_looped.metrics.attention_patterns import pairwise_attention_distance
 from tl_looped.metrics.states import pairwise_residual_cosine
+from tl_looped.progress import Progress
 
 TEXTS = ("Tom has 3 pens.", "One two.", "Six boxes hold 4 pens each, he says.", "It is so.", "No.")
 SPEC = Experiment(
@@ -53,8 +54,8 @@ def notices() -> list[str]:
     return []
 
 
-def watch_of(notices: list[str]) -> Watch:
-    return Watch(say=notices.append)
+def progress_of(notices: list[str]) -> Progress:
+    return Progress(say=notices.append)
 
 
 def test_results_are_those_of_the_metrics_and_are_not_computed_twice(
@@ -166,14 +167,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny, tmp_path: Path) -> No
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(spec, tmp_path / "a", model=tiny, batch_size=2, watch=Watch(advance=stop))
+        run_experiment(
+            spec, tmp_path / "a", model=tiny, batch_size=2, progress=Progress(advance=stop)
+        )
     (folder,) = (tmp_path / "a").iterdir()
     assert len(list((folder / "parts").glob("*.npz"))) == 1
     assert not (folder / "results.nc").exists()
     seen: list[tuple[int, int]] = []
     done: list[int] = []
-    watch = Watch(start=lambda total, before: seen.append((total, before)), advance=done.append)
-    resumed = run_experiment(spec, tmp_path / "a", model=tiny, watch=watch)
+    progress = Progress(
+        start=lambda total, before: seen.append((total, before)), advance=done.append
+    )
+    resumed = run_experiment(spec, tmp_path / "a", model=tiny, progress=progress)
     assert (seen, done) == ([(5, 2)], [2, 1])  # the batch size of the first call is kept
     whole = run_experiment(spec, tmp_path / "b", model=tiny, batch_size=2)
     assert same(resumed.load(), whole.load())
@@ -184,10 +189,10 @@ def test_a_damaged_part_is_run_again(tiny, tmp_path: Path, notices: list[str]) -
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(SPEC, tmp_path, model=tiny, batch_size=1, watch=Watch(advance=stop))
+        run_experiment(SPEC, tmp_path, model=tiny, batch_size=1, progress=Progress(advance=stop))
     (part,) = tmp_path.glob("*/parts/*.npz")
     part.write_bytes(part.read_bytes()[:1000])
-    run = run_experiment(SPEC, tmp_path, model=tiny, watch=watch_of(notices))
+    run = run_experiment(SPEC, tmp_path, model=tiny, progress=progress_of(notices))
     assert "damaged" in notices[0]
     assert run.load().sizes["prompt"] == 5
 
@@ -204,7 +209,7 @@ def test_memory_running_out_halves_the_batch_and_says_so(
         sizes.append(len(x))
 
     with tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", small_memory)]):
-        run = run_experiment(spec, tmp_path / "a", model=tiny, watch=watch_of(notices))
+        run = run_experiment(spec, tmp_path / "a", model=tiny, progress=progress_of(notices))
         assert notices == ["out of memory with 5 prompts at a time: going on with 2"]
         assert sorted(set(sizes)) == [1, 2]
         with pytest.raises(DataError, match=r"out of memory with 5 prompts.*'auto'"):
@@ -247,12 +252,12 @@ def test_prompts_beyond_the_context_are_left_out_or_cut_and_counted(
     long = " ".join(["pens"] * 100)
     texts = (*TEXTS[:2], long, TEXTS[3])
     skip = replace(SPEC, prompts=PromptSet("text", texts=texts))
-    data = run_experiment(skip, tmp_path, model=tiny, watch=watch_of(notices)).load()
+    data = run_experiment(skip, tmp_path, model=tiny, progress=progress_of(notices)).load()
     assert "1 of 4 prompts are longer than the context of 64 tokens and are left out" in notices
     assert data["source_row"].values.tolist() == [0, 1, 3]
     assert (data.attrs["prompts_too_long"], data.attrs["prompts_run"]) == (1, 3)
     cut = replace(SPEC, prompts=PromptSet("text", texts=texts, too_long="truncate"))
-    data = run_experiment(cut, tmp_path, model=tiny, watch=watch_of(notices)).load()
+    data = run_experiment(cut, tmp_path, model=tiny, progress=progress_of(notices)).load()
     assert "1 prompts were cut to the context of 64 tokens" in notices
     assert data["n_tokens"].values.tolist()[2] == 64
     assert (data.attrs["prompts_truncated"], data.attrs["prompts_too_long"]) == (1, 0)
@@ -280,13 +285,13 @@ def test_results_of_another_format_or_damaged_are_kept_beside(
     with pytest.raises(DataError, match=r"format 99.*reads format 1"):
         run.load()
     other = path.read_bytes()
-    again = run_experiment(SPEC, tmp_path, model=tiny, watch=watch_of(notices))
+    again = run_experiment(SPEC, tmp_path, model=tiny, progress=progress_of(notices))
     assert again.is_new
     assert "kept as results.old-1.nc" in notices[0]
     assert (run.folder / "results.old-1.nc").read_bytes() == other
     assert same(again.load(), good)
     path.write_bytes(path.read_bytes()[:-100])
-    run_experiment(SPEC, tmp_path, model=tiny, watch=watch_of(notices))
+    run_experiment(SPEC, tmp_path, model=tiny, progress=progress_of(notices))
     assert "damaged" in notices[1]
     assert (run.folder / "results.old-2.nc").exists()
 

@@ -33,6 +33,7 @@ from tl_looped.paper.section42.cells import (
 from tl_looped.paper.section42.grid import run_grid
 from tl_looped.paper.section42.page import verdict_part
 from tl_looped.paper.section42.tables import grid_tables, is_zero, read_tables, shipped
+from tl_looped.progress import Progress
 from tl_looped.transformer import LoopedTransformer
 
 pytestmark = pytest.mark.once
@@ -197,7 +198,7 @@ def test_processes_do_not_change_a_bit(
     grid: tuple[Path, dict[Cell, xr.Dataset]], tmp_path: Path
 ) -> None:
     advanced: list[int] = []
-    found = run_grid(FEW, SMALL, tmp_path, 2, advanced.append)
+    found = run_grid(FEW, SMALL, tmp_path, 2, Progress(advance=advanced.append))
     assert sum(advanced) == len(FEW)
     assert all(found[cell].identical(data) for cell, data in grid[1].items())
 
@@ -217,9 +218,11 @@ def test_a_stopped_grid_goes_on(tmp_path: Path) -> None:
         run_grid(FEW, SMALL, tmp_path, 1, stop)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.npz")}
     assert len(kept) == 3
+    before: list[int] = []
     advanced: list[int] = []
-    found = run_grid(FEW, SMALL, tmp_path, 1, advanced.append)
-    assert advanced == [3, 1, 1, 1, 1, 1]
+    progress = Progress(lambda total, done: before.append(done), advanced.append)
+    found = run_grid(FEW, SMALL, tmp_path, 1, progress)
+    assert (before, advanced) == ([3], [1, 1, 1, 1, 1])
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert found[FEW[-1]].identical(run_cell(FEW[-1], SMALL))
 
@@ -229,7 +232,7 @@ def test_a_damaged_cell_is_said_and_run_again(tmp_path: Path) -> None:
     path = tmp_path / "cells" / f"{FEW[0].name}.npz"
     path.write_bytes(path.read_bytes()[:100])
     said: list[str] = []
-    again = run_grid(FEW[:2], SMALL, tmp_path, 1, say=said.append)
+    again = run_grid(FEW[:2], SMALL, tmp_path, 1, Progress(say=said.append))
     assert len(said) == 1
     assert FEW[0].name in said[0]
     assert again[FEW[0]].identical(first[FEW[0]])
@@ -383,7 +386,7 @@ def test_a_copied_cell_is_not_taken_for_another(tmp_path: Path) -> None:
     first, second = (tmp_path / "cells" / f"{cell.name}.npz" for cell in FEW[:2])
     second.write_bytes(first.read_bytes())
     said: list[str] = []
-    found = run_grid(FEW[:2], SMALL, tmp_path, 1, say=said.append)
+    found = run_grid(FEW[:2], SMALL, tmp_path, 1, Progress(say=said.append))
     assert FEW[0].name in said[0]
     assert found[FEW[1]].identical(run_cell(FEW[1], SMALL))
 
@@ -397,11 +400,11 @@ def test_a_cell_of_another_size_is_not_taken(
     content = path.read_bytes()
     write_part(other, path)
     said: list[str] = []
-    found = run_grid(FEW[:1], SMALL, tmp_path, 1, say=said.append)
+    found = run_grid(FEW[:1], SMALL, tmp_path, 1, Progress(say=said.append))
     assert "is of another size" in said[0]
     assert found[FEW[0]].identical(grid[1][FEW[0]])
     # As an earlier version wrote it: taken, and said.
     path.write_bytes(opened(content)[0])
-    assert run_grid(FEW[:1], SMALL, tmp_path, 1, say=said.append).keys() == {FEW[0]}
+    assert run_grid(FEW[:1], SMALL, tmp_path, 1, Progress(say=said.append)).keys() == {FEW[0]}
     assert "1 cells in" in said[1]
     assert "no checksum" in said[1]

@@ -14,6 +14,7 @@ from conftest import files_of_at_most
 from test_resume import HELD_OUT, ROWS, SPEC, model, stopped_at, weights
 
 from tl_looped import CheckpointError, ConfigError, DataError, LoopedTransformer
+from tl_looped.progress import Progress
 from tl_looped.training.log import read_log
 from tl_looped.training.record import check_vacant, identity, make_record
 from tl_looped.training.saved import newest_checkpoint, rotate, seal, sealed_checkpoints
@@ -42,15 +43,8 @@ def again(out: Path, **changes: object) -> tuple[list[int], list[str]]:
     """Run it again: the steps that were done, and what was said."""
     steps: list[int] = []
     said: list[str] = []
-    train(
-        model(),
-        ROWS,
-        HELD_OUT,
-        replace(SPEC, **changes),
-        out,
-        tick=lambda t: steps.append(t.step),
-        say=said.append,
-    )
+    progress = Progress(tick=lambda t: steps.append(t.step), say=said.append)
+    train(model(), ROWS, HELD_OUT, replace(SPEC, **changes), out, progress)
     return steps, said
 
 
@@ -277,7 +271,7 @@ def test_the_identity_of_a_run_ignores_what_is_at_its_default() -> None:
 def test_a_model_that_an_interrupted_call_has_trained_may_be_given_again(whole, tmp_path) -> None:
     victim = model()
     stopped_at(9, tmp_path, victim)
-    train(victim, ROWS, HELD_OUT, SPEC, tmp_path, say=pytest.fail)
+    train(victim, ROWS, HELD_OUT, SPEC, tmp_path, progress=Progress(say=pytest.fail))
     assert weights(tmp_path) == weights(whole)
 
 
@@ -287,7 +281,7 @@ def test_a_run_without_a_checkpoint_says_that_it_begins_with_other_weights(tmp_p
     with pytest.raises(ConfigError, match="weights that it begins with"):
         train(victim, ROWS, HELD_OUT, SPEC, tmp_path, fresh=True)
     said: list[str] = []
-    train(victim, ROWS, HELD_OUT, SPEC, tmp_path, say=said.append)
+    train(victim, ROWS, HELD_OUT, SPEC, tmp_path, progress=Progress(say=said.append))
     assert len(said) == 1
     assert "not those that the run began with" in said[0]
     assert again(tmp_path) == ([], [])

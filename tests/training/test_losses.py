@@ -18,6 +18,7 @@ from scipy.stats import poisson
 from tl_looped import ConfigError, InputError, LoopedTransformer, NormLayout
 from tl_looped.model.config import Injection
 from tl_looped.model.roles import Role, parameter_roles
+from tl_looped.training.evaluation import held_out_loss
 from tl_looped.training.losses import (
     EveryRecurrence,
     ExitWeighted,
@@ -25,10 +26,11 @@ from tl_looped.training.losses import (
     exit_weighted,
     training_loss,
 )
+from tl_looped.training.objective import RowsInOrder
 from tl_looped.training.optimizers import MuonWithAdamW, make_optimizer
 from tl_looped.training.recurrences import Constant, PoissonLogNormal, state_seed
 from tl_looped.training.spec import TrainSpec
-from tl_looped.training.trainer import RowsInOrder, held_out_loss, train
+from tl_looped.training.trainer import train
 
 TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 INJECTED = VARIANTS["pre-injection"]
@@ -369,7 +371,7 @@ def test_every_epoch_holds_every_row_once_in_a_seeded_order() -> None:
         (lambda: TrainSpec(steps=1, backprop_last=0), "backprop_last must be"),
         (lambda: TrainSpec(steps=1, seed=-1), "seed must be"),
         (lambda: TrainSpec(steps=1, learning_rate=float("nan")), "learning_rate must be"),
-        (lambda: TrainSpec(steps=1, final_fraction=2.0), "final_fraction must be from 0 to 1"),
+        (lambda: TrainSpec(steps=1, final_fraction=2.0), "final_fraction must be"),
         (lambda: TrainSpec(steps=1, optimizer="sgd"), "optimizer must be one of"),
     ],
 )

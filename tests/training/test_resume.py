@@ -27,6 +27,7 @@ from tl_looped import (
     LoopedTransformer,
 )
 from tl_looped.errors import DivergedError
+from tl_looped.progress import Progress
 from tl_looped.training.recurrences import PoissonLogNormal
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import train
@@ -86,7 +87,7 @@ def stopped_at(step: int, out: Path, victim: LoopedTransformer) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        train(victim, ROWS, HELD_OUT, SPEC, out, tick=stop)
+        train(victim, ROWS, HELD_OUT, SPEC, out, Progress(tick=stop))
 
 
 KILLED = """
@@ -95,13 +96,14 @@ from pathlib import Path
 sys.path[:0] = {folders!r}
 from test_resume import HELD_OUT, ROWS, SPEC, model
 from tl_looped.errors import DivergedError
+from tl_looped.progress import Progress
 from tl_looped.training.trainer import train
 
 def tick(t):
     if t.step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
 
-train(model(), ROWS, HELD_OUT, SPEC, Path({out!r}), tick=tick)
+train(model(), ROWS, HELD_OUT, SPEC, Path({out!r}), Progress(tick=tick))
 """
 
 
@@ -112,7 +114,8 @@ def test_a_killed_process_resumes_to_the_same_weights_and_log(whole: Path, tmp_p
     assert process.returncode == -signal.SIGKILL
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-4"]
     steps = []
-    train(model(), ROWS, HELD_OUT, SPEC, tmp_path, tick=lambda t: steps.append(t.step))
+    progress = Progress(tick=lambda t: steps.append(t.step))
+    train(model(), ROWS, HELD_OUT, SPEC, tmp_path, progress)
     assert steps == list(range(5, 13))
     assert weights(tmp_path) == weights(whole)
     assert without_times(tmp_path) == without_times(whole)
@@ -133,7 +136,8 @@ def test_an_exception_keeps_the_checkpoint_and_the_callers_generators(tmp_path: 
 def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
     before, log = weights(whole), (whole / "log.csv").read_text()
     again = model()
-    entries = train(again, ROWS, HELD_OUT, SPEC, whole, tick=lambda t: pytest.fail("trained"))
+    progress = Progress(tick=lambda t: pytest.fail("trained"))
+    entries = train(again, ROWS, HELD_OUT, SPEC, whole, progress)
     assert weights(whole) == before
     assert (whole / "log.csv").read_text() == log
     assert [e["step"] for e in entries] == [4, 8, 12]
@@ -209,7 +213,7 @@ def poison(out: Path, at: int, change) -> str:
             change(victim)
 
     with pytest.raises(DivergedError) as caught:
-        train(victim, ROWS, HELD_OUT, SPEC, out, tick=tick)
+        train(victim, ROWS, HELD_OUT, SPEC, out, Progress(tick=tick))
     return str(caught.value)
 
 
@@ -312,7 +316,7 @@ def test_a_run_that_goes_on_has_the_same_snapshots(tmp_path: Path, step: int) ->
     whole, out = tmp_path / "whole", tmp_path / "out"
     train(model(), ROWS, HELD_OUT, SPEC, whole, snapshots=2)
     with pytest.raises(Stop):
-        train(model(), ROWS, HELD_OUT, SPEC, out, tick=stop, snapshots=2)
+        train(model(), ROWS, HELD_OUT, SPEC, out, Progress(tick=stop), snapshots=2)
     # What a process that was killed in the middle of saving leaves behind.
     (out / "snapshots" / ".step-000012.partial").mkdir()
     (out / "snapshots" / ".step-000012.partial" / "config.json").write_text("{")

@@ -10,8 +10,10 @@ from conftest import random_config
 
 from tl_looped import DataError, InitialState, Injection, LoopedTransformer
 from tl_looped.training.corpus import pack, read_problems, split, train_tokenizer
+from tl_looped.training.evaluation import held_out_loss
+from tl_looped.training.log import LOG_FIELDS
 from tl_looped.training.spec import TrainSpec
-from tl_looped.training.trainer import LOG_FIELDS, held_out_loss, train
+from tl_looped.training.trainer import train
 
 TEXTS = [f"{a} plus {b}\nis {a + b}" for a in range(10) for b in range(10)]
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from tl_looped.progress import SILENT, Progress, Tick
 
 _STOPPED = 130
 
@@ -40,10 +43,52 @@ def note(text: str) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def progress_bar() -> Progress:
-    """A bar with a count and the remaining time."""
+@contextmanager
+def progress_bars(first: bool = True) -> Iterator[Bars]:
+    """Bars of calls that take long; none stays of a call that did nothing, refused or finished.
+
+    Args:
+        first: Whether this process is the first of those that share the work; the others are
+            silent.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)
+    numbers = TextColumn("{task.fields[numbers]}")
+    bars = Bars(*columns, numbers, TimeRemainingColumn(), console=console, disable=not first)
+    with bars:
+        try:
+            yield bars
+        finally:
+            for task in bars.tasks:
+                bars.update(task.id, visible=bool(task.completed))
+
+
+def bar(bars: Bars, what: str, total: int | None = None, numbers: str = "") -> Progress:
+    """A new bar, as the ``progress=`` of a call.
+
+    Args:
+        bars: Those that it stands among.
+        what: Its description.
+        total: Items or steps, if they are known yet.
+        numbers: Text beside the bar until the first training step.
+    """
+    if bars.disable:
+        return SILENT
+    task = bars.add_task(what, total=total, numbers=numbers)
+
+    def start(total: int, done: int) -> None:
+        bars.update(task, total=total, completed=done)
+        if done:
+            bars.console.print(f"going on: {done} of {total} were done before")
+
+    def tick(value: Tick) -> None:
+        speed = f"loss {value.loss:.3f}, {value.tokens_per_second:.0f} tokens/s"
+        bars.update(task, completed=value.step, numbers=speed)
+
+    def report(entry: dict[str, Any]) -> None:
+        losses = f"train {entry['train_loss']:.3f}, held out {entry['held_out_loss']:.3f}"
+        bars.console.print(f"{what}, step {entry['step']}: {losses}", highlight=False)
+
+    return Progress(start, lambda n: bars.advance(task, n), tick, report, note)
 
 
 def parse_batch_size(text: str) -> int | str:
@@ -61,29 +106,3 @@ def stoppable(
     except KeyboardInterrupt:
         console.print(f"Stopped. {sentence}")
         raise typer.Exit(_STOPPED) from None
-
-
-@contextmanager
-def watched(description: str, first: bool) -> Iterator[Any]:
-    """A watch over a run that shows a bar of its prompts; silent in all but the first process."""
-    from tl_looped.experiments.jobs import Watch
-
-    if not first:
-        yield Watch()
-        return
-    with progress_bar() as progress:
-        task = progress.add_task(description, total=None)
-
-        def start(total: int, done: int) -> None:
-            progress.update(task, total=total, completed=done)
-            if done:
-                progress.console.print(f"going on: {done} of {total} prompts were done before")
-
-        try:
-            yield Watch(
-                start=start,
-                advance=lambda n: progress.advance(task, n),
-                say=note,
-            )
-        finally:  # of a run that was refused, or had its results, no bar stays
-            progress.update(task, visible=progress.tasks[0].total is not None)

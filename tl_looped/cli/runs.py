@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tl_looped.cli.console import (
+    bar,
     command_line,
     console,
     note,
     parse_batch_size,
+    progress_bars,
     stoppable,
-    watched,
 )
 from tl_looped.errors import CheckpointError, DataError, InputError
 
@@ -299,9 +300,9 @@ def run_all(
                     continue
                 what += f", process 1 of {workers.world}" if workers.world > 1 else ""
                 try:
-                    with watched(what, workers.first) as watch:
+                    with progress_bars(workers.first) as bars:
                         made = run_experiment(
-                            spec, out, device=device, batch_size=size, watch=watch
+                            spec, out, device=device, batch_size=size, progress=bar(bars, what)
                         )
                 except (CheckpointError, DataError) as error:
                     if failed is None:

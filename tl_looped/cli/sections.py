@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tl_looped.cli.console import (
+    bar,
     command_line,
     console,
     note,
     parse_batch_size,
-    progress_bar,
+    progress_bars,
     stoppable,
-    watched,
 )
 from tl_looped.errors import InputError
 from tl_looped.words import count
@@ -60,9 +60,9 @@ def reproduce_section51(
     chosen = PromptSet.parse(prompts or "bundled", subset=subset)
     size = parse_batch_size(batch_size)
     counts = VERDICT_RECURRENCES if recurrences is None else recurrences
-    with stoppable():
+    with stoppable(), progress_bars() as bars:
         measured = [
-            measure(one, out / "runs", chosen, counts, device, size, partial(watched, first=True))
+            measure(one, out / "runs", chosen, counts, device, size, partial(bar, bars))
             for one in found
         ]
     for name, why in missing.items():
@@ -104,11 +104,9 @@ def reproduce_section42(
         raise InputError(f"seeds must be at least 1, got {seeds}")
     wanted = cells(range(seeds)) if wanted is None else wanted
     workers = os.cpu_count() or 1 if workers is None else workers
-    with stoppable(), progress_bar() as progress:
-        task = progress.add_task("random models", total=len(wanted))
-        found = run_grid(
-            wanted, size or CellSize(), out, workers, lambda n: progress.advance(task, n), note
-        )
+    with stoppable(), progress_bars() as bars:
+        progress = bar(bars, "random models", len(wanted))
+        found = run_grid(wanted, size or CellSize(), out, workers, progress)
     tables = grid_tables(found)
     tables.write(out / "tables")
     draw_section42(found, out / "figures", command_line(), note)

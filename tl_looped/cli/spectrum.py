@@ -47,7 +47,7 @@ def spectrum(
         snapshot_experiments,
     )
     from tl_looped.experiments.spec import PromptSet
-    from tl_looped.training.trainer import SNAPSHOTS
+    from tl_looped.training.recorder import SNAPSHOTS
 
     out = folder / "spectrum" if out is None else out
     if (folder / SNAPSHOTS).is_dir():

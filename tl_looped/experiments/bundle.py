@@ -17,8 +17,8 @@ from tl_looped.files import make_folder, write_text
 from tl_looped.plots import loss_curve
 from tl_looped.training.corpus import pack, read_problems, split
 from tl_looped.training.demo import CONTEXT, HELD_OUT_PROBLEMS
+from tl_looped.training.evaluation import held_out_loss
 from tl_looped.training.spec import TrainSpec
-from tl_looped.training.trainer import held_out_loss
 from tl_looped.transformer import LoopedTransformer
 
 EVALUATED = (1, 2, 4, 8, 16, 32)

@@ -5,8 +5,6 @@ What the folder of parts holds is looked after by ``tl_looped.experiments.parts`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,25 +20,11 @@ from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.stacking import bytes_of_matrices
 from tl_looped.metrics import StreamOptions
 from tl_looped.metrics.streaming import batches_of
+from tl_looped.progress import Progress
 from tl_looped.transformer.cache_size import free_bytes, readable
 
 LARGEST_BATCH = 32
 _LARGEST_PATTERNS = 2**29
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What a run tells its caller.
-
-    Args:
-        start: Called once with the prompts that are to be run and those that parts hold already.
-        advance: Called with the prompts of every finished batch.
-        say: Called with notices: prompts left out, a smaller batch size, a file set aside.
-    """
-
-    start: Callable[[int, int], None] = lambda total, done: None
-    advance: Callable[[int], None] = lambda n: None
-    say: Callable[[str], None] = lambda text: None
 
 
 class Job:
@@ -53,23 +37,23 @@ class Job:
         prompts: Prompts,
         folder: Path,
         workers: Workers,
-        watch: Watch,
+        progress: Progress,
         digest: str,
     ) -> None:
         self.spec, self.engine = spec, engine
-        self.workers, self.watch = workers, watch
+        self.workers, self.progress = workers, progress
         self.rows, self.numbers, self.n_cut = tokenize(engine, prompts, spec.prompts.too_long)
         self.parts = Parts(folder, digest, len(self.rows))
         self._check_patterns()
         self._check_memory()
         n_ctx = engine.model.cfg.n_ctx
         if n_left_out := len(prompts.texts) - len(self.rows):
-            watch.say(
+            progress.say(
                 f"{n_left_out} of {len(prompts.texts)} prompts are longer than the context of "
                 f"{n_ctx} tokens and are left out"
             )
         if self.n_cut:
-            watch.say(f"{self.n_cut} prompts were cut to the context of {n_ctx} tokens")
+            progress.say(f"{self.n_cut} prompts were cut to the context of {n_ctx} tokens")
 
     def _check_patterns(self) -> None:
         """Whether the attention of the first prompt fits a result, before anything runs."""
@@ -122,7 +106,7 @@ class Job:
         What is damaged, or of another run, is set aside and said.
         """
         if self.workers.first:
-            self.parts.check(self.watch.say)
+            self.parts.check(self.progress.say)
             if batch_size != "auto":
                 self.parts.write_plan(int(batch_size))
             elif self.parts.planned is None:
@@ -151,7 +135,7 @@ class Job:
         done = self.parts.prompts()
         left = [[n for n in batch if n not in done] for batch in planned]
         n_planned, n_left = (sum(map(len, batches)) for batches in (planned, left))
-        self.watch.start(n_planned, n_planned - n_left)
+        self.progress.start(n_planned, n_planned - n_left)
         return [batch for batch in left if batch]
 
     # -- doing it -----------------------------------------------------------------------------
@@ -174,7 +158,7 @@ class Job:
                 queue.append(batch)
                 continue
             self.parts.save(data, batch)
-            self.watch.advance(len(batch))
+            self.progress.advance(len(batch))
 
     def _run_or_none(self, batch: list[int]) -> xr.Dataset | None:
         """Results of a batch, or None if the memory does not hold it."""
@@ -221,7 +205,9 @@ class Job:
                 "batches stay"
             )
         limit = len(batch) // 2
-        self.watch.say(f"out of memory with {len(batch)} prompts at a time: going on with {limit}")
+        self.progress.say(
+            f"out of memory with {len(batch)} prompts at a time: going on with {limit}"
+        )
         return limit
 
 

@@ -28,7 +28,7 @@ from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import store
 from tl_looped.experiments.engines import load_engine
 from tl_looped.experiments.identity import run_hash
-from tl_looped.experiments.jobs import Job, Watch
+from tl_looped.experiments.jobs import Job
 from tl_looped.experiments.joining import joined
 from tl_looped.experiments.locking import lock_folder
 from tl_looped.experiments.parallel import Workers
@@ -39,6 +39,7 @@ from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.tables import TABLES, table_files, write_tables
 from tl_looped.files import write_bytes
 from tl_looped.model.bos import bos_sentence
+from tl_looped.progress import SILENT, Progress
 from tl_looped.transformer import LoopedTransformer
 
 _LIMITING_WINDOW = 64
@@ -110,7 +111,7 @@ def run_experiment(
     model: LoopedTransformer | None = None,
     device: str | None = None,
     batch_size: int | str = "auto",
-    watch: Watch | None = None,
+    progress: Progress = SILENT,
 ) -> Run:
     """Run an experiment, or go on with it, or find that it was run.
 
@@ -122,7 +123,7 @@ def run_experiment(
         device: Where to run; in a launch of several processes each one's own if None.
         batch_size: Prompts at a time, or ``"auto"``: what the free memory suggests, 32 at most,
             halved whenever memory runs out.
-        watch: Gets progress and notices.
+        progress: Told of prompts and notices.
 
     Raises:
         DataError: no prompt, no room on the disk, no memory for the given batch size.
@@ -130,7 +131,6 @@ def run_experiment(
     """
     if batch_size != "auto" and (type(batch_size) is not int or batch_size < 1):
         raise InputError(f"batch_size must be 'auto' or an integer from 1 on, got {batch_size!r}")
-    watch = watch or Watch()
     workers = Workers.here(device)
     prompts = load_prompts(spec.prompts)
     spec, source = resolve(spec, model)
@@ -143,15 +143,15 @@ def run_experiment(
     data, problem = store.read_if_usable(results, digest)
     workers.wait()  # before the first process touches anything
     if data is not None:
-        return _found(spec, folder, workers, data, watch)
+        return _found(spec, folder, workers, data, progress)
     lock = lock_folder(folder / store.PARTS) if workers.first else None
     if workers.first:
         if problem:
             kept = store.set_aside(results)
-            watch.say(f"{problem}. It is kept as {kept.name}; the run starts anew")
+            progress.say(f"{problem}. It is kept as {kept.name}; the run starts anew")
         write_bytes(spec.to_toml().encode(), folder / store.SPEC)
     engine = load_engine(spec, source, workers.device, model)
-    job = Job(spec, engine, prompts, folder, workers, watch, digest)
+    job = Job(spec, engine, prompts, folder, workers, progress, digest)
     job.plan(batch_size)
     workers.wait()
     job.run()
@@ -176,12 +176,14 @@ def run_experiment(
     return Run(folder, is_new=True, digest=digest)
 
 
-def _found(spec: Experiment, folder: Path, workers: Workers, data: xr.Dataset, watch: Watch) -> Run:
+def _found(
+    spec: Experiment, folder: Path, workers: Workers, data: xr.Dataset, progress: Progress
+) -> Run:
     """A run whose results are there; the model that reports compare it with is as asked for."""
     _clean(folder, workers)
     if workers.first:
         if not store.has_checksum(data):
-            watch.say(
+            progress.say(
                 f"{store.unchecked(str(folder / store.RESULTS))}. Remove it to run the experiment "
                 "again"
             )

@@ -28,7 +28,8 @@ from tl_looped.plots.captions import caption_of
 from tl_looped.plots.recipes import DrawnFigure
 from tl_looped.plots.spectral_radius import radius_against_rate, radius_over_training
 from tl_looped.plots.summaries import name_of, shape_of
-from tl_looped.training.trainer import SNAPSHOTS, read_log
+from tl_looped.training.log import read_log
+from tl_looped.training.recorder import SNAPSHOTS
 from tl_looped.words import count
 
 RECURRENCES = 64
@@ -95,7 +96,7 @@ def over_training(results: Mapping[int, xr.Dataset], log: list[dict[str, Any]]) 
 
     Args:
         results: By step, with the extras convergence and spectrum, of the same prompts.
-        log: Of the training run (:func:`tl_looped.training.trainer.read_log`).
+        log: Of the training run (:func:`tl_looped.training.log.read_log`).
 
     Returns:
         ``rate``, ``verdict``, ``spectral_radius``, … over ``step`` and ``prompt``, and

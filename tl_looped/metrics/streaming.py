@@ -27,7 +27,6 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, Reads, select
@@ -36,6 +35,7 @@ from tl_looped.metrics.inputs import check_choice
 from tl_looped.metrics.labels import Arrangement, by_recurrence, labelled, run_attributes
 from tl_looped.metrics.spill import Spill
 from tl_looped.model.config import InitialState
+from tl_looped.progress import Progress, advancing
 from tl_looped.transformer import LoopedTransformer
 
 States = Literal["recompute", "disk"]
@@ -94,7 +94,7 @@ def stream(
     by: Arrangement | str = "recurrence",
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
-    progress: bool = False,
+    progress: Progress | bool = False,
     **options: Any,
 ) -> xr.Dataset:
     """Metrics of many prompts, labelled as by ``from_cache``.
@@ -106,7 +106,7 @@ def stream(
         metrics: Names and groups, see ``tl_looped.metrics.catalogue``.
         by: ``"recurrence"`` or ``"depth"``, see ``tl_looped.metrics.labels``.
         attention_mask, prepend_bos: See :meth:`LoopedTransformer.token_rows`.
-        progress: Show a bar over prompts.
+        progress: Show a bar over prompts, or tell a :class:`~tl_looped.progress.Progress`.
         **options: Fields of :class:`StreamOptions`: ``n_recurrences``, ``batch_size``, …
 
     Returns:
@@ -119,10 +119,10 @@ def stream(
     rows = model.token_rows(prompts, attention_mask, prepend_bos)
     check_choice("by", by, get_args(Arrangement))
     batches = []
-    with tqdm(total=len(rows), disable=not progress, unit="prompt") as bar:
+    with advancing(progress, len(rows), "prompt") as advance:
         for batch in stream_batches(model, rows, metrics, StreamOptions(**options)):
             batches.append(batch)
-            bar.update(batch.sizes["prompt"])
+            advance(batch.sizes["prompt"])
     data = join_batches(batches)
     return by_recurrence(data) if by == "recurrence" else data
 

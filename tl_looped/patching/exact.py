@@ -15,7 +15,6 @@ import torch
 import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InputError
@@ -33,6 +32,7 @@ from tl_looped.patching.grid import (
     labelled,
     make_grid,
 )
+from tl_looped.progress import Progress, advancing
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Edit
 from tl_looped.transformer.prompt import read_prompt
@@ -53,7 +53,7 @@ def patch_recurrences(
     layer_type: str | None = None,
     clean_metric: float | None = None,
     batch_size: int = 16,
-    progress: bool = True,
+    progress: Progress | bool = True,
     **run: Any,
 ) -> xr.Dataset:
     """Patch an activation of the clean run at (r, l) into the corrupted run at (r', l').
@@ -77,7 +77,7 @@ def patch_recurrences(
         clean_metric: The metric of the clean run; of the logits in ``clean_cache`` if None.
         batch_size: Most rows of one forward pass; a cell has as many as there are prompts, and is
             alone in it while an intervention is active that tells rows apart.
-        progress: Show a bar.
+        progress: Show a bar, or tell a :class:`~tl_looped.progress.Progress`.
         **run: Of the corrupted run: ``n_recurrences``, ``state_seed``, ``initial_state``,
             ``attention_mask``, ``prepend_bos``.
 
@@ -109,13 +109,13 @@ def patch_recurrences(
         cells = list(np.ndindex(*grid.shape))
         alone = any(change.across_rows for change in model.interventions)
         size = 1 if alone else max(1, batch_size // len(tokens))
-        with tqdm(total=len(cells), disable=not progress, desc=activation_name) as bar:
+        with advancing(progress, len(cells), "cell", activation_name) as advance:
             for start in range(0, len(cells), size):
                 some = cells[start : start + size]
                 logits = _run_cells(model, tokens, clean_cache, grid, some, run)
                 for cell, rows in zip(some, logits.split(len(tokens)), strict=True):
                     patched[cell] = as_number(patching_metric(rows))
-                bar.update(len(some))
+                advance(len(some))
         record = run_record(model, run) | {"method": "activation patching"}
         return labelled(grid, clean_cache, patched - corrupted.value, clean, corrupted, record)
 

@@ -8,15 +8,14 @@ four recurrences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout
+from tl_looped.progress import NOTICES, Progress
 from tl_looped.training.corpus import pack, read_problems, split, train_tokenizer
-from tl_looped.training.saved import Say, warn
 from tl_looped.training.spec import TrainSpec
-from tl_looped.training.trainer import Tick, train
+from tl_looped.training.trainer import train
 from tl_looped.transformer import LoopedTransformer
 
 VOCABULARY = 2048
@@ -57,9 +56,7 @@ def train_demo(
     data: Path,
     out: Path,
     spec: TrainSpec = SPEC,
-    report: Callable[[dict[str, Any]], None] = lambda entry: None,
-    tick: Callable[[Tick], None] = lambda tick: None,
-    say: Say = warn,
+    progress: Progress = NOTICES,
 ) -> list[dict[str, Any]]:
     """Train the demo model on a jsonl file of problems.
 
@@ -72,4 +69,4 @@ def train_demo(
     tokenizer = train_tokenizer(training, VOCABULARY)
     model = LoopedTransformer.from_config(demo_config(len(tokenizer), spec.seed), tokenizer)
     rows, held_out_rows = (pack(texts, tokenizer, CONTEXT) for texts in (training, held_out))
-    return train(model, rows, held_out_rows, spec, out, report, tick, say=say)
+    return train(model, rows, held_out_rows, spec, out, progress)

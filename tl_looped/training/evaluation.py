@@ -1,4 +1,4 @@
-"""Held-out loss of a model at other numbers of recurrences than it was trained with."""
+"""Held-out loss of a model, also at other numbers of recurrences than it was trained with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_looped.files import write_text
-from tl_looped.training.trainer import held_out_loss
 from tl_looped.transformer import LoopedTransformer
 
 EVALUATED = range(1, 33)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: LoopedTransformer, rows: Int[Tensor, "row length"], batch_size: int, bf16: bool = False
+) -> float:
+    """Mean next-token loss in nats over all rows, with the model's own state seed."""
+    device = model.W_E.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        losses = [
+            float(model(batch, return_type="loss")) * len(batch) for batch in rows.split(batch_size)
+        ]
+    return sum(losses) / len(rows)
 
 
 @torch.no_grad()

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from tl_looped.errors import CheckpointError, ConfigError, DataError
 from tl_looped.model.config import TRAINED, LoopedConfig
+from tl_looped.progress import warn
 from tl_looped.training.saved import (
     MANIFEST,
     Say,
     digest,
     sealed_checkpoints,
     set_aside,
-    warn,
     write_json,
 )
 from tl_looped.training.spec import TrainSpec

@@ -10,20 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri
-from scipy.stats import poisson
 
+from tl_looped.checks import number, whole
 from tl_looped.errors import ConfigError
 from tl_looped.model import limits
 
 _STREAM = 2**63  # keys from here on: apart from those of the random initial states
-
-
-def _refuse_too_many(name: str, n: int | float) -> None:
-    if n > limits.most_layers:
-        raise ConfigError(
-            f"{name} must be at most {limits.most_layers}, got {n} ({limits.HOW_TO_RAISE})"
-        )
 
 
 @dataclass(frozen=True)
@@ -37,9 +29,8 @@ class Constant:
     n: int
 
     def __post_init__(self) -> None:
-        if type(self.n) is not int or self.n < 1:
-            raise ConfigError(f"n must be an integer of at least 1, got {self.n!r}")
-        _refuse_too_many("n", self.n)
+        n = whole(self.n, "n", 1, limits.most_layers, ConfigError, limits.HOW_TO_RAISE)
+        object.__setattr__(self, "n", n)
 
     @property
     def mean(self) -> float:
@@ -83,11 +74,9 @@ class PoissonLogNormal:
     sigma: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < float("inf"):
-            raise ConfigError(f"rate must be a finite number above 0, got {self.rate!r}")
-        _refuse_too_many("rate", self.rate)
-        if not 0 <= self.sigma < float("inf"):
-            raise ConfigError(f"sigma must be a finite number of at least 0, got {self.sigma!r}")
+        most, fix = limits.most_layers, limits.HOW_TO_RAISE
+        number(self.rate, "rate", above=0, most=most, error=ConfigError, fix=fix)
+        number(self.sigma, "sigma", 0, error=ConfigError)
 
     @property
     def mean(self) -> float:
@@ -111,12 +100,16 @@ class PoissonLogNormal:
 
     def at(self, seed: int, step: int) -> int:
         """Recurrences of a step."""
+        from scipy.special import ndtri
+        from scipy.stats import poisson  # a second to import, which `tl-looped --help` spares
+
         normal, count = _uniform(seed, step)
         tau = np.log(self.rate) - self.sigma**2 / 2 + self.sigma * ndtri(normal)
         return int(poisson.ppf(count, np.exp(tau))) + 1
 
 
-Recurrences = Constant | PoissonLogNormal
+RecurrenceSampler = Constant | PoissonLogNormal
+"""How many recurrences each step of a training runs."""
 
 
 def state_seed(seed: int, step: int) -> int:

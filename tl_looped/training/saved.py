@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from tl_looped.errors import CheckpointError, ConfigError, DataError, TLLoopedError
 from tl_looped.files import write_text
+from tl_looped.progress import warn
 
 MANIFEST = "manifest.json"
 KEPT_CHECKPOINTS = 2
@@ -30,11 +30,6 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 _FORMAT = 2  # 1 was the files' sums alone
 
 Say = Callable[[str], None]
-
-
-def warn(text: str) -> None:
-    """Say something by a Python warning, where nobody gave another way."""
-    warnings.warn(text, stacklevel=3)
 
 
 def write_json(value: Any, path: Path) -> None:

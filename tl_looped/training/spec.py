@@ -1,4 +1,4 @@
-"""What a training run is: its hyperparameters as one frozen value that is kept beside its weights.
+"""What a training run is: its hyperparameters as one frozen value, kept beside its weights.
 
 A run is determined by its spec, the model's configuration and the rows. Nothing else is drawn: the
 order of rows is a function of ``data_seed``, initial states and recurrences are functions of
@@ -11,12 +11,86 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tl_looped.checks import number, one_of, whole
 from tl_looped.errors import ConfigError
-from tl_looped.model.config import Injection, LoopedConfig
+from tl_looped.model.config import InitialState, Injection, LoopedConfig
 from tl_looped.training.losses import EveryRecurrence, ExitWeighted, LastState, Loss
-from tl_looped.training.recurrences import Constant, Recurrences
+from tl_looped.training.recurrences import Constant, RecurrenceSampler
 
 OPTIMIZERS = ("adamw", "muon")
+
+
+CONTEXT = 256
+LEAST_VOCABULARY = 259
+"""Every byte, and BOS, EOS and PAD."""
+MOST_VOCABULARY = 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a small pre-norm model with tied embeddings and N(0, 0.02²) weights.
+
+    Args:
+        prelude: Layers before the loop.
+        core: Layers of the loop.
+        coda: Layers after the loop.
+        recurrences: Recurrences, also of the evaluation where training samples them.
+        injection: Linear injection of the prelude's output, and a random initial state of Huginn's
+            scale.
+        d_model: Dimensions, an even multiple of the heads.
+        heads: Attention heads.
+        context: Tokens per row.
+        vocabulary: Tokens of the new tokenizer, 259 (every byte, BOS, EOS and PAD) to 1,048,576.
+
+    Raises:
+        ConfigError: for another vocabulary.
+    """
+
+    prelude: int = 2
+    core: int = 4
+    coda: int = 2
+    recurrences: int = 4
+    injection: bool = False
+    d_model: int = 128
+    heads: int = 4
+    context: int = CONTEXT
+    vocabulary: int = 2048
+
+    def __post_init__(self) -> None:
+        whole(self.vocabulary, "vocabulary", LEAST_VOCABULARY, MOST_VOCABULARY, ConfigError)
+
+    def config(self, d_vocab: int, seed: int, exit_gate: bool, device: str) -> LoopedConfig:
+        """The configuration of a model of this shape.
+
+        Raises:
+            ConfigError: if the sizes do not fit together.
+        """
+        if self.heads < 1 or self.d_model % (2 * self.heads):
+            raise ConfigError(
+                f"d_model ({self.d_model}) must be an even multiple of heads ({self.heads})"
+            )
+        return LoopedConfig(
+            architecture="tl_looped",
+            d_model=self.d_model,
+            d_head=self.d_model // self.heads,
+            n_heads=self.heads,
+            d_mlp=8 * math.ceil(self.d_model / 3),
+            n_ctx=self.context,
+            d_vocab=d_vocab,
+            n_prelude=self.prelude,
+            n_core=self.core,
+            n_coda=self.coda,
+            n_recurrences=self.recurrences,
+            injection=Injection.LINEAR if self.injection else Injection.NONE,
+            initial_state=InitialState.RANDOM if self.injection else InitialState.PRELUDE,
+            initial_state_std=math.sqrt(2 / 5) if self.injection else 0.0,
+            exit_gate=exit_gate,
+            tie_embeddings=True,
+            initializer_range=0.02,
+            default_prepend_bos=True,
+            seed=seed,
+            device=device,
+        )
 
 
 @dataclass(frozen=True)
@@ -26,22 +100,22 @@ class TrainSpec:
     Args:
         steps: Optimiser steps.
         batch_size: Rows per step, over all devices.
-        learning_rate: Peak of the schedule.
+        learning_rate: Peak learning rate.
         warmup: Steps of linear warm-up.
         final_fraction: Learning rate at the end, as a fraction of the peak.
         weight_decay: The optimiser's, on matrices only.
         clip: Largest gradient norm.
-        evaluate_every: Steps between held-out losses. Each of them is also a checkpoint.
-        bf16: Run matrix products in bfloat16 (autocast).
-        seed: Seed of the initial states and of sampled recurrences.
-        data_seed: Seed of the order of rows; ``seed`` if None. Runs that share it see the same
-            rows at the same steps.
+        evaluate_every: Steps between checkpoints, each with a held-out loss.
+        bf16: Matrix products in bfloat16 (autocast).
+        seed: Seed of a new model's weights, of initial states and of sampled recurrences.
+        data_seed: Seed of the order of rows; that of the run if left out. Runs that share it see
+            the same rows at the same steps.
         recurrences: Recurrences of each step; the model's own number if None.
         loss: What is minimised.
-        backprop_last: Truncated backpropagation: only the last so many recurrences keep a graph
-            (Huginn: 8). All of them if None.
-        optimizer: ``"adamw"``, or ``"muon"``: Muon for the matrices of the blocks and the
-            injection, AdamW for embeddings, gains, biases and the gate. Muon needs PyTorch 2.9.
+        backprop_last: Recurrences at the end that are backpropagated through (Huginn: 8); all of
+            them if left out.
+        optimizer: ``"adamw"`` or ``"muon"``. Muon is for the matrices of the blocks and the
+            injection, with AdamW for embeddings, gains, biases and the gate, and needs PyTorch 2.9.
         diverged_by: Training stops if the mean training loss between two evaluations lies this
             many nats above the lowest one before. Loss or gradient that is not finite stops it at
             once.
@@ -58,7 +132,7 @@ class TrainSpec:
     bf16: bool = True
     seed: int = 0
     data_seed: int | None = None
-    recurrences: Recurrences | None = None
+    recurrences: RecurrenceSampler | None = None
     loss: Loss = field(default_factory=LastState)
     backprop_last: int | None = None
     optimizer: str = "adamw"
@@ -66,25 +140,19 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "evaluate_every", "backprop_last"):
-            value = getattr(self, name)
-            if name == "backprop_last" and value is None:
-                continue
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+            self._check_whole(name, 1, None)
         for name in ("warmup", "seed", "data_seed"):
-            value = getattr(self, name)
-            if not (name == "data_seed" and value is None) and (
-                type(value) is not int or not 0 <= value < 2**32
-            ):
-                raise ConfigError(f"{name} must be an integer from 0 to 2**32 - 1, got {value!r}")
+            self._check_whole(name, 0, 2**32 - 1)
         for name in ("learning_rate", "clip", "diverged_by"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
-        for name, most in (("final_fraction", 1.0), ("weight_decay", math.inf)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ConfigError(f"{name} must be from 0 to {most}, got {getattr(self, name)!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
+            number(getattr(self, name), name, above=0, error=ConfigError)
+        number(self.final_fraction, "final_fraction", 0, 1, error=ConfigError)
+        number(self.weight_decay, "weight_decay", 0, error=ConfigError)
+        one_of(self.optimizer, "optimizer", OPTIMIZERS, ConfigError)
+
+    def _check_whole(self, name: str, least: int, most: int | None) -> None:
+        value = getattr(self, name)
+        if value is not None or name not in ("backprop_last", "data_seed"):
+            object.__setattr__(self, name, whole(value, name, least, most, ConfigError))
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, then cosine decay."""
@@ -94,8 +162,8 @@ class TrainSpec:
         low = self.final_fraction
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def recurrences_of(self, cfg: LoopedConfig) -> Recurrences:
-        """The distribution of recurrences for a model."""
+    def sampler_of(self, cfg: LoopedConfig) -> RecurrenceSampler:
+        """How many recurrences each step runs; the model's own number if the spec says nothing."""
         return Constant(cfg.n_recurrences) if self.recurrences is None else self.recurrences
 
     def check(self, cfg: LoopedConfig) -> None:
@@ -105,21 +173,21 @@ class TrainSpec:
             ConfigError: a gate that is not there, weights of another number of recurrences, a
                 truncation that would leave the prelude or the embedding without gradient.
         """
-        recurrences = self.recurrences_of(cfg)
+        sampler = self.sampler_of(cfg)
         if isinstance(self.loss, ExitWeighted) and not cfg.exit_gate:
             raise ConfigError("ExitWeighted needs a model with an exit gate (exit_gate=True)")
         weights = self.loss.weights if isinstance(self.loss, EveryRecurrence) else None
-        if weights is not None and len(weights) != recurrences.most:
+        if weights is not None and len(weights) != sampler.most:
             raise ConfigError(
-                f"EveryRecurrence has {len(weights)} weights, and recurrences={recurrences}: give "
-                "one weight a recurrence and a constant number, or weights=None"
+                f"EveryRecurrence has {len(weights)} weights, and recurrences={sampler}: give "
+                "one weight per recurrence and a constant number, or weights=None"
             )
         cut = self.backprop_last
-        if cut is None or (recurrences.most is not None and recurrences.most <= cut):
+        if cut is None or (sampler.most is not None and sampler.most <= cut):
             return
         if cfg.injection is Injection.NONE:
             raise ConfigError(
-                f"backprop_last={cut} with {recurrences} cuts the only path from the loss to the "
+                f"backprop_last={cut} with {sampler} cuts the only path from the loss to the "
                 "prelude and the embedding: without an injection they are read by recurrence 0 "
                 "alone and would not be trained. Use backprop_last=None or an injection."
             )

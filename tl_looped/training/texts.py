@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from accelerate import PartialState
 from torch import Tensor
 
-from tl_looped.errors import ConfigError, TokenizerError
+from tl_looped.errors import TokenizerError
 from tl_looped.files import make_folder
-from tl_looped.model.config import InitialState, Injection, LoopedConfig
+from tl_looped.progress import NOTICES, Progress
 from tl_looped.training.corpus import (
     pack,
     read_texts,
@@ -25,85 +22,11 @@ from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_
 from tl_looped.training.log import Entry
 from tl_looped.training.losses import ExitWeighted
 from tl_looped.training.record import check_vacant
-from tl_looped.training.saved import Say, warn
-from tl_looped.training.spec import TrainSpec
-from tl_looped.training.trainer import Tick, train
+from tl_looped.training.spec import CONTEXT, Shape, TrainSpec
+from tl_looped.training.trainer import train
 from tl_looped.transformer import LoopedTransformer
 
 EVALUATED_ROWS = 16
-CONTEXT = 256
-LEAST_VOCABULARY = 259
-"""Every byte, and BOS, EOS and PAD."""
-MOST_VOCABULARY = 2**20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a small pre-norm model with tied embeddings and N(0, 0.02²) weights.
-
-    Args:
-        prelude, core, coda: Layers of each stage.
-        recurrences: Recurrences, also of the evaluation where training samples them.
-        injection: A linear injection, and a random initial state of Huginn's scale.
-        d_model: Dimensions.
-        heads: Attention heads; divides ``d_model``.
-        context: Tokens per row.
-        vocabulary: Tokens of the tokenizer that is trained on the corpus, 259 (every byte and
-            three special tokens) to 1,048,576.
-
-    Raises:
-        ConfigError: for another vocabulary.
-    """
-
-    prelude: int = 2
-    core: int = 4
-    coda: int = 2
-    recurrences: int = 4
-    injection: bool = False
-    d_model: int = 128
-    heads: int = 4
-    context: int = CONTEXT
-    vocabulary: int = 2048
-
-    def __post_init__(self) -> None:
-        if not LEAST_VOCABULARY <= self.vocabulary <= MOST_VOCABULARY:
-            raise ConfigError(
-                f"vocabulary must be from {LEAST_VOCABULARY} (every byte, BOS, EOS and PAD) to "
-                f"{MOST_VOCABULARY}, got {self.vocabulary}"
-            )
-
-    def config(self, d_vocab: int, seed: int, exit_gate: bool, device: str) -> LoopedConfig:
-        """The configuration of a model of this shape.
-
-        Raises:
-            ConfigError: if the sizes do not fit together.
-        """
-        if self.heads < 1 or self.d_model % (2 * self.heads):
-            raise ConfigError(
-                f"d_model ({self.d_model}) must be an even multiple of heads ({self.heads})"
-            )
-        return LoopedConfig(
-            architecture="tl_looped",
-            d_model=self.d_model,
-            d_head=self.d_model // self.heads,
-            n_heads=self.heads,
-            d_mlp=8 * math.ceil(self.d_model / 3),
-            n_ctx=self.context,
-            d_vocab=d_vocab,
-            n_prelude=self.prelude,
-            n_core=self.core,
-            n_coda=self.coda,
-            n_recurrences=self.recurrences,
-            injection=Injection.LINEAR if self.injection else Injection.NONE,
-            initial_state=InitialState.RANDOM if self.injection else InitialState.PRELUDE,
-            initial_state_std=math.sqrt(2 / 5) if self.injection else 0.0,
-            exit_gate=exit_gate,
-            tie_embeddings=True,
-            initializer_range=0.02,
-            default_prepend_bos=True,
-            seed=seed,
-            device=device,
-        )
 
 
 def train_on_texts(
@@ -114,10 +37,8 @@ def train_on_texts(
     held_out: int = 100,
     tokenizer: Path | None = None,
     device: str = "cpu",
-    report: Callable[[Entry], None] = lambda entry: None,
-    tick: Callable[[Tick], None] = lambda tick: None,
+    progress: Progress = NOTICES,
     snapshots: int | None = None,
-    say: Say = warn,
 ) -> tuple[list[Entry], pd.DataFrame]:
     """Train a new model of a shape on a corpus; called again, an interrupted run goes on.
 
@@ -133,7 +54,7 @@ def train_on_texts(
         held_out: Documents that are set aside.
         tokenizer: Folder of a tokenizer with BOS and EOS; trained on the corpus if None.
         device: Where to train.
-        report, tick, snapshots, say: As in ``train``.
+        progress, snapshots: As in ``train``.
 
     Returns:
         The log and the evaluation.
@@ -155,7 +76,7 @@ def train_on_texts(
     gate = isinstance(spec.loss, ExitWeighted)
     cfg = shape.config(len(found), spec.seed, gate, device)
     model = LoopedTransformer.from_config(cfg, found)
-    log = train(model, rows, held_out_rows, spec, out, report, tick, snapshots, say)
+    log = train(model, rows, held_out_rows, spec, out, progress, snapshots)
     return log, _evaluated(model, held_out_rows, out)
 
 
@@ -166,10 +87,8 @@ def train_model_on_texts(
     spec: TrainSpec,
     context: int | None = None,
     held_out: int = 100,
-    report: Callable[[Entry], None] = lambda entry: None,
-    tick: Callable[[Tick], None] = lambda tick: None,
+    progress: Progress = NOTICES,
     snapshots: int | None = None,
-    say: Say = warn,
     fresh: bool = False,
 ) -> tuple[list[Entry], pd.DataFrame]:
     """Go on training a model with its own tokenizer: heal a retrofit, fine-tune a looped model.
@@ -185,7 +104,7 @@ def train_model_on_texts(
         spec: Hyperparameters. A trained model wants a lower learning rate than a new one.
         context: Tokens per row; the model's context or 256, whichever is less, if None.
         held_out: Documents that are set aside.
-        report, tick, snapshots, say, fresh: As in ``train``.
+        progress, snapshots, fresh: As in ``train``.
 
     Returns:
         The log and the evaluation.
@@ -206,7 +125,7 @@ def train_model_on_texts(
     length = min(CONTEXT, model.cfg.n_ctx) if context is None else context
     bos = bool(model.cfg.default_prepend_bos) and tokenizer.bos_token_id is not None
     rows, held_out_rows = (pack(texts, tokenizer, length, bos) for texts in (training, aside))
-    log = train(model, rows, held_out_rows, spec, out, report, tick, snapshots, say, fresh)
+    log = train(model, rows, held_out_rows, spec, out, progress, snapshots, fresh)
     return log, _evaluated(model, held_out_rows, out)
 
 

@@ -15,269 +15,35 @@ devices, and PyTorch: two devices differ from one in the last digit.
 
 from __future__ import annotations
 
-import math
 import os
 import random
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer import Trainer
-from transformers.trainer_callback import TrainerCallback
 
-from tl_looped._compat import Module
-from tl_looped.errors import CheckpointError, ConfigError, DataError, DivergedError
+from tl_looped.checks import whole
+from tl_looped.errors import CheckpointError, ConfigError, DataError
 from tl_looped.files import make_folder
-from tl_looped.training.log import LOG, LOG_FIELDS, Entry, read_log, resumed_log, write_log
-from tl_looped.training.losses import ExitWeighted, training_loss
+from tl_looped.progress import NOTICES, Progress
+from tl_looped.training.log import Entry
+from tl_looped.training.losses import ExitWeighted
+from tl_looped.training.objective import Objective, RowsInOrder
 from tl_looped.training.optimizers import make_optimizer
 from tl_looped.training.record import claim, make_record
-from tl_looped.training.recurrences import state_seed
-from tl_looped.training.saved import (
-    Say,
-    loading,
-    newest_checkpoint,
-    rotate,
-    saving,
-    seal,
-    sealed_checkpoints,
-    warn,
-)
+from tl_looped.training.recorder import Recorder
+from tl_looped.training.saved import loading, newest_checkpoint, saving, sealed_checkpoints
 from tl_looped.training.spec import TrainSpec
 from tl_looped.transformer import LoopedTransformer
-
-__all__ = ["LOG_FIELDS", "RowsInOrder", "Tick", "held_out_loss", "read_log", "train"]
-
-SNAPSHOTS = "snapshots"
-
-
-@dataclass(frozen=True)
-class Tick:
-    """What a step reports to a progress bar.
-
-    Args:
-        step: Steps done.
-        loss: Training loss of the step, in nats a token.
-        tokens_per_second: Training tokens a second since the start or the resumption.
-        recurrences: Recurrences of the step.
-    """
-
-    step: int
-    loss: float
-    tokens_per_second: float
-    recurrences: int
-
-
-class RowsInOrder(Dataset[dict[str, Tensor]]):
-    """The rows of a whole run, one after the other: epochs of seeded permutations, joined.
-
-    Args:
-        rows: All rows.
-        n: How many the run reads.
-        seed: Seed of the permutations.
-    """
-
-    def __init__(self, rows: Int[Tensor, "row length"], n: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        epochs = [torch.randperm(len(rows), generator=generator) for _ in range(-(-n // len(rows)))]
-        self.rows, self.order = rows, torch.cat(epochs)[:n]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"tokens": self.rows[self.order[index]]}
-
-
-class Objective(Module):
-    """A model and its loss as the module that the Trainer calls (and wraps, on many devices)."""
-
-    def __init__(self, model: LoopedTransformer, spec: TrainSpec) -> None:
-        super().__init__()
-        self.model, self.spec = model, spec
-        self.recurrences = spec.recurrences_of(model.cfg)
-        self.step = 0
-
-    def note_training(self) -> None:
-        """From the first step on the model is one that was trained as a loop, and says so."""
-        self.model.cfg.trained_recurrences = self.recurrences.stated
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> dict[str, Float[Tensor, ""]]:
-        """The loss of the current step."""
-        spec, step = self.spec, self.step
-        now = self.recurrences.at(spec.seed, step)
-        with self.model.turn, self.model.recurrences(now):
-            seed = state_seed(spec.seed, step)
-            loss = training_loss(self.model, tokens, spec.loss, seed, spec.backprop_last)
-        return {"loss": loss}
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: LoopedTransformer, rows: Int[Tensor, "row length"], batch_size: int, bf16: bool = False
-) -> float:
-    """Mean next-token loss in nats over all rows, with the model's own state seed."""
-    device = model.W_E.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        losses = [
-            float(model(batch, return_type="loss")) * len(batch) for batch in rows.split(batch_size)
-        ]
-    return sum(losses) / len(rows)
-
-
-class _Watch(TrainerCallback):
-    """Counts steps, stops a diverging run, evaluates, logs and seals checkpoints.
-
-    Args:
-        objective: The model and its loss.
-        data: The run's rows.
-        held_out: Rows of the held-out loss.
-        out: Folder of the run.
-        run: Its identity.
-        checkpoint: Where it goes on.
-        report, tick, snapshots, say: As in :func:`train`.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        data: RowsInOrder,
-        held_out: Int[Tensor, "held_out_row length"],
-        out: Path,
-        run: str,
-        checkpoint: Path | None,
-        report: Callable[[Entry], None],
-        tick: Callable[[Tick], None],
-        snapshots: int | None,
-        say: Say,
-    ) -> None:
-        self.objective, self.data, self.held_out, self.out = objective, data, held_out, out
-        self.run, self.checkpoint = run, checkpoint
-        self.report, self.tick, self.snapshots, self.say = report, tick, snapshots, say
-        self.log: list[Entry] = []
-        self.losses: list[float] = []
-        self.first = 0
-        self.seconds_before = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the log where the checkpoint stands."""
-        self.first = state.global_step
-        if self.checkpoint is not None:
-            writes = state.is_world_process_zero
-            self.log = resumed_log(self.out, self.checkpoint, self.first, writes, self.say)
-        self.seconds_before = self.log[-1]["seconds"] if self.log else 0.0
-        self.started = time.perf_counter()
-        if self.first == 0 and state.is_world_process_zero:
-            self._keep_snapshot(0)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the objective its step."""
-        self.objective.step = state.global_step
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No step with a gradient that is no number: the weights stay what they were."""
-        # Clipping has divided every gradient by the norm, so one bad entry shows in all of them.
-        for name, parameter in self.objective.named_parameters():
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                raise self._diverged(state.global_step, f"the gradient of {name} is not finite")
-
-    def on_loss(self, loss: float, step: int) -> None:
-        """The loss of a step, before its gradient is used."""
-        if not math.isfinite(loss):
-            raise self._diverged(step, f"the training loss is {loss}")
-        self.losses.append(loss)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report; evaluate and ask for a checkpoint when it is time."""
-        spec, step = self.objective.spec, state.global_step
-        self.objective.note_training()
-        recurrences = self.objective.recurrences.at(spec.seed, step - 1)
-        self.tick(Tick(step, self.losses[-1], self._speed(step), recurrences))
-        if step % spec.evaluate_every and step != spec.steps:
-            return
-        mean = sum(self.losses) / len(self.losses)
-        self.losses = []
-        best = min((e["train_loss"] for e in self.log), default=math.inf)
-        if mean > best + spec.diverged_by:
-            raise self._diverged(
-                step, f"the mean training loss rose from {best:.3f} to {mean:.3f} nats"
-            )
-        self._evaluate(step, mean, state.is_world_process_zero)
-        if state.is_world_process_zero:
-            # Before the checkpoint: a run that ends in between evaluates and keeps this step again.
-            self._keep_snapshot(step)
-        control.should_save = True
-
-    def complete(self, checkpoint: Path) -> None:
-        """Put the log into a checkpoint, seal it, and let go of the oldest one."""
-        write_log(checkpoint / LOG, self.log)
-        seal(checkpoint, self.run)
-        rotate(checkpoint.parent)
-
-    def _evaluate(self, step: int, train_loss: float, writes: bool) -> None:
-        spec, model = self.objective.spec, self.objective.model
-        model.eval()
-        tokens = step * spec.batch_size * self.data.rows.shape[1]
-        entry = {
-            "step": step,
-            "tokens": tokens,
-            "epoch": round(step * spec.batch_size / len(self.data.rows), 3),
-            "train_loss": round(train_loss, 5),
-            "held_out_loss": round(held_out_loss(model, self.held_out, 16, spec.bf16), 5),
-            "learning_rate": spec.rate(step - 1),
-            "tokens_per_second": round(self._speed(step), 1),
-            "seconds": round(self.seconds_before + time.perf_counter() - self.started, 1),
-        }
-        model.train()
-        best = min((e["held_out_loss"] for e in self.log), default=math.inf)
-        self.log.append(entry)
-        if writes:
-            if entry["held_out_loss"] < best:
-                with saving(self.out / "best"):
-                    model.save_pretrained(self.out / "best")
-            write_log(self.out / LOG, self.log)
-            self.report(entry)
-
-    def _keep_snapshot(self, step: int) -> None:
-        """The weights in a folder of their own, if it is time; whole or not there."""
-        spec = self.objective.spec
-        if self.snapshots is None:
-            return
-        if step % (self.snapshots * spec.evaluate_every) and step != spec.steps:
-            return
-        folder = self.out / SNAPSHOTS / snapshot_name(step)
-        partial = folder.with_name(f".{folder.name}.partial")
-        for left_over in (partial, folder):
-            shutil.rmtree(left_over, ignore_errors=True)
-        with saving(partial):
-            self.objective.model.save_pretrained(partial)
-            os.replace(partial, folder)
-
-    def _speed(self, step: int) -> float:
-        done = (step - self.first) * self.objective.spec.batch_size * self.data.rows.shape[1]
-        return done / max(1e-9, time.perf_counter() - self.started)
-
-    def _diverged(self, step: int, what: str) -> DivergedError:
-        sealed = sealed_checkpoints(self.out / "checkpoints")
-        kept = f"The last good one is {sealed[-1]}" if sealed else "There is no checkpoint yet"
-        best = self.out / "best"
-        kept += f", and {best} holds the best model so far" * best.is_dir()
-        return DivergedError(
-            f"training diverged at step {step}: {what}. {kept}. Lower learning_rate, raise warmup "
-            "or lower clip, in another folder."
-        )
 
 
 class _Trainer(Trainer):
@@ -290,17 +56,17 @@ class _Trainer(Trainer):
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: Any
     objective: Objective
-    watch: _Watch
+    recorder: Recorder
 
-    def __init__(self, objective: Objective, watch: _Watch, **kwargs: Any) -> None:
-        self.objective, self.watch = objective, watch
-        super().__init__(model=objective, callbacks=[watch], **kwargs)
+    def __init__(self, objective: Objective, recorder: Recorder, **kwargs: Any) -> None:
+        self.objective, self.recorder = objective, recorder
+        super().__init__(model=objective, callbacks=[recorder], **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         # The mean over devices, so that all of them decide alike whether the run diverges.
         mean = self.accelerator.reduce(loss.clone(), reduction="mean")
-        self.watch.on_loss(float(mean), self.state.global_step)
+        self.recorder.on_loss(float(mean), self.state.global_step)
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -330,7 +96,7 @@ class _Trainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
             PartialState().wait_for_everyone()  # each process writes its generators' state
             if self.is_world_process_zero():
-                self.watch.complete(folder)
+                self.recorder.complete(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with loading(resume_from_checkpoint):
@@ -340,7 +106,7 @@ class _Trainer(Trainer):
         # The Trainer would go on with random weights in the place of the missing ones.
         if load_result.missing_keys or load_result.unexpected_keys:
             raise CheckpointError(
-                f"{self.watch.checkpoint} holds the weights of another model: missing "
+                f"{self.recorder.checkpoint} holds the weights of another model: missing "
                 f"{load_result.missing_keys}, unexpected {load_result.unexpected_keys}"
             )
 
@@ -359,10 +125,8 @@ def train(
     held_out: Int[Tensor, "held_out_row length"],
     spec: TrainSpec,
     out: Path,
-    report: Callable[[Entry], None] = lambda entry: None,
-    tick: Callable[[Tick], None] = lambda tick: None,
+    progress: Progress = NOTICES,
     snapshots: int | None = None,
-    say: Say = warn,
     fresh: bool = False,
 ) -> list[Entry]:
     """Train, or go on where the folder's newest checkpoint stands; the weights are the same.
@@ -379,17 +143,16 @@ def train(
         held_out: Rows for the held-out loss.
         spec: Hyperparameters.
         out: Folder of the run.
-        report: Called with every entry of the log.
-        tick: Called after every step.
+        progress: Told of every step (``tick``), every entry of the log (``report``), and what was
+            damaged and is set aside (``say``).
         snapshots: Keep the weights of every so many evaluations, those before the first step and
             those of the last one; none if None. A run that goes on keeps those that are there;
             steps that it made without this argument have none.
-        say: Told what was damaged and is set aside, and what is lost; a warning if left out.
         fresh: Whether the model was just loaded, so that other weights mean another run. Else a
             model that an interrupted call has trained may be given again.
 
     Returns:
-        The log: one entry an evaluation, with the fields of ``LOG_FIELDS``.
+        The log: one entry per evaluation, with the fields of ``LOG_FIELDS``.
 
     Raises:
         ConfigError: the spec does not fit the model, the folder holds another run, a model or a
@@ -400,10 +163,8 @@ def train(
         DivergedError: the loss diverged; the last good checkpoint stays.
     """
     spec.check(model.cfg)
-    if snapshots is not None and (type(snapshots) is not int or snapshots < 1):
-        raise ConfigError(
-            f"snapshots must be an integer of at least 1, or None for none, got {snapshots!r}"
-        )
+    if snapshots is not None:
+        whole(snapshots, "snapshots", 1, error=ConfigError)
     for name, value in (("rows", rows), ("held_out", held_out)):
         if value.ndim != 2 or len(value) == 0 or value.shape[1] < 2:
             raise DataError(
@@ -416,7 +177,7 @@ def train(
             "(context=, --context) of no more tokens than that"
         )
     with _kept_generators():
-        return _train(model, rows, held_out, spec, out, report, tick, snapshots, say, fresh)
+        return _train(model, rows, held_out, spec, out, progress, snapshots, fresh)
 
 
 def _train(
@@ -425,10 +186,8 @@ def _train(
     held_out: Tensor,
     spec: TrainSpec,
     out: Path,
-    report: Callable[[Entry], None],
-    tick: Callable[[Tick], None],
+    progress: Progress,
     snapshots: int | None,
-    say: Say,
     fresh: bool,
 ) -> list[Entry]:
     record = make_record(spec, model, model.cfg, rows, held_out)
@@ -436,30 +195,30 @@ def _train(
     with PartialState(cpu=model.W_E.device.type == "cpu").main_process_first():
         make_folder(out)
         begins = not sealed_checkpoints(out / "checkpoints")
-        run = claim(out, record, begins, fresh, say)
-        checkpoint = newest_checkpoint(make_folder(out / "checkpoints"), run, say)
+        run = claim(out, record, begins, fresh, progress.say)
+        checkpoint = newest_checkpoint(make_folder(out / "checkpoints"), run, progress.say)
     seed = spec.seed if spec.data_seed is None else spec.data_seed
     data = RowsInOrder(rows, spec.steps * spec.batch_size, seed)
     objective = Objective(model, spec)
-    watch = _Watch(objective, data, held_out, out, run, checkpoint, report, tick, snapshots, say)
-    trainer = _make_trainer(watch)
+    recorder = Recorder(objective, data, held_out, out, run, checkpoint, progress, snapshots)
+    trainer = _make_trainer(recorder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     objective.note_training()  # of a run that goes on at its end no step does
     if trainer.is_world_process_zero():
         with saving(out / "final"):
             model.save_pretrained(out / "final")
     model.eval()
-    return watch.log
+    return recorder.log
 
 
-def _make_trainer(watch: _Watch) -> Trainer:
-    objective = watch.objective
+def _make_trainer(recorder: Recorder) -> Trainer:
+    objective = recorder.objective
     spec = objective.spec
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if spec.batch_size % world:
         raise DataError(f"batch_size={spec.batch_size} must be a multiple of {world} devices")
     arguments = TrainingArguments(
-        output_dir=str(watch.out / "checkpoints"),
+        output_dir=str(recorder.out / "checkpoints"),
         max_steps=spec.steps,
         per_device_train_batch_size=spec.batch_size // world,
         max_grad_norm=spec.clip,
@@ -470,7 +229,7 @@ def _make_trainer(watch: _Watch) -> Trainer:
         # A gate that the loss does not read is the only parameter a step can leave out; that of
         # the only recurrence is not read.
         ddp_find_unused_parameters=objective.model.cfg.exit_gate
-        and not (isinstance(spec.loss, ExitWeighted) and objective.recurrences.least > 1),
+        and not (isinstance(spec.loss, ExitWeighted) and objective.sampler.least > 1),
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         save_strategy="no",
@@ -480,14 +239,9 @@ def _make_trainer(watch: _Watch) -> Trainer:
         disable_tqdm=True,
     )
 
-    trainer = _Trainer(objective, watch, args=arguments, train_dataset=watch.data)
+    trainer = _Trainer(objective, recorder, args=arguments, train_dataset=recorder.data)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def snapshot_name(step: int) -> str:
-    """The folder of a snapshot, ``step-000100``."""
-    return f"step-{step:06d}"
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from tl_looped.paper.section42.cells import (
     run_condition,
     size_of,
 )
+from tl_looped.progress import SILENT, Progress
 
 CELLS = "cells"
 _ABOUT = "grid.json"
@@ -52,8 +53,7 @@ def run_grid(
     size: CellSize,
     out: Path,
     workers: int,
-    advance: Callable[[int], None] = lambda n: None,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Progress = SILENT,
 ) -> dict[Cell, xr.Dataset]:
     """Run the cells that are not there yet, and read all.
 
@@ -62,8 +62,7 @@ def run_grid(
         size: Of all cells.
         out: Folder of the grid.
         workers: Processes; 1 runs in this one.
-        advance: Called with the number of cells that became ready, those found first.
-        say: Gets what was damaged and is run again.
+        progress: Told of cells that became ready, and of what was damaged and is run again.
 
     Returns:
         The results in the order asked for.
@@ -80,14 +79,14 @@ def run_grid(
     lock = lock_folder(folder)
     try:
         _claim(size, out)
-        found = _found(wanted, size, folder, say)
-        advance(len(found))
+        found = _found(wanted, size, folder, progress.say)
+        progress.start(len(wanted), len(found))
         todo: dict[Cell, list[Cell]] = {}
         for cell in wanted:
             if cell not in found:
                 todo.setdefault(replace(cell, seed=0), []).append(cell)
         for name in _carried_out(list(todo.values()), size, folder, workers):
-            advance(1)
+            progress.advance(1)
             found[name] = read_part(_file(name, folder))
     finally:
         lock.release()

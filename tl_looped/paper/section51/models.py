@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ import pandas as pd
 import xarray as xr
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.jobs import Watch
 from tl_looped.experiments.run import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics.verdicts import CONVERGENCE
 from tl_looped.paper.section51.training import CONFIGURATIONS, SEEDS
+from tl_looped.progress import SILENT, Progress
 from tl_looped.words import count
 
 CONTROL = "feedforward"
@@ -136,7 +135,7 @@ def measure(
     recurrences: Sequence[int] = VERDICT_RECURRENCES,
     device: str | None = None,
     batch_size: int | str = "auto",
-    watch: Callable[[str], AbstractContextManager[Watch]] = lambda what: nullcontext(Watch()),
+    progress: Callable[[str], Progress] = lambda what: SILENT,
 ) -> Measured:
     """Run the experiments of one model, or read what is there.
 
@@ -146,15 +145,14 @@ def measure(
         prompts: What is run.
         recurrences: Of the runs with a verdict; none for a control that runs once.
         device, batch_size: As in :func:`tl_looped.experiments.run.run_experiment`.
-        watch: Called with what is run next; gives what is told of it.
+        progress: Called with what is run next; gives what is told of it.
     """
     results = {}
     for spec in experiments(trained, prompts, recurrences):
         what = f"{trained.name}, {count(spec.recurrences or 0, 'recurrence')}"
-        with watch(what) as told:
-            run = run_experiment(
-                spec, out / trained.name, device=device, batch_size=batch_size, watch=told
-            )
+        run = run_experiment(
+            spec, out / trained.name, device=device, batch_size=batch_size, progress=progress(what)
+        )
         data = run.load()
         # The checkpoint's folder is called "final", whatever the model.
         results[int(data.attrs["n_recurrences"])] = data.assign_attrs(model=trained.configuration)

@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import Injection, LoopedConfig
+from tl_looped.progress import NOTICES, Progress
 from tl_looped.training.corpus import pack, read_problems, shared_tokenizer, split
 from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_table
 from tl_looped.training.record import claim, make_record
-from tl_looped.training.saved import Say, warn
 from tl_looped.training.spec import TrainSpec
-from tl_looped.training.trainer import Tick, train
+from tl_looped.training.trainer import train
 from tl_looped.transformer import LoopedTransformer
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -107,9 +107,7 @@ def run_section51(
     names: Sequence[str] = tuple(CONFIGURATIONS),
     seeds: Sequence[int] = SEEDS,
     spec: TrainSpec = SPEC,
-    report: Callable[[str, dict[str, Any]], None] = lambda run, entry: None,
-    tick: Callable[[str, Tick], None] = lambda run, tick: None,
-    say: Say = warn,
+    progress: Callable[[str], Progress] = lambda run: NOTICES,
 ) -> list[Path]:
     """Train all configurations for one seed, then for the next; finished runs are passed over.
 
@@ -123,9 +121,7 @@ def run_section51(
         names: Keys of ``CONFIGURATIONS``.
         seeds: Seeds of the weights.
         spec: Hyperparameters; its seed is replaced.
-        report: Called with the run's name and every entry of its log.
-        tick: Called with the run's name after every step.
-        say: As in ``train``.
+        progress: Called with each run's name; gives what is told of it, as in ``train``.
 
     Returns:
         The folders.
@@ -145,18 +141,9 @@ def run_section51(
         if (out / run / "evaluation.csv").is_file():
             # Passed over, unless it is of other settings than these.
             record = make_record(own, model, model.cfg, rows, aside)
-            claim(out / run, record, begins=False, fresh=False, say=say)
+            claim(out / run, record, begins=False, fresh=False, say=progress(run).say)
             continue
-        train(
-            model,
-            rows,
-            aside,
-            own,
-            out / run,
-            lambda entry, run=run: report(run, entry),  # type: ignore[misc]
-            lambda value, run=run: tick(run, value),  # type: ignore[misc]
-            say=say,
-        )
+        train(model, rows, aside, own, out / run, progress(run))
         numbers = (1,) if name == "feedforward" else EVALUATED
         table = loss_by_recurrences(model, held_out[:EVALUATED_ROWS], numbers)
         write_table(table, out / run / "evaluation.csv")
