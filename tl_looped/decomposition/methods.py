@@ -338,7 +338,7 @@ class DecompositionMixin(ActivationCache):
 
     def logit_attrs(
         self, residual_stack: Float[Tensor, "component *batch_pos d_model"], *args: Any, **kw: Any
-    ) -> Float[Tensor, "component *batch_pos"]:
+    ) -> Float[Tensor, " component *batch_pos"]:
         """What each component adds to a token's logit; arguments as in TransformerLens.
 
         The final norm's gain counts, folded into ``W_U`` or not, so that the attributions of

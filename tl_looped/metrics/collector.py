@@ -187,7 +187,7 @@ class Collector:
                         value = torch.full_like(value, math.nan) if undefined else value
                         self._keep(name, site, value)
 
-    def _keep(self, name: str, site: Site, value: Float[Tensor, "prompt *head"]) -> None:
+    def _keep(self, name: str, site: Site, value: Float[Tensor, " prompt *head"]) -> None:
         out = site.slot == STATE_OUT
         rows = self.loop.R if out else self.loop.n_layers
         kept = self.values.get((name, out))

@@ -117,11 +117,11 @@ class ConvergenceSeries:
             NaN for a single layer or a single dimension.
     """
 
-    step: Float[Tensor, "recurrence *batch"]
-    relative_step: Float[Tensor, "recurrence *batch"]
-    direction_step: Float[Tensor, "recurrence *batch"]
-    norm: Float[Tensor, "recurrence *batch"]
-    from_last: Float[Tensor, "recurrence *batch"]
+    step: Float[Tensor, " recurrence *batch"]
+    relative_step: Float[Tensor, " recurrence *batch"]
+    direction_step: Float[Tensor, " recurrence *batch"]
+    norm: Float[Tensor, " recurrence *batch"]
+    from_last: Float[Tensor, " recurrence *batch"]
     dtype: torch.dtype
     residual: Float[Tensor, "*batch"] | None = None
     distance_2r: Float[Tensor, "*batch"] | None = None
@@ -300,7 +300,7 @@ def _arrived(series: ConvergenceSeries, factor: Tensor, bound: Tensor, eps: floa
     return torch.where(factor == 0, bound <= _DISTANCE_FACTOR * eps, near)
 
 
-def _settled_at(small: Bool[Tensor, "recurrence *batch"]) -> Tensor:
+def _settled_at(small: Bool[Tensor, " recurrence *batch"]) -> Tensor:
     """First recurrence from which on all are small, three at least; -1 if there is none."""
     run = small.flip(0).long().cumprod(0).sum(0)  # length of the run of small ones at the end
     return torch.where(run >= _LEAST_STEPS, small.shape[0] - run, -1)
@@ -359,7 +359,7 @@ def _return_lag(from_last: Tensor, last_step: Tensor) -> Tensor:
     return torch.where(_has_one_frequency(distance[1:]), lag, math.nan)
 
 
-def _exact_cycle(from_last: Float[Tensor, "recurrence *batch"]) -> Tensor:
+def _exact_cycle(from_last: Float[Tensor, " recurrence *batch"]) -> Tensor:
     """The smallest lag at which a run repeats itself, twice; NaN if it does not."""
     distance = from_last.flip(0)  # the index is the lag
     lag = torch.full_like(distance[0], math.nan)
@@ -373,7 +373,7 @@ def _exact_cycle(from_last: Float[Tensor, "recurrence *batch"]) -> Tensor:
     return lag
 
 
-def _has_one_frequency(distance: Float[Tensor, "lag *batch"]) -> Bool[Tensor, "*batch"]:
+def _has_one_frequency(distance: Float[Tensor, " lag *batch"]) -> Bool[Tensor, "*batch"]:
     """Whether one frequency and its neighbours have half of the power of the squares."""
     n, batch = distance.shape[0], distance.shape[1:]
     squares = distance.detach().nan_to_num(0.0, 0.0, 0.0).square().cpu().reshape(n, -1).T.numpy()

@@ -98,7 +98,7 @@ def min_layer_cosine(
     return -_largest(-token_mean(cosine, real, left_out=cosine.isnan()))
 
 
-def _largest(per_layer: Float[Tensor, "layer *batch"]) -> Float[Tensor, "*batch"]:
+def _largest(per_layer: Float[Tensor, " layer *batch"]) -> Float[Tensor, "*batch"]:
     """Over the layers for which the value is defined; NaN if it is for none."""
     defined = ~per_layer.isnan()
     return per_layer.nan_to_num(-math.inf, math.inf).max(0).values.where(defined.any(0), math.nan)

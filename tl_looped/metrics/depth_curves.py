@@ -34,11 +34,11 @@ def mean_curve(data: xr.Dataset, metric: str) -> Float[np.ndarray, " layer"]:
 
 
 def parts_of(
-    data: xr.Dataset, curve: Float[np.ndarray, "layer *feature"]
+    data: xr.Dataset, curve: Float[np.ndarray, " layer *feature"]
 ) -> tuple[
-    Float[np.ndarray, "prelude *feature"],
+    Float[np.ndarray, " prelude *feature"],
     Float[np.ndarray, "recurrence core *feature"],
-    Float[np.ndarray, "coda *feature"],
+    Float[np.ndarray, " coda *feature"],
 ]:
     """Prelude, core and coda of anything by effective layer.
 

@@ -153,7 +153,7 @@ def _spectral_radius(push: Step, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return radius, error
 
 
-def _smooth_mean(x: Float[Tensor, "n *batch"]) -> Float[Tensor, "*batch"]:
+def _smooth_mean(x: Float[Tensor, " n *batch"]) -> Float[Tensor, "*batch"]:
     """Mean under the bump ``exp(-1 / (t (1 - t)))``; -inf if any value is.
 
     The ends of a long bump underflow to zero, and are no part of it: zero times -inf is NaN.

@@ -54,8 +54,8 @@ class KLBetweenRecurrences:
         to_last: ``KL(p_r || p_R)``; 0 at the last one.
     """
 
-    to_previous: Float[Tensor, "recurrence *batch"]
-    to_last: Float[Tensor, "recurrence *batch"]
+    to_previous: Float[Tensor, " recurrence *batch"]
+    to_last: Float[Tensor, " recurrence *batch"]
 
 
 def kl_between_recurrences(

@@ -199,7 +199,7 @@ def lowest_cosine_to_fixed_points(
     states: States,
     attention_mask: Tensor | None = None,
     reference: Float[Tensor, "*layers pos_ d_model_"] | None = None,
-) -> Float[Tensor, "recurrence *batch"]:
+) -> Float[Tensor, " recurrence *batch"]:
     """Lowest cosine between the first layer's state and any layer's fixed point (Fig. 6, right).
 
     A limit of 1 means a degenerate fixed point that all layers share. Cosines are averaged over
@@ -220,7 +220,7 @@ def lowest_cosine_to_fixed_points(
     return lowest(torch.stack(cosines))
 
 
-def lowest(cosines_to_layers: Float[Tensor, "layer *batch"]) -> Float[Tensor, "*batch"]:
+def lowest(cosines_to_layers: Float[Tensor, " layer *batch"]) -> Float[Tensor, "*batch"]:
     """The lowest over layers; NaN if a layer has none."""
     return cosines_to_layers.amin(0)
 

@@ -27,10 +27,10 @@ class StepGeometry:
             its threshold; a zero state is left out.
     """
 
-    size: Float[Tensor, "recurrence *batch"]
-    turning_cosine: Float[Tensor, "recurrence *batch"]
-    acceleration: Float[Tensor, "recurrence *batch"]
-    relative_acceleration: Float[Tensor, "recurrence *batch"]
+    size: Float[Tensor, " recurrence *batch"]
+    turning_cosine: Float[Tensor, " recurrence *batch"]
+    acceleration: Float[Tensor, " recurrence *batch"]
+    relative_acceleration: Float[Tensor, " recurrence *batch"]
 
 
 def step_geometry(
@@ -81,7 +81,7 @@ def angular_distance(
     states: Float[Tensor, "layer *batch pos d_model"],
     lag: int = 1,
     attention_mask: Tensor | None = None,
-) -> Float[Tensor, "pair *batch"]:
+) -> Float[Tensor, " pair *batch"]:
     """``arccos(cos(x_l, x_(l+lag))) / pi`` of layers that are ``lag`` apart, mean over real tokens.
 
     0 for the same direction, 1/2 at a right angle, 1 for opposite ones (Gromov et al. 2024, arXiv

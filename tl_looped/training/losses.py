@@ -130,7 +130,7 @@ def _cross_entropy(
     return per_token
 
 
-def _normalised(loss: EveryRecurrence, losses: Tensor) -> Float[Tensor, "recurrence"]:
+def _normalised(loss: EveryRecurrence, losses: Tensor) -> Float[Tensor, " recurrence"]:
     n = losses.shape[-1]
     weights = (1.0,) * n if loss.weights is None else loss.weights
     if len(weights) != n:

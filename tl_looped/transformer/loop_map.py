@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -125,10 +125,6 @@ class LoopMap:
 
 class LoopMapMixin(LoopMixin):
     """``model.loop_map``."""
-
-    if TYPE_CHECKING:  # of the class that inherits this one
-
-        def _new_run(self, *args: Any) -> LoopRun: ...
 
     def loop_map(
         self,

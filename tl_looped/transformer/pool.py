@@ -447,11 +447,11 @@ class BlockPool(HookedRootModule):
         """One block of each layer with weights of its own: prelude, core, coda."""
         return weights.unique_blocks(self)
 
-    def unique_weights(self, name: str) -> Float[Tensor, "unique_layer *shape"]:
+    def unique_weights(self, name: str) -> Float[Tensor, " unique_layer *shape"]:
         """``"W_Q"`` and its kin over the p + k + c layers that have weights of their own."""
         return weights.unique_stack(self, name)
 
-    def stack_weights(self, name: str) -> Float[Tensor, "n_layers *shape"]:
+    def stack_weights(self, name: str) -> Float[Tensor, " n_layers *shape"]:
         """``"W_Q"`` and its kin over the effective layers, as TransformerLens's tools index them.
 
         Core weights are copied once per recurrence.

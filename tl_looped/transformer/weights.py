@@ -40,12 +40,12 @@ def unique_blocks(model: BlockPool) -> list[Block]:
     return [model._pooled_block(place) for place in places]
 
 
-def unique_stack(model: BlockPool, name: str) -> Float[Tensor, "unique_layer *shape"]:
+def unique_stack(model: BlockPool, name: str) -> Float[Tensor, " unique_layer *shape"]:
     """A weight of each layer once."""
     return torch.stack([model._home(_weight(block, name)) for block in unique_blocks(model)])
 
 
-def stack(model: BlockPool, name: str) -> Float[Tensor, "n_layers *shape"]:
+def stack(model: BlockPool, name: str) -> Float[Tensor, " n_layers *shape"]:
     """A weight of every effective layer, if ``model.max_stack_bytes`` holds it."""
     blocks = list(model.blocks)
     if not blocks:

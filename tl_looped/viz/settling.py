@@ -44,7 +44,7 @@ _MOST_BOXES = 12
 _MOST_CHANGES = 8
 
 
-def settling_recurrence(predictions: Int[Tensor, "recurrence *any"]) -> Int[Tensor, "*any"]:
+def settling_recurrence(predictions: Int[Tensor, " recurrence *any"]) -> Int[Tensor, "*any"]:
     """The first recurrence from which the prediction never changes again until the last.
 
     ``min { r : p_s = p_(R-1) for all s >= r }``. It is R - 1 where the last step changed the
