@@ -83,7 +83,7 @@ def test_models_lists_all_short_names() -> None:
         (("analyze", "demo", "--figures", "99"), "there is no '99'. One run can be drawn as 2, 3"),
         (("analyze", "demo", "--figures", "8"), "tl-looped compare LOOPED FEEDFORWARD"),
         (("analyze", "demo", "--figures", "41"), "add --ablate-mlp prelude.1"),
-        (("analyze", "demo", "--ablate-mlp", "coda.2"), "there is no coda.2"),
+        (("analyze", "demo", "--ablate-mlp", "coda.2"), "coda.2"),
         (("analyze", "demo", "--prompts", "gsm"), "'gsm' is neither a file nor one of bundled"),
         (("analyze", "demo", "--recurrences", "x"), "recurrences must be integers"),
         (("analyze", "demo", "--recurrences", "0"), "recurrences must be at least 1"),
