@@ -21,10 +21,22 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import Enum
 from functools import partial, wraps
+from itertools import islice
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
 import torch
@@ -123,19 +135,24 @@ def _every_item(hint: Any) -> Any:
     items = [each if each is ... else _every_item(each) for each in arguments]
     if origin is tuple and ... not in items:
 
-        def fits(value: Any) -> bool:
+        def fit(value: Any) -> bool:
             return len(value) == len(items) and all(map(_is, value, items))
 
     elif origin in _MAPPINGS:
 
-        def fits(value: Any) -> bool:
+        def fit(value: Any) -> bool:
             return all(_is(key, items[0]) and _is(of, items[1]) for key, of in value.items())
 
     else:
 
-        def fits(value: Any) -> bool:
+        def fit(value: Any) -> bool:
             is_read_once = not isinstance(value, abc.Collection)
             return is_read_once or all(_is(each, items[0]) for each in value)
+
+    def fits(value: Any) -> bool:
+        with suppress(TypeError):  # a tensor without dimensions has __iter__
+            return fit(value)
+        return False
 
     return Annotated[origin, Is[fits]]
 
@@ -157,8 +174,10 @@ def _refusal(
             for value in given.values() if kind is kind.VAR_KEYWORD else several:
                 if name in hints and not _is(value, hints[name]):
                     shape = isinstance(value, Tensor) and bool(earlier)
+                    is_made = function.__name__ == "__init__"
+                    where = type(args[0]).__name__ if is_made else function.__qualname__
                     return ArgumentTypeError(
-                        f"{function.__qualname__}: {name} must be {_written(function, name)}, "
+                        f"{where}: {name} must be {_written(function, name)}, "
                         f"got {described(value)}" + f", beside {', '.join(earlier)}" * shape
                     )
             if isinstance(given, Tensor):
@@ -167,14 +186,20 @@ def _refusal(
 
 
 def _written(function: Callable[..., Any], name: str) -> str:
-    """A parameter's hint as the source has it."""
+    """A parameter's hint as the source has it, with what an alias stands for."""
+    names = inspect.unwrap(function).__globals__
+
+    def spelled_out(word: re.Match[str]) -> str:
+        meant = names.get(word[0])
+        if isinstance(meant, TypeVar):
+            meant = meant.__bound__ or Any
+        elif get_origin(meant) not in (Union, UnionType, Literal):
+            return word[0]
+        return re.sub(r"(?:\w+\.)+(?=\w)", "", inspect.formatannotation(meant))
+
     hint = inspect.unwrap(function).__annotations__[name]
-    if isinstance(hint, str):
-        variable = inspect.unwrap(function).__globals__.get(hint)
-        if not isinstance(variable, TypeVar):
-            return hint
-        hint = variable.__bound__ or Any
-    return re.sub(r"(?:\w+\.)+(?=\w)", "", inspect.formatannotation(hint))
+    text = hint if isinstance(hint, str) else inspect.formatannotation(hint)
+    return re.sub(r"\b[A-Za-z_]\w*", spelled_out, text)
 
 
 def described(value: Any) -> str:
@@ -190,10 +215,16 @@ def described(value: Any) -> str:
         return f"the {type(value).__name__} {shown if len(shown) < 60 else shown[:56] + '...'}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if isinstance(value, (list, tuple, set, frozenset)):
-        of = " and ".join(dict.fromkeys(type(each).__name__ for each in value))
-        return f"a {type(value).__name__} of {len(value)}" + f" ({of})" * bool(of)
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        items = value.values() if isinstance(value, dict) else value
+        kinds = dict.fromkeys(_kind(each) for each in islice(items, 9))
+        of = " and ".join(list(kinds)[:3])
+        return f"{_a(type(value).__name__)} of {len(value)}" + f" ({of})" * bool(of)
     return _a(type(value).__name__)
+
+
+def _kind(item: Any) -> str:
+    return described(item) if isinstance(item, (Tensor, np.ndarray)) else type(item).__name__
 
 
 def _a(word: str) -> str:

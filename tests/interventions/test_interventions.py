@@ -17,6 +17,7 @@ from refusals import refused
 from torch import Tensor
 
 from tl_looped import (
+    ArgumentTypeError,
     InitialState,
     Injection,
     InputError,
@@ -675,30 +676,34 @@ def test_what_a_run_cannot_take_is_said(llama: Case) -> None:
                 refuse(tokens, 0) if refuse == model.start_run else refuse(tokens)
 
 
-WRONG_TYPES: list[tuple[Callable[[], Any], str]] = [
-    (lambda: iv.SkipRecurrences("all"), "'all'"),  # type: ignore[arg-type]
-    (lambda: iv.SkipRecurrences(1.5), "1.5"),  # type: ignore[arg-type]
-    (lambda: iv.AblateHeads({1: 0}, by="half"), "'half'"),  # type: ignore[arg-type]
-    (lambda: iv.SkipRecurrences, "SkipRecurrences(2)"),
-    (lambda: iv.FreezeAttention(None), "one recurrence is an integer"),  # type: ignore[arg-type]
-    (lambda: iv.RepeatRecurrence([0, 1]), "one recurrence"),  # type: ignore[arg-type]
-    (lambda: iv.ReorderLayers([None, 1, 2, 3]), "one core layer"),  # type: ignore[list-item]
-    (lambda: iv.ReorderLayers(2), "one layer for each"),  # type: ignore[arg-type]
-    (lambda: iv.AblateHeads({(0, 1): 0}), "one core layer"),  # type: ignore[dict-item]
-    (lambda: iv.ReplaceInitialState(1.5), "got 1.5"),  # type: ignore[arg-type]
-    (lambda: iv.ReplaceInitialState(True), "got True"),
-    (lambda: iv.FreezeLoop(0, at=torch.zeros(1)), "Tensor"),  # type: ignore[arg-type]
-    (lambda: iv.AddNoise("a"), "'a'"),  # type: ignore[arg-type]
+WRONG_TYPES: list[tuple[Callable[[], Any], type[InputError], str]] = [
+    (lambda: iv.SkipRecurrences("all"), ArgumentTypeError, "recurrences"),  # type: ignore[arg-type]
+    (lambda: iv.SkipRecurrences(1.5), ArgumentTypeError, "recurrences"),  # type: ignore[arg-type]
+    (lambda: iv.AblateHeads({1: 0}, by="half"), ArgumentTypeError, "by"),  # type: ignore[arg-type]
+    (lambda: iv.SkipRecurrences, InputError, "SkipRecurrences(2)"),
+    (lambda: iv.FreezeAttention(None), ArgumentTypeError, "recurrence"),  # type: ignore[arg-type]
+    (lambda: iv.RepeatRecurrence([0, 1]), ArgumentTypeError, "recurrence"),  # type: ignore[arg-type]
+    (lambda: iv.ReorderLayers([None, 1, 2, 3]), ArgumentTypeError, "order"),  # type: ignore[list-item]
+    (lambda: iv.ReorderLayers(2), ArgumentTypeError, "order"),  # type: ignore[arg-type]
+    (lambda: iv.AblateHeads({(0, 1): 0}), ArgumentTypeError, "heads"),  # type: ignore[dict-item]
+    (lambda: iv.ReplaceInitialState(1.5), ArgumentTypeError, "state"),  # type: ignore[arg-type]
+    (lambda: iv.ReplaceInitialState(True), InputError, "got True"),
+    (lambda: iv.FreezeLoop(0, at=torch.zeros(1)), ArgumentTypeError, "at"),  # type: ignore[arg-type]
+    (lambda: iv.AddNoise("a"), ArgumentTypeError, "std"),  # type: ignore[arg-type]
 ]
 
 
-@pytest.mark.parametrize(("make", "part"), WRONG_TYPES)
+@pytest.mark.parametrize(("make", "kind", "part"), WRONG_TYPES)
 def test_wrong_types_are_said(
-    make: Callable[[], Any], part: str, llama: Case, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], Any],
+    kind: type[InputError],
+    part: str,
+    llama: Case,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As a user has it, without the checks of types that these tests switch on.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with refused(InputError, part), llama.model.intervening(make()):
+    with refused(kind, part), llama.model.intervening(make()):
         llama.model(llama.tokens)
 
 

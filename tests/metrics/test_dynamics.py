@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tl_looped import InitialState, Injection, LoopedTransformer
+from tl_looped import ArgumentTypeError, InitialState, Injection, LoopedTransformer
 from tl_looped.errors import InputError
 from tl_looped.metrics.dynamics import loop_jacobian_spectrum, loop_starts, path_independence
 
@@ -245,7 +245,7 @@ def test_wrong_input_names_the_argument() -> None:
         loop_jacobian_spectrum(lambda x: x[..., :1], torch.ones(2, 2))
     with pytest.raises(InputError, match="at least two"):
         path_independence(lambda x: x, {"a": torch.ones(2, 2)}, 3)
-    with pytest.raises(InputError, match="one shape"):
+    with pytest.raises(ArgumentTypeError, match="starts"):
         path_independence(lambda x: x, {"a": torch.ones(2, 2), "b": torch.ones(3, 2)}, 3)
 
 

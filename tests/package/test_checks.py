@@ -54,7 +54,7 @@ x = torch.zeros(2, 3)
         (lambda: mean(x, form="max"), ("form must be Literal['abs', 'rel']", "'max'")),
         (lambda: mean(x, pair=(1, 2)), ("pair", "a tuple of 2 (int)")),
         (lambda: mean(x, pair=(1, "a", 2)), ("pair", "a tuple of 3")),
-        (lambda: mean(x, by_name={"a": 1, "b": "c"}), ("by_name", "a dict")),
+        (lambda: mean(x, by_name={"a": 1, "b": "c"}), ("by_name", "a dict of 2 (int and str)")),
         (lambda: mean(x, None, (), 1.0, "abs", None, None, 4, "5"), ("more", "the str '5'")),
         (lambda: mean(x, model=3), ("model must be LoopedTransformer | None", "the int 3")),
         (lambda: mean(x, fast="yes"), ("options must be bool", "'yes'")),
@@ -118,7 +118,7 @@ class Rule:
 
 
 def test_classes_check_fields_and_public_methods() -> None:
-    with refused(ArgumentTypeError, "Rule.__init__: patience must be int", "'x'"):
+    with refused(ArgumentTypeError, "Rule: patience must be int", "'x'"):
         Rule("x")
     with refused(ArgumentTypeError, "names"):
         Rule(names=("a", 3))

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens import patching as tl_patching
 
 from tl_looped import (
+    ArgumentTypeError,
     HookNameError,
     InputError,
     LayerIndexError,
@@ -331,7 +332,7 @@ REFUSED: list[tuple[type[Any], str, str, dict[str, Any]]] = [
     (LayerIndexError, "core layer 3", "z", {"layers": [3]}),
     (LayerIndexError, "head 4", "z", {"heads": [4]}),
     (LayerIndexError, "position 3", "z", {"positions": [3]}),
-    (InputError, "'each'", "z", {"positions": "all"}),
+    (ArgumentTypeError, "positions", "z", {"positions": "all"}),
     (InputError, "no heads", "resid_post", {"heads": "each"}),
     (InputError, "belongs to the loop", "state_out", {"layers": [0]}),
     (InputError, "empty", "z", {"layers": []}),

@@ -12,10 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tl_looped.checks import checked
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import TRAINED, LoopedConfig
 
 
+@checked
 @dataclass(frozen=True)
 class Source:
     """Where a parameter comes from.
@@ -31,6 +33,7 @@ class Source:
     index: tuple[int, ...] = ()
 
 
+@checked
 @dataclass(frozen=True)
 class HubAlias:
     """A short name for a hub checkpoint, with the number of recurrences it was trained for."""

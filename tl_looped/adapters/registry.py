@@ -56,11 +56,13 @@ def get_adapter(name: str) -> Adapter:
     return _ADAPTERS[name]
 
 
+@checked
 def known_adapters() -> list[str]:
     """Names of all registered families, sorted."""
     return sorted(_ADAPTERS)
 
 
+@checked
 def all_aliases() -> dict[str, HubAlias]:
     """Every short checkpoint name of every registered family."""
     return {

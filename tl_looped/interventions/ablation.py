@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.layers import write_nothing
 from tl_looped.interventions.selection import Recurrences, among, members, one_member
@@ -131,6 +132,7 @@ class _Ablation(Intervention):
         return given[torch.from_numpy(rows).to(given.device)]
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class AblateHeads(_Ablation):
     """Overwrite the output ``z`` of attention heads, ``[batch, pos, head, d_head]``.
@@ -160,6 +162,7 @@ class AblateHeads(_Ablation):
     _n_parts = "n_heads"
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class AblateNeurons(_Ablation):
     """Overwrite neurons of MLPs, ``mlp.hook_post`` ``[batch, pos, d_mlp]``.
@@ -181,6 +184,7 @@ class AblateNeurons(_Ablation):
     _n_parts = "d_mlp"
 
 
+@checked
 @dataclass(frozen=True)
 class AblateMLP(Intervention):
     """The MLP of one layer writes nothing: ``hook_mlp_out`` is zero at every position.

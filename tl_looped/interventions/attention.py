@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, among, frozen_after, members
 from tl_looped.model.hook_points import LoopedHookPoint
@@ -15,6 +16,7 @@ from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
 
+@checked
 @dataclass(frozen=True)
 class FreezeAttention(Intervention):
     """After recurrence r, heads attend as they did there.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import (
     RUN_ARGUMENTS,
@@ -51,6 +52,7 @@ class FixedPoint:
         )
 
 
+@checked
 def fixed_point(
     model: LoopedTransformer,
     input: Any,
@@ -93,6 +95,7 @@ def fixed_point(
     return FixedPoint(state, layers, n_recurrences, step, cache.state_seed)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class FreezeLoop(Intervention):
     """From one recurrence on, the loop stands still.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.config import NormLayout
@@ -17,6 +18,7 @@ from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
 
+@checked
 @dataclass(frozen=True)
 class SkipLayers(Intervention):
     """The stream passes by these core layers unchanged: ``resid_post = resid_pre``.
@@ -60,6 +62,7 @@ def write_nothing(x: Tensor, hook: LoopedHookPoint) -> Tensor:
     return torch.zeros_like(x)
 
 
+@checked
 @dataclass(frozen=True)
 class ReorderLayers(Intervention):
     """The core's layers run in another order.
@@ -97,6 +100,7 @@ class ReorderLayers(Intervention):
         return changes
 
 
+@checked
 @dataclass(frozen=True)
 class SwapLayers(Intervention):
     """Two core layers change places; :class:`ReorderLayers` says what the hook names mean then.

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members, one_member
+from tl_looped.model import limits
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
 
+@checked
 @dataclass(frozen=True)
 class SkipRecurrences(Intervention):
     """The state passes by these recurrences unchanged: ``state_out[r] = state_in[r]``.
@@ -52,6 +55,7 @@ class SkipRecurrences(Intervention):
         return changes
 
 
+@checked
 @dataclass(frozen=True)
 class RepeatRecurrence(Intervention):
     """A recurrence is run several times in place: the same hooks, edits and weights again.
@@ -73,8 +77,7 @@ class RepeatRecurrence(Intervention):
     times: int = 1
 
     def __post_init__(self) -> None:
-        if type(self.times) is not int or self.times < 1:
-            raise InputError(f"times must be an integer of at least 1, got {self.times!r}")
+        whole(self.times, "times", 1, limits.most_layers)
 
     def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """More passes at the end of the recurrence."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members
 from tl_looped.metrics.inputs import at_least_fp32
@@ -21,6 +22,7 @@ from tl_looped.transformer.intervening import Changes, Intervention
 from tl_looped.transformer.loop_run import LoopRun
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ReplaceInitialState(Intervention):
     """The loop starts from another state, as with ``initial_state=`` or ``state_seed=`` of a run.
@@ -85,6 +87,7 @@ class ReplaceInitialState(Intervention):
         return Changes()
 
 
+@checked
 @dataclass(frozen=True)
 class AddNoise(Intervention):
     """Noise on the state as it enters these recurrences.
@@ -133,6 +136,7 @@ class AddNoise(Intervention):
         return Changes(edits=[(f"recurrence.{r}.hook_state_in", disturb) for r in where])
 
 
+@checked
 @dataclass(frozen=True)
 class SwapStates(Intervention):
     """The rows of a batch exchange their states at the start of these recurrences.
@@ -176,6 +180,7 @@ class SwapStates(Intervention):
         return Changes(edits=[(f"recurrence.{r}.hook_state_in", swap) for r in where])
 
 
+@checked
 @dataclass(frozen=True)
 class ScaleInjection(Intervention):
     """What is injected is multiplied: ``injected = A [state, factor * e]``; 0 takes it out.

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import (
     BLOCK_BYTES,
@@ -72,6 +73,7 @@ class Rows:
         return -terms.sum(-1, dtype=torch.float64)
 
 
+@checked
 def colsum_concentration(
     pattern: Pattern, attention_mask: Tensor | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -98,6 +100,7 @@ def _colsum(received: Tensor, n_tokens: Tensor) -> Float[Tensor, "*batch"]:
     return value.masked_fill(n == 1, math.nan)
 
 
+@checked
 def sink_score(
     pattern: Pattern,
     key: int = 0,
@@ -152,6 +155,7 @@ def _sink(
     return score.masked_fill(n <= key, math.nan)
 
 
+@checked
 def sink_rate(
     pattern: Float[Tensor, "*batch head query key"],
     threshold: float = SINK_THRESHOLD,
@@ -185,6 +189,7 @@ def _rate(
     return reached.double().masked_fill(score.isnan(), math.nan).mean(-1)
 
 
+@checked
 def mixing_score(
     pattern: Pattern, form: MixingForm | str = "raw", attention_mask: Tensor | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -254,6 +259,7 @@ def all_of_pattern(rows: Rows) -> dict[str, Float[Tensor, "*values"]]:
     }
 
 
+@checked
 def attention_distance(
     a: Pattern, b: Pattern, attention_mask: Tensor | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -276,6 +282,7 @@ def rows_distance(a: Rows, b: Rows) -> Float[Tensor, "*batch"]:
     return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float64)
 
 
+@checked
 def pairwise_attention_distance(
     patterns: Float[Tensor, "layer *batch query key"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "layer layer"]:

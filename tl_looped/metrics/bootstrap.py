@@ -25,6 +25,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64, check_finite
 
@@ -45,6 +46,7 @@ class Interval:
     high: float
 
 
+@checked
 @dataclass(frozen=True)
 class Resampling:
     """How a bootstrap draws.
@@ -136,6 +138,7 @@ class HierarchicalCI:
 _NOTHING = Interval(math.nan, math.nan)
 
 
+@checked
 def bootstrap_ci(
     values: _Values,
     *,
@@ -182,6 +185,7 @@ def bootstrap_ci(
     )
 
 
+@checked
 def paired_contrast(
     first: _Values,
     second: _OtherValues,
@@ -206,6 +210,7 @@ def paired_contrast(
     return bootstrap_ci(a - b, n_resamples=n_resamples, confidence=confidence, seed=seed)
 
 
+@checked
 def t_interval(values: _Values, confidence: float = 0.95) -> Interval:
     """Student's t-interval of the mean, ``mean +- t_(n-1) s / sqrt(n)`` with the unbiased s.
 
@@ -224,6 +229,7 @@ def t_interval(values: _Values, confidence: float = 0.95) -> Interval:
     return Interval(float(low), float(high))
 
 
+@checked
 def sign_flip_p(values: _Values) -> float:
     """Exact two-sided p that the mean is 0, if each value were as likely with the other sign.
 
@@ -254,6 +260,7 @@ def sign_flip_p(values: _Values) -> float:
     return float(np.mean(np.abs(sums) >= abs(x.sum()) - tolerance))
 
 
+@checked
 def hierarchical_bootstrap_ci(
     values: Sequence[Float[np.ndarray, " _"]]
     | Sequence[Float[Tensor, " _"]]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_looped._compat import ActivationCache
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.attention_patterns import distances_of_layers
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, select
@@ -30,6 +31,7 @@ from tl_looped.metrics.states import cosines_of_layers, cyclicity_index
 _MATRICES = ("attention", "cosine")
 
 
+@checked
 def from_cache(
     cache: ActivationCache,
     metrics: str | Iterable[str] = DEFAULT_METRICS,
@@ -142,6 +144,7 @@ def _refer(collector: Collector, view: RunView) -> None:
         collector.refer(STATE_OUT, "resid_post", after_norm)
 
 
+@checked
 def pairwise_from_cache(
     cache: ActivationCache,
     which: str | tuple[str, ...] = _MATRICES,
@@ -201,6 +204,7 @@ def _each_prompt(view: RunView, reads: str, metric: Any) -> np.ndarray:
     return np.stack(matrices, -1)
 
 
+@checked
 def lenses_from_cache(
     cache: LoopedActivationCache, token: Tensor | None = None, position: int = -1
 ) -> xr.Dataset:

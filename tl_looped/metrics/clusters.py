@@ -27,6 +27,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64, check_finite
 from tl_looped.metrics.depth_curves import mean_curve, parts_of
@@ -44,6 +45,7 @@ FEATURES = (
 """Features of a result's layers; the last one, the norm, by its logarithm."""
 
 
+@checked
 @dataclass(frozen=True)
 class DepthClusters:
     """Stages of a feedforward model and of the recurrences of a looped one.
@@ -90,6 +92,7 @@ class DepthClusters:
     seed: int
 
 
+@checked
 def depth_clusters(
     feedforward: Float[np.ndarray, "layer feature"] | Float[Tensor, "layer feature"],
     core: Float[np.ndarray, "recurrence core _"] | Float[Tensor, "recurrence core _"],
@@ -171,6 +174,7 @@ def depth_clusters(
     )
 
 
+@checked
 def cluster_table(
     data: xr.Dataset, feedforward: xr.Dataset, n_clusters: int = 3, seed: int = 0
 ) -> pd.DataFrame:

@@ -55,6 +55,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.signal import detrend
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.limiting import PEAK_SHARE, spectral_peak
 
@@ -164,6 +165,7 @@ class ConvergenceResult:
     eps: float
 
 
+@checked
 def fixed_point_residual(
     state: Float[Tensor, "*batch d_model"], next_state: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch"]:
@@ -177,6 +179,7 @@ def fixed_point_residual(
     return (next_state.double() - state).norm(dim=-1) / state.norm(dim=-1)
 
 
+@checked
 def a_posteriori_bound(
     rate: Float[Tensor, "*batch"], last_step: Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
@@ -261,6 +264,7 @@ def decide(series: ConvergenceSeries, eps: float | None = None) -> ConvergenceRe
     )
 
 
+@checked
 def half_life(rate: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Recurrences in which a step halves, ``ln 2 / -ln rate``; infinite for a rate of 1 or more."""
     return torch.where(rate >= 1, math.inf, -math.log(2) / rate.log())

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.convergence import (
     ConvergenceSeries,
@@ -22,6 +23,7 @@ from tl_looped.words import count
 _SAME_RUN = {torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
+@checked
 def convergence_series(
     states: Float[Tensor, "recurrence layer *batch pos d_model"],
     states_2r: Float[Tensor, "recurrence2 layer *batch pos d_model"] | None = None,

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import token_mask, token_mean
 from tl_looped.transformer.loop_map import LoopMap
@@ -55,6 +56,7 @@ class JacobianSpectrum:
     seed: int
 
 
+@checked
 def loop_jacobian_spectrum(
     step: Step,
     state: Float[Tensor, "*batch pos d_model"],
@@ -200,6 +202,7 @@ class PathIndependence:
     n_recurrences: int
 
 
+@checked
 def path_independence(
     step: Step,
     starts: Mapping[str, Float[Tensor, "*batch pos d_model"]],
@@ -253,6 +256,7 @@ def path_independence(
     )
 
 
+@checked
 def loop_starts(
     loop_map: LoopMap,
     seeds: tuple[int, ...] = (0, 1, 2),

@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.metrics.inputs import at_least_fp32, check_choice, counted_tokens, lengths
 
 EntropyForm = Literal["nats", "bits", "norm_max", "skean"]
 
 
+@checked
 def matrix_entropy(
     x: Float[Tensor, "*batch pos d_model"],
     form: EntropyForm | str = "bits",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from tl_looped.checks import checked
 from tl_looped.metrics.labels import geometry_of
 
 HEAVY_SHARE = 0.5
@@ -16,6 +17,7 @@ FEWEST_TOKENS = 4
 """Of a prompt that :func:`find_heavy_token` looks at: of two, one always holds half."""
 
 
+@checked
 @dataclass(frozen=True)
 class HeavyToken:
     """That one token of a prompt holds most of the norm of its states.
@@ -33,6 +35,7 @@ class HeavyToken:
     is_first: bool
 
 
+@checked
 def find_heavy_token(data: xr.Dataset) -> HeavyToken | None:
     """Whether means over tokens are mostly one token's; None if not, or if the data do not say.
 

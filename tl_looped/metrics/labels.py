@@ -24,6 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_looped._version import __version__
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import DERIVED, LOWEST_COSINE, OUTPUTS, PER_TOKEN
 from tl_looped.metrics.collector import Collector
@@ -99,6 +100,7 @@ def _variable(name: str, values: Tensor, out: bool) -> xr.DataArray:
     return xr.DataArray(numbers, dims=dims, attrs=attributes)
 
 
+@checked
 def by_recurrence(data: xr.Dataset) -> xr.Dataset:
     """A result by depth as ``recurrence, layer, head, prompt`` of the core.
 

@@ -46,6 +46,7 @@ from scipy.signal import detrend
 from scipy.signal.windows import hann
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import token_mask
 
@@ -94,6 +95,7 @@ class LimitingBehaviors:
     rho: float
 
 
+@checked
 def classify_limiting_behavior(
     similarity: Float[Tensor, "*batch recurrence"],
     window: int = 64,
@@ -217,6 +219,7 @@ def spectral_peak(
     return k, amplitude, share
 
 
+@checked
 def cosine_similarity(
     states: Float[Tensor, "recurrence *batch pos d_model"],
 ) -> Float[Tensor, "*batch pos recurrence"]:
@@ -227,6 +230,7 @@ def cosine_similarity(
     return torch.stack([(x / x.norm(dim=-1, keepdim=True) * unit).sum(-1) for x in rows], -1)
 
 
+@checked
 def distance_similarity(
     states: Float[Tensor, "recurrence *batch pos d_model"],
 ) -> Float[Tensor, "*batch pos recurrence"]:
@@ -266,6 +270,7 @@ def _real_tokens(labels: Tensor, mask: Tensor | None) -> Tensor:
     return torch.ones_like(labels, dtype=torch.bool) if real is None else real.expand(labels.shape)
 
 
+@checked
 def cooccurrence(
     labels: Int[Tensor, "*batch layer token"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "label label"]:
@@ -300,6 +305,7 @@ class LabelPercentages:
     examples: Float[Tensor, "*rest label"]
 
 
+@checked
 def label_percentages(
     labels: Int[Tensor, "*rest batch token"], attention_mask: Tensor | None = None
 ) -> LabelPercentages:

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import mask_of_cache, token_mask
 from tl_looped.words import count
@@ -54,6 +55,7 @@ class AttentionLipschitz:
         return {name: self.change / getattr(self, name) for name in names}
 
 
+@checked
 def attention_lipschitz_bounds(
     x: Float[Tensor, "*batch pos d_model"],
     x_before: Float[Tensor, "*batch pos d_model"],
@@ -160,6 +162,7 @@ def _norms_of_product(W_Q: Tensor, W_K: Tensor) -> tuple[Tensor, Tensor]:
     return _norm(small), _spectral(small)
 
 
+@checked
 def attention_lipschitz_from_cache(
     cache: Any,
     layer: int,

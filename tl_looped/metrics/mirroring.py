@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64
 from tl_looped.metrics.bootstrap import Interval, Resampling
@@ -79,6 +80,7 @@ class MirroringScore:
     seed: int
 
 
+@checked
 def mirroring_score(
     core: Float[np.ndarray, "recurrence core"] | Float[Tensor, "recurrence core"],
     feedforward: Float[np.ndarray, " layer"] | Float[Tensor, " layer"],
@@ -179,6 +181,7 @@ class PermutedScore:
     seed: tuple[int, ...]
 
 
+@checked
 def permuted_mirroring(
     core: Float[np.ndarray, "recurrence core"] | Float[Tensor, "recurrence core"],
     feedforward: Float[np.ndarray, " layer"] | Float[Tensor, " layer"],
@@ -258,6 +261,7 @@ class MirroringInterval:
     resampling: Resampling
 
 
+@checked
 def mirroring_interval(
     core: Float[np.ndarray, "recurrence core prompt"],
     feedforward: Float[np.ndarray, "layer other_prompt"],
@@ -338,6 +342,7 @@ def _over_prompts(
     return resampling.percentile(np.concatenate(scores)[: resampling.n_resamples])
 
 
+@checked
 def base_layer_cosine(
     states: Float[Tensor, "*layers pos d_model"],
     base: Float[Tensor, "*base_layers base_pos base_d_model"],
@@ -376,6 +381,7 @@ def base_layer_cosine(
     return token_mean((x * y).sum(-1), real, left_out=zero)
 
 
+@checked
 def linear_cka(
     x: Float[Tensor, "*x_batch token d_x"], y: Float[Tensor, "*y_batch y_token d_y"]
 ) -> Float[Tensor, "*batch"]:

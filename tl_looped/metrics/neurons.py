@@ -26,6 +26,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import at_least_fp32
 from tl_looped.model.config import NormLayout
@@ -62,6 +63,7 @@ class NeuronClasses:
     threshold: float
 
 
+@checked
 def prediction_suppression_fraction(
     w_out: Float[Tensor, "neuron d_model"],
     unembed: Float[Tensor, "_ vocab"],
@@ -95,6 +97,7 @@ def prediction_suppression_fraction(
     return _classes(w_out, _columns(unembed), threshold, chunk_bytes)
 
 
+@checked
 def prediction_suppression(
     model: Any,
     *,

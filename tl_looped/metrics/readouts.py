@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import mask_of_cache
 from tl_looped.model.exit_gate import exit_distribution
@@ -34,6 +35,7 @@ __all__ = [
 _LOGITS_AT_ONCE = 1 << 26  # 256 MiB in fp32
 
 
+@checked
 def kl_divergence(
     logits: Float[Tensor, "*batch d_vocab"], reference: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
@@ -58,6 +60,7 @@ class KLBetweenRecurrences:
     to_last: Float[Tensor, " recurrence *batch"]
 
 
+@checked
 def kl_between_recurrences(
     logits: Float[Tensor, "recurrence *batch d_vocab"],
 ) -> KLBetweenRecurrences:
@@ -97,6 +100,7 @@ class LensReadout:
     kl_to_final: Float[Tensor, "*any"]
 
 
+@checked
 def lens_readout(
     logits: Float[Tensor, "*batch d_vocab"],
     final_logits: Float[Tensor, "*batch d_vocab"],
@@ -144,6 +148,7 @@ class LensTrajectory:
     position: Int[Tensor, " batch"]
 
 
+@checked
 def lens_trajectory(
     cache: Any,
     token: Int[Tensor, " batch"] | None = None,

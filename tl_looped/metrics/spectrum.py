@@ -28,6 +28,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.convergence import fixed_point_residual
 from tl_looped.metrics.dynamics import loop_jacobian_spectrum
@@ -68,6 +69,7 @@ def reached_state(loop_map: LoopMap, n_recurrences: int) -> Float[Tensor, "batch
     return state
 
 
+@checked
 def loop_spectrum(
     model: LoopedTransformer,
     tokens: Any,

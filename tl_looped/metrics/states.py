@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.attention_patterns import attention_distance
 from tl_looped.metrics.inputs import (
@@ -76,6 +77,7 @@ class Sized:
         return x / self.size[..., None].to(x.dtype)
 
 
+@checked
 def state_distance(
     x: Float[Tensor, "*batch pos d_model"],
     reference: Float[Tensor, "*batch pos d_model"],
@@ -127,6 +129,7 @@ def token_cosine(x: Sized, reference: Sized) -> Float[Tensor, "*batch pos"]:
     return (x.unit * reference.unit).sum(-1, dtype=torch.float64).clamp(-1.0, 1.0)
 
 
+@checked
 def successive_difference(
     states: States,
     form: Form | str = "abs",
@@ -156,6 +159,7 @@ def successive_difference(
     return torch.cat((step.new_full((1, *step.shape[1:]), math.nan), step))
 
 
+@checked
 def fixed_point_distance(
     states: States,
     form: Form | str = "abs",
@@ -195,6 +199,7 @@ def _whole_patterns(skip_first: int) -> None:
         )
 
 
+@checked
 def lowest_cosine_to_fixed_points(
     states: States,
     attention_mask: Tensor | None = None,
@@ -225,6 +230,7 @@ def lowest(cosines_to_layers: Float[Tensor, " layer *batch"]) -> Float[Tensor, "
     return cosines_to_layers.amin(0)
 
 
+@checked
 def pairwise_residual_cosine(
     states: Float[Tensor, "layer *batch pos d_model"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "layer layer"]:
@@ -287,6 +293,7 @@ def cosines_of_layers(
     return total / count
 
 
+@checked
 def cyclicity_index(
     similarity: Float[Tensor, "*batch layer layer"], n_core: int
 ) -> Float[Tensor, "*batch"]:
@@ -320,6 +327,7 @@ def _mean_where(x: Tensor, where: Tensor) -> Tensor:
     return x.masked_fill(~where, 0.0).sum((-2, -1)) / where.sum()
 
 
+@checked
 def residual_magnitude(
     states: Float[Tensor, "*batch pos d_model"],
     statistic: Magnitude | str = "mean",

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import counted_tokens, token_mask, token_mean
 
@@ -33,6 +34,7 @@ class StepGeometry:
     relative_acceleration: Float[Tensor, " recurrence *batch"]
 
 
+@checked
 def step_geometry(
     states: Float[Tensor, "recurrence *batch pos d_model"],
     attention_mask: Tensor | None = None,
@@ -77,6 +79,7 @@ def step_geometry(
     return StepGeometry(*torch.stack(rows, 1).unbind(0))
 
 
+@checked
 def angular_distance(
     states: Float[Tensor, "layer *batch pos d_model"],
     lag: int = 1,

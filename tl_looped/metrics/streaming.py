@@ -28,6 +28,7 @@ import xarray as xr
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, Reads, select
 from tl_looped.metrics.collector import STATE_OUT, Collector, Site
@@ -45,6 +46,7 @@ Look = Callable[[Site, Reads, Tensor], None]
 _HOOKS: dict[Reads, str] = {"resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
 
 
+@checked
 @dataclass(frozen=True)
 class StreamOptions:
     """How prompts are run.
@@ -87,6 +89,7 @@ class StreamOptions:
             raise InputError("reference_recurrences is a run of its own: it needs states=recompute")
 
 
+@checked
 def stream(
     model: LoopedTransformer,
     prompts: Any,
@@ -127,6 +130,7 @@ def stream(
     return by_recurrence(data) if by == "recurrence" else data
 
 
+@checked
 def stream_batches(
     model: LoopedTransformer,
     rows: list[Tensor],
@@ -156,6 +160,7 @@ def stream_batches(
         yield _run_batch(model, rows, numbers, names, options)
 
 
+@checked
 def join_batches(batches: list[xr.Dataset]) -> xr.Dataset:
     """The results of :func:`stream_batches` as one, in the order of the prompts.
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64, check_finite
 
@@ -43,6 +44,7 @@ class PCATrajectory:
     mean: Float[Tensor, " d_model"]
 
 
+@checked
 def pca_trajectory(
     states: Float[Tensor, "*points d_model"],
     n_components: int = 2,

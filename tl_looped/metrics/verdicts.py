@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import LOWEST_COSINE
 from tl_looped.metrics.convergence import (
@@ -52,6 +53,7 @@ Similarity = Literal["cosine", "distance"]
 _SIMILARITIES = {"cosine": "token_cosine", "distance": "token_distance_similarity"}
 
 
+@checked
 @overload
 def convergence_verdict(
     run: Float[Tensor, "recurrence layer *batch pos d_model"],
@@ -63,12 +65,14 @@ def convergence_verdict(
 ) -> ConvergenceResult: ...
 
 
+@checked
 @overload
 def convergence_verdict(
     run: ConvergenceSeries, *, eps: float | None = None
 ) -> ConvergenceResult: ...
 
 
+@checked
 @overload
 def convergence_verdict(
     run: xr.Dataset,
@@ -79,6 +83,7 @@ def convergence_verdict(
 ) -> xr.Dataset: ...
 
 
+@checked
 def convergence_verdict(
     run: Any,
     longer: Any = None,
@@ -259,6 +264,7 @@ def _of_longer(data: xr.Dataset, longer: xr.Dataset, same_start: bool) -> tuple[
     return largest(step), largest(there["fixed_point_abs"].isel(recurrence=n - 1))
 
 
+@checked
 @overload
 def limiting_behavior(
     run: Float[Tensor, "recurrence *batch pos d_model"],
@@ -269,6 +275,7 @@ def limiting_behavior(
 ) -> LimitingBehaviors: ...
 
 
+@checked
 @overload
 def limiting_behavior(
     run: xr.Dataset,
@@ -279,6 +286,7 @@ def limiting_behavior(
 ) -> xr.Dataset: ...
 
 
+@checked
 def limiting_behavior(
     run: Any,
     on: Similarity | str = "cosine",

@@ -16,7 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.checks import checked
 
+
+@checked
 def exit_distribution(
     gate_logits: Float[Tensor, "... recurrence"],
 ) -> Float[Tensor, "... recurrence"]:
@@ -28,6 +31,7 @@ def exit_distribution(
     return gate * before
 
 
+@checked
 def exit_steps(
     distribution: Float[Tensor, "... recurrence"], threshold: float
 ) -> Int[Tensor, "..."]:

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.model.exit_gate import exit_distribution
 
@@ -62,6 +63,7 @@ class ExitRule(ABC):
         return 1
 
 
+@checked
 @dataclass(frozen=True)
 class _Threshold(ExitRule):
     """A quantity that must fall below a threshold, ``patience`` times in a row."""
@@ -91,6 +93,7 @@ class _Threshold(ExitRule):
         return value < self.threshold
 
 
+@checked
 @dataclass(frozen=True)
 class GateExit(ExitRule):
     """Ouro's rule: leave when the cumulative exit probability reaches ``threshold``.
@@ -117,6 +120,7 @@ class GateExit(ExitRule):
         return exit_distribution(padded).cumsum(-1)[..., -2] >= self.threshold
 
 
+@checked
 @dataclass(frozen=True)
 class LatentDifference(_Threshold):
     """``|x_r - x_{r-1}| / |x_r|`` below the threshold."""
@@ -131,6 +135,7 @@ class LatentDifference(_Threshold):
         return _norm(state - previous) / _norm(state)
 
 
+@checked
 @dataclass(frozen=True)
 class Acceleration(_Threshold):
     """``|(x_r - x_{r-1}) - (x_{r-1} - x_{r-2})| / |x_r|`` below the threshold, twice in a row."""
@@ -146,6 +151,7 @@ class Acceleration(_Threshold):
         return _norm(state - 2 * previous + oldest) / _norm(state)
 
 
+@checked
 @dataclass(frozen=True)
 class KLDivergence(_Threshold):
     """``KL(p_r || p_{r-1})`` of the predicted distributions below the threshold, in nats."""
@@ -161,6 +167,7 @@ class KLDivergence(_Threshold):
         return (now.exp() * (now - previous)).sum(-1)
 
 
+@checked
 @dataclass(frozen=True)
 class EntropyDifference(_Threshold):
     """``|H(p_r) - H(p_{r-1})|`` of the predicted distributions below the threshold, in nats."""
@@ -177,6 +184,7 @@ class EntropyDifference(_Threshold):
         return (now - previous).abs()
 
 
+@checked
 @dataclass(frozen=True)
 class ArgmaxStability(ExitRule):
     """The most likely token stayed the same, ``patience`` times in a row."""
@@ -201,6 +209,7 @@ class ArgmaxStability(ExitRule):
         return now == previous
 
 
+@checked
 @dataclass(frozen=True)
 class ExitAt(ExitRule):
     """Leave after recurrence ``recurrence`` (0-based), whatever the state."""

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences
 from tl_looped.model.hook_points import LoopedHookPoint
@@ -34,6 +35,7 @@ from tl_looped.patching.grid import (
 from tl_looped.transformer import LoopedTransformer
 
 
+@checked
 def attribute_recurrences(
     model: LoopedTransformer,
     corrupted_tokens: Any,

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import RUN_ARGUMENTS, Recurrences, check_arguments
 from tl_looped.metrics.labels import run_attributes
@@ -38,6 +39,7 @@ from tl_looped.transformer.intervening import Edit
 from tl_looped.transformer.prompt import read_prompt
 
 
+@checked
 def patch_recurrences(
     model: LoopedTransformer,
     corrupted_tokens: Any,

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM
@@ -180,6 +181,7 @@ def place_name(activation: str, r: int, layer: int | None, layer_type: str | Non
     return f"recurrence.{r}.{activation if plain else f'hook_{activation}'}"
 
 
+@checked
 def normalised_effect(
     difference: Float[np.ndarray, "..."], clean: float, corrupted: float, largest_logit: float = 1.0
 ) -> Float[np.ndarray, "..."]:

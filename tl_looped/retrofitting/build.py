@@ -27,6 +27,7 @@ from torch import Tensor
 from tl_looped._compat import get_device
 from tl_looped.adapters import Source
 from tl_looped.adapters.mapping import give_values, problems
+from tl_looped.checks import checked
 from tl_looped.errors import CheckpointError, ConfigError, InputError
 from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
 from tl_looped.retrofitting.families import feedforward_sources, looped_config
@@ -49,6 +50,7 @@ class Mode(str, Enum):
     VIRTUAL_LOOP = "virtual-loop"
 
 
+@checked
 def retrofit(
     model_or_id: Any,
     *,

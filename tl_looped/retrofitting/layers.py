@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 
 
@@ -70,6 +71,7 @@ def plan_layers(n_layers: int, prelude: Any, core: Any, coda: Any) -> LayerPlan:
     return plan
 
 
+@checked
 def parse_layers(text: str) -> tuple[int, ...]:
     """``"0-3,7"`` -> ``(0, 1, 2, 3, 7)``; an empty text is no layer.
 

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.viz.page import (
     MAX_BYTES,
@@ -48,6 +49,7 @@ _MOST_DIGITS = 6
 Patterns = Float[Tensor, "pattern query key"] | Float[np.ndarray, "pattern query key"]
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class AttentionView(View):
     """Some attention patterns of one prompt, or differences of patterns, each with a label.
@@ -112,6 +114,7 @@ class AttentionView(View):
         return found | {"limit": self.limit, "digits": self.digits}
 
 
+@checked
 def attention_view(
     patterns: Patterns, tokens: Sequence[str], labels: Sequence[str], title: str
 ) -> AttentionView:
@@ -132,6 +135,7 @@ def attention_view(
     return AttentionView(title, tuple(tokens), tuple(labels), whole)
 
 
+@checked
 def head_across_recurrences(
     cache: LoopedActivationCache,
     tokens: Any,
@@ -165,6 +169,7 @@ def head_across_recurrences(
     return across(rows, named, wanted, layer, head)
 
 
+@checked
 def heads_at(
     cache: LoopedActivationCache,
     tokens: Any,
@@ -189,6 +194,7 @@ def heads_at(
     return all_heads(heads, named, r, layer)
 
 
+@checked
 def difference(
     cache: LoopedActivationCache,
     tokens: Any,

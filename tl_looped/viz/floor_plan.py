@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.plots.attention_maps import Tower, attention_floor_plan, towers_of
@@ -26,6 +27,7 @@ from tl_looped.viz.reading import PromptView
 _DPI = 110
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class FloorPlan(View):
     """A sheet of maps.
@@ -73,6 +75,7 @@ class FloorPlan(View):
         return f"r{place.recurrence} l{place.layer}"
 
 
+@checked
 def floor_plan(cache: LoopedActivationCache, prompt: int = 0) -> FloorPlan:
     """Every attention map of a run: effective layers upwards, heads to the right.
 

@@ -31,6 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tl_looped.checks import checked
 from tl_looped.errors import DataError, InputError
 from tl_looped.files import make_folder, write_text
 
@@ -38,6 +39,7 @@ MAX_BYTES = 5_000_000
 """Largest page of a view, scripts and images included."""
 
 
+@checked
 class View(ABC):
     """A picture of a run: shows itself in notebooks, saves itself as a page.
 

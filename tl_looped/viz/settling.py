@@ -28,6 +28,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import check_choice
 from tl_looped.plots.colours import Colour, recurrence_colours
@@ -44,6 +45,7 @@ _MOST_BOXES = 12
 _MOST_CHANGES = 8
 
 
+@checked
 def settling_recurrence(predictions: Int[Tensor, " recurrence *any"]) -> Int[Tensor, "*any"]:
     """The first recurrence from which the prediction never changes again until the last.
 
@@ -71,6 +73,7 @@ def settling_recurrence(predictions: Int[Tensor, " recurrence *any"]) -> Int[Ten
     return (len(predictions) - stays).masked_fill(undefined, UNDEFINED)
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class SettledTokens(View):
     """A prompt, coloured by when its predictions settle.
@@ -156,6 +159,7 @@ class SettledTokens(View):
         return "\n".join(f"<span>{entry}</span>" for entry in entries)
 
 
+@checked
 def settled_tokens(
     cache: LoopedActivationCache,
     tokens: Any,
