@@ -101,7 +101,7 @@ def test_sign_flips_of_five_runs() -> None:
 def test_sign_flips_of_many_runs() -> None:
     x = np.ones(20)
     assert sign_flip_p(x) == 2 / 2**20
-    with pytest.raises(InputError, match="at most 20 runs for an exact test, got 21"):
+    with pytest.raises(InputError, match=r"\b20\b.*\b21\b"):
         sign_flip_p(np.ones(21))
     assert math.isnan(bootstrap_ci(np.arange(21.0)).sign_flip_p)
 
@@ -117,7 +117,7 @@ def test_paired_contrast_is_that_of_the_differences() -> None:
     assert [found.t.low, found.t.high] == pytest.approx([expected.low, expected.high])
     reverse = paired_contrast(common, common + effect, seed=4)
     assert reverse.percentile.low == pytest.approx(-found.percentile.high)
-    with pytest.raises(InputError, match="same runs in the same order, got 5 and 4"):
+    with pytest.raises(InputError, match=r"\b5\b.*\b4\b"):
         paired_contrast(common, effect[:4])
 
 
@@ -210,25 +210,25 @@ def test_runs_with_different_prompts_count_the_same() -> None:
     assert found.mean == 0.5  # not 0.75
     assert found.n_prompts == (1, 3)
     assert ends(found.percentile) == [0.0, 1.0]
-    with pytest.raises(InputError, match=r"same prompts, got \(1, 3\)"):
+    with pytest.raises(InputError, match=r"\(1, 3\)"):
         hierarchical_bootstrap_ci(ragged, shared_prompts=True)
 
 
 def test_wrong_input() -> None:
-    with pytest.raises(InputError, match="values must be one number a run"):
+    with pytest.raises(InputError, match="values"):
         bootstrap_ci(np.zeros(0))
-    with pytest.raises(InputError, match=r"values must be finite, got nan at \[1\]"):
+    with pytest.raises(InputError, match=r"values.*nan.*\[1\]"):
         bootstrap_ci(np.array([1.0, math.nan]))
-    with pytest.raises(InputError, match=r"values\[1\] must be one number"):
+    with pytest.raises(InputError, match=r"values\[1\]"):
         hierarchical_bootstrap_ci([np.ones(2), np.ones(0)])
-    with pytest.raises(InputError, match="values hold no run"):
+    with pytest.raises(InputError, match="values"):
         hierarchical_bootstrap_ci([])
     for bad in (0.0, 1.0, 95.0, math.nan):
-        with pytest.raises(InputError, match="confidence must be between 0 and 1"):
+        with pytest.raises(InputError, match="confidence"):
             bootstrap_ci(ONE_TO_FIVE, confidence=bad)
-    with pytest.raises(InputError, match="n_resamples must be at least 2, got 1"):
+    with pytest.raises(InputError, match=r"n_resamples.*\b2\b.*\b1\b"):
         bootstrap_ci(ONE_TO_FIVE, n_resamples=1)
     with pytest.raises(InputError, match="seed"):
         hierarchical_bootstrap_ci(np.ones((2, 2)), seed=-1)
-    with pytest.raises(InputError, match="null must be finite"):
+    with pytest.raises(InputError, match="null"):
         bootstrap_ci(ONE_TO_FIVE, null=math.inf)

@@ -150,23 +150,23 @@ def test_tensors_and_seeds() -> None:
 def test_wrong_features() -> None:
     f, core = layers(FEEDFORWARD), layers([0, 1])[None]
     flat = np.concatenate([f, np.full((9, 1), 0.1)], axis=1)
-    with pytest.raises(InputError, match="feedforward: feature 2 is the same for all layers"):
+    with pytest.raises(InputError, match=r"feedforward.*\b2\b"):
         depth_clusters(flat, np.zeros((1, 2, 3)))
     broken = core.copy()
     broken[0, 1, 1] = math.nan
-    with pytest.raises(InputError, match=r"core must be finite, got nan at \[0, 1, 1\]"):
+    with pytest.raises(InputError, match=r"core.*nan.*\[0, 1, 1\]"):
         depth_clusters(f, broken)
-    with pytest.raises(InputError, match="prelude must be finite, got inf"):
+    with pytest.raises(InputError, match=r"prelude.*inf"):
         depth_clusters(f, core, prelude=f * math.inf)
-    with pytest.raises(InputError, match="feedforward must be finite"):
+    with pytest.raises(InputError, match="feedforward"):
         depth_clusters(f * math.nan, core)
-    with pytest.raises(InputError, match="2 layers, 2 of them different: not enough for n_"):
+    with pytest.raises(InputError, match=r"\b2\b.*\b2\b.*n_"):
         depth_clusters(f[:2], core)
-    with pytest.raises(InputError, match="4 layers, 2 of them different"):
+    with pytest.raises(InputError, match=r"\b4\b.*\b2\b"):
         depth_clusters(f[[0, 0, 5, 5]], core)
-    with pytest.raises(InputError, match="coda must have the 2 features of feedforward, got 3"):
+    with pytest.raises(InputError, match=r"coda.*\b2\b.*feedforward.*\b3\b"):
         depth_clusters(f, core, coda=np.zeros((1, 3)))
-    with pytest.raises(InputError, match="core must be"):
+    with pytest.raises(InputError, match="core"):
         depth_clusters(f, np.zeros((0, 2, 2)))
     for bad in ({"n_clusters": 0}, {"n_init": 0}, {"seed": -1}):
         with pytest.raises(InputError, match=next(iter(bad))):

@@ -243,7 +243,7 @@ def test_the_tolerance_follows_the_dtype_unless_given() -> None:
     assert half.eps == 1e-2
     assert half.verdict.item() == CONVERGED
     assert convergence_verdict(affine(24), eps=1e-2).verdict.item() == CONVERGED
-    with pytest.raises(InputError, match="eps must lie"):
+    with pytest.raises(InputError, match="eps"):
         convergence_verdict(affine(24), eps=0.0)
 
 
@@ -278,14 +278,14 @@ def test_the_series_alone_give_the_verdict_of_the_states() -> None:
     assert convergence_verdict(moved).verdict.item() != CONVERGED
     moving = replace(series, residual=torch.tensor(2e-4))
     assert convergence_verdict(moving).verdict.item() != CONVERGED
-    with pytest.raises(InputError, match="both residual and distance_2r"):
+    with pytest.raises(InputError, match=r"residual.*distance_2r"):
         convergence_verdict(replace(series, residual=None))
 
 
 def test_wrong_input_names_the_argument() -> None:
-    with pytest.raises(InputError, match="states_2r must have twice the 16"):
+    with pytest.raises(InputError, match=r"states_2r.*\b16\b"):
         convergence_verdict(affine(16), affine(31))
-    with pytest.raises(InputError, match="states_2r belongs to another run"):
+    with pytest.raises(InputError, match="states_2r"):
         convergence_verdict(affine(16), affine(32, 0.5))
-    with pytest.raises(InputError, match="states must be"):
+    with pytest.raises(InputError, match="states"):
         convergence_verdict(torch.zeros(0, 1, 2, 3))

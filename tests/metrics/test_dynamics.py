@@ -76,13 +76,13 @@ def test_no_hook_fires_and_no_number_of_recurrences_plays_a_role(tokens: Tensor)
 
 def test_the_map_refuses_what_it_cannot_take(plain: LoopedTransformer, tokens: Tensor) -> None:
     loop_map = plain.loop_map(tokens)
-    with pytest.raises(InputError, match="state must have shape"):
+    with pytest.raises(InputError, match=r"\bstate\b"):
         loop_map(torch.zeros(1, 9, 32))
-    with pytest.raises(InputError, match="n_recurrences must be"):
+    with pytest.raises(InputError, match="n_recurrences"):
         loop_map.run(0)
-    with pytest.raises(InputError, match="longer than the context"):
+    with pytest.raises(InputError, match="context"):
         plain.loop_map(torch.zeros(1, 65, dtype=torch.long))
-    with pytest.raises(InputError, match="initial_state must be a tensor or 'zeros'"):
+    with pytest.raises(InputError, match=r"initial_state.*'zeros'"):
         plain.loop_map(tokens, initial_state="ones")
     assert not plain.loop_map(tokens, initial_state="zeros").initial_state.any()
 

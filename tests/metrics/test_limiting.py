@@ -148,12 +148,12 @@ def test_a_smaller_window_needs_fewer_recurrences() -> None:
     series = cosine_similarity(rotation(17)[:, 0])
     assert classify_limiting_behavior(series, window=16).labels.tolist() == [ORBIT]
     assert classify_limiting_behavior(series, window=16).period.tolist() == [8.0]
-    with pytest.raises(InputError, match="window \\+ 1 = 65"):
+    with pytest.raises(InputError, match=r"window.*\b65\b"):
         classify_limiting_behavior(series)
     for wrong in ({"window": 4}, {"tau": 0.0}, {"tau": math.nan}, {"rho": 0.3}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             classify_limiting_behavior(series, **wrong)
-    with pytest.raises(InputError, match="on must be one of"):
+    with pytest.raises(InputError, match=r"\bon\b"):
         limiting_behavior(rotation(R)[:, 0], "norm")
 
 
@@ -200,7 +200,7 @@ def test_cooccurrence_of_labels_at_the_same_token() -> None:
     assert cooccurrence(labels, mask)[FIXED].tolist() == pytest.approx([1, 1 / 2, 1 / 2, 0, 0])
     pooled = cooccurrence(torch.stack([labels, labels]), torch.stack([mask, 1 - mask]))
     torch.testing.assert_close(pooled, found, equal_nan=True)
-    with pytest.raises(InputError, match="labels must be values"):
+    with pytest.raises(InputError, match="labels"):
         cooccurrence(labels + 4)
 
 

@@ -92,7 +92,7 @@ def test_given_queries_and_keys_are_the_plain_ones_when_they_are_x_w() -> None:
 
 def test_wrong_input_names_the_argument() -> None:
     x, W = draw(0, 2, 5, 6), draw(1, 2, 6, 3)
-    with pytest.raises(InputError, match="all of q, k, q_before"):
+    with pytest.raises(InputError, match="q, k, q_before"):
         attention_lipschitz_bounds(x, x, W, W, q=draw(0, 2, 5, 2, 3))
     few = draw(0, 2, 5, 1, 3)
     with pytest.raises(InputError, match="Repeat grouped keys"):
@@ -125,7 +125,7 @@ def test_a_cache_without_the_hooks_or_the_recurrence_says_so() -> None:
     _, cache = model.run_with_cache(golden.tokens, names_filter=lambda n: n.endswith("rot_q"))
     with pytest.raises(MissingActivationError, match=r"ln1\.hook_normalized"):
         attention_lipschitz_from_cache(cache, 0, 1)
-    with pytest.raises(InputError, match="recurrence must be 1"):
+    with pytest.raises(InputError, match=r"recurrence.*\b1\b"):
         attention_lipschitz_from_cache(cache, 0, 0)
 
 

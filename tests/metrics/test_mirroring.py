@@ -185,12 +185,12 @@ def test_the_seed_decides_and_tensors_are_taken() -> None:
 
 
 def test_wrong_curves() -> None:
-    with pytest.raises(InputError, match="core with prelude and coda must have at least two"):
+    with pytest.raises(InputError, match=r"core.*prelude.*coda"):
         mirroring_score(curve(2)[:, None], curve(5))
-    with pytest.raises(InputError, match="feedforward must have at least two layers"):
+    with pytest.raises(InputError, match="feedforward"):
         mirroring_score(curve(4)[None], curve(1))
     unchecked = getattr(mirroring_score, "__wrapped__", mirroring_score)  # of annotations
-    with pytest.raises(InputError, match="statistic must be one of pearson, spearman, rmse"):
+    with pytest.raises(InputError, match=r"statistic.*pearson.*spearman.*rmse"):
         unchecked(curve(4)[None], curve(4), statistic="kendall")
     for bad in ({"max_lag": 99}, {"max_lag": -1}, {"n_permutations": 0}, {"seed": -1}):
         with pytest.raises(InputError, match=next(iter(bad))):
@@ -253,7 +253,7 @@ def test_cka_without_spread() -> None:
     assert linear_cka(x[:3], flat).isnan()
     assert linear_cka(x[:1], x[:1]).isnan()
     assert linear_cka(x * torch.tensor([1, math.inf, 1]), x).isnan()
-    with pytest.raises(InputError, match="x and y must be"):
+    with pytest.raises(InputError, match=r"\bx\b.*\by\b"):
         linear_cka(x, x[:4])
 
 
@@ -282,9 +282,9 @@ def test_cosine_leaves_zero_states_out() -> None:
     assert base_layer_cosine(x, torch.zeros(3, 2)).isnan()
     y[2, 0] = math.nan
     assert base_layer_cosine(x, y).isnan()
-    with pytest.raises(InputError, match="base must be"):
+    with pytest.raises(InputError, match=r"\bbase\b"):
         base_layer_cosine(x, torch.ones(2, 2))
-    with pytest.raises(InputError, match="base must be"):
+    with pytest.raises(InputError, match=r"\bbase\b"):
         base_layer_cosine(torch.ones(3, 4, 2), torch.ones(2, 4, 2))
 
 
@@ -328,5 +328,5 @@ def test_paired_prompts_are_drawn_and_left_out_together() -> None:
     none = mirroring_interval(f[None] * math.nan, f)
     assert math.isnan(none.score)
     assert (none.n_prompts, none.left_out) == ((0, 6), (6, 0))
-    with pytest.raises(InputError, match="6 and 5"):
+    with pytest.raises(InputError, match=r"\b6\b.*\b5\b"):
         mirroring_interval(f[None], f[:, :5], paired=True)

@@ -168,14 +168,14 @@ def test_half_precision_gradients_and_the_callers_tensors() -> None:
 
 def test_wrong_weights() -> None:
     w, columns = cloud(3, 4), cloud(4, 9)
-    with pytest.raises(InputError, match=r"w_out must be \[neuron, d_model=9\]"):
+    with pytest.raises(InputError, match=r"w_out.*d_model=9"):
         prediction_suppression_fraction(w, columns.T)
     for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(InputError, match="w_out must be finite"):
+        with pytest.raises(InputError, match="w_out"):
             prediction_suppression_fraction(w.index_fill(0, torch.tensor([1]), bad), columns)
-        with pytest.raises(InputError, match="unembed must be finite"):
+        with pytest.raises(InputError, match="unembed"):
             prediction_suppression_fraction(w, columns.index_fill(1, torch.tensor([1]), bad))
-    with pytest.raises(InputError, match="unembed has no column that is not zero, of 9"):
+    with pytest.raises(InputError, match=r"unembed.*\b9\b"):
         prediction_suppression_fraction(w, 0 * columns)
 
 
@@ -256,7 +256,7 @@ def test_padding_columns_are_no_tokens() -> None:
     assert prediction_suppression(model, n_vocab=50).attrs["n_tokens"] == 50
     assert not np.allclose(asked["kurtosis"], everything["kurtosis"])
     for bad in (0, 51):
-        with pytest.raises(InputError, match="n_vocab must be 1 to 50"):
+        with pytest.raises(InputError, match=r"n_vocab.*\b1\b.*\b50\b"):
             prediction_suppression(model, n_vocab=bad)
 
 

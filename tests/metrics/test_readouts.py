@@ -62,7 +62,7 @@ def test_divergences_along_the_recurrences_have_a_direction() -> None:
     )
     assert found.to_last.tolist() == pytest.approx([kl(0.5, 0.1), kl(0.25, 0.1), 0], abs=1e-12)
     assert kl_between_recurrences(p[:1]).to_previous.isnan().all()
-    with pytest.raises(InputError, match="logits must be"):
+    with pytest.raises(InputError, match="logits"):
         kl_between_recurrences(p[:0])
 
 
@@ -77,7 +77,7 @@ def test_ranks_count_strictly_larger_logits_so_that_ties_share_the_best() -> Non
     undefined = lens_readout(bad, logits, torch.tensor(0))
     assert undefined.rank.isnan()
     assert undefined.probability.isnan()
-    with pytest.raises(InputError, match=r"token must be 0\.\.3"):
+    with pytest.raises(InputError, match=r"token.*\b0\b.*\b3\b"):
         lens_readout(logits, logits, torch.tensor(4))
 
 
@@ -116,9 +116,9 @@ def test_position_token_and_a_cache_without_batch() -> None:
     alone = lens_trajectory(cache.remove_batch_dim(), token=torch.tensor([7]), position=3)
     assert torch.equal(alone.coda_lens.rank, found.coda_lens.rank)
     for position in (9, -10):
-        with pytest.raises(InputError, match="the shortest has 9"):
+        with pytest.raises(InputError, match=r"\b9\b"):
             lens_trajectory(cache, position=position)
-    with pytest.raises(InputError, match="token must be"):
+    with pytest.raises(InputError, match="token"):
         lens_trajectory(cache, token=torch.tensor([1, 2]))
 
 

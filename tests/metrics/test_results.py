@@ -261,7 +261,7 @@ def test_a_reference_must_be_of_the_same_run(other: str) -> None:
         "seed": lambda: cached(model, TOKENS, 6, state_seed=2),
         "mask": lambda: cached(model, TOKENS, 6, attention_mask=mask),
     }[other]()
-    with pytest.raises(InputError, match="reference must be a run of the same model and prompts"):
+    with pytest.raises(InputError, match="reference"):
         from_cache(cached(model, TOKENS), "fixed_point", reference=reference)
 
 
@@ -269,7 +269,7 @@ def test_a_result_with_a_reference_says_so_and_gets_no_verdict() -> None:
     model = changing()
     data = from_cache(cached(model, TOKENS), CONVERGENCE, reference=cached(model, TOKENS, 6))
     assert data.attrs["reference_recurrences"] == 6
-    with pytest.raises(InputError, match="leave reference_recurrences out"):
+    with pytest.raises(InputError, match="reference_recurrences"):
         convergence_verdict(data)
 
 
@@ -330,7 +330,7 @@ def test_tokens_count_from_the_first_real_one() -> None:
 
 
 def test_a_part_of_the_positions_is_no_prompt() -> None:
-    with pytest.raises(InputError, match="cache holds 3 of the 5 positions"):
+    with pytest.raises(InputError, match=r"\b3\b.*\b5\b"):
         from_cache(cached(changing(), TOKENS, pos_slice=(1, 4)), "magnitude")
 
 

@@ -127,7 +127,7 @@ def test_verdicts_refuse_a_longer_run_that_skips_others() -> None:
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     data = stream(model, tokens, CONVERGENCE, skip_first=1)
     longer = stream(model, tokens, CONVERGENCE, n_recurrences=8)
-    with pytest.raises(InputError, match=r"longer leaves out 0 tokens \(skip_first\), data 1"):
+    with pytest.raises(InputError, match=r"\b0\b.*skip_first.*\b1\b"):
         convergence_verdict(data, longer)
     found = convergence_verdict(data)
     assert found["relative_rate"].dims == ("prompt",)
@@ -140,7 +140,7 @@ def test_an_experiment_s_hash_changes_only_if_it_skips() -> None:
     assert "skip_first" not in spec.to_dict()
     assert Experiment.from_toml(skipping.to_toml()) == skipping
     assert run_hash(spec, prompts, "x") != run_hash(skipping, prompts, "x")
-    with pytest.raises(ConfigError, match="skip_first must be at least 1"):
+    with pytest.raises(ConfigError, match=r"skip_first.*\b1\b"):
         Experiment("demo", skip_first=0)
 
 

@@ -145,7 +145,7 @@ def test_residual_cosines_and_cyclicity_of_an_exact_cycle() -> None:
     assert cyclicity_index(cosine[:3, :3], 3).isnan()
     assert cyclicity_index(torch.ones(4, 4), 1).isnan()
     assert cyclicity_index(torch.ones(6, 6), 3).item() == 0.0
-    with pytest.raises(InputError, match="n_core=4 layers, got 18"):
+    with pytest.raises(InputError, match=r"n_core=4\b.*\b18\b"):
         cyclicity_index(cosine, 4)
 
 

@@ -68,7 +68,7 @@ def test_non_finite_states_show_and_one_recurrence_has_no_step() -> None:
     assert found.size[5].isfinite()
     assert found.turning_cosine[3:].isnan().all()
     assert step_geometry(states[:1]).size.isnan().all()
-    with pytest.raises(InputError, match="states must be"):
+    with pytest.raises(InputError, match="states"):
         step_geometry(states[:0])
 
 
@@ -93,7 +93,7 @@ def test_angular_distance_at_a_lag_averages_angles_over_real_tokens() -> None:
     assert angular_distance(torch.zeros(2, 3, 4)).isnan().all()
     assert angular_distance(layers[:1]).shape == (0,)
     for lag in (0, 3):
-        with pytest.raises(InputError, match=r"lag must be 1\.\.2"):
+        with pytest.raises(InputError, match=r"lag.*\b1\b.*\b2\b"):
             angular_distance(layers, lag=lag)
 
 

@@ -147,7 +147,7 @@ def test_sliding_window_is_exact_up_to_its_width_and_refused_beyond() -> None:
     assert looped.cfg.n_ctx == 9
     expected = logits_of(with_layers(source, KEPT), random_tokens(9))
     assert_logits(looped, random_tokens(9), expected)
-    with pytest.raises(InputError, match="longer than the context of 9"):
+    with pytest.raises(InputError, match=r"\b9\b"):
         looped(random_tokens(10))
 
 
@@ -369,7 +369,7 @@ def test_command_writes_what_the_function_makes(tmp_path: Path) -> None:
 def test_it_is_a_name_of_the_package() -> None:
     assert "retrofit" in tl_looped.__all__
     assert tl_looped.retrofit is retrofit
-    with pytest.raises(AttributeError, match="no attribute 'retrofitt'"):
+    with pytest.raises(AttributeError, match="'retrofitt'"):
         tl_looped.retrofitt  # noqa: B018
 
 

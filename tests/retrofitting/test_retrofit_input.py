@@ -177,7 +177,7 @@ def test_fields_of_a_later_version_are_refused_unless_they_are_at_their_default(
         if fits:
             assert retrofit(model, core=[3], device="meta").cfg.n_core == 1
         else:
-            with pytest.raises(ConfigError, match="new_switch=1, which this version"):
+            with pytest.raises(ConfigError, match="new_switch=1"):
                 retrofit(model, core=[3], device="meta")
 
 
@@ -204,7 +204,7 @@ def test_a_class_of_ones_own_is_refused() -> None:
         pass
 
     model = MyLlama(LlamaConfig(**SIZES))
-    with pytest.raises(ConfigError, match="MyLlama; only transformers' own LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match=r"MyLlama.*LlamaForCausalLM"):
         retrofit(model, core=[3], device="cpu")
 
 
@@ -218,7 +218,7 @@ def test_model_without_values_gives_a_model_without_values_only() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     assert retrofit(model, core=[3], device="meta").W_E.is_meta
-    with pytest.raises(InputError, match="on the meta device and has no values"):
+    with pytest.raises(InputError, match=r"\bmeta\b"):
         retrofit(model, core=[3], device="cpu")
 
 
@@ -238,7 +238,7 @@ def test_tensors_of_other_widths_and_names_are_listed() -> None:
 def test_a_resized_vocabulary_is_noticed() -> None:
     model = small_llama()
     model.model.embed_tokens = nn.Embedding(70, 48)
-    with pytest.raises(CheckpointError, match=r"embed_tokens.weight is \[70, 48\], expected \[61"):
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight.*\[70, 48\].*\[61"):
         retrofit(model, core=[3], device="cpu")
 
 
@@ -248,7 +248,7 @@ def test_a_resized_vocabulary_is_noticed() -> None:
 def test_a_changed_forward_pass_is_noticed(source: Any) -> None:
     handle = source.model.layers[3].mlp.register_forward_hook(lambda m, i, out: out * 1.05)
     try:
-        with pytest.raises(ConfigError, match="does not compute what LlamaForCausalLM does"):
+        with pytest.raises(ConfigError, match="LlamaForCausalLM"):
             retrofit(source, core=[3], device="cpu")
         # A dropped layer may do what it likes.
         retrofit(source, prelude=[0], core=[1], coda=[2], device="cpu")
@@ -267,7 +267,7 @@ def test_weights_that_are_no_numbers_are_noticed() -> None:
     model = small_llama()
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight is not finite"):
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight"):
         retrofit(model, core=[3], device="cpu")
 
 
@@ -336,7 +336,7 @@ def test_damaged_folders_are_refused(damage: str, message: str, folder: Path) ->
 
 def test_layers_are_checked_before_weights_are_read(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="core names layer 7"):
+    with pytest.raises(InputError, match=r"core.*\b7\b"):
         retrofit(folder, core=[7])
     with pytest.raises(CheckpointError, match="is for the hub, but"):
         retrofit(folder, core=[3], revision="main")
