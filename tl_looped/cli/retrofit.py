@@ -55,7 +55,7 @@ def retrofit(
     ] = ModeName.RETROFIT,
     recurrences: Annotated[int, typer.Option(help="How often the loop runs.")] = 4,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: float32, bfloat16, float16.")
+        str, typer.Option(help="Precision of the weights: float32, bfloat16, float16.")
     ] = "float32",
     format: Annotated[
         FormatName,
@@ -131,7 +131,11 @@ def _holds_looped_model(folder: Path) -> bool:
 
 
 def _save(looped: LoopedTransformer, out: Path, format: FormatName) -> str:
-    """Save, and leave no empty folder behind where that fails; the format that was taken."""
+    """Save, and leave no empty folder if that fails.
+
+    Returns:
+        The format that was chosen.
+    """
     from safetensors import SafetensorError
 
     from tl_looped.checkpoints import in_original_format

@@ -34,7 +34,7 @@ Device = Annotated[
         "that is too large for one device over all of them."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
+Dtype = Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16, float16.")]
 BatchSize = Annotated[
     str,
     typer.Option(help="Prompts at a time; auto halves it when memory runs out."),
@@ -93,8 +93,8 @@ def analyze(
         str, typer.Option(help="Layers whose MLP output is set to zero: prelude.1,core.2.")
     ] = "",
     subset: Subset = 256,
-    seed: Annotated[int, typer.Option(help="Of the subset.")] = 0,
-    state_seed: Annotated[int, typer.Option(help="Of a random initial state.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the subset.")] = 0,
+    state_seed: Annotated[int, typer.Option(help="Seed of a random initial state.")] = 0,
     too_long: TooLong = "skip",
     bos: Bos = None,
     skip_first: SkipFirst = 0,
@@ -168,10 +168,10 @@ def reproduce(
     models: Annotated[str, typer.Option(help="demo, names from the paper, or all.")] = "demo",
     prompts: Annotated[
         str | None,
-        typer.Option(help="In place of GSM8K (bundled for the demo); as in analyze."),
+        typer.Option(help="Prompts in place of GSM8K (bundled for the demo); as in analyze."),
     ] = None,
     hellaswag: Annotated[
-        str | None, typer.Option(help="In place of HellaSwag from the hub: hellaswag:FILE.jsonl.")
+        str | None, typer.Option(help="Prompts in place of HellaSwag from the hub: hellaswag:FILE.jsonl.")
     ] = None,
     feedforward: Annotated[
         str | None,
@@ -196,7 +196,7 @@ def reproduce(
         int, typer.Option(help="Section 4.2: seeds of every condition; contrasts need 6 or more.")
     ] = 5,
     workers: Annotated[
-        int | None, typer.Option(help="Section 4.2: processes; one a core if left out.")
+        int | None, typer.Option(help="Section 4.2: processes; one per core if left out.")
     ] = None,
     bos: Bos = None,
     out: Out = Path("reproduction"),

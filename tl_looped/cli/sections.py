@@ -87,10 +87,10 @@ def reproduce_section42(
 
     Args:
         out: Gets ``cells``, ``figures``, ``tables`` and ``section-4.2.html``.
-        seeds: Of every condition, 0 to ``seeds - 1``.
-        workers: Processes; one a core if None.
+        seeds: Number of seeds of every condition, 0 to ``seeds - 1``.
+        workers: Processes; one per core if None.
         wanted: Cells in place of the whole grid.
-        size: Of the models.
+        size: Size of the models.
 
     Returns:
         The page.

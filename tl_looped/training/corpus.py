@@ -151,7 +151,7 @@ def _checked(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = text[error.start]
-        raise ValueError(f"half of a surrogate pair, {half!r}, is no character") from None
+        raise ValueError(f"half of a surrogate pair, {half!r}, is not a character") from None
     return text
 
 

@@ -50,10 +50,10 @@ def resumed_log(out: Path, checkpoint: Path, step: int, writes: bool, say: Say) 
 
     Args:
         out: Folder of the run.
-        checkpoint: Where it goes on; one of an earlier version holds no log.
-        step: Of the checkpoint.
+        checkpoint: Checkpoint that it goes on from; one of an earlier version holds no log.
+        step: Step of the checkpoint.
         writes: Whether this process writes files.
-        say: Told if the run's file is damaged; it is set aside then.
+        say: Function that is told if the run's file is damaged; it is set aside then.
 
     Raises:
         DataError: if the file is damaged and the checkpoint holds no log.

@@ -3,7 +3,7 @@
 Every loss is a next-token cross entropy in nats over rows without padding, in fp32 or better
 whatever the model's dtype, and under autocast. The states of all recurrences go through the model's
 own coda, final norm and unembedding. With truncated backpropagation the loss keeps its value; the
-states of earlier recurrences, behind their loop norm, are constants to autograd, so a loss on one
+states of earlier recurrences, after their loop norm, are constants to autograd, so a loss on one
 of them still trains the coda, the head and the gate.
 """
 
@@ -33,7 +33,7 @@ class EveryRecurrence:
     """Weighted mean of the cross entropies after every recurrence, ``sum_r w_r L_r / sum_r w_r``.
 
     Args:
-        weights: One a recurrence, none below 0 and not all 0; equal weights if None. Needs a
+        weights: One weight per recurrence, none below 0 and not all 0; equal weights if None. Needs a
             constant number of recurrences.
     """
 
@@ -125,7 +125,7 @@ def exit_weighted(
 def _cross_entropy(
     model: LoopedTransformer, state: Tensor, run: LoopRun, tokens: Tensor
 ) -> Float[Tensor, "batch predicted"]:
-    """Loss of every next token, ``pos - 1`` of them a row."""
+    """Loss of every next token, ``pos - 1`` of them per row."""
     per_token: Tensor = model.loss_fn(model.read_out(state, run), tokens, per_token=True)
     return per_token
 

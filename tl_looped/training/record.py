@@ -69,7 +69,7 @@ def check_vacant(out: Path) -> None:
 
     Raises:
         ConfigError: naming what is there.
-        DataError: no folder can be called so, or it cannot be looked into.
+        DataError: the name is not one of a folder, or the folder cannot be read.
     """
     try:
         str(out).encode("utf-8")  # as the libraries need it that save weights and tokenizers
@@ -101,7 +101,7 @@ def claim(out: Path, record: Record, begins: bool, fresh: bool, say: Say = warn)
         record: What is to be run, see :func:`make_record`.
         begins: Whether the run will begin with the model's own weights, not with a checkpoint's.
         fresh: Whether the model was just loaded, so that other weights are another run.
-        say: Told what was set aside.
+        say: Function that is told what was set aside.
 
     Returns:
         The run's identity.

@@ -40,7 +40,7 @@ class Recorder(TrainerCallback):
         held_out: Rows of the held-out loss.
         out: Folder of the run.
         run: Its identity.
-        checkpoint: Where it goes on.
+        checkpoint: Checkpoint that it goes on from.
         progress, snapshots: As in :func:`tl_looped.training.trainer.train`.
     """
 

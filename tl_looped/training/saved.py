@@ -75,9 +75,9 @@ def newest_checkpoint(folder: Path, run: str | None = None, say: Say = warn) -> 
     name) is set aside, and so are damaged ones if an older one is sound.
 
     Args:
-        folder: Of the checkpoints.
+        folder: Folder of the checkpoints.
         run: Identity of the run; not checked if None.
-        say: Told what was set aside and what is lost.
+        say: Function that is told what was set aside and what is lost.
 
     Raises:
         CheckpointError: all that there are are damaged. Nothing is moved then.
@@ -174,7 +174,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _clear(folder: Path, say: Say) -> None:
-    """Remove what was interrupted, and set aside what has a checkpoint's name and is no folder."""
+    """Remove what was interrupted, and set aside what has a checkpoint's name but is not a folder."""
     checkpoints = _checkpoints(folder)
     for path in sorted(folder.glob("checkpoint-*")):
         if path in checkpoints:

@@ -48,7 +48,7 @@ def train_on_texts(
     Args:
         source: See :func:`tl_looped.training.corpus.read_texts`.
         out: Folder of the run.
-        shape: Of the model; ``spec.seed`` draws its weights. An exit gate is added for
+        shape: Shape of the model; ``spec.seed`` draws its weights. An exit gate is added for
             ``ExitWeighted``.
         spec: Hyperparameters.
         held_out: Documents that are set aside.

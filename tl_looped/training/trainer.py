@@ -135,7 +135,7 @@ def train(
     ``checkpoints/`` (the two newest; a damaged one is set aside), ``best`` (by held-out loss, at
     the model's own recurrences) and ``final``. With ``snapshots`` it also gets
     ``snapshots/step-000000``, ..., each a model that ``from_pretrained`` loads: what a run looked
-    like on its way. They change nothing in the run and are no part of its spec.
+    like on its way. They change nothing in the run and are not part of its spec.
 
     Args:
         model: Changed in place; holds the last step's weights at the end, in evaluation mode.
