@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tl_looped import InputError
 from tl_looped.cli import app
-from tl_looped.cli.runs import carry_out
+from tl_looped.cli.execution import carry_out
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.experiments.store import find_runs, read_dataset
 from tl_looped.paper.needs import with_needs

@@ -13,7 +13,7 @@ def demo(
 ) -> None:
     """Run the paper's experiments on the bundled model and 32 bundled word problems."""
     # Imported here: `--help` and a mistyped option answer at once.
-    from tl_looped.cli.runs import carry_out
+    from tl_looped.cli.execution import carry_out
     from tl_looped.experiments.spec import PromptSet
     from tl_looped.paper.plan import paper_plan
 

@@ -26,7 +26,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the HTML report of a run, or of all runs in a folder."""
-    from tl_looped.cli.runs import write_reports
+    from tl_looped.cli.execution import write_reports
 
     write_reports(folder, feedforward)
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from tl_looped.cli.console import command_line, console, note
-from tl_looped.cli.runs import BatchSize, Bos, Device, Dtype, Prompts, TooLong, run_all
+from tl_looped.cli.execution import run_all
+from tl_looped.cli.runs import BatchSize, Bos, Device, Dtype, Prompts, TooLong
 
 
 def spectrum(

@@ -33,8 +33,8 @@ class EveryRecurrence:
     """Weighted mean of the cross entropies after every recurrence, ``sum_r w_r L_r / sum_r w_r``.
 
     Args:
-        weights: One weight per recurrence, none below 0 and not all 0; equal weights if None. Needs a
-            constant number of recurrences.
+        weights: One weight per recurrence, none below 0 and not all 0; equal weights if None.
+            Needs a constant number of recurrences.
     """
 
     weights: tuple[float, ...] | None = None

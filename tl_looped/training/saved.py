@@ -174,7 +174,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _clear(folder: Path, say: Say) -> None:
-    """Remove what was interrupted, and set aside what has a checkpoint's name but is not a folder."""
+    """Remove what was interrupted, and set aside what is named like a checkpoint but is a file."""
     checkpoints = _checkpoints(folder)
     for path in sorted(folder.glob("checkpoint-*")):
         if path in checkpoints:
