@@ -12,7 +12,7 @@ is a plain forward pass with the rule, in which each position leaves by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,7 +44,7 @@ class GenerationOptions:
     """
 
     stop_at_eos: bool = True
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: int | Sequence[int] | None = None
     do_sample: bool = True
     top_k: int | None = None
     top_p: float | None = None
@@ -55,9 +55,9 @@ class GenerationOptions:
     prepend_bos: bool | None = None
     return_type: str = "input"
     verbose: bool = True
-    attention_mask: Tensor | None = None
+    attention_mask: Any = None
     n_recurrences: int | None = None
-    initial_state: Tensor | str | None = None
+    initial_state: Any = None
     state_seed: int | None = None
     seed: int | None = None
     past_kv_cache: LoopedKeyValueCache | None = None

@@ -8,7 +8,7 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tl_looped import checkpoints
 from tl_looped._compat import get_device, lm_cross_entropy_loss
+from tl_looped.checks import checked
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, parse_dtype
@@ -280,6 +281,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         refuse_larger(tokenizer, self.cfg.d_vocab)
         self._tokenizer = tokenizer
 
+    @checked
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
         """Use this tokenizer from now on.
 
@@ -292,6 +294,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """
         tokenizing.set_tokenizer(self, tokenizer, default_padding_side)
 
+    @checked
     def describe_bos(self, prepend_bos: bool | None = None) -> str:
         """A sentence: whether text gets a BOS token, and who decided it.
 
@@ -300,6 +303,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """
         return tokenizing.describe_bos(self, prepend_bos)
 
+    @checked
     def tokenize(
         self,
         text: Any,
@@ -325,6 +329,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """
         return tokenizing.tokenize(self, text, prepend_bos, padding_side, truncate)
 
+    @checked
     def to_tokens(
         self,
         input: Any,
@@ -338,6 +343,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
             self, input, prepend_bos, padding_side, move_to_device, truncate
         )
 
+    @checked
     def chat_text(self, messages: Any, add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's chat template writes it, special tokens included.
 
@@ -352,8 +358,9 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """
         return tokenizing.chat_text(self, messages, add_generation_prompt)
 
+    @checked
     def token_rows(
-        self, prompts: Any, attention_mask: Tensor | None = None, prepend_bos: bool | None = None
+        self, prompts: Any, attention_mask: Any = None, prepend_bos: bool | None = None
     ) -> list[Int[Tensor, " pos"]]:
         """The real tokens of every prompt, without padding.
 
@@ -370,10 +377,12 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """
         return token_rows(self, prompts, attention_mask, prepend_bos)
 
+    @checked
     def to_string(self, tokens: Any) -> str | list[str]:
         """Text of one token, of a sequence, or a list of texts of several, of any lengths."""
         return tokenizing.to_string(self, tokens)
 
+    @checked
     def to_str_tokens(
         self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
     ) -> list[str] | list[list[str]]:
@@ -382,6 +391,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """
         return tokenizing.to_str_tokens(self, input, prepend_bos)
 
+    @checked
     def to_single_token(self, string: str) -> int:
         """The id of a text that is exactly one token.
 
@@ -390,10 +400,12 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """
         return tokenizing.to_single_token(self, string)
 
+    @checked
     def to_single_str_token(self, int_token: int) -> str:
         """The text of one token id."""
         return tokenizing.to_single_str_token(self, int_token)
 
+    @checked
     def get_token_position(
         self,
         single_token: str | int | Tensor,
@@ -410,6 +422,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         """
         return tokenizing.get_token_position(self, single_token, input, mode, prepend_bos)
 
+    @checked
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "..."]
     ) -> Float[Tensor, "... d_model"]:
@@ -554,12 +567,13 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
 
     @in_turn
     @torch.no_grad()
+    @checked
     def generate(
         self,
         input: Any,
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
-        eos_token_id: int | list[int] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         do_sample: bool = True,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -570,9 +584,9 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         prepend_bos: bool | None = None,
         return_type: str = "input",
         verbose: bool = True,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         n_recurrences: int | None = None,
-        initial_state: Tensor | str | None = None,
+        initial_state: Any = None,
         state_seed: int | None = None,
         seed: int | None = None,
         past_kv_cache: LoopedKeyValueCache | None = None,
@@ -617,6 +631,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         return generation.generate(self, input, max_new_tokens, options)
 
     @in_turn
+    @checked
     def generate_stream(
         self,
         input: Any,

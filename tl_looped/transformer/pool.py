@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tl_looped._compat import FactoredMatrix, HookedRootModule, Module
 from tl_looped.cache import RunRecord
+from tl_looped.checks import checked
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockList, BlockWeights
 from tl_looped.model.config import Injection, LoopedConfig
@@ -439,6 +440,7 @@ class BlockPool(HookedRootModule):
         """Unembedding bias: zero."""
         return self.unembed.b_U
 
+    @checked
     def unique_layer(self, layer: LayerLike) -> int:
         """Row of ``unique_weights`` that an effective layer, or (recurrence, layer), uses."""
         return weights.unique_layer(self.loop, layer)
@@ -447,10 +449,12 @@ class BlockPool(HookedRootModule):
         """One block of each layer with weights of its own: prelude, core, coda."""
         return weights.unique_blocks(self)
 
+    @checked
     def unique_weights(self, name: str) -> Float[Tensor, " unique_layer *shape"]:
         """``"W_Q"`` and its kin over the p + k + c layers that have weights of their own."""
         return weights.unique_stack(self, name)
 
+    @checked
     def stack_weights(self, name: str) -> Float[Tensor, " n_layers *shape"]:
         """``"W_Q"`` and its kin over the effective layers, as TransformerLens's tools index them.
 
@@ -542,6 +546,7 @@ class BlockPool(HookedRootModule):
         places = self.loop.labels()
         return [f"{place}h{head}" for place in places for head in range(self.cfg.n_heads)]
 
+    @checked
     def blocks_with(self, submodule: str) -> list[tuple[int, Block]]:
         """Effective layers, with their index, that have a submodule such as ``"ln1_post"``."""
         return [(i, block) for i, block in enumerate(self.blocks) if submodule in block._modules]
@@ -550,6 +555,7 @@ class BlockPool(HookedRootModule):
         """Weights of every effective layer under TransformerLens's names."""
         return weights.tl_parameters(self)
 
+    @checked
     def accumulated_bias(
         self, layer: LayerLike, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:

@@ -28,6 +28,7 @@ from tl_looped.transformer.reading import (
     read_tokens,
 )
 from tl_looped.transformer.tokenizing import prepends_bos, row_of, texts_of, tokenize
+from tl_looped.transformer.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
@@ -193,13 +194,7 @@ def check_tokens(model: BlockPool, tokens: Any) -> Int[Tensor, "batch pos"]:
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.numel() == 0:
         raise InputError(f"there is no token in an input of shape {tuple(tokens.shape)}")
-    if tokens.device.type != "meta":
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= model.cfg.d_vocab:
-            raise InputError(
-                f"token ids must be 0..{model.cfg.d_vocab - 1}, got {low if low < 0 else high}"
-            )
-    return tokens.to(model.W_E.device, torch.long)
+    return check_ids(tokens, model.cfg.d_vocab).to(model.W_E.device)
 
 
 def padding_of(

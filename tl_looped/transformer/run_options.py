@@ -118,7 +118,10 @@ def check_seed(model: BlockPool, state_seed: int | None) -> int:
 def check_state(name: str, state: Any) -> Any:
     """A state as a tensor, ``"zeros"`` or None; its shape is checked against the run's."""
     if isinstance(state, (list, np.ndarray)):
-        state = torch.as_tensor(state)
+        try:
+            state = torch.as_tensor(state)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} must be numbers in rows of one length: {error}") from error
     if state is None or isinstance(state, Tensor) or (isinstance(state, str) and state == "zeros"):
         return state
     raise InputError(f"{name} must be a tensor or 'zeros', got {state!r}")

@@ -18,11 +18,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.checks import one_of
+from tl_looped.checks import described, one_of, whole
 from tl_looped.errors import InputError, SingleTokenError, TokenizerError
 from tl_looped.model.bos import adds_bos, bos_sentence, with_bos
-from tl_looped.transformer.reading import Chats, Given, Rows, Tokens, read_input, read_rows
+from tl_looped.transformer.reading import (
+    Chats,
+    Given,
+    Rows,
+    Tokens,
+    integers,
+    read_input,
+    read_rows,
+)
 from tl_looped.transformer.text_length import checked_lengths
+from tl_looped.transformer.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
@@ -58,6 +67,9 @@ def set_tokenizer(
     """Use this tokenizer from now on."""
     if default_padding_side is not None:
         one_of(default_padding_side, "default_padding_side", _SIDES)
+    is_one = hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")
+    if not is_one and not (tokenizer is None and default_padding_side is None):
+        raise TokenizerError(f"tokenizer must be Hugging Face's, got {described(tokenizer)}")
     before = model.tokenizer
     model.tokenizer = tokenizer
     if model.cfg.bos_from == "tokenizer" and _bos_decided_by(model, before) == "tokenizer":
@@ -231,7 +243,7 @@ def to_string(model: LoopedTransformer, tokens: Any) -> str | list[str]:
         raise InputError(f"tokens must have at most 2 dimensions, got shape {tuple(ids.shape)}")
     if ids.ndim == 2:
         return [str(to_string(model, row)) for row in ids]
-    flat = ids.reshape(-1).tolist()
+    flat = check_ids(ids).reshape(-1).tolist() if ids.numel() else []
     return str(tokenizer.decode(flat, clean_up_tokenization_spaces=False))
 
 
@@ -290,8 +302,10 @@ def get_token_position(
     if not isinstance(given, Tokens):
         given = Tokens(tokenize(model, given, prepend_bos, None, False)[0], None, given.many)
     ids = _one_sequence(model, "get_token_position", given)
-    is_text = isinstance(single_token, str)
-    token = to_single_token(model, str(single_token)) if is_text else int(single_token)
+    if isinstance(single_token, str):
+        token = to_single_token(model, single_token)
+    else:
+        token = whole(single_token, "single_token", least=None)
     found = (ids == token).nonzero().flatten().tolist()
     if not found:
         raise SingleTokenError(f"token {single_token!r} does not occur in the prompt")
@@ -304,6 +318,5 @@ def tokens_to_residual_directions(
     """Columns of W_U of the given tokens, as rows."""
     if isinstance(tokens, str):
         tokens = to_single_token(model, tokens)
-    if isinstance(tokens, int) or tokens.numel() == 1:
-        return model._home(model.unembed.directions(int(tokens)))
-    return model._home(model.unembed.directions(tokens))
+    ids = check_ids(integers(torch.as_tensor(tokens)), model.cfg.d_vocab)
+    return model._home(model.unembed.directions(int(ids) if ids.numel() == 1 else ids))

@@ -16,12 +16,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.checks import one_of
 from tl_looped.errors import InputError
 from tl_looped.model.block import FOLDED, Block
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 
 if TYPE_CHECKING:
     from tl_looped.transformer.pool import BlockPool
+
+
+_STACKED = (
+    *("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out"),
+    *("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out"),
+)
 
 
 def unique_layer(loop: LoopGeometry, layer: LayerLike) -> int:
@@ -87,6 +94,7 @@ def tl_parameters(model: BlockPool) -> dict[str, Tensor]:
 
 
 def _weight(block: Block, name: str) -> Tensor:
+    one_of(name, "name", _STACKED)
     owner = block.attn if hasattr(type(block.attn), name) else block.mlp
     return cast(Tensor, getattr(owner, name))
 
