@@ -15,7 +15,7 @@ from tl_looped.cli import app
 from tl_looped.cli.execution import carry_out
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.experiments.store import find_runs, read_dataset
-from tl_looped.paper.needs import with_needs
+from tl_looped.paper.figures import with_needs
 from tl_looped.paper.plan import Overlay, PaperRun, Plan
 
 pytestmark = [pytest.mark.once, pytest.mark.full]

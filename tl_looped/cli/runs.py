@@ -96,7 +96,7 @@ def analyze(
 ) -> None:
     """Measure a model on prompts. What was stopped goes on; what was finished is not run again."""
     from tl_looped.experiments.spec import Experiment, PromptSet
-    from tl_looped.paper.needs import parse_figures, with_needs
+    from tl_looped.paper.figures import parse_figures, with_needs
 
     numbers = parse_figures(figures)
     if extras is None:
@@ -128,7 +128,7 @@ def run(
 ) -> None:
     """Run experiments that are written down as TOML."""
     from tl_looped.experiments.spec import Experiment
-    from tl_looped.paper.needs import parse_figures, with_needs
+    from tl_looped.paper.figures import parse_figures, with_needs
 
     numbers = parse_figures(figures)
     specs = [with_needs(Experiment.read(path), numbers) for path in experiment]

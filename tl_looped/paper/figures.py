@@ -1,48 +1,89 @@
 """Every figure of the paper (arXiv 2604.11791) as an entry of a table, and the door to draw it.
 
 ``draw(7, data)`` makes Figure 7 from the result of a run. An entry says which variables the figure
-needs, how it groups them, with how many recurrences the paper shows it, and which run makes the
-data. Most figures are of one model: draw them once for each. Figures of several models take
-mappings: 6 and 29 to 31 ``{(norm layout, injected): results}``, 10 ``{name: results}``; and
-``results`` is one result, or a list with one per seed.
+draws, with how many recurrences the paper shows it, what draws it and which data it needs. Most
+figures are of one model: draw them once for each. Figures of several models take mappings: 6 and 29
+to 31 ``{(norm layout, injected): results}``, 10 ``{name: results}``; and ``results`` is one result,
+or a list with one per seed. Which model has which figure is in :mod:`tl_looped.paper.plan`.
 
 Left open by the paper, and chosen here: Figures 11 and 12 show the ColSum concentration alone, as
 Figure 7 does; 29 shows step norms and cosines of 12 layers, 30 and 31 repeat Figure 6 at 4 and 16
 layers; 54 to 56, 57 to 59 and 60 to 62 run through blocks of 4, 8 and 12 layers within each
-variant. Figure 1 is a drawing, 53 is not of these. Where only one model's data are asked for, the
-models of the paper are listed, and any other is drawn all the same.
+variant. Figure 1 is a drawing, 53 is not of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 import xarray as xr
 
 from tl_looped.errors import InputError
+from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics.catalogue import SIGNATURE
 from tl_looped.plots import grid_recipes, recipes, token_recipes
 from tl_looped.plots.recipes import DrawnFigure, DrawOptions, Recipe, Request
 from tl_looped.plots.summaries import as_runs, shape_of
 
-COLSUM = ("colsum_concentration",)
-_SIGNATURE_RUN = "stream(model, prompts, 'signature', by='depth', n_recurrences={R})"
-_STEPS_RUN = "stream(model, prompts, 'successive', by='depth', n_recurrences={R})"
-_FIXED_RUN = "stream(model, prompts, 'fixed_point', by='depth', n_recurrences={R})"
-_SIZE_RUN = "stream(model, prompts, 'magnitude', by='depth', n_recurrences={R})"
-_PAIR_RUN = "an experiment with pairwise matrices at {R} recurrences"
-_PCA_RUN = "an experiment with a PCA path (tl_looped.metrics.trajectories.pca_trajectory)"
-_LIMIT_RUN = "an experiment with limiting behaviour at {R} recurrences"
-_NEURON_RUN = "tl_looped.metrics.neurons.prediction_suppression(model)"
-_BASE_RUN = "tl_looped.metrics.neurons.prediction_suppression(model)"
-_PATTERN_RUN = "a run of one prompt that keeps `pattern` (effective_layer, head, query, key)"
 
-_THREE = "Ouro 1.4B, Huginn, r-Llama"
-_FOUR = "Huginn, r-Llama, r-OLMo, r-TinyLlama"
-_GSM8K = "GSM8K-256"
+@dataclass(frozen=True)
+class FigureData:
+    """The data that a figure needs.
+
+    Args:
+        run: What makes them, for messages; ``{R}`` stands for the recurrences.
+        metrics, extras: Those of an experiment that makes them.
+        is_ablated: Whether the experiment must take the output of an MLP away.
+        elsewhere: Why one run cannot be drawn as the figure; empty if it can.
+    """
+
+    run: str
+    metrics: tuple[str, ...] = ("signature",)
+    extras: tuple[str, ...] = ()
+    is_ablated: bool = False
+    elsewhere: str = ""
+
+
+def _streamed(group: str, **more: Any) -> FigureData:
+    run = f"stream(model, prompts, '{group}', by='depth', n_recurrences={{R}})"
+    return FigureData(run, (group,), **more)
+
+
+_STAGES, _STEPS, _LAST = map(_streamed, ("signature", "successive", "fixed_point"))
+_SIZES, _ABLATED = _streamed("magnitude"), _streamed("signature", is_ablated=True)
+_TWO_RUNS = _streamed(
+    "signature",
+    elsewhere="shows a looped run over a feedforward one: tl-looped compare LOOPED FEEDFORWARD",
+)
+_PAIRS = FigureData("an experiment with pairwise matrices at {R} recurrences", extras=("pairwise",))
+_PATHS = FigureData(
+    "an experiment with a PCA path (tl_looped.metrics.trajectories.pca_trajectory)",
+    extras=("pca",),
+)
+_TOKENS = FigureData(
+    "an experiment with limiting behaviour at {R} recurrences", extras=("limiting", "tokens")
+)
+_NEURONS = FigureData(
+    "tl_looped.metrics.neurons.prediction_suppression(model)", extras=("neurons",)
+)
+_BASE_NEURONS = FigureData(
+    "tl_looped.metrics.neurons.prediction_suppression(model)", extras=("neurons",)
+)
+_PATTERNS = FigureData(
+    "a run of one prompt that keeps `pattern` (effective_layer, head, query, key)",
+    extras=("patterns",),
+)
+_RANDOM = FigureData(
+    "random models of {R} recurrences: fixed_point, successive, one result per seed",
+    elsewhere="is of random models of several kinds (Section 4.2), not of one run",
+)
+_TRAINED = FigureData(
+    "models of Section 5.1 trained and run with 'signature' at {R} recurrences, one per seed",
+    elsewhere="is of models trained for it (Section 5.1), several seeds of each, not of one run",
+)
 
 
 @dataclass(frozen=True)
@@ -52,14 +93,11 @@ class FigureSpec:
     Attributes:
         number: In the paper.
         title: What it shows.
-        variables: What it needs from a result.
-        grouping: ``"L"`` by layer, ``"R"`` by recurrence, ``"N"`` none, ``"N + L"``, or what else.
-        models: The paper's models.
+        variables: What it draws of a result.
         recipe: What draws it.
-        run: What makes the data.
+        data: What it needs.
         recurrences: The paper's number; None where it could not be read.
         band: Of the lines: see :data:`tl_looped.plots.summaries.Band`.
-        prompts: The paper's prompts.
         least_recurrences: Below this the figure does not apply.
         many: Takes a mapping of several models.
     """
@@ -67,140 +105,116 @@ class FigureSpec:
     number: int
     title: str
     variables: tuple[str, ...]
-    grouping: str
-    models: str
     recipe: Recipe
-    run: str
+    data: FigureData
     recurrences: int | None = None
     band: str = "none"
-    prompts: str = _GSM8K
     least_recurrences: int = 1
     many: bool = False
 
 
+COLSUM = ("colsum_concentration",)
+_LOWEST = ("fixed_point_rel", "fixed_point_lowest_cosine")
+_PCA = ("pca", "pca_explained")
+_CLASSES = ("prediction", "suppression")
 _by_layer, _log_by_layer = recipes.by_layer, partial(recipes.by_layer, log=True)
 _depth, _realised = recipes.by_recurrence_over_depth, recipes.realised
 
 
-def _blocks(
-    first: int, models: tuple[str, ...], prompts: str, recurrences: int = 8
-) -> list[FigureSpec]:
-    """Figures of all signature metrics by recurrence over block depth, one a model."""
-    return [
-        FigureSpec(
-            first + i, "signature metrics over block depth", SIGNATURE, "R", model, _depth,
-            _SIGNATURE_RUN, recurrences, prompts=prompts,
-        )
-        for i, model in enumerate(models)
-    ]  # fmt: skip
+def _orbit(views: str) -> Recipe:
+    return partial(token_recipes.of_strongest_orbit, views=views)
 
 
-_FIVE = ("Ouro 1.4B", "Huginn", "r-Llama", "r-OLMo", "r-TinyLlama")
-_GRID_RUN = "random models of {R} recurrences: fixed_point, successive, one result a seed"
-_SMALL_RUN = (
-    "models of Section 5.1 trained and run with 'signature' at {R} recurrences, one per seed"
-)
+def _steps(number: int, title: str, variables: tuple[str, ...], recipe: Recipe) -> FigureSpec:
+    """Steps, or distances to the last state, over the recurrences."""
+    data = _STEPS if variables[0].startswith("successive") else _LAST
+    return FigureSpec(number, title, variables, recipe, data, 128, "quantiles", 2)
+
+
+def _blocks(numbers: Iterable[int], recurrences: int) -> list[FigureSpec]:
+    """All stage metrics by recurrence over block depth, a figure for each model."""
+    title = "stage metrics over block depth"
+    return [FigureSpec(n, title, SIGNATURE, _depth, _STAGES, recurrences) for n in numbers]
+
+
+def _path(number: int, title: str, recurrences: int | None = None) -> FigureSpec:
+    return FigureSpec(number, title, _PCA, recipes.path, _PATHS, recurrences, least_recurrences=2)
 
 
 def _small(first: int, what: str, bare: bool) -> list[FigureSpec]:
+    """Small trained models with blocks of 4, 8 and 12 layers."""
     return [
         FigureSpec(
-            first + i, f"signature metrics, {what}, block of {block} layers", SIGNATURE, "R",
-            "small models", partial(grid_recipes.small_model, block=block, bare=bare),
-            _SMALL_RUN, 4, "sd",
+            first + i, f"stage metrics, {what}, block of {block} layers", SIGNATURE,
+            partial(grid_recipes.small_model, block=block, bare=bare), _TRAINED, 4, "sd",
         )
         for i, block in enumerate((4, 8, 12))
     ]  # fmt: skip
 
 
-def _grid(
-    number: int, title: str, variables: tuple[str, ...], layers: int, band: str
-) -> FigureSpec:
+def _grid(number: int, title: str, variables: tuple[str, ...], layers: int) -> FigureSpec:
+    """Random weights in every norm layout."""
     return FigureSpec(
-        number, title, variables, "L", "random initialisation",
-        partial(grid_recipes.grid, layers=layers), _GRID_RUN, 128, band, "random", 2, many=True,
+        number, title, variables, partial(grid_recipes.grid, layers=layers), _RANDOM, 128,
+        "range", 2, many=True,
     )  # fmt: skip
 
 
-_LOWEST = ("fixed_point_rel", "fixed_point_lowest_cosine")
-
 _SPECS = [
     FigureSpec(2, "distance between attention patterns", ("pairwise_attention_distance",),
-               "heat map", _THREE, recipes.matrix, _PAIR_RUN, 8),
-    FigureSpec(3, "step of the residual stream", ("successive_abs", "successive_rel"), "L",
-               _THREE, _log_by_layer, _STEPS_RUN, 128, "quantiles", least_recurrences=2),
-    FigureSpec(4, "distance to the last state", ("fixed_point_abs", "fixed_point_rel"), "L",
-               _THREE, _log_by_layer, _FIXED_RUN, 128, "quantiles", least_recurrences=2),
-    FigureSpec(5, "path in principal components", ("pca", "pca_explained"), "path", "r-Llama",
-               recipes.path, _PCA_RUN, prompts="test sentence", least_recurrences=2),
-    _grid(6, "distance to the last state, random weights", _LOWEST, 12, "range"),
-    FigureSpec(7, "ColSum concentration over realised depth", COLSUM, "N + L", "r-Llama",
-               _realised, _SIGNATURE_RUN, 8, "sd"),
-    FigureSpec(8, "ColSum concentration within a block, and feedforward", COLSUM, "R",
-               "Ouro 1.4B, retrofits; Llama, bases", recipes.over_feedforward, _SIGNATURE_RUN, 8),
-    FigureSpec(9, "residual magnitudes", ("residual_mean", "residual_max", "residual_first"), "N",
-               "several", recipes.magnitudes, _SIZE_RUN, None, "quantiles"),
-    FigureSpec(10, "ColSum concentration of small trained models", COLSUM, "R", "small models",
-               grid_recipes.small_models, _SMALL_RUN, 4, "sd", many=True),
-    FigureSpec(11, "ColSum concentration by recurrence", COLSUM, "L", "r-Llama, Ouro 1.4B",
-               _by_layer, _SIGNATURE_RUN, 128, "sd"),
-    FigureSpec(12, "ColSum concentration at unseen recurrences", COLSUM, "R", "r-Llama, Ouro 1.4B",
-               _depth, _SIGNATURE_RUN, 128),
-    FigureSpec(13, "steps of Algorithm 1", ("token_similarity",), "columns", "Huginn",
-               token_recipes.limiting_steps, _LIMIT_RUN, 128, least_recurrences=2),
-    FigureSpec(14, "limiting behaviours at the same token", ("limiting_label",), "heat map",
-               "Huginn", token_recipes.cooccurring, _LIMIT_RUN, 128),
-    FigureSpec(15, "paths with the intermediate layers", ("pca", "pca_explained"), "per token",
-               "Huginn", recipes.path, _PCA_RUN, 128, least_recurrences=2),
-    FigureSpec(16, "signature metrics of the strongest orbit", SIGNATURE, "N + L", "Huginn",
-               partial(token_recipes.of_strongest_orbit, views="N"), _LIMIT_RUN, 128),
-    FigureSpec(17, "signature metrics of the strongest orbit, last loops", SIGNATURE, "R", "Huginn",
-               partial(token_recipes.of_strongest_orbit, views="R"), _LIMIT_RUN, 128),
-    FigureSpec(18, "signature metrics of the strongest orbit", SIGNATURE, "N + L; R", "r-Llama",
-               partial(token_recipes.of_strongest_orbit, views="NR"), _LIMIT_RUN, 128),
-    FigureSpec(19, "cosine between residual streams", ("pairwise_residual_cosine",), "heat map",
-               _THREE, recipes.matrix, _PAIR_RUN, 8),
-    FigureSpec(20, "cosine between residual streams", ("pairwise_residual_cosine",), "heat map",
-               _FOUR, recipes.matrix, _PAIR_RUN, 32),
+               recipes.matrix, _PAIRS, 8),
+    _steps(3, "step of the residual stream", ("successive_abs", "successive_rel"), _log_by_layer),
+    _steps(4, "distance to the last state", ("fixed_point_abs", "fixed_point_rel"), _log_by_layer),
+    _path(5, "path in principal components"),
+    _grid(6, "distance to the last state, random weights", _LOWEST, 12),
+    FigureSpec(7, "ColSum concentration over realised depth", COLSUM, _realised, _STAGES, 8, "sd"),
+    FigureSpec(8, "ColSum concentration within a block, and feedforward", COLSUM,
+               recipes.over_feedforward, _TWO_RUNS, 8),
+    FigureSpec(9, "residual magnitudes", ("residual_mean", "residual_max", "residual_first"),
+               recipes.magnitudes, _SIZES, None, "quantiles"),
+    FigureSpec(10, "ColSum concentration of small trained models", COLSUM,
+               grid_recipes.small_models, _TRAINED, 4, "sd", many=True),
+    FigureSpec(11, "ColSum concentration by recurrence", COLSUM, _by_layer, _STAGES, 128, "sd"),
+    FigureSpec(12, "ColSum concentration at unseen recurrences", COLSUM, _depth, _STAGES, 128),
+    FigureSpec(13, "steps of Algorithm 1", ("token_similarity",), token_recipes.limiting_steps,
+               _TOKENS, 128, least_recurrences=2),
+    FigureSpec(14, "limiting behaviours at the same token", ("limiting_label",),
+               token_recipes.cooccurring, _TOKENS, 128),
+    _path(15, "paths with the intermediate layers", 128),
+    FigureSpec(16, "stage metrics of the strongest orbit", SIGNATURE, _orbit("N"), _TOKENS, 128),
+    FigureSpec(17, "stage metrics of the strongest orbit, last loops", SIGNATURE, _orbit("R"), _TOKENS,
+               128),
+    FigureSpec(18, "stage metrics of the strongest orbit", SIGNATURE, _orbit("NR"), _TOKENS, 128),
+    *(FigureSpec(number, "cosine between residual streams", ("pairwise_residual_cosine",),
+                 recipes.matrix, _PAIRS, n) for number, n in ((19, 8), (20, 32))),
     FigureSpec(21, "distance between attention patterns", ("pairwise_attention_distance",),
-               "heat map", _FOUR, recipes.matrix, _PAIR_RUN, 32),
-    FigureSpec(22, "cosine with the last state", ("fixed_point_cosine",), "L", _THREE, _by_layer,
-               _FIXED_RUN, 128, "quantiles", least_recurrences=2),
-    FigureSpec(23, "distance to the last attention pattern", ("fixed_point_attention",), "L",
-               _THREE, _log_by_layer, _FIXED_RUN, 128, "quantiles", least_recurrences=2),
-    FigureSpec(24, "cosine of successive states", ("successive_cosine",), "L", _THREE, _by_layer,
-               _STEPS_RUN, 128, "quantiles", least_recurrences=2),
-    FigureSpec(25, "distance of successive attention patterns", ("successive_attention",), "L",
-               _THREE, _log_by_layer, _STEPS_RUN, 128, "quantiles", least_recurrences=2),
-    *(FigureSpec(number, "path in principal components", ("pca", "pca_explained"), "path", model,
-                 recipes.path, _PCA_RUN, prompts=prompt, least_recurrences=2)
-      for number, model, prompt in ((26, "Ouro 1.4B", "test sentence"),
-                                    (27, "Huginn", "test sentence"),
-                                    (28, "Ouro 1.4B", "The square root of 16 is"))),
-    _grid(29, "steps and cosines, random weights", ("successive_abs", "successive_cosine"), 12,
-          "range"),
-    _grid(30, "distance to the last state, random weights, 4 layers", _LOWEST, 4, "range"),
-    _grid(31, "distance to the last state, random weights, 16 layers", _LOWEST, 16, "range"),
-    FigureSpec(32, "prediction and suppression neurons", ("prediction", "suppression"), "depth %",
-               "feedforward models", partial(recipes.neurons, looped=False), _BASE_RUN),
-    FigureSpec(33, "prediction and suppression neurons", ("prediction", "suppression"), "depth %",
-               "looped models", partial(recipes.neurons, looped=True), _NEURON_RUN),
-    FigureSpec(34, "signature metrics over realised depth", SIGNATURE, "N + L", _THREE, _realised,
-               _SIGNATURE_RUN, 8, "sd"),
-    *_blocks(35, _FIVE, _GSM8K),
-    FigureSpec(40, "halves of the block, and feedforward", SIGNATURE, "R", "Ouro 2.6B, Llama",
-               recipes.halves, _SIGNATURE_RUN, 4),
-    FigureSpec(41, "signature metrics over block depth", SIGNATURE, "R", "r-Llama", recipes.ablated,
-               _SIGNATURE_RUN, 8),
-    *_blocks(42, _FIVE, "HellaSwag-256"),
-    *(FigureSpec(47 + i, "signature metrics by recurrence", SIGNATURE, "L", model, _by_layer,
-                 _SIGNATURE_RUN, 128, "sd") for i, model in enumerate(_THREE.split(", "))),
-    *_blocks(50, tuple(_THREE.split(", ")), _GSM8K, 128),
+               recipes.matrix, _PAIRS, 32),
+    _steps(22, "cosine with the last state", ("fixed_point_cosine",), _by_layer),
+    _steps(23, "distance to the last attention pattern", ("fixed_point_attention",),
+           _log_by_layer),
+    _steps(24, "cosine of successive states", ("successive_cosine",), _by_layer),
+    _steps(25, "distance of successive attention patterns", ("successive_attention",),
+           _log_by_layer),
+    *(_path(number, "path in principal components") for number in (26, 27, 28)),
+    _grid(29, "steps and cosines, random weights", ("successive_abs", "successive_cosine"), 12),
+    _grid(30, "distance to the last state, random weights, 4 layers", _LOWEST, 4),
+    _grid(31, "distance to the last state, random weights, 16 layers", _LOWEST, 16),
+    FigureSpec(32, "prediction and suppression neurons", _CLASSES,
+               partial(recipes.neurons, looped=False), _BASE_NEURONS),
+    FigureSpec(33, "prediction and suppression neurons", _CLASSES,
+               partial(recipes.neurons, looped=True), _NEURONS),
+    FigureSpec(34, "stage metrics over realised depth", SIGNATURE, _realised, _STAGES, 8, "sd"),
+    *_blocks(range(35, 40), 8),
+    FigureSpec(40, "halves of the block, and feedforward", SIGNATURE, recipes.halves, _TWO_RUNS, 4),
+    FigureSpec(41, "stage metrics over block depth", SIGNATURE, recipes.ablated, _ABLATED, 8),
+    *_blocks(range(42, 47), 8),
+    *(FigureSpec(number, "stage metrics by recurrence", SIGNATURE, _by_layer, _STAGES, 128, "sd")
+      for number in (47, 48, 49)),
+    *_blocks((50, 51, 52), 128),
     *_small(54, "small base model", bare=False),
     *_small(57, "small model with injection", bare=False),
     *_small(60, "small model without prelude and coda", bare=True),
-    FigureSpec(63, "every attention map", ("pattern",), "floor plan", "r-Llama",
-               recipes.floor_plan, _PATTERN_RUN, prompts="test sentence"),
+    FigureSpec(63, "every attention map", ("pattern",), recipes.floor_plan, _PATTERNS),
 ]  # fmt: skip
 
 FIGURES: Mapping[int, FigureSpec] = {spec.number: spec for spec in _SPECS}
@@ -281,7 +295,7 @@ def check_data(spec: FigureSpec, data: Any) -> None:
     for run in as_runs(data):
         missing = [name for name in spec.variables if name not in run]
         if missing:
-            made_by = spec.run.format(R=spec.recurrences or "n")
+            made_by = spec.data.run.format(R=spec.recurrences or "n")
             raise InputError(
                 f"Fig. {spec.number} needs {', '.join(missing)}, which the data do not have. Made "
                 f"by: {made_by}"
@@ -291,3 +305,40 @@ def check_data(spec: FigureSpec, data: Any) -> None:
                 f"Fig. {spec.number} compares recurrences, {spec.least_recurrences} at least: it "
                 f"does not apply to a run of shape {shape_of(run)}"
             )
+
+
+def parse_figures(text: str) -> tuple[int, ...]:
+    """Numbers from ``"2,4,7"``.
+
+    Raises:
+        InputError: for a figure that one run cannot be drawn as; the message lists those it can.
+    """
+    alone = [str(number) for number, spec in FIGURES.items() if not spec.data.elsewhere]
+    numbers = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        if item not in alone:
+            spec = FIGURES.get(int(item)) if item.isdecimal() else None
+            raise InputError(
+                (f"figures: Fig. {item} {spec.data.elsewhere}" if spec else
+                 f"figures: there is no {item!r}")
+                + f". One run can be drawn as {', '.join(alone)}"
+            )  # fmt: skip
+        numbers.append(int(item))
+    return tuple(dict.fromkeys(numbers))
+
+
+def with_needs(spec: Experiment, figures: Iterable[int]) -> Experiment:
+    """The experiment with what the figures need as well.
+
+    Raises:
+        InputError: for a figure of an ablation, if the experiment has none.
+    """
+    needs = [FIGURES[number].data for number in figures]
+    if any(need.is_ablated for need in needs) and not spec.ablate_mlp:
+        raise InputError(
+            "figures: Fig. 41 is of a run without the MLP output of the second layer: add "
+            "--ablate-mlp prelude.1 (or core.1 for a model without prelude)"
+        )
+    metrics = [*spec.metrics, *(m for need in needs for m in need.metrics)]
+    extras = {*spec.extras, *(e for need in needs for e in need.extras)}
+    return replace(spec, metrics=tuple(dict.fromkeys(metrics)), extras=tuple(sorted(extras)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from tl_looped.errors import InputError
 from tl_looped.experiments.spec import Experiment, PromptSet
-from tl_looped.paper.needs import with_needs
+from tl_looped.paper.figures import with_needs
 
 SQUARE_ROOT = PromptSet("text", texts=("The square root of 16 is",))
 SENTENCE = PromptSet("sentence")
