@@ -18,7 +18,7 @@ from conftest import VARIANTS, random_config
 from tl_looped import DataError, LoopedTransformer
 from tl_looped.experiments import sealing, store
 from tl_looped.experiments.compare import compare_runs, load_runs
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.runner import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.progress import Progress
 from tl_looped.report.findings import read_findings
@@ -196,7 +196,7 @@ def test_doors_of_results_refuse_those_of_another_run(tiny, tmp_path: Path) -> N
     runs = load_runs([tmp_path])
     assert set(runs) == {"any name", theirs.folder.name}
     assert [n for n in compare_runs(runs).notices if "has no checksum" in n] == [
-        store.unchecked("any name")
+        store.no_checksum_notice("any name")
     ]
 
 

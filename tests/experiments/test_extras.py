@@ -13,7 +13,7 @@ from closeness import rounding_bound
 
 from tl_looped import ConfigError, InputError, LayerIndexError, LoopedTransformer
 from tl_looped.experiments import engines
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.runner import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import (
     CONVERGENCE,

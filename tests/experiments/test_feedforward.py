@@ -20,7 +20,7 @@ from tl_looped.checkpoints import BUNDLED, read_tokenizer
 from tl_looped.experiments import jobs
 from tl_looped.experiments.compare import compare_runs, load_runs
 from tl_looped.experiments.engines import load_engine
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.runner import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import from_cache, pairwise_from_cache

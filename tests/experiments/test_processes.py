@@ -13,7 +13,7 @@ import pytest
 import torch
 import xarray as xr
 
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.runner import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 
 pytestmark = [pytest.mark.once, pytest.mark.full]

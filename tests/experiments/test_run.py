@@ -24,7 +24,7 @@ from tl_looped.experiments import store
 from tl_looped.experiments.identity import folder_identity
 from tl_looped.experiments.jobs import is_out_of_memory
 from tl_looped.experiments.reading import specification
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.runner import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import convergence_verdict, from_cache, stream

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from tl_looped import ConfigError, DataError, InitialState, InputError, LoopedTransformer
 from tl_looped.cli import app
 from tl_looped.experiments import jobs as running
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.runner import run_experiment
 from tl_looped.experiments.snapshots import find_snapshots, over_training
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.experiments.store import find_runs, read_dataset

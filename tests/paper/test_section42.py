@@ -32,7 +32,7 @@ from tl_looped.paper.section42.cells import (
 )
 from tl_looped.paper.section42.grid import run_grid
 from tl_looped.paper.section42.page import verdict_part
-from tl_looped.paper.section42.tables import grid_tables, is_zero, read_tables, shipped
+from tl_looped.paper.section42.tables import grid_tables, is_zero, read_grid_tables, shipped
 from tl_looped.progress import Progress
 from tl_looped.transformer import LoopedTransformer
 
@@ -301,14 +301,14 @@ def test_tables_are_read_as_they_were_written(
 ) -> None:
     tables = grid_tables(grid[1])
     tables.write(tmp_path)
-    again = read_tables(tmp_path)
+    again = read_grid_tables(tmp_path)
     for name in ("cells", "conditions", "verdicts", "contrasts"):
         mine, theirs = getattr(tables, name), getattr(again, name)
         pd.testing.assert_frame_equal(mine, theirs, check_dtype=False, rtol=1e-7)
     assert again.about == tables.about
     (tmp_path / "cells.csv").unlink()
     with pytest.raises(DataError, match=r"does not hold the tables of Section 4\.2"):
-        read_tables(tmp_path)
+        read_grid_tables(tmp_path)
 
 
 def test_the_shipped_grid_is_whole() -> None:

@@ -320,7 +320,7 @@ def test_figures_and_page_of_what_there_is(made: Made) -> None:
 
 
 def test_damaged_data_are_refused(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not hold the data of Section"):
+    with pytest.raises(DataError, match="does not hold the tables of Section"):
         read_data(tmp_path)
     write_data(made.data.models, tmp_path, FEW)
     about = json.loads((tmp_path / "manifest.json").read_text()) | {"format": 99}

@@ -21,7 +21,7 @@ from tl_looped.plots import (
     pca_path,
 )
 from tl_looped.plots.attention_maps import attention_floor_plan
-from tl_looped.plots.overlays import neuron_fractions
+from tl_looped.plots.overlays import neuron_panel
 from tl_looped.plots.panels import as_written, new_figure
 
 pytestmark = pytest.mark.once
@@ -60,7 +60,7 @@ def test_lines_that_coincide_both_show() -> None:
     assert largest.width > first.width + 1
     assert (largest.style, first.style) == ("-", "--")
     neurons = xr.Dataset({name: ("unique_layer", np.zeros(3)) for name in NEURONS})
-    under, over = neuron_fractions(neurons).lines
+    under, over = neuron_panel(neurons).lines
     assert under.width > over.width + 1
 
 

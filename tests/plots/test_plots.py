@@ -31,7 +31,7 @@ from tl_looped.plots import (
 from tl_looped.plots.captions import caption_of
 from tl_looped.plots.heat_maps import stage_ticks
 from tl_looped.plots.limiting import algorithm_numbers, amplitudes
-from tl_looped.plots.overlays import block_halves, neuron_fractions
+from tl_looped.plots.overlays import block_halves, neuron_panel
 from tl_looped.plots.summaries import name_of
 
 pytestmark = pytest.mark.once
@@ -217,7 +217,7 @@ def test_shapes_without_prelude_coda_or_loop_are_drawn(shape: tuple[int, ...]) -
     x = drawn_line(figure.axes[1], "recurrence 0")[0]
     assert x.tolist() == [100 * i / max(1, n - 1) for i in range(n)]
     neurons = xr.Dataset({name: ("unique_layer", np.zeros(n)) for name in NEURONS})
-    panels.append(neuron_fractions(neurons.assign_attrs(data.attrs)))
+    panels.append(neuron_panel(neurons.assign_attrs(data.attrs)))
     here = {name for name, size in (("prelude", loop.p), ("coda", loop.c)) if size}
     for panel in panels[1:]:
         assert {span.label for span in panel.spans} == here

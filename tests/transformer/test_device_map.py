@@ -24,7 +24,7 @@ from tl_looped import interventions as iv
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.experiments.engines import load_engine
 from tl_looped.experiments.parallel import Workers
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.runner import run_experiment
 from tl_looped.experiments.sources import find_model
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics import stream

@@ -39,7 +39,7 @@ from tl_looped.experiments.engines import load_engine, tokenize
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import specification
-from tl_looped.experiments.run import resolve, run_experiment
+from tl_looped.experiments.runner import resolve, run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.interventions import fixed_point
 from tl_looped.metrics import stream

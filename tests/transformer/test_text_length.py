@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_looped import CheckpointError, ConfigError, DataError, InputError, LoopedTransformer
 from tl_looped.experiments.prompts import load_prompts
-from tl_looped.experiments.run import run_experiment, run_folder
+from tl_looped.experiments.runner import run_experiment, run_folder
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.transformer import text_length
 from tl_looped.transformer.text_length import checked_lengths, is_surely_longer, longest_token

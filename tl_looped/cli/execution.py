@@ -18,7 +18,7 @@ from tl_looped.cli.console import (
 from tl_looped.errors import CheckpointError, DataError, InputError
 
 if TYPE_CHECKING:
-    from tl_looped.experiments.run import Run
+    from tl_looped.experiments.runner import Run
     from tl_looped.experiments.spec import Experiment
     from tl_looped.paper.plan import Overlay, Plan
 
@@ -57,7 +57,7 @@ def run_all(
         The runs, in the process that draws and reports them: the first.
     """
     from tl_looped.experiments.parallel import Workers
-    from tl_looped.experiments.run import run_experiment
+    from tl_looped.experiments.runner import run_experiment
 
     size = parse_batch_size(batch_size)
     workers = Workers.here(device)
@@ -125,14 +125,14 @@ def write_reports(folder: Path, feedforward: str | None = None) -> None:
     """Write the report of a folder, and print its summary table."""
     from rich.table import Table
 
-    from tl_looped.experiments.store import has_checksum, unchecked
+    from tl_looped.experiments.store import has_checksum, no_checksum_notice
     from tl_looped.report.findings import read_findings
     from tl_looped.report.run_report import write_report
 
     found = read_findings(folder, feedforward)
     for name, data in found.data.items():
         if not has_checksum(data):
-            note(unchecked(name))
+            note(no_checksum_notice(name))
     path, rows = write_report(found), found.rows()
     table = Table()
     for column in ("model", *(cell.label for cell in rows[0].cells)):

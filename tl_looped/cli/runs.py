@@ -14,7 +14,7 @@ from tl_looped.cli.execution import carry_out, run_all, write_reports
 from tl_looped.errors import InputError
 
 if TYPE_CHECKING:
-    from tl_looped.experiments.run import Run
+    from tl_looped.experiments.runner import Run
     from tl_looped.experiments.spec import Experiment
 
 Out = Annotated[Path, typer.Option(help="Folder of runs; each gets a folder in it.")]

@@ -26,8 +26,14 @@ from tl_looped.experiments.reading import (
     same_prompts,
     specification,
 )
-from tl_looped.experiments.store import RESULTS, find_runs, has_checksum, read_run, unchecked
-from tl_looped.experiments.tables import write_table
+from tl_looped.experiments.store import (
+    RESULTS,
+    find_runs,
+    has_checksum,
+    no_checksum_notice,
+    read_run,
+)
+from tl_looped.experiments.tables import write_csv_and_parquet
 from tl_looped.metrics import mirroring_score
 from tl_looped.metrics.catalogue import SIGNATURE
 from tl_looped.metrics.clusters import cluster_table
@@ -69,7 +75,7 @@ class Comparison:
             path
             for name, table in tables.items()
             if not table.empty
-            for path in write_table(table, folder / name)
+            for path in write_csv_and_parquet(table, folder / name)
         ]
 
 
@@ -102,7 +108,7 @@ def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
     """
     if len(runs) < 2:
         raise InputError(f"compare needs at least two runs, got {len(runs)}: {', '.join(runs)}")
-    notices = [unchecked(name) for name, data in runs.items() if not has_checksum(data)]
+    notices = [no_checksum_notice(name) for name, data in runs.items() if not has_checksum(data)]
     names = display_names(runs)
     forward = [name for name, data in runs.items() if is_feedforward(data)]
     looped = [name for name in runs if name not in forward]

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tl_looped.bridge.feedforward import load_feedforward
 from tl_looped.errors import DataError, InputError, TokenizerError
-from tl_looped.experiments.labelling import beside, neuron_fractions, pattern_variables
-from tl_looped.experiments.prompts import Prompts
-from tl_looped.experiments.sources import Source
+from tl_looped.experiments.labelling import merged, neuron_variables, pattern_variables
+from tl_looped.experiments.prompts import ChosenPrompts
+from tl_looped.experiments.sources import FoundModel
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.stacking import Stacked, layer_hook
 from tl_looped.files import is_folder
@@ -102,7 +102,7 @@ def wanted_metrics(spec: Experiment) -> list[str]:
 
 
 def load_engine(
-    spec: Experiment, source: Source, device: str | None, model: LoopedTransformer | None = None
+    spec: Experiment, source: FoundModel, device: str | None, model: LoopedTransformer | None = None
 ) -> Engine:
     """Load the model of a resolved specification.
 
@@ -138,7 +138,9 @@ def load_engine(
     return LoopedEngine(model, spec)
 
 
-def tokenize(engine: Engine, prompts: Prompts, too_long: str) -> tuple[list[Row], list[int], int]:
+def tokenize(
+    engine: Engine, prompts: ChosenPrompts, too_long: str
+) -> tuple[list[Row], list[int], int]:
     """Tokens of the prompts that fit the context.
 
     Returns:
@@ -230,7 +232,7 @@ class LoopedEngine(Engine):
             if "pattern" in reads_of(self.metrics):
                 metrics.append("sink_rate")  # patterns that are read take other kernels
             longer = self._stream(rows, metrics, 2 * self.spec.recurrences)
-        return beside(data, convergence_verdict(data, longer, same_start=True))
+        return merged(data, convergence_verdict(data, longer, same_start=True))
 
     def _stream(
         self, rows: list[Row], metrics: Sequence[str], n_recurrences: int | None
@@ -328,7 +330,7 @@ class LoopedEngine(Engine):
 
     def neurons(self) -> xr.Dataset:
         """See :class:`Engine`."""
-        return neuron_fractions(prediction_suppression(self.model))
+        return neuron_variables(prediction_suppression(self.model))
 
 
 class FeedforwardEngine(Engine):
@@ -426,4 +428,4 @@ class FeedforwardEngine(Engine):
 
     def neurons(self) -> xr.Dataset:
         """See :class:`Engine`."""
-        return neuron_fractions(prediction_suppression(self.model))
+        return neuron_variables(prediction_suppression(self.model))

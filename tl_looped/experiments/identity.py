@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tl_looped.errors import CheckpointError
-from tl_looped.experiments.prompts import Prompts
+from tl_looped.experiments.prompts import ChosenPrompts
 from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics.catalogue import select
 from tl_looped.model.config import TRAINED
@@ -100,7 +100,7 @@ def _of_tokenizer(tokenizer: Any) -> bytes:
 
 def run_hash(
     spec: Experiment,
-    prompts: Prompts,
+    prompts: ChosenPrompts,
     model_identity: str,
     bos: bool | None = None,
     chat_template: str = "",

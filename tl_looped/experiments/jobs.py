@@ -12,10 +12,10 @@ import xarray as xr
 
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.engines import MOST_SPECTRA, PAIRWISE, Engine, tokenize
-from tl_looped.experiments.labelling import beside
+from tl_looped.experiments.labelling import merged
 from tl_looped.experiments.parallel import Workers
 from tl_looped.experiments.parts import Parts
-from tl_looped.experiments.prompts import Prompts
+from tl_looped.experiments.prompts import ChosenPrompts
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.stacking import bytes_of_matrices
 from tl_looped.metrics import StreamOptions
@@ -34,7 +34,7 @@ class Job:
         self,
         spec: Experiment,
         engine: Engine,
-        prompts: Prompts,
+        prompts: ChosenPrompts,
         folder: Path,
         workers: Workers,
         progress: Progress,
@@ -180,7 +180,7 @@ class Job:
             numbers = data["prompt"].values.tolist()
             wanted = [self.rows[n] if n < MOST_SPECTRA else None for n in numbers]
             spectra = self.engine.spectrum(wanted)
-            data = beside(data, spectra.assign_coords(prompt=data["prompt"]))
+            data = merged(data, spectra.assign_coords(prompt=data["prompt"]))
         if "pairwise" in self.spec.extras:
             found = [self.engine.pairwise(row) for row in rows]
             every = xr.concat([one[list(PAIRWISE)] for one in found], "prompt")

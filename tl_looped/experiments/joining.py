@@ -18,8 +18,8 @@ from torch import Tensor
 from tl_looped._version import __version__
 from tl_looped.errors import DataError
 from tl_looped.experiments.engines import PAIRWISE, Engine
-from tl_looped.experiments.labelling import beside
-from tl_looped.experiments.prompts import Prompts
+from tl_looped.experiments.labelling import merged
+from tl_looped.experiments.prompts import ChosenPrompts
 from tl_looped.experiments.spec import Experiment
 from tl_looped.metrics import (
     by_recurrence,
@@ -38,7 +38,7 @@ _LIBRARIES = ("transformer-lens", "torch", "transformers", "numpy", "xarray")
 def joined(
     spec: Experiment,
     engine: Engine,
-    prompts: Prompts,
+    prompts: ChosenPrompts,
     parts: list[xr.Dataset],
     rows: list[Tensor],
     numbers: list[int],
@@ -100,7 +100,7 @@ def _with_extras(
 ) -> xr.Dataset:
     metrics = data  # the extras read the metrics alone, not each other
     if "limiting" in spec.extras:
-        data = beside(data, limiting_behavior(metrics))
+        data = merged(data, limiting_behavior(metrics))
     if "tokens" in spec.extras:
         similarity = by_recurrence(metrics[["token_cosine"]])["token_cosine"]
         data = data.assign(token_similarity=similarity.astype(np.float32))
@@ -113,7 +113,7 @@ def _with_extras(
         found = engine.neurons()
         settings = {f"neurons_{key}": value for key, value in found.attrs.items()}
         settings["kurtosis_threshold"] = found.attrs["threshold"]
-        data = beside(data, found.assign_attrs(settings))
+        data = merged(data, found.assign_attrs(settings))
     return data
 
 
@@ -131,7 +131,7 @@ def _pairwise_means(parts: list[xr.Dataset]) -> dict[str, xr.DataArray]:
 
 def _attributes(
     spec: Experiment,
-    prompts: Prompts,
+    prompts: ChosenPrompts,
     numbers: list[int],
     n_cut: int,
 ) -> dict[str, Any]:

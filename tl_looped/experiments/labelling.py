@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def beside(data: xr.Dataset, more: xr.Dataset) -> xr.Dataset:
+def merged(data: xr.Dataset, more: xr.Dataset) -> xr.Dataset:
     """The variables and attributes of both; an attribute of the first stays as it is."""
     new = {key: value for key, value in more.attrs.items() if key not in data.attrs}
     return data.merge(
@@ -33,7 +33,7 @@ def pattern_variables(
     }
 
 
-def neuron_fractions(by_layer: xr.Dataset) -> xr.Dataset:
+def neuron_variables(by_layer: xr.Dataset) -> xr.Dataset:
     """Fractions over ``unique_layer``, with the coordinates of their layers renamed."""
     found = by_layer[["prediction", "suppression"]].rename(layer="unique_layer")
     names = {"stage": "unique_stage", "layer_in_stage": "unique_layer_in_stage"}

@@ -23,10 +23,10 @@ from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.spec import TEST_SENTENCE, PromptSet
 from tl_looped.transformer.reading import Chats, read_input
 
-Prompt = str | list[dict[str, Any]]
+PromptContent = str | list[dict[str, Any]]
 """A text, or the messages of a conversation."""
 
-BUNDLED = Path(__file__).parents[1] / "data" / "word_problems.jsonl"
+WORD_PROBLEMS = Path(__file__).parents[1] / "data" / "word_problems.jsonl"
 """32 word problems of our own, one JSON object a line, `question`."""
 
 _LONGEST_LINE = 2**28  # characters
@@ -50,7 +50,7 @@ ON_THE_HUB = {
 
 
 @dataclass(frozen=True)
-class Prompts:
+class ChosenPrompts:
     """The chosen texts and conversations.
 
     Args:
@@ -60,7 +60,7 @@ class Prompts:
         digest: SHA-256 of the texts.
     """
 
-    texts: tuple[Prompt, ...]
+    texts: tuple[PromptContent, ...]
     rows: tuple[int, ...]
     available: int
     digest: str
@@ -71,7 +71,7 @@ class Prompts:
         return any(not isinstance(text, str) for text in self.texts)
 
 
-def load_prompts(wanted: PromptSet) -> Prompts:
+def load_prompts(wanted: PromptSet) -> ChosenPrompts:
     """Read a data set and choose the subset.
 
     Raises:
@@ -88,7 +88,7 @@ def load_prompts(wanted: PromptSet) -> Prompts:
     if len(chosen) != len(rows):
         raise DataError(f"prompts: {wanted.file} was changed while it was read")
     digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
-    return Prompts(chosen, rows, n, digest)
+    return ChosenPrompts(chosen, rows, n, digest)
 
 
 def choose(n: int, subset: int, seed: int) -> tuple[int, ...]:
@@ -103,10 +103,10 @@ def choose(n: int, subset: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(ranked[:subset]))
 
 
-def _reader(wanted: PromptSet) -> Callable[[], Iterator[Prompt]]:
+def _reader(wanted: PromptSet) -> Callable[[], Iterator[PromptContent]]:
     """What gives all prompts from the first on, as often as it is called."""
     if wanted.source == "bundled":
-        return lambda: _each_of_file(BUNDLED, "question")
+        return lambda: _each_of_file(WORD_PROBLEMS, "question")
     if wanted.file is not None:
         known, path = ON_THE_HUB.get(wanted.source), Path(wanted.file)
         column = wanted.column or (known.column if known else None)
@@ -117,7 +117,7 @@ def _reader(wanted: PromptSet) -> Callable[[], Iterator[Prompt]]:
     return lambda: _checked(texts, wanted.column)
 
 
-def _checked(texts: Iterable[Any], column: str | None) -> Iterator[Prompt]:
+def _checked(texts: Iterable[Any], column: str | None) -> Iterator[PromptContent]:
     for number, text in enumerate(texts):
         where = f"prompts: text {number}"
         if isinstance(text, str):  # blank ones too
@@ -125,7 +125,7 @@ def _checked(texts: Iterable[Any], column: str | None) -> Iterator[Prompt]:
         yield text if isinstance(text, str) else _prompt(text, where, column)
 
 
-def _prompt(value: Any, where: str, column: str | None) -> Prompt:
+def _prompt(value: Any, where: str, column: str | None) -> PromptContent:
     """A text or a conversation of a data set, checked.
 
     Raises:
@@ -162,7 +162,7 @@ def _check_characters(text: str, where: str) -> None:
         ) from error
 
 
-def _each_of_file(path: Path, column: str | None) -> Iterator[Prompt]:
+def _each_of_file(path: Path, column: str | None) -> Iterator[PromptContent]:
     """Prompts of a ``.jsonl`` file, or of a text file with one prompt per line, one by one.
 
     Blank lines are skipped.

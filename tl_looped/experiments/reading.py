@@ -11,7 +11,7 @@ from typing import Any
 import xarray as xr
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.store import read_run
+from tl_looped.experiments.store import RESULTS, read_run
 from tl_looped.metrics.labels import geometry_of, trained_recurrences
 from tl_looped.words import called, told_apart
 
@@ -28,6 +28,18 @@ class Missing:
 
     reason: str
     applies: bool = True
+
+
+def load(folder: Path) -> xr.Dataset:
+    """Results of a run, by depth.
+
+    Args:
+        folder: Of the run, with ``results.nc``.
+
+    Raises:
+        DataError: as :func:`read_results`.
+    """
+    return read_results(Path(folder) / RESULTS)
 
 
 def read_results(path: Path) -> xr.Dataset:

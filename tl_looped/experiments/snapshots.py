@@ -32,7 +32,7 @@ from tl_looped.training.log import read_log
 from tl_looped.training.recorder import SNAPSHOTS
 from tl_looped.words import count
 
-RECURRENCES = 64
+SNAPSHOT_RECURRENCES = 64
 _STEP = re.compile(r"step-(\d+)")
 _DRAWN = ("rate", "verdict", "settled_at", *SPECTRUM)
 
@@ -64,7 +64,7 @@ def find_snapshots(run: Path) -> dict[int, Path]:
 def snapshot_experiments(
     run: Path,
     prompts: PromptSet,
-    recurrences: int = RECURRENCES,
+    recurrences: int = SNAPSHOT_RECURRENCES,
     state_seed: int = 0,
     dtype: str = "float32",
     prepend_bos: bool | None = None,

@@ -19,7 +19,7 @@ from tl_looped.transformer import LoopedTransformer
 
 
 @dataclass(frozen=True)
-class Source:
+class FoundModel:
     """A model that has been found, not loaded.
 
     Args:
@@ -45,7 +45,7 @@ class Source:
 _BOS_BEFORE = {"retrofit-llama": True, "retrofit-olmo": False, "ouro": False}
 
 
-def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Source:
+def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> FoundModel:
     """Look a model up without reading its weights.
 
     Raises:
@@ -56,12 +56,12 @@ def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Sour
         decided = None if says is None else (says, model.cfg.bos_from)
         template = str(getattr(model.tokenizer, "chat_template", None) or "")
         identity = module_identity(model, model.cfg)
-        return Source(identity, model.loop.R, None, decided, says, template)
+        return FoundModel(identity, model.loop.R, None, decided, says, template)
     if spec.kind == "feedforward":
         folder = _feedforward_folder(spec)
         habit, template = _habit(read_tokenizer(folder)), _template_of(folder)
         adds = None if habit is None else habit[0]
-        return Source(folder_identity(folder), 1, folder, habit, None, template, adds)
+        return FoundModel(folder_identity(folder), 1, folder, habit, None, template, adds)
     found = open_checkpoint(spec.model, spec.revision)
     cfg = found.config()
     recurrences = found.n_recurrences or cfg.n_recurrences
@@ -69,7 +69,9 @@ def find_model(spec: Experiment, model: LoopedTransformer | None = None) -> Sour
     bos = _habit(found.tokenizer()) if said is None else (said, cfg.bos_from)
     before = _BOS_BEFORE.get(cfg.architecture, True) if said is None else said
     folder = found.folder
-    return Source(folder_identity(folder), recurrences, folder, bos, before, _template_of(folder))
+    return FoundModel(
+        folder_identity(folder), recurrences, folder, bos, before, _template_of(folder)
+    )
 
 
 def _template_of(folder: Path) -> str:

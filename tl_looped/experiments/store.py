@@ -201,7 +201,7 @@ def read_run(path: Path) -> xr.Dataset:
     return data
 
 
-def unchecked(name: str) -> str:
+def no_checksum_notice(name: str) -> str:
     """The notice of results for which :func:`has_checksum` is False."""
     return (
         f"{name} has no checksum: an earlier version or another program wrote it, and whether it "

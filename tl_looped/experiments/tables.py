@@ -75,7 +75,7 @@ def neuron_table(data: xr.Dataset) -> pd.DataFrame:
     return pd.DataFrame({name: data[name].values for name in _flat(data, "unique_layer")})
 
 
-def write_table(table: pd.DataFrame, path: Path) -> list[Path]:
+def write_csv_and_parquet(table: pd.DataFrame, path: Path) -> list[Path]:
     """Write ``PATH.csv`` and ``PATH.parquet``."""
     make_folder(path.parent)
     text = table.to_csv(index=False, float_format="%.6g")
@@ -96,7 +96,9 @@ def write_tables(data: xr.Dataset, folder: Path) -> list[Path]:
         DataError: if they cannot be written.
     """
     makers = {"layers": layer_table, "prompts": prompt_table, "neurons": neuron_table}
-    return [p for name in _names(data) for p in write_table(makers[name](data), folder / name)]
+    return [
+        p for name in _names(data) for p in write_csv_and_parquet(makers[name](data), folder / name)
+    ]
 
 
 def table_files(data: xr.Dataset, folder: Path) -> list[Path]:

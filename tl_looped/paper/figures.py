@@ -52,7 +52,7 @@ def _streamed(group: str, **more: Any) -> FigureData:
     return FigureData(run, (group,), **more)
 
 
-_STAGES, _STEPS, _LAST = map(_streamed, ("signature", "successive", "fixed_point"))
+_SIGNATURE, _STEPS, _LAST = map(_streamed, ("signature", "successive", "fixed_point"))
 _SIZES, _ABLATED = _streamed("magnitude"), _streamed("signature", is_ablated=True)
 _TWO_RUNS = _streamed(
     "signature",
@@ -132,9 +132,9 @@ def _steps(number: int, title: str, variables: tuple[str, ...], recipe: Recipe) 
 
 
 def _blocks(numbers: Iterable[int], recurrences: int) -> list[FigureSpec]:
-    """All stage metrics by recurrence over block depth, a figure for each model."""
-    title = "stage metrics over block depth"
-    return [FigureSpec(n, title, SIGNATURE, _depth, _STAGES, recurrences) for n in numbers]
+    """All signature metrics by recurrence over block depth, a figure for each model."""
+    title = "signature metrics over block depth"
+    return [FigureSpec(n, title, SIGNATURE, _depth, _SIGNATURE, recurrences) for n in numbers]
 
 
 def _path(number: int, title: str, recurrences: int | None = None) -> FigureSpec:
@@ -145,7 +145,7 @@ def _small(first: int, what: str, bare: bool) -> list[FigureSpec]:
     """Small trained models with blocks of 4, 8 and 12 layers."""
     return [
         FigureSpec(
-            first + i, f"stage metrics, {what}, block of {block} layers", SIGNATURE,
+            first + i, f"signature metrics, {what}, block of {block} layers", SIGNATURE,
             partial(grid_recipes.small_model, block=block, bare=bare), _TRAINED, 4, "sd",
         )
         for i, block in enumerate((4, 8, 12))
@@ -167,24 +167,27 @@ _SPECS = [
     _steps(4, "distance to the last state", ("fixed_point_abs", "fixed_point_rel"), _log_by_layer),
     _path(5, "path in principal components"),
     _grid(6, "distance to the last state, random weights", _LOWEST, 12),
-    FigureSpec(7, "ColSum concentration over realised depth", COLSUM, _realised, _STAGES, 8, "sd"),
+    FigureSpec(7, "ColSum concentration over realised depth", COLSUM, _realised, _SIGNATURE, 8,
+               "sd"),
     FigureSpec(8, "ColSum concentration within a block, and feedforward", COLSUM,
                recipes.over_feedforward, _TWO_RUNS, 8),
     FigureSpec(9, "residual magnitudes", ("residual_mean", "residual_max", "residual_first"),
-               recipes.magnitudes, _SIZES, None, "quantiles"),
+               recipes.norms, _SIZES, None, "quantiles"),
     FigureSpec(10, "ColSum concentration of small trained models", COLSUM,
                grid_recipes.small_models, _TRAINED, 4, "sd", many=True),
-    FigureSpec(11, "ColSum concentration by recurrence", COLSUM, _by_layer, _STAGES, 128, "sd"),
-    FigureSpec(12, "ColSum concentration at unseen recurrences", COLSUM, _depth, _STAGES, 128),
+    FigureSpec(11, "ColSum concentration by recurrence", COLSUM, _by_layer, _SIGNATURE, 128, "sd"),
+    FigureSpec(12, "ColSum concentration at unseen recurrences", COLSUM, _depth, _SIGNATURE, 128),
     FigureSpec(13, "steps of Algorithm 1", ("token_similarity",), token_recipes.limiting_steps,
                _TOKENS, 128, least_recurrences=2),
     FigureSpec(14, "limiting behaviours at the same token", ("limiting_label",),
                token_recipes.cooccurring, _TOKENS, 128),
     _path(15, "paths with the intermediate layers", 128),
-    FigureSpec(16, "stage metrics of the strongest orbit", SIGNATURE, _orbit("N"), _TOKENS, 128),
-    FigureSpec(17, "stage metrics of the strongest orbit, last loops", SIGNATURE, _orbit("R"), _TOKENS,
+    FigureSpec(16, "signature metrics of the strongest orbit", SIGNATURE, _orbit("N"), _TOKENS,
                128),
-    FigureSpec(18, "stage metrics of the strongest orbit", SIGNATURE, _orbit("NR"), _TOKENS, 128),
+    FigureSpec(17, "signature metrics of the strongest orbit, last loops", SIGNATURE, _orbit("R"),
+               _TOKENS, 128),
+    FigureSpec(18, "signature metrics of the strongest orbit", SIGNATURE, _orbit("NR"), _TOKENS,
+               128),
     *(FigureSpec(number, "cosine between residual streams", ("pairwise_residual_cosine",),
                  recipes.matrix, _PAIRS, n) for number, n in ((19, 8), (20, 32))),
     FigureSpec(21, "distance between attention patterns", ("pairwise_attention_distance",),
@@ -203,18 +206,19 @@ _SPECS = [
                partial(recipes.neurons, looped=False), _BASE_NEURONS),
     FigureSpec(33, "prediction and suppression neurons", _CLASSES,
                partial(recipes.neurons, looped=True), _NEURONS),
-    FigureSpec(34, "stage metrics over realised depth", SIGNATURE, _realised, _STAGES, 8, "sd"),
+    FigureSpec(34, "signature metrics over realised depth", SIGNATURE, _realised, _SIGNATURE, 8,
+               "sd"),
     *_blocks(range(35, 40), 8),
     FigureSpec(40, "halves of the block, and feedforward", SIGNATURE, recipes.halves, _TWO_RUNS, 4),
-    FigureSpec(41, "stage metrics over block depth", SIGNATURE, recipes.ablated, _ABLATED, 8),
+    FigureSpec(41, "signature metrics over block depth", SIGNATURE, recipes.ablated, _ABLATED, 8),
     *_blocks(range(42, 47), 8),
-    *(FigureSpec(number, "stage metrics by recurrence", SIGNATURE, _by_layer, _STAGES, 128, "sd")
-      for number in (47, 48, 49)),
+    *(FigureSpec(number, "signature metrics by recurrence", SIGNATURE, _by_layer, _SIGNATURE, 128,
+                 "sd") for number in (47, 48, 49)),
     *_blocks((50, 51, 52), 128),
     *_small(54, "small base model", bare=False),
     *_small(57, "small model with injection", bare=False),
     *_small(60, "small model without prelude and coda", bare=True),
-    FigureSpec(63, "every attention map", ("pattern",), recipes.floor_plan, _PATTERNS),
+    FigureSpec(63, "every attention map", ("pattern",), recipes.attention_sheet, _PATTERNS),
 ]  # fmt: skip
 
 FIGURES: Mapping[int, FigureSpec] = {spec.number: spec for spec in _SPECS}

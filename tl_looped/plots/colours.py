@@ -13,10 +13,10 @@ from tl_looped.errors import InputError
 
 Colour = tuple[float, float, float]
 
-RECURRENCES: Colormap = LinearSegmentedColormap.from_list(
+RECURRENCE_SCALE: Colormap = LinearSegmentedColormap.from_list(
     "recurrences", [(0.00, 0.35, 0.28), (0.36, 0.60, 0.16), (0.98, 0.80, 0.02)]
 )
-LAYERS: Colormap = LinearSegmentedColormap.from_list(
+LAYER_SCALE: Colormap = LinearSegmentedColormap.from_list(
     "layers", [(0.10, 0.14, 0.75), (0.05, 0.45, 0.62), (0.16, 0.76, 0.30)]
 )
 PRELUDE: Colour = (0.12, 0.35, 0.85)
@@ -41,9 +41,9 @@ def _scale(colours: Colormap, n: int) -> list[Colour]:
 
 def recurrence_colours(n: int) -> list[Colour]:
     """Colours of ``n`` recurrences as RGB, green to yellow."""
-    return _scale(RECURRENCES, n)
+    return _scale(RECURRENCE_SCALE, n)
 
 
 def layer_colours(n: int) -> list[Colour]:
     """Colours of ``n`` core layers as RGB, blue to green."""
-    return _scale(LAYERS, n)
+    return _scale(LAYER_SCALE, n)

@@ -31,7 +31,7 @@ def grid(request: Request, data: Any, layers: int) -> list[DrawnFigure]:
     """Section 4.2: the distance to the fixed point of every condition and the lowest cosine.
 
     Fig. 29, which has no lowest cosine, is a figure for each variable. ``data`` is a
-    :data:`tl_looped.plots.grids.Grid`.
+    :data:`tl_looped.plots.grids.ConditionRuns`.
     """
     _, _, loop = check_grid(data)
     if loop.k != layers or loop.p or loop.c:

@@ -21,7 +21,7 @@ Condition: TypeAlias = tuple[str, bool]
 """A norm layout (a value of :class:`tl_looped.model.config.NormLayout`), and whether the prelude's
 output or the input is injected."""
 
-Grid: TypeAlias = Mapping[Condition, Runs]
+ConditionRuns: TypeAlias = Mapping[Condition, Runs]
 
 NORM_NAMES = {
     "pre": "pre-norm",
@@ -71,7 +71,7 @@ def condition_name(condition: Condition) -> str:
     return f"{NORM_NAMES[condition[0]]} {'+' if condition[1] else 'without'} injection"
 
 
-def condition_panels(grid: Grid, name: str, band: Band | str, log: bool) -> list[Panel]:
+def condition_panels(grid: ConditionRuns, name: str, band: Band | str, log: bool) -> list[Panel]:
     """One panel a condition, injections in rows and norms in columns: layers over recurrences.
 
     Args:
@@ -88,7 +88,7 @@ def condition_panels(grid: Grid, name: str, band: Band | str, log: bool) -> list
     ]
 
 
-def lowest_cosine_panel(grid: Grid, injected: bool, band: Band | str) -> Panel:
+def lowest_cosine_panel(grid: ConditionRuns, injected: bool, band: Band | str) -> Panel:
     """The right frame of Figure 6: the lowest cosine of the first layer to any fixed point.
 
     A limit of 1 means one fixed point that all layers share.
@@ -103,7 +103,9 @@ def lowest_cosine_panel(grid: Grid, injected: bool, band: Band | str) -> Panel:
     return Panel(title, panel.x_label, panel.y_label, tuple(lines), integer_x=True)
 
 
-def grid_panels(grid: Grid, name: str, band: Band | str, log: bool) -> tuple[list[Panel], int]:
+def grid_panels(
+    grid: ConditionRuns, name: str, band: Band | str, log: bool
+) -> tuple[list[Panel], int]:
     """Panels of :func:`condition_panels` with the lowest cosine at the end of each row.
 
     Returns:

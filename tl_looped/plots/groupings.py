@@ -31,7 +31,7 @@ from tl_looped.plots.summaries import (
     summary,
 )
 
-STATE_OUT = "_state_out"
+_STATE_OUT = "_state_out"
 RECURRENCE_AXIS = "recurrence r (0-based)"
 DEPTH_AXIS = "% of block depth (prelude and coda included)"
 LAYER_AXIS = "effective layer (0-based)"
@@ -105,8 +105,8 @@ def over_recurrences(
             Line(f"core layer {l}", x, values.part(_every(loop, l)), colour, "layer", l)
             for l, colour in enumerate(layer_colours(loop.k))  # noqa: E741
         ]
-        if name + STATE_OUT in run:
-            out = summary(runs, name + STATE_OUT, band)
+        if name + _STATE_OUT in run:
+            out = summary(runs, name + _STATE_OUT, band)
             lines.append(Line("after the loop norm", x, out, (0.0, 0.0, 0.0), style="--"))
     else:
         lines = [Line(name.replace("_", " "), x, values, NEUTRAL)]

@@ -60,7 +60,7 @@ def _halves(half: int, k: int) -> tuple[tuple[str, Style, int, int], ...]:
     return ("first", "-", 0, half), ("second", "--", half, k)
 
 
-def neuron_fractions(data: xr.Dataset, feedforward: xr.Dataset | None = None) -> Panel:
+def neuron_panel(data: xr.Dataset, feedforward: xr.Dataset | None = None) -> Panel:
     """Percent of prediction and suppression neurons of every weight-distinct layer over depth.
 
     Args:

@@ -23,7 +23,7 @@ from tl_looped.plots.attention_maps import attention_floor_plan
 from tl_looped.plots.captions import About, ablated_layers, caption_of, verdict_of
 from tl_looped.plots.groupings import over_depth, over_realised_depth, over_recurrences
 from tl_looped.plots.heat_maps import layer_matrix, matrix_numbers
-from tl_looped.plots.overlays import block_halves, neuron_fractions
+from tl_looped.plots.overlays import block_halves, neuron_panel
 from tl_looped.plots.panels import Panel, all_zero, draw_panels, numbers_of
 from tl_looped.plots.paths import path_numbers, pca_path, token_paths
 from tl_looped.plots.summaries import Runs, as_runs, name_of, shape_of
@@ -287,7 +287,7 @@ def realised(request: Request, data: Runs, extra: Sequence[str] = ()) -> list[Dr
     return [of_panels(request, data, panels, columns, extra, size)]
 
 
-def magnitudes(request: Request, data: Runs) -> list[DrawnFigure]:
+def norms(request: Request, data: Runs) -> list[DrawnFigure]:
     """Grouping N: norms of the residual stream on one logarithmic axis."""
     panel = over_realised_depth(data, request.variables, band_of(request), by_layer=False, log=True)
     return [of_panels(request, data, [panel])]
@@ -384,7 +384,7 @@ def neurons(request: Request, data: xr.Dataset, looped: bool) -> list[DrawnFigur
             f"Fig. {request.number} is of a {kind} model, the run is not: see Fig. {other}"
         )
     base = request.options.feedforward
-    panel = neuron_fractions(data, base)
+    panel = neuron_panel(data, base)
     extra = ["of the weights alone; prediction drawn wider, for where both are equal"]
     if base is not None:
         extra.append(f"dashed: {name_of(base)} over its own depth")
@@ -396,7 +396,7 @@ def neurons(request: Request, data: xr.Dataset, looped: bool) -> list[DrawnFigur
     return [finished(request, data, caption, paint, numbers_of([panel]))]
 
 
-def floor_plan(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
+def attention_sheet(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
     """Every attention map of one prompt (Fig. 63)."""
     patterns = data["pattern"].transpose("effective_layer", "head", "query", "key").to_numpy()
     loop = shape_of(data)

@@ -37,7 +37,7 @@ def training_curves(curves: pd.DataFrame, control: str | None = None) -> DrawnFi
     return _drawn("fig_curves", "Training curves", caption, [panel], {"band": "sd"})
 
 
-def loss_by_recurrences(
+def loss_over_recurrences(
     evaluation: pd.DataFrame, trained: int | None = None, control: str | None = None
 ) -> DrawnFigure:
     """Held-out loss of the final models at other recurrences than they were trained with.

@@ -37,9 +37,9 @@ from tl_looped.model.init import init_weights
 from tl_looped.transformer import LoopedTransformer
 
 NORMS = ("pre", "residual", "sandwich", "post")
-LAYERS = (4, 12, 16)
+CELL_LAYERS = (4, 12, 16)
 INITS = ("normal", "fan_in")
-SEEDS = (0, 1, 2, 3, 4)
+CELL_SEEDS = (0, 1, 2, 3, 4)
 METRICS = (
     "fixed_point_abs",
     "fixed_point_rel",
@@ -142,8 +142,8 @@ class Cell:
 
 
 def cells(
-    seeds: Iterable[int] = SEEDS,
-    layers: Iterable[int] = LAYERS,
+    seeds: Iterable[int] = CELL_SEEDS,
+    layers: Iterable[int] = CELL_LAYERS,
     norms: Iterable[str] = NORMS,
     inits: Iterable[str] = INITS,
 ) -> list[Cell]:

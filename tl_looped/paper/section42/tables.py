@@ -10,7 +10,6 @@ compared.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -21,24 +20,24 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_looped.errors import DataError
 from tl_looped.experiments.joining import versions
-from tl_looped.experiments.tables import read_table
-from tl_looped.files import make_folder, write_text
 from tl_looped.metrics import by_recurrence
 from tl_looped.metrics.bootstrap import Resampling
-from tl_looped.paper.section42.cells import INITS, LAYERS, NORMS, Cell, size_of
+from tl_looped.paper.data import SHIPPED, read_tables, write_tables
+from tl_looped.paper.section42.cells import CELL_LAYERS, INITS, NORMS, Cell, size_of
 from tl_looped.paper.statistics import Contrast, condition_table, contrast_table
 
-SHIPPED = Path(__file__).parents[2] / "data" / "section42"
-MANIFEST = "manifest.json"
-FORMAT = 1
-TABLES = ("cells", "conditions", "verdicts", "contrasts")
-FACTORS = ("init", "layers", "norm", "injection")
+_FILES = {
+    "cells.csv": (),
+    "conditions.csv": ("seeds", "n_prompts"),
+    "verdicts.csv": (),
+    "contrasts.csv": ("seeds", "differences", "layers"),
+}
+"""Tables, and their columns of texts that may look like numbers, or be empty."""
+
+CONDITION_FACTORS = ("init", "layers", "norm", "injection")
 QUANTITIES = {"fixed_point": "has a fixed point", "rate": "rate"}
 INJECTIONS = ("injected", "none")
-# Texts that may look like numbers, or be empty.
-_TEXTS = {"conditions": ("seeds", "n_prompts"), "contrasts": ("seeds", "differences", "layers")}
 _CELL_NUMBERS = (
     "settled_at",
     "rate",
@@ -83,36 +82,24 @@ class GridTables:
         Raises:
             DataError: if a file cannot be written.
         """
-        make_folder(folder)
-        for name in TABLES:
-            text = getattr(self, name).to_csv(index=False, float_format="%.8g")
-            write_text(text, folder / f"{name}.csv")
-        write_text(json.dumps(self.about, indent=1) + "\n", folder / MANIFEST)
+        tables = {name: getattr(self, name.removesuffix(".csv")) for name in _FILES}
+        write_tables(folder, tables, self.about)
         return folder
 
 
-def read_tables(folder: Path) -> GridTables:
+def read_grid_tables(folder: Path) -> GridTables:
     """Read what :meth:`GridTables.write` wrote.
 
     Raises:
         DataError: if a file is missing or damaged, or of another format.
     """
-    try:
-        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise DataError(f"{folder} is of format {about['format']}, this version reads {FORMAT}")
-        tables = {name: read_table(folder / f"{name}.csv", _TEXTS.get(name, ())) for name in TABLES}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{folder} does not hold the tables of Section 4.2, or is damaged "
-            f"({type(error).__name__}: {error}): tl-looped reproduce --section 4.2 writes them"
-        ) from error
+    tables, about = read_tables(folder, _FILES, "4.2")
     return GridTables(**tables, about=about)
 
 
 def shipped() -> GridTables:
     """The tables of the whole grid that the package ships."""
-    return read_tables(SHIPPED)
+    return read_grid_tables(SHIPPED[42])
 
 
 def grid_tables(
@@ -128,17 +115,16 @@ def grid_tables(
     resampling = resampling or Resampling()
     conditions, contrasts = [], []
     for quantity, label in QUANTITIES.items():
-        table = condition_table(cells, FACTORS, quantity, resampling)
+        table = condition_table(cells, CONDITION_FACTORS, quantity, resampling)
         conditions.append(table.assign(quantity=label))
         contrasts.append(_contrasts(cells, quantity, resampling).assign(quantity=label))
-    counts = cells.groupby([*FACTORS, "verdict"], sort=False).size().unstack(fill_value=0)
+    counts = cells.groupby([*CONDITION_FACTORS, "verdict"], sort=False).size().unstack(fill_value=0)
     return GridTables(
         cells,
         pd.concat(conditions, ignore_index=True),
         counts.rename_axis(columns=None).reset_index(),
         pd.concat(contrasts, ignore_index=True),
         {
-            "format": FORMAT,
             "size": asdict(size_of(found)),
             "resampling": asdict(resampling),
             "versions": versions(),
@@ -169,9 +155,9 @@ def _of_cell(cell: Cell, data: xr.Dataset) -> dict[str, object]:
 
 def _contrasts(cells: pd.DataFrame, quantity: str, resampling: Resampling) -> pd.DataFrame:
     """Norms, injection and initialisation over all numbers of layers, and layers themselves."""
-    here = {name: set(cells[name]) for name in FACTORS}
+    here = {name: set(cells[name]) for name in CONDITION_FACTORS}
     norms = [n for n in NORMS if n in here["norm"]]
-    layers = [n for n in LAYERS if n in here["layers"]]
+    layers = [n for n in CELL_LAYERS if n in here["layers"]]
     over_layers = [
         *(Contrast("norm", a, b) for a, b in combinations(norms, 2)),
         *_pair("injection", INJECTIONS, here),
@@ -179,8 +165,8 @@ def _contrasts(cells: pd.DataFrame, quantity: str, resampling: Resampling) -> pd
     ]
     between_layers = [Contrast("layers", b, a) for a, b in combinations(layers, 2)]
     tables = [
-        contrast_table(cells, FACTORS, over_layers, quantity, ["layers"], resampling),
-        contrast_table(cells, FACTORS, between_layers, quantity, (), resampling),
+        contrast_table(cells, CONDITION_FACTORS, over_layers, quantity, ["layers"], resampling),
+        contrast_table(cells, CONDITION_FACTORS, between_layers, quantity, (), resampling),
     ]
     return pd.concat([one for one in tables if len(one)] or [pd.DataFrame()], ignore_index=True)
 

@@ -23,7 +23,7 @@ import pandas as pd
 import xarray as xr
 
 from tl_looped.errors import DataError
-from tl_looped.experiments.run import run_experiment
+from tl_looped.experiments.runner import run_experiment
 from tl_looped.experiments.spec import Experiment, PromptSet
 from tl_looped.metrics.verdicts import CONVERGENCE
 from tl_looped.paper.section51.training import CONFIGURATIONS, SEEDS
@@ -144,7 +144,7 @@ def measure(
         out: Gets ``NAME-seedN/``, a folder of runs.
         prompts: What is run.
         recurrences: Of the runs with a verdict; none for a control that runs once.
-        device, batch_size: As in :func:`tl_looped.experiments.run.run_experiment`.
+        device, batch_size: As in :func:`tl_looped.experiments.runner.run_experiment`.
         progress: Called with what is run next; gives what is told of it.
     """
     results = {}

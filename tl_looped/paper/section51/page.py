@@ -16,7 +16,7 @@ from tl_looped.paper.section51.statistics import N_PERMUTATIONS
 from tl_looped.paper.section51.training import HELD_OUT_ROWS
 from tl_looped.plots.recipes import TITLES
 from tl_looped.plots.small_models import (
-    loss_by_recurrences,
+    loss_over_recurrences,
     steps_over_recurrences,
     training_curves,
 )
@@ -54,7 +54,7 @@ def draw_section51(
     mark = trained.pop() if len(trained) == 1 else None
     wanted: dict[str, Callable[[], object]] = {
         "curves": lambda: [training_curves(models.curves, CONTROL)],
-        "loss": lambda: [loss_by_recurrences(models.evaluation, mark, CONTROL)],
+        "loss": lambda: [loss_over_recurrences(models.evaluation, mark, CONTROL)],
         "steps": lambda: [steps_over_recurrences(long)],
         "10": lambda: draw(10, runs, control=control),
     }

@@ -91,7 +91,7 @@ def section51_config(name: str, d_vocab: int, seed: int) -> LoopedConfig:
     return LoopedConfig(**(values | CONFIGURATIONS[name]))
 
 
-def prepare(
+def prepare_rows(
     data: Path, out: Path
 ) -> tuple[PreTrainedTokenizerFast, Int[Tensor, "row length"], Int[Tensor, "aside length"]]:
     """Tokenizer (trained once, then read from ``out``), training rows and held-out rows."""
@@ -130,7 +130,7 @@ def run_section51(
         ConfigError: a folder holds a run of other settings, finished or not.
     """
     configs = {(n, s): section51_config(n, VOCABULARY, s) for s in seeds for n in names}
-    tokenizer, rows, held_out = prepare(data, out)
+    tokenizer, rows, held_out = prepare_rows(data, out)
     folders = []
     for (name, seed), config in configs.items():
         run = f"{name}-seed{seed}"

@@ -34,7 +34,7 @@ from tl_looped.experiments.locking import lock_folder
 from tl_looped.experiments.parallel import Workers
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import specification
-from tl_looped.experiments.sources import Source, find_model
+from tl_looped.experiments.sources import FoundModel, find_model
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.tables import TABLES, table_files, write_tables
 from tl_looped.files import write_bytes
@@ -72,7 +72,9 @@ class Run:
         return data
 
 
-def resolve(spec: Experiment, model: LoopedTransformer | None = None) -> tuple[Experiment, Source]:
+def resolve(
+    spec: Experiment, model: LoopedTransformer | None = None
+) -> tuple[Experiment, FoundModel]:
     """The experiment with its number of recurrences, and its model, found but not loaded.
 
     Raises:
@@ -89,7 +91,7 @@ def resolve(spec: Experiment, model: LoopedTransformer | None = None) -> tuple[E
     return spec, source
 
 
-def _bos(spec: Experiment, source: Source) -> tuple[bool, str] | None:
+def _bos(spec: Experiment, source: FoundModel) -> tuple[bool, str] | None:
     """Whether the run's prompts begin with BOS, and who says so; None if only the model knows."""
     return source.bos if spec.prepend_bos is None else (spec.prepend_bos, "caller")
 
@@ -183,10 +185,8 @@ def _found(
     _clean(folder, workers)
     if workers.first:
         if not store.has_checksum(data):
-            progress.say(
-                f"{store.unchecked(str(folder / store.RESULTS))}. Remove it to run the experiment "
-                "again"
-            )
+            notice = store.no_checksum_notice(str(folder / store.RESULTS))
+            progress.say(f"{notice}. Remove it to run the experiment again")
         stored = specification(data)
         if stored and stored.get("feedforward") != spec.feedforward:
             stored.pop("feedforward", None)
