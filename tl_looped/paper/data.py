@@ -76,10 +76,8 @@ def read_tables(
     """
     try:
         about: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if about["format"] != _FORMAT:
-            raise DataError(
-                f"{folder} is of format {about['format']}, this version reads {_FORMAT}"
-            )
+        if (found := about.pop("format")) != _FORMAT:
+            raise DataError(f"{folder} is of format {found}, this version reads {_FORMAT}")
         return {Path(n).stem: _read(folder / n, texts) for n, texts in files.items()}, about
     except (OSError, ValueError, LookupError, TypeError) as error:
         if isinstance(error, DataError):
