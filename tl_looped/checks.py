@@ -20,16 +20,17 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
 from enum import Enum
-from functools import partial, wraps
+from functools import wraps
 from itertools import islice
 from types import UnionType
 from typing import (
     Annotated,
     Any,
     Literal,
+    TypeAlias,
     TypeVar,
     Union,
     cast,
@@ -40,7 +41,7 @@ from typing import (
 
 import numpy as np
 import torch
-from beartype import BeartypeConf, FrozenDict, beartype
+from beartype import beartype
 from beartype.door import is_bearable
 from beartype.roar import BeartypeCallHintParamViolation
 from beartype.vale import Is
@@ -52,17 +53,20 @@ from tl_looped.errors import ArgumentTypeError, InputError, TLLoopedError
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
 
+Seed: TypeAlias = Annotated[int, "of any size"]
+"""An integer that may have more than 64 bits, which other integers may not: torch takes none."""
+
+MOST_DRAWS = 10**7
+"""Most resamples, permutations, starts or iterations of one call: what a day may hold."""
+
 _WHOLE = int | np.integer | Integer[Tensor, ""] | Integer[np.ndarray, ""]
-_CONF = BeartypeConf(
-    hint_overrides=FrozenDict(
-        {
-            bool: bool | np.bool_ | Bool[Tensor, ""],
-            int: _WHOLE,
-            float: float | np.floating | Float[Tensor, ""] | Float[np.ndarray, ""] | _WHOLE,
-        }
-    )
-)
-_is: Callable[[Any, Any], bool] = partial(is_bearable, conf=_CONF)
+_INT = Annotated[_WHOLE, Is[lambda value: -(2**63) <= value < 2**63]]
+_NUMBERS = {
+    bool: bool | np.bool_ | Bool[Tensor, ""],
+    int: _INT,
+    float: Union[float, np.floating, Float[Tensor, ""], Float[np.ndarray, ""], _INT],  # noqa: UP007
+    Seed: _WHOLE,
+}
 _COLLECTIONS = (list, set, frozenset, abc.Sequence, abc.Collection, abc.Iterable, abc.Set)
 _MAPPINGS = (dict, abc.Mapping)
 
@@ -121,33 +125,38 @@ def _check_of(function: Callable[..., Any]) -> Callable[..., None]:
     package = vars(sys.modules["tl_looped"])  # LoopedTransformer, in the layers below it
     hints = get_type_hints(function, {**package, **names}, include_extras=True)
     hints.pop("return", None)
-    check.__annotations__ = {name: _every_item(hint) for name, hint in hints.items()}
-    return cast(Callable[..., None], beartype(conf=_CONF)(check))
+    check.__annotations__ = {name: _precise(hint) for name, hint in hints.items()}
+    return cast(Callable[..., None], beartype(check))
 
 
-def _every_item(hint: Any) -> Any:
-    """The hint with a check of every item in place of beartype's of one at random."""
+def _precise(hint: Any) -> Any:
+    """The hint with numbers of every library, and every item checked in place of one at random."""
+    if isinstance(hint, Hashable) and hint in _NUMBERS:
+        return _NUMBERS[hint]
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return Union[tuple(_every_item(each) for each in arguments)]  # noqa: UP007
+        return Union[tuple(_precise(each) for each in arguments)]  # noqa: UP007
     if not arguments or origin not in (*_COLLECTIONS, *_MAPPINGS, tuple):
         return hint
-    items = [each if each is ... else _every_item(each) for each in arguments]
+    items: list[Any] = [each if each is ... else _precise(each) for each in arguments]
     if origin is tuple and ... not in items:
 
         def fit(value: Any) -> bool:
-            return len(value) == len(items) and all(map(_is, value, items))
+            return len(value) == len(items) and all(map(is_bearable, value, items))
 
     elif origin in _MAPPINGS:
 
         def fit(value: Any) -> bool:
-            return all(_is(key, items[0]) and _is(of, items[1]) for key, of in value.items())
+            return all(
+                is_bearable(key, items[0]) and is_bearable(of, items[1])
+                for key, of in value.items()
+            )
 
     else:
 
         def fit(value: Any) -> bool:
             is_read_once = not isinstance(value, abc.Collection)
-            return is_read_once or all(_is(each, items[0]) for each in value)
+            return is_read_once or all(is_bearable(each, items[0]) for each in value)
 
     def fits(value: Any) -> bool:
         with suppress(TypeError):  # a tensor without dimensions has __iter__
@@ -172,7 +181,7 @@ def _refusal(
             kind = signature.parameters[name].kind
             several = given if kind is kind.VAR_POSITIONAL else [given]
             for value in given.values() if kind is kind.VAR_KEYWORD else several:
-                if name in hints and not _is(value, hints[name]):
+                if name in hints and not is_bearable(value, hints[name]):
                     shape = isinstance(value, Tensor) and bool(earlier)
                     is_made = function.__name__ == "__init__"
                     where = type(args[0]).__name__ if is_made else function.__qualname__
@@ -193,6 +202,8 @@ def _written(function: Callable[..., Any], name: str) -> str:
         meant = names.get(word[0])
         if isinstance(meant, TypeVar):
             meant = meant.__bound__ or Any
+        elif meant is Seed:
+            return "int"
         elif get_origin(meant) not in (Union, UnionType, Literal):
             return word[0]
         return re.sub(r"(?:\w+\.)+(?=\w)", "", inspect.formatannotation(meant))
@@ -208,6 +219,8 @@ def described(value: Any) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         what = "tensor" if isinstance(value, Tensor) else "array"
         return f"{_a(dtype)} {what} of shape {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 63:
+        return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value) if value is None else f"the {type(value).__name__} {value!r}"
     if isinstance(value, (str, bytes)):

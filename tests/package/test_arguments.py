@@ -21,7 +21,7 @@ REFUSED = {
 }
 
 # Rooms whose doors are not all closed yet.
-OPEN = ("Looped", "Loop", "metrics", "viz", "exit", "Exit", "KL", "Acc", "Lat", "Entropy", "Arg")
+OPEN = ("LoopedTransformer", "LoopedActivationCache", "LoopedConfig", "viz")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_valid_calls_work(world: World) -> None:
 def test_some_wrong_arguments_are_refused(world: World) -> None:
     found, made = faults(world, 0, 61, OPEN)
     assert found == []
-    assert made > 40
+    assert made > 200
 
 
 @pytest.mark.full
@@ -64,4 +64,4 @@ def test_some_wrong_arguments_are_refused(world: World) -> None:
 def test_wrong_arguments_are_refused(world: World, start: int) -> None:
     found, made = faults(world, start, 4, OPEN)
     assert found == []
-    assert made > 600
+    assert made > 3000

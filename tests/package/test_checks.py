@@ -18,7 +18,7 @@ from refusals import refused
 from torch import Tensor
 
 from tl_looped import ConfigError, InputError, LoopedTransformer
-from tl_looped.checks import at_most_one, checked, number, one_of, whole
+from tl_looped.checks import Seed, at_most_one, checked, number, one_of, whole
 from tl_looped.errors import ArgumentTypeError
 
 
@@ -76,6 +76,16 @@ def test_what_hints_mean_is_taken() -> None:
         mean()
     with pytest.raises(TypeError, match="unexpected"):
         checked(lambda a: a)(b=3)
+
+
+def test_integers_have_64_bits_and_seeds_any_number_of_them() -> None:
+    @checked
+    def draw(n: int, seed: Seed, scale: float = 1.0) -> None: ...
+
+    draw(2**63 - 1, 2**100)
+    for arguments in ((2**63, 0), (-(2**63) - 1, 0), (0, 0, 2**63)):
+        with refused(ArgumentTypeError, "an integer of 64 bits"):
+            draw(*arguments)
 
 
 def test_checks_draw_from_no_generator_and_read_no_iterator() -> None:

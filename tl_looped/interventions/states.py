@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import Seed, checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members
 from tl_looped.metrics.inputs import at_least_fp32
@@ -38,7 +38,7 @@ class ReplaceInitialState(Intervention):
             whose initial state is not random, or the run has an ``initial_state=`` of its own.
     """
 
-    state: str | int | Float[Tensor, "batch pos d_model"]
+    state: str | Seed | Float[Tensor, "batch pos d_model"]
 
     def __post_init__(self) -> None:
         seed = type(self.state) is int
@@ -108,7 +108,7 @@ class AddNoise(Intervention):
 
     std: float
     recurrences: Recurrences = None
-    seed: int = 0
+    seed: Seed = 0
     relative: bool = True
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import MOST_DRAWS, checked, number, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64, check_finite
 
@@ -165,8 +165,7 @@ def bootstrap_ci(
     """
     x = _runs("values", values)
     _check_draw(n_resamples, confidence, seed)
-    if not math.isfinite(null):
-        raise InputError(f"null must be finite, got {null}")
+    null = number(null, "null")
     mean, sd, percentile, bca = _resampled(x, n_resamples, confidence, seed)
     return BootstrapCI(
         mean=_mean(x),
@@ -177,7 +176,7 @@ def bootstrap_ci(
         bca=bca,
         t=t_interval(x, confidence),
         sign_flip_p=sign_flip_p(x - null) if len(x) <= MAX_SIGN_FLIP_RUNS else math.nan,
-        null=float(null),
+        null=null,
         confidence=float(confidence),
         n=len(x),
         n_resamples=n_resamples,
@@ -411,13 +410,10 @@ def _runs(argument: str, values: Any) -> Float[np.ndarray, " run"]:
 
 
 def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence must be between 0 and 1, got {confidence}: 0.95 for 95 %")
+    number(confidence, "confidence", above=0, below=1, fix="0.95 for 95 %")
 
 
 def _check_draw(n_resamples: int, confidence: float, seed: int) -> None:
     _check_confidence(confidence)
-    if n_resamples < 2:
-        raise InputError(f"n_resamples must be at least 2, got {n_resamples}")
-    if seed < 0:
-        raise InputError(f"seed must be a non-negative integer, got {seed}")
+    whole(n_resamples, "n_resamples", 2, MOST_DRAWS)
+    whole(seed, "seed")

@@ -27,7 +27,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64, check_finite
 from tl_looped.metrics.depth_curves import mean_curve, parts_of
@@ -128,11 +128,9 @@ def depth_clusters(
             fewer than K different points, or if a size or number is out of range.
     """
     base, blocks, before, after = _checked(feedforward, core, prelude, coda)
-    if n_clusters < 1 or n_init < 1 or not 0 <= seed < 2**32:
-        raise InputError(
-            f"n_clusters and n_init must be at least 1 and seed 0 to 2^32 - 1, got {n_clusters}, "
-            f"{n_init} and {seed}"
-        )
+    whole(n_clusters, "n_clusters", 1)
+    whole(n_init, "n_init", 1, 10**4)
+    whole(seed, "seed", 0, 2**32 - 1)
     different = len(np.unique(base, axis=0))
     if different < n_clusters:
         raise InputError(

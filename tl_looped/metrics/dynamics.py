@@ -20,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tl_looped.checks import checked
+from tl_looped.checks import Seed, checked, number, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import token_mask, token_mean
+from tl_looped.model import limits
 from tl_looped.transformer.loop_map import LoopMap
 
 Step = Callable[[Tensor], Tensor]
@@ -88,10 +89,9 @@ def loop_jacobian_spectrum(
     Raises:
         InputError: wrong shapes, or fewer than 8 iterations.
     """
-    if type(n_iterations) is not int or n_iterations < 8:
-        raise InputError(f"n_iterations must be an integer of at least 8, got {n_iterations!r}")
-    if not tolerance > 0:
-        raise InputError(f"tolerance must be positive, got {tolerance}")
+    whole(n_iterations, "n_iterations", 8, 10**5)
+    number(tolerance, "tolerance", above=0)
+    whole(seed, "seed", 0)
     real = token_mask(state, attention_mask)
     with _differentiable():
         x = state.detach().clone()
@@ -224,11 +224,7 @@ def path_independence(
     """
     if len(starts) < 2:
         raise InputError(f"starts must hold at least two states, got {list(starts)}")
-    if type(n_recurrences) is not int or n_recurrences < 1:
-        raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences!r}")
-    shapes = {name: tuple(state.shape) for name, state in starts.items()}
-    if len(set(shapes.values())) > 1:
-        raise InputError(f"starts must have one shape, got {shapes}")
+    whole(n_recurrences, "n_recurrences", 1, limits.most_layers)
     ends = []
     for state in starts.values():
         for _ in range(n_recurrences):
@@ -259,7 +255,7 @@ def path_independence(
 @checked
 def loop_starts(
     loop_map: LoopMap,
-    seeds: tuple[int, ...] = (0, 1, 2),
+    seeds: tuple[Seed, ...] = (0, 1, 2),
     zeros: bool = True,
     given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.checks import whole
 from tl_looped.errors import InputError
 from tl_looped.model.masks import real_tokens
 
@@ -131,8 +132,7 @@ def counted_tokens(
         InputError: as :func:`token_mask`, or if ``skip_first`` leaves a prompt without a token.
     """
     real = token_mask(states, mask)
-    if type(skip_first) is not int or skip_first < 0:
-        raise InputError(f"skip_first must be an integer of at least 0, got {skip_first!r}")
+    whole(skip_first, "skip_first")
     if skip_first == 0:
         return real
     if real is None:

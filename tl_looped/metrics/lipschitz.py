@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_looped.cache import LoopedActivationCache
 from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import mask_of_cache, token_mask
@@ -164,7 +164,7 @@ def _norms_of_product(W_Q: Tensor, W_K: Tensor) -> tuple[Tensor, Tensor]:
 
 @checked
 def attention_lipschitz_from_cache(
-    cache: Any,
+    cache: LoopedActivationCache,
     layer: int,
     recurrence: int,
     attention_mask: Tensor | None = None,

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import MOST_DRAWS, checked, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64
 from tl_looped.metrics.bootstrap import Interval, Resampling
@@ -518,10 +518,8 @@ def _best_lag(
 def _check_draw(max_lag: int, n_permutations: int, seed: int) -> None:
     if not 0 <= max_lag <= GRID_POINTS - 3:
         raise InputError(f"max_lag must be 0 to {GRID_POINTS - 3} % of depth, got {max_lag}")
-    if n_permutations < 1:
-        raise InputError(f"n_permutations must be at least 1, got {n_permutations}")
-    if seed < 0:
-        raise InputError(f"seed must be a non-negative integer, got {seed}")
+    whole(n_permutations, "n_permutations", 1, MOST_DRAWS)
+    whole(seed, "seed")
 
 
 # -- activations --------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, described, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import at_least_fp32
 from tl_looped.model.config import NormLayout
@@ -99,7 +99,7 @@ def prediction_suppression_fraction(
 
 @checked
 def prediction_suppression(
-    model: Any,
+    model: nn.Module,
     *,
     n_vocab: int | None = None,
     threshold: float = KURTOSIS_THRESHOLD,
@@ -177,6 +177,8 @@ def _looped(model: LoopedTransformer) -> _Parts:
 
 def _feedforward(model: Any) -> _Parts:
     cfg = getattr(model, "cfg", None)
+    if not hasattr(model, "blocks") or not hasattr(model, "W_U"):
+        raise InputError(f"model must be of tl_looped or TransformerLens, got {described(model)}")
     if getattr(cfg, "rmsnorm_uses_offset", False):
         raise InputError(
             "model stores its norms' gains as an offset from one (Gemma): fold 1 + w yourself and "
@@ -226,6 +228,7 @@ def _classes(
     chunk_bytes: int,
 ) -> NeuronClasses:
     n_tokens = columns.shape[1]
+    whole(chunk_bytes, "chunk_bytes", 1)
     neurons = max(1, chunk_bytes // (8 * n_tokens))
     moments = [_moments(chunk.detach(), columns) for chunk in w_out.split(neurons)]
     skew, kurtosis = torch.cat([m[0] for m in moments]), torch.cat([m[1] for m in moments])

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.cache import LoopedActivationCache
 from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import mask_of_cache
@@ -150,7 +150,7 @@ class LensTrajectory:
 
 @checked
 def lens_trajectory(
-    cache: Any,
+    cache: LoopedActivationCache,
     token: Int[Tensor, " batch"] | None = None,
     position: int = -1,
     attention_mask: Tensor | None = None,

@@ -28,7 +28,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import Seed, checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.convergence import fixed_point_residual
 from tl_looped.metrics.dynamics import loop_jacobian_spectrum
@@ -78,7 +78,7 @@ def loop_spectrum(
     n_recurrences: int | None = None,
     attention_mask: Tensor | None = None,
     initial_state: str | None = None,
-    state_seed: int | None = None,
+    state_seed: Seed | None = None,
     without_mlp: Iterable[str] = (),
     n_iterations: int = ITERATIONS,
     tolerance: float = TOLERANCE,

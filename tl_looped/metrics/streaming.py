@@ -28,7 +28,7 @@ import xarray as xr
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import Seed, checked
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, Reads, select
 from tl_looped.metrics.collector import STATE_OUT, Collector, Site
@@ -72,7 +72,7 @@ class StreamOptions:
     batching: Batching | str = "length"
     states: States | str = "recompute"
     folder: Path | None = None
-    state_seed: int | None = None
+    state_seed: Seed | None = None
     initial_state: str | None = None
     skip_first: int = 0
 
@@ -166,6 +166,8 @@ def join_batches(batches: list[xr.Dataset]) -> xr.Dataset:
 
     Where there are numbers for each token, shorter prompts have NaN behind their last one.
     """
+    if not batches:
+        raise InputError("batches holds no result")
     data = xr.concat(batches, "prompt", data_vars="minimal", coords="minimal", join="outer")
     return data.sortby("prompt")
 

@@ -12,6 +12,7 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
+from tl_looped.checks import whole
 from tl_looped.errors import LayerIndexError
 
 LayerLike: TypeAlias = int | tuple[int, int]
@@ -107,10 +108,15 @@ class LoopGeometry:
 
     def resolve_or_end(self, layer: LayerLike) -> int:
         """The same, or ``n_layers`` for the end of them all."""
-        return self.n_layers if layer == self.n_layers else self.resolve(layer)
+        return (
+            self.n_layers
+            if (isinstance(layer, int) and layer == self.n_layers)
+            else self.resolve(layer)
+        )
 
     def has_boundary(self, i: int) -> bool:
         """Whether anything happens before effective layer ``i``."""
+        i = whole(i, "i", None)
         return self.p <= i <= self.p + self.k * self.R and (i - self.p) % self.k == 0
 
     def boundary(self, i: int) -> list[Boundary]:
