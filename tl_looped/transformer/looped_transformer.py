@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_looped import checkpoints
-from tl_looped._compat import get_device, lm_cross_entropy_loss
+from tl_looped._compat import lm_cross_entropy_loss
 from tl_looped.checks import checked
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
-from tl_looped.model.config import InitialState, Injection, LoopedConfig, parse_dtype
+from tl_looped.model.config import InitialState, Injection, LoopedConfig
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
@@ -34,16 +34,15 @@ from tl_looped.transformer import generation, tokenizing
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.exiting import ExitingMixin
 from tl_looped.transformer.generation import GenerationOptions
+from tl_looped.transformer.loading import load
 from tl_looped.transformer.loop_map import LoopMapMixin
 from tl_looped.transformer.loop_run import LoopRun
 from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
 from tl_looped.transformer.run_options import begin_run, check_seed, read_options
 from tl_looped.transformer.spreading import (
     DeviceMap,
-    by_parameter,
-    check_devices,
     device_map_of,
-    plan_devices,
+    refuse_dispatched,
     refuse_offloaded,
 )
 from tl_looped.transformer.turns import in_turn
@@ -150,35 +149,17 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
             CheckpointError, UnknownArchitectureError: see ``tl_looped.checkpoints``.
             InputError: ``device_map`` names no device for a layer, splits one, or needs a disk.
         """
-        if device is not None and device_map is not None:
-            raise InputError(
-                f"device={str(device)!r} and device_map={device_map!r} exclude each other: one "
-                "puts all weights on one device, the other spreads them"
-            )
-        if device_map is None and max_memory is not None:
-            raise InputError("max_memory is for a device_map: give device_map='auto' with it")
-        source = checkpoints.open_checkpoint(path_or_hub_id, revision)
-        cfg = source.config()
-        cfg.dtype = parse_dtype(torch.float32 if dtype is None else dtype)
-        cfg.device = "meta"
-        if default_prepend_bos is not None:
-            cfg.default_prepend_bos, cfg.bos_from = default_prepend_bos, "caller"
-        model = cls(cfg, source.tokenizer())
-        model.generation_config = source.generation_config()
-        source.check(model)
-        wanted = source.n_recurrences if n_recurrences is None else n_recurrences
-        if wanted is not None:
-            model.set_recurrences(wanted)
-        if device_map is not None:
-            plan = plan_devices(model, device_map, max_memory)
-            check_devices(plan.values())
-            source.load_into(model, by_parameter(model, plan), model.cfg.dtype)
-        else:
-            target = torch.device(get_device() if device is None else device)
-            if target.type != "meta":
-                source.load_into(model, target, model.cfg.dtype)
-        model._note_devices()
-        return model.eval()
+        return load(
+            cls,
+            path_or_hub_id,
+            n_recurrences,
+            device,
+            dtype,
+            revision,
+            device_map,
+            max_memory,
+            default_prepend_bos,
+        )
 
     @in_turn
     def save_pretrained(self, folder: str | Path, format: str = "native") -> None:
@@ -256,14 +237,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
     @hf_device_map.setter
     def hf_device_map(self, placed: Mapping[str, Any]) -> None:
         """Accelerate's ``dispatch_model`` notes here where it has put the modules."""
-        if {name: str(device) for name, device in placed.items()} != {
-            name: str(device) for name, device in self.hf_device_map.items()
-        }:
-            raise InputError(
-                f"dispatch_model cannot spread this model over {dict(placed)}: it moves the input "
-                "of each module, and here every layer computes with the weights of another one. "
-                "Load it spread: LoopedTransformer.from_pretrained(..., device_map='auto')"
-            )
+        refuse_dispatched(self, placed)
 
     # -- text and tokens ----------------------------------------------------------------------
 

@@ -137,6 +137,17 @@ def refuse_offloaded(model: nn.Module) -> None:
         )
 
 
+def refuse_dispatched(model: nn.Module, placed: Mapping[str, Any]) -> None:
+    """Raise if accelerate's ``dispatch_model`` has put the modules elsewhere."""
+    here = {name: str(device) for name, device in device_map_of(model).items()}
+    if {name: str(device) for name, device in placed.items()} != here:
+        raise InputError(
+            f"dispatch_model cannot spread this model over {dict(placed)}: it moves the input "
+            "of each module, and here every layer computes with the weights of another one. "
+            "Load it spread: LoopedTransformer.from_pretrained(..., device_map='auto')"
+        )
+
+
 def by_parameter(model: nn.Module, plan: Mapping[str, torch.device]) -> dict[str, torch.device]:
     """The device of every parameter."""
     return {
