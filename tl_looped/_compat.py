@@ -6,10 +6,10 @@ here yet. A version that moves or renames one is dealt with here, and no other m
 came with 4.x (``model_protocol``, most of ``tools``) must not be needed.
 
 ``nn.Module`` defines ``__getattr__``, so that to a type checker every name is an attribute of every
-module, and a misspelt one passes. ``Module``, ``Linear``, ``HookPoint`` and ``HookedRootModule``
-are the classes of PyTorch and TransformerLens at run time, and to a type checker the same without
-``__getattr__``. A module of this package derives from one of these; its children and parameters are
-assigned in ``__init__`` or declared in the body of the class.
+module, and a misspelt one passes. ``Module``, ``Linear``, ``ModuleList``, ``HookPoint`` and
+``HookedRootModule`` are the classes of PyTorch and TransformerLens at run time, and to a type
+checker the same without ``__getattr__``. A module of this package derives from one of these; its
+children and parameters are assigned in ``__init__`` or declared in the body of the class.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ if TYPE_CHECKING:
 
     class Linear(nn.Linear):
         """``nn.Linear`` with no attributes but those that are declared."""
+
+        __getattr__: None  # type: ignore[assignment, misc]
+
+    class ModuleList(nn.ModuleList):
+        """``nn.ModuleList`` with no attributes but those that are declared."""
 
         __getattr__: None  # type: ignore[assignment, misc]
 
@@ -102,7 +107,7 @@ else:
     from transformer_lens import HookedRootModule
     from transformer_lens.hook_points import HookPoint
 
-    Module, Linear = nn.Module, nn.Linear
+    Module, Linear, ModuleList = nn.Module, nn.Linear, nn.ModuleList
 
 __all__ = [
     "ActivationCache",
@@ -111,6 +116,7 @@ __all__ = [
     "HookedRootModule",
     "Linear",
     "Module",
+    "ModuleList",
     "Slice",
     "SliceInput",
     "TransformerLensConfig",

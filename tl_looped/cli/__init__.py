@@ -1,7 +1,7 @@
 """The command line, ``tl-looped`` or ``python -m tl_looped``.
 
-Commands import what they need when they run, so that ``--help`` and a mistyped option answer at
-once.
+Commands import what they need when they run, so that ``--help`` and a mistyped option wait for
+no more than the package itself.
 """
 
 from __future__ import annotations

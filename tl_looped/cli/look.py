@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from tl_looped.cli.console import command_line, console, note
+from tl_looped.cli.runs import Revision, parse_counts
 from tl_looped.errors import InputError
 from tl_looped.words import count, differing, training
 
@@ -106,7 +107,7 @@ def models() -> None:
 
 def info(
     model: Annotated[str, typer.Argument(help="demo, an alias, a hub id or a folder.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
     tokens: Annotated[int, typer.Option(help="Length of a prompt for the cache's size.")] = 128,
     recurrences: Annotated[
         str,
@@ -114,7 +115,6 @@ def info(
     ] = "",
 ) -> None:
     """Shape and sizes of a model, and what a cache of a run would cost. Loads no weights."""
-    from tl_looped.cli.runs import _counts
     from tl_looped.transformer import LoopedTransformer
     from tl_looped.transformer.cache_size import PRESETS, readable
 
@@ -132,7 +132,7 @@ def info(
         + ", ".join(f"{readable(n_parameters * size)} in {name}" for name, size in _DTYPES.items()),
     ):
         console.print(line, highlight=False)
-    counts = _counts(recurrences) if recurrences else [found.loop.R]
+    counts = parse_counts(recurrences) if recurrences else [found.loop.R]
     if min(n or 0 for n in counts) < 1:
         raise InputError(f"recurrences must be at least 1, got {recurrences}")
     table = Table(title=f"Cache of one prompt of {tokens} tokens in float32")

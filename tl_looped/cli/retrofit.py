@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tl_looped.cli.console import console, note
+from tl_looped.cli.runs import Dtype, Revision
 from tl_looped.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -54,9 +55,7 @@ def retrofit(
         ),
     ] = ModeName.RETROFIT,
     recurrences: Annotated[int, typer.Option(help="How often the loop runs.")] = 4,
-    dtype: Annotated[
-        str, typer.Option(help="Precision of the weights: float32, bfloat16, float16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     format: Annotated[
         FormatName,
         typer.Option(
@@ -64,7 +63,7 @@ def retrofit(
             "auto: original where it can hold the model."
         ),
     ] = FormatName.AUTO,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
     bos: Annotated[
         bool | None,
         typer.Option(

@@ -36,7 +36,10 @@ Prompts = Annotated[
         help="bundled, sentence, gsm8k, hellaswag, a jsonl or text file, or gsm8k:FILE.jsonl."
     ),
 ]
-Subset = Annotated[int, typer.Option(help="How many prompts, chosen by seed; 0 for all.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+StateSeed = Annotated[int, typer.Option(help="Seed of a random initial state.")]
+Seed = Annotated[int, typer.Option(help="Seed of the subset.")]
+Subset = Annotated[int, typer.Option(help="Number of prompts, chosen by seed; 0 for all.")]
 TooLong = Annotated[
     str, typer.Option(help="What to do with prompts beyond the context: skip or truncate.")
 ]
@@ -84,12 +87,12 @@ def analyze(
         str, typer.Option(help="Layers whose MLP output is set to zero: prelude.1,core.2.")
     ] = "",
     subset: Subset = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the subset.")] = 0,
-    state_seed: Annotated[int, typer.Option(help="Seed of a random initial state.")] = 0,
+    seed: Seed = 0,
+    state_seed: StateSeed = 0,
     too_long: TooLong = "skip",
     bos: Bos = None,
     skip_first: SkipFirst = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
     device: Device = None,
     dtype: Dtype = "float32",
     batch_size: BatchSize = "auto",
@@ -114,7 +117,7 @@ def analyze(
         skip_first=skip_first or None,
     )
     spec = with_needs(_with_metrics(spec, _names(metrics)), numbers)
-    specs = [_at(spec, n) for n in _counts(recurrences)]
+    specs = [_at(spec, n) for n in parse_counts(recurrences)]
     _report_each(run_all([(one, numbers) for one in specs], out, device, batch_size), numbers)
 
 
@@ -246,7 +249,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
-def _counts(text: str | None) -> list[int | None]:
+def parse_counts(text: str | None) -> list[int | None]:
+    """``"8,128"`` as numbers of recurrences; the model's own, None, if there is no text."""
     if text is None:
         return [None]
     items = _names(text)

@@ -9,7 +9,7 @@ import typer
 
 from tl_looped.cli.console import command_line, console, note
 from tl_looped.cli.execution import run_all
-from tl_looped.cli.runs import BatchSize, Bos, Device, Dtype, Prompts, TooLong
+from tl_looped.cli.runs import BatchSize, Bos, Device, Dtype, Prompts, Seed, StateSeed, TooLong
 
 
 def spectrum(
@@ -23,13 +23,13 @@ def spectrum(
     ] = None,
     prompts: Prompts = "bundled",
     recurrences: Annotated[
-        int, typer.Option(help="Of the snapshots' runs; many, so that a rate can be measured.")
+        int, typer.Option(help="Recurrences of the snapshots' runs; many, to measure a rate.")
     ] = 64,
     subset: Annotated[
-        int, typer.Option(help="How many prompts, chosen by seed; the first 32 get a spectrum.")
+        int, typer.Option(help="Number of prompts, chosen by seed; the first 32 get a spectrum.")
     ] = 16,
-    seed: Annotated[int, typer.Option(help="Of the subset.")] = 0,
-    state_seed: Annotated[int, typer.Option(help="Of a random initial state.")] = 0,
+    seed: Seed = 0,
+    state_seed: StateSeed = 0,
     too_long: TooLong = "skip",
     bos: Bos = None,
     device: Device = None,

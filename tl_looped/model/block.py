@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped._compat import Module
+from tl_looped._compat import Module, ModuleList
 from tl_looped.model.attention import Attention, AttentionWeights
 from tl_looped.model.config import LoopedConfig, NormLayout
 from tl_looped.model.context import RunContext
@@ -209,7 +209,7 @@ class Block(QuickModule):
         return self.attn.forward_split(q_in, k_in, v_in, run)
 
 
-class BlockList(nn.ModuleList):
+class BlockList(ModuleList):
     """Effective layers, in order."""
 
     if TYPE_CHECKING:  # else they would be modules of any kind
