@@ -86,7 +86,7 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type not in ("cpu", "mps"):
         return None
-    available = psutil.virtual_memory().available
+    available: int = psutil.virtual_memory().available
     limit = cgroup_free_bytes()
     return available if limit is None else min(available, limit)
 

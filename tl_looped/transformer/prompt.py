@@ -225,7 +225,8 @@ def padding_of(
     if not bool(leading.any() or trailing.any()):
         return None
     at = torch.arange(tokens.shape[1], device=tokens.device)
-    return (at >= leading[:, None]) & (at < tokens.shape[1] - trailing[:, None])
+    real: Tensor = (at >= leading[:, None]) & (at < tokens.shape[1] - trailing[:, None])
+    return real
 
 
 def check_mask(
@@ -253,10 +254,10 @@ def check_mask(
             f"attention_mask must have shape {(batch, length)} like the tokens, "
             f"got {tuple(mask.shape)}"
         )
-    mask = real_tokens(mask).to(model.W_E.device)
+    real = real_tokens(mask).to(model.W_E.device)
     if not rows_continue:
-        check_rows(mask)
-    return mask
+        check_rows(real)
+    return real
 
 
 def check_rows(mask: Bool[Tensor, "batch key"]) -> None:

@@ -127,7 +127,8 @@ def _items(input: Any) -> list[Any] | Tensor:
             return _from_numpy(input)
         if input.ndim > 1:
             raise InputError(f"texts must be in one dimension, got an array {input.shape}")
-        return np.atleast_1d(input).tolist()
+        texts: list[Any] = np.atleast_1d(input).tolist()
+        return texts
     for name in ("column_names", "columns"):  # datasets' and pyarrow's tables; pandas' and polars'
         if hasattr(input, name):
             columns = [str(column) for column in getattr(input, name)]

@@ -187,7 +187,7 @@ def _planned(
                 no_split_module_classes=_WHOLE,
                 low_zero=how == "balanced_low_0",
             )
-        found = infer_auto_device_map(
+        found: Mapping[str, Any] = infer_auto_device_map(
             skeleton, max_memory=dict(memory), no_split_module_classes=_WHOLE
         )
     except ValueError as error:  # what is not a device, or not a size

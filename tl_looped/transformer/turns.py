@@ -26,12 +26,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from tl_looped.errors import InputError
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Turns:
@@ -126,16 +125,14 @@ class Turns:
         return Turns, ()
 
 
-def in_turn(
-    method: Callable[Concatenate[Any, Arguments], Result],
-) -> Callable[Concatenate[Any, Arguments], Result]:
+def in_turn(method: Method) -> Method:
     """A method of a model, which has the turn while it runs."""
 
     @functools.wraps(method)
-    def call(self: Any, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self.turn:
             return method(self, *args, **kwargs)
 
     # torch.compile leaves this frame to Python, which takes the turn, and compiles those within.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call
+    return cast(Method, call)
