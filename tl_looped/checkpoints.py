@@ -304,6 +304,11 @@ def save(
     if format == "native":
         raw = native_config(cfg, __version__)
     elif format == "original":
+        if cfg.core_layers is not None or cfg.cell != "standard":
+            raise ConfigError(
+                f"the format of {cfg.architecture!r} holds neither core_layers={cfg.core_layers} "
+                f"nor the cell {cfg.cell!r}: save with format='native'"
+            )
         raw, state = in_original_format(cfg, state, tokenizer)
     else:
         raise CheckpointError(f"format must be 'native' or 'original', got {format!r}")

@@ -18,6 +18,7 @@ from transformer_lens.tools.analysis.direct_path_patching import get_act_patch_d
 from transformer_lens.utilities import Slice
 
 from tl_looped import InvalidDecompositionError
+from tl_looped.model.cells import why_no_direct_paths
 
 CLEAN, CORRUPTED = some_tokens(2, 3, seed=1), some_tokens(2, 3, seed=2)
 
@@ -101,7 +102,7 @@ def test_direct_paths_are_the_same(pair: Pair, component: str) -> None:
 def test_direct_paths_are_refused_where_heads_do_not_arrive_as_written(pair: Pair) -> None:
     model = pair.looped
     clean, corrupted = caches(pair, CLEAN)[0], caches(pair, CORRUPTED)[0]
-    if model.cfg.why_no_direct_paths() is None:
+    if why_no_direct_paths(model.cfg) is None:
         get_act_patch_direct_path(model, CORRUPTED, clean, corrupted, metric, 5, 2, verbose=False)
     else:
         with pytest.raises(InvalidDecompositionError, match="injection"):

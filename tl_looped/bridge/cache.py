@@ -13,6 +13,7 @@ from transformer_lens import ActivationCache
 
 from tl_looped.cache import LoopedActivationCache
 from tl_looped.errors import InvalidDecompositionError
+from tl_looped.model.cells import why_no_direct_paths, why_not_additive
 
 
 class LoopedBridgeCache(LoopedActivationCache):
@@ -20,27 +21,27 @@ class LoopedBridgeCache(LoopedActivationCache):
 
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens where the stream is a plain sum; otherwise raises."""
-        self._check_sum_of_writes("decompose_resid", self._looped_cfg.why_not_additive())
+        self._check_sum_of_writes("decompose_resid", why_not_additive(self._looped_cfg))
         return ActivationCache.decompose_resid(self, *args, **kwargs)
 
     def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens where heads write plainly to the stream; otherwise raises."""
-        self._check_sum_of_writes("stack_head_results", self._looped_cfg.why_no_direct_paths())
+        self._check_sum_of_writes("stack_head_results", why_no_direct_paths(self._looped_cfg))
         return ActivationCache.stack_head_results(self, *args, **kwargs)
 
     def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens where neurons write plainly to the stream; otherwise raises."""
-        self._check_sum_of_writes("stack_neuron_results", self._looped_cfg.why_no_direct_paths())
+        self._check_sum_of_writes("stack_neuron_results", why_no_direct_paths(self._looped_cfg))
         return ActivationCache.stack_neuron_results(self, *args, **kwargs)
 
     def get_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens where neurons write plainly to the stream; otherwise raises."""
-        self._check_sum_of_writes("get_neuron_results", self._looped_cfg.why_no_direct_paths())
+        self._check_sum_of_writes("get_neuron_results", why_no_direct_paths(self._looped_cfg))
         return ActivationCache.get_neuron_results(self, *args, **kwargs)
 
     def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens where the stream is a plain sum; otherwise raises."""
-        reason = self._looped_cfg.why_no_direct_paths()
+        reason = why_no_direct_paths(self._looped_cfg)
         self._check_sum_of_writes("get_full_resid_decomposition", reason)
         return ActivationCache.get_full_resid_decomposition(self, *args, **kwargs)
 

@@ -1,10 +1,10 @@
 """A looped model at a fixed number of recurrences, as a plain stack of layers.
 
 The stack has ``p + k R + c`` layers, which hold no weights: they read those of the looped model,
-whose parameters this module registers once each. What a looped model does between two layers (start
-of the loop, injection, loop norm, norm before the coda) is the ``boundary`` of the layer that
-follows, so that a layer's input and output are what ``hook_resid_pre`` and ``hook_resid_post`` of
-the looped model give. A model that does nothing there has no boundaries.
+whose parameters this module registers once each. What a looped model's program does between two
+layers is the ``boundary`` of the layer that follows, so that a layer's input and output are what
+``hook_resid_pre`` and ``hook_resid_post`` of the looped model give. A model that does nothing there
+has no boundaries.
 
 Attention has no forward pass here: TransformerLens's attention component computes it from the
 projections. The module runs inside a bridge only.
@@ -13,10 +13,10 @@ projections. The module runs inside a bridge only.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -26,37 +26,14 @@ from tl_looped.bridge.tied import TiedEmbedding, TiedLinear, TiedNorm, TiedUnemb
 from tl_looped.errors import InputError
 from tl_looped.model.attention import AttentionWeights
 from tl_looped.model.block import BlockWeights
-from tl_looped.model.config import InitialState, Injection, LoopedConfig
-from tl_looped.model.context import RunContext
+from tl_looped.model.cells import why_not_additive
+from tl_looped.model.config import LoopedConfig
+from tl_looped.model.context import LoopRun, RunContext
 from tl_looped.model.geometry import LoopGeometry
-from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.masks import real_tokens
 from tl_looped.model.mlp import MLPWeights
-from tl_looped.model.norms import rms_norm
-
-_SHARED = (
-    "embed",
-    "prelude",
-    "core",
-    "coda",
-    "injection",
-    "exit_gate",
-    "final_norm",
-    "unembed",
-)
-
-
-@dataclass
-class UnrolledRun:
-    """What one forward pass carries besides the stream.
-
-    Args:
-        context: Positions, rotation and mask.
-        prelude_output: What is injected, ``[batch, pos, d_model]``; set when the loop is entered.
-    """
-
-    context: RunContext
-    prelude_output: Tensor | None = None
+from tl_looped.model.program import Do, Op
+from tl_looped.model.running import Parts, execute
 
 
 class UnrolledAttention(Module):
@@ -96,54 +73,22 @@ class UnrolledMLP(Module):
 
 
 class Boundary(Module):
-    """What happens to the stream between the layer before and effective layer ``i``.
+    """What happens to the stream between two layers.
 
     Args:
-        i: The layer that follows.
-        cfg: The looped model's configuration.
-        loop: Its geometry at the stack's number of recurrences.
-        weights: Its modules by name.
-        state_seed: Seed of a random initial state.
+        ops: The steps of the program between them.
+        parts: What they run on.
     """
 
-    _weights: Any
-
-    def __init__(
-        self, i: int, cfg: LoopedConfig, loop: LoopGeometry, weights: nn.ModuleDict, state_seed: int
-    ) -> None:
+    def __init__(self, ops: Sequence[Op], parts: Parts) -> None:
         super().__init__()
-        self.cfg, self.state_seed = cfg, state_seed
-        object.__setattr__(self, "_weights", weights)
-        events = {boundary.event for boundary in loop.boundary(i)}
-        self.enters_loop = "enter_loop" in events
-        skips = self.enters_loop and cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER
-        self.loop_norm = cfg.loop_norm and "leave" in events
-        self.injects = cfg.injection is not Injection.NONE and "enter" in events and not skips
-        self.pre_coda_norm = cfg.pre_coda_norm and "leave_loop" in events
+        self.ops, self.parts = ops, parts
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], run: UnrolledRun
+        self, x: Float[Tensor, "batch pos d_model"], run: LoopRun
     ) -> Float[Tensor, "batch pos d_model"]:
-        """What layer ``i`` receives, from what the layer before it wrote."""
-        if self.enters_loop:
-            if run.prelude_output is None:
-                run.prelude_output = x
-            x = self._initial_state(x, run)
-        if self.loop_norm or self.pre_coda_norm:
-            x = rms_norm(x, self._weights["final_norm"])
-        if self.injects:
-            assert run.prelude_output is not None
-            x = self._weights["injection"](torch.cat((x, run.prelude_output), -1))
-        return x
-
-    def _initial_state(self, x: Tensor, run: UnrolledRun) -> Tensor:
-        cfg = self.cfg
-        if cfg.initial_state is not InitialState.RANDOM:
-            return x
-        state = draw_initial_state(
-            self.state_seed, run.context.positions, cfg.d_model, cfg.initial_state_scale, x.dtype
-        )
-        return state.expand(x.shape)
+        """What the next layer receives, from what the layer before it wrote."""
+        return execute(self.ops, x, run, self.parts)
 
 
 class UnrolledLayer(Module):
@@ -210,9 +155,16 @@ class UnrolledModel(Module):
         super().__init__()
         self.looped_cfg: LoopedConfig = model.cfg
         self.loop, self.state_seed = loop, state_seed
-        self._not_additive: str | None = model.cfg.why_not_additive()
-        children = dict(model.named_children())
-        self.weights = nn.ModuleDict({name: children[name] for name in _SHARED if name in children})
+        self.program, self.cell = model.program_at(loop.R), model.cell
+        sites = [model.cell.site(r) for r in range(loop.R)]
+        self._parts: Parts = replace(model.silent_parts, sites=sites)
+        self.weights = nn.ModuleDict(
+            {
+                name: child
+                for name, child in model.named_children()
+                if name == "unembed" or next(child.parameters(), None) is not None
+            }
+        )
         self.tok_embed = TiedEmbedding(self.weights["embed"])
         self.layers = nn.ModuleList(self._layer(i) for i in range(loop.n_layers))
         self.norm = TiedNorm(model.final_norm)
@@ -222,24 +174,27 @@ class UnrolledModel(Module):
     @property
     def has_boundaries(self) -> bool:
         """Whether anything happens between two layers."""
-        cfg = self.looped_cfg
-        return cfg.injection is not Injection.NONE or cfg.loop_norm or cfg.pre_coda_norm
+        return self.cell.why_rescaled(self.looped_cfg) is not None
 
     @property
     def is_seeded(self) -> bool:
         """Whether the output depends on ``state_seed``."""
-        return self.looped_cfg.initial_state is InitialState.RANDOM
+        return self.cell.starts_anew(state_given=False)
 
     def why_not_additive(self) -> str | None:
         """Why the residual stream is not the plain sum of all writes, or None if it is."""
-        return self._not_additive
+        return why_not_additive(self.looped_cfg)
 
     def _layer(self, i: int) -> UnrolledLayer:
-        cfg, place = self.looped_cfg, self.loop.locate(i)
-        boundary = None
-        if self.has_boundaries:
-            boundary = Boundary(i, cfg, self.loop, self.weights, self.state_seed)
-        return UnrolledLayer(i, cfg, self.weights[place.stage][place.layer], boundary)
+        place = self.loop.locate(i)
+        boundary = Boundary(self._before(i), self._parts) if self.has_boundaries else None
+        stage, number = self.looped_cfg.weights_of(place)
+        weights = self.weights[stage][number]
+        return UnrolledLayer(i, self.looped_cfg, weights, boundary)
+
+    def _before(self, i: int) -> list[Op]:
+        """The steps before layer ``i``; the final norm and the gate are no part of the stack."""
+        return [op for op in self.program.before(i) if op.do is not Do.GATE and not op.joined]
 
     def forward(
         self,
@@ -265,11 +220,12 @@ class UnrolledModel(Module):
         mask = self._check_mask(attention_mask, x)
         context = RunContext.build(self.looped_cfg, x.shape[1], mask, x.device, x.dtype)
         angles = context.rotation.cos[:, :, 0], context.rotation.unsigned_sin[:, :, 0]
-        run = UnrolledRun(context, prelude_output)
+        run = LoopRun(context, self.program, None, self.state_seed, prelude_output)
         for layer in self.layers:
             if self.has_boundaries:
                 x = layer.boundary(x, run)
             x = layer(x, position_embeddings=angles, attention_mask=context.allowed)
+        x = execute(self._before(self.loop.n_layers), x, run, self._parts)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
 
@@ -301,7 +257,7 @@ class UnrolledModel(Module):
                 "prelude_output is for a start_at_layer behind the prelude; this run computes its "
                 "own. To change what is injected, hook the prelude's last hook_resid_post."
             )
-        injects = self.looped_cfg.injection is not Injection.NONE
+        injects = self.cell.reads_e(first=False, state_given=False)
         last_start = loop.p + loop.k * (loop.R - 1)
         if injects and prelude_output is None and 0 <= behind < last_start:
             raise InputError(

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.decomposition.components import Rows
-from tl_looped.decomposition.steps import EnterLoop, Inject, Place, Rescale, Step, Write
+from tl_looped.decomposition.steps import Crossing, NormPlace, Place, Rescale, Step, Write
 from tl_looped.decomposition.writes import Writes
+from tl_looped.model.program import Do
 
 
 def _rows(steps: Sequence[Step], writes: Writes, rows: Rows) -> list[tuple[Step, list[int]]]:
@@ -44,9 +45,8 @@ def carry(
         None if no write is wanted.
     """
     planned = _rows(steps, writes, rows)
-    stack = None
+    stack = e = state = None  # e: the prelude's components; state: what the recurrence has read
     used = 0 if after_each is None else len(rows)
-    e = injected_e = None  # the prelude's components, and what they inject
     for step, where in planned:
         if isinstance(step, Write) and where:
             values = writes.values(step)
@@ -59,18 +59,22 @@ def carry(
         live = stack[:used]
         if isinstance(step, Rescale):
             live *= writes.factor(step)
-        elif isinstance(step, EnterLoop):
-            e = live.clone()
-            if step.anew:
-                live.zero_()
-        elif isinstance(step, Inject):
-            state_map, e_map = _injection(writes)
-            live.copy_(live @ state_map.T)
-            if e is not None:
-                injected_e = e @ e_map.T if injected_e is None else injected_e
-                stack[: len(e)] += injected_e
-        if after_each is not None and not isinstance(step, Place):
-            after_each(live)
+        elif isinstance(step, Crossing):
+            if step.op.do is Do.ENTER:
+                e = live.clone()
+            elif step.op.do is Do.READ and writes.frozen.cell.writes_from_state:
+                state = live.clone()
+            if step.op.do is Do.ENTER and step.alone:
+                found = writes.frozen.cell.state_like(live)
+            else:
+                found = writes.frozen.forward(step, live, e, state)
+            if found is live:
+                continue
+            if found.shape[1:] != stack.shape[1:]:
+                stack = found.new_zeros((len(rows), *found.shape[1:]))
+            stack[:used] = found
+        if after_each is not None and not isinstance(step, Place | NormPlace):
+            after_each(stack[:used])
     return stack
 
 
@@ -87,29 +91,34 @@ def project(
         None if no write is wanted.
     """
     planned = _rows(steps, writes, rows)
-    out = None
-    for_e = torch.zeros_like(onto)
+    out = for_state = None
+    where_read = next(
+        (writes.batch_pos(step) for step in steps if isinstance(step, Rescale | NormPlace)), ()
+    )
+    # Directions first, as the loop's cell takes them: [out, *batch_pos, d_model].
+    onto = onto.movedim(-1, 0)
+    if onto.ndim == 2:
+        onto = onto.unflatten(0, (-1, *(1 for _ in where_read)))
+        onto = onto.expand(-1, *where_read, -1)
+    like = for_e = torch.zeros_like(onto)
     for step, where in reversed(planned):
         if isinstance(step, Write) and where:
-            values = writes.projected(step, onto)
+            values = writes.projected(step, onto.movedim(0, -1))
             if out is None:
                 out = values.new_zeros((len(rows), *values.shape[1:]))
             out.index_add_(0, torch.tensor(where, device=out.device), values)
         elif isinstance(step, Rescale):
-            onto = writes.factor(step)[..., None] * onto
-        elif isinstance(step, EnterLoop):
-            onto = for_e if step.anew else onto + for_e
-        elif isinstance(step, Inject):
-            state_map, e_map = _injection(writes)
-            for_e = for_e + e_map.T @ onto
-            onto = state_map.T @ onto
+            onto = onto * writes.factor(step)
+        elif isinstance(step, Crossing):
+            if step.op.do is Do.ENTER and step.alone:
+                onto = for_e
+                continue
+            onto, from_e, from_state = writes.frozen.back(step, onto, like)
+            for_e = for_e + from_e
+            if step.op.do is Do.WRITE:
+                for_state = from_state
+            elif step.op.do is Do.READ and for_state is not None:
+                onto = onto + for_state
+            elif step.op.do is Do.ENTER:
+                onto = onto + for_e
     return out
-
-
-def _injection(
-    writes: Writes,
-) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"]]:
-    """A_s and A_e: the injection's matrix acts on [state, e]."""
-    weight = writes.weight(writes.model.injection.weight)
-    d = weight.shape[0]
-    return weight[:, :d], weight[:, d:]

@@ -31,6 +31,7 @@ from tl_looped._compat import ActivationCache, Slice, SliceInput
 from tl_looped.decomposition.carry import carry, project
 from tl_looped.decomposition.checks import (
     check_stream,
+    end_of,
     refuse_edits,
     where_edits_break,
     where_logits_break,
@@ -89,6 +90,7 @@ class DecompositionMixin(ActivationCache):
         writes = Writes(self, selection, positions, checked=not options.raw)
         rows = Rows(grouping(options.by))
         steps: list[Step] = list(stream_steps(self.model, self.loop, self.state_given, target))
+        end = end_of(self, steps, target)
         if options.raw:
             steps = [step for step in steps if isinstance(step, Write)]
         else:
@@ -118,7 +120,7 @@ class DecompositionMixin(ActivationCache):
         if not options.raw:
             check_stream(self, steps, target, positions)
         if options.incl_remainder:
-            stream = writes.read(target.hook(self.loop))
+            stream = writes.read(end)
             if directions is not None:
                 stream = (stream.unsqueeze(-2) @ directions).squeeze(-2)
             stack = torch.cat((stack, (stream - stack.sum(0))[None]))

@@ -6,9 +6,10 @@ linear in the residual stream, position by position:
 - a plain residual block adds, and changes nothing that is there already;
 - a norm *on* the stream (Huginn's ``ln_mid`` and ``ln_out``, a loop norm, the norm before the coda)
   multiplies every earlier write by gain / scale;
-- the injection maps the state by A_s, and adds A_e times the prelude's output e once more;
+- the loop's cell starts, reads, writes and finishes, which for fixed scales is linear in the state,
+  the stream and the prelude's output e;
 - a state that does not come from the prelude replaces what was written before it: e goes on in the
-  injection alone, and the state is a component of its own.
+  cell's reads alone, and the state is a component of its own.
 
 A stream is therefore described by a list of steps, the same for carrying writes forward and for
 pulling a direction back. The scales come from the cache, the gains and matrices from the model.
@@ -20,8 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tl_looped.model.config import InitialState, Injection, NormLayout
-from tl_looped.model.geometry import LayerLike, LayerLocation, LoopGeometry
+from tl_looped.model.config import LoopedConfig, NormLayout
+from tl_looped.model.geometry import LayerLike, LoopGeometry
+from tl_looped.model.norms import HookedRMSNorm
+from tl_looped.model.program import Do, Op
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,16 @@ class Rescale:
 
 
 @dataclass(frozen=True)
-class EnterLoop:
-    """The stream so far becomes e. The state starts from it, or anew."""
+class Crossing:
+    """The loop's cell acts on the stream.
 
-    anew: bool
+    Args:
+        op: The step of the program.
+        alone: Of the loop's start: the state starts anew. Of a read: e is left out.
+    """
 
-
-@dataclass(frozen=True)
-class Inject:
-    """The stream becomes A_s stream + A_e e."""
+    op: Op
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,14 @@ class Place:
     name: str
 
 
-Step = Write | Rescale | EnterLoop | Inject | Place
+@dataclass(frozen=True)
+class NormPlace:
+    """Here the stream passes a norm of the loop's cell."""
+
+    path: str
+
+
+Step = Write | Rescale | Crossing | Place | NormPlace
 
 
 @dataclass(frozen=True)
@@ -99,62 +110,58 @@ def stream_steps(model: Any, loop: LoopGeometry, state_given: bool, to: Target) 
     """The steps from the embedding to ``to``.
 
     Args:
-        model: A looped model, for its configuration.
+        model: A looped model, for its configuration and its cell.
         loop: Geometry of the run.
         state_given: Whether the run's initial state was given by the caller.
         to: Where to end.
     """
-    cfg = model.cfg
-    on_sums = cfg.norm_layout is NormLayout.RESIDUAL
     yield Write("embed")
-    for i in range(loop.n_layers):
-        yield from _boundary_steps(cfg, loop, i, state_given)
-        yield Place(f"blocks.{i}.hook_resid_pre")
-        if to == Target(i):
+    for op in model.program_at(loop.R).ops:
+        if op.do is Do.FINAL_NORM or op.joined:
             return
-        yield Write("attn_out", i)
-        if on_sums:
-            yield Place(f"blocks.{i}.hook_resid_mid_sum")
-            yield _block_norm(loop, i, "ln_mid")
-        yield Place(f"blocks.{i}.hook_resid_mid")
-        if to == Target(i, mid=True):
-            return
-        yield Write("mlp_out", i)
-        if on_sums:
-            yield Place(f"blocks.{i}.hook_resid_post_sum")
-            yield _block_norm(loop, i, "ln_out")
-        yield Place(f"blocks.{i}.hook_resid_post")
-    if loop.c == 0 and loop.R and not cfg.loop_norm:
-        # No coda and no norm behind the loop: the final norm reads the last state.
-        yield Place(f"recurrence.{loop.R - 1}.hook_state_out")
+        if op.do is Do.LAYER:
+            yield Place(f"blocks.{op.layer}.hook_resid_pre")
+            if to == Target(op.layer):
+                return
+            yield Write("attn_out", op.layer)
+            yield from _sum_norm(model, loop, op.layer, "mid")
+            if to == Target(op.layer, mid=True):
+                return
+            yield Write("mlp_out", op.layer)
+            yield from _sum_norm(model, loop, op.layer, "post")
+        elif op.do not in (Do.EMBED, Do.GATE):
+            yield from _crossing(model, op, state_given)
 
 
-def _boundary_steps(cfg: Any, loop: LoopGeometry, i: int, given: bool) -> Iterator[Step]:
-    anew = given or cfg.initial_state is InitialState.RANDOM
-    for event, r in loop.boundary(i):
-        if event == "enter_loop":
-            yield EnterLoop(anew)
-            # A state that does not come from the prelude is a component, edited or not.
-            yield Write("initial_state") if anew else Place("hook_initial_state")
-        elif event == "leave":
-            if cfg.loop_norm:
-                yield Rescale(f"recurrence.{r}.ln_loop.hook_scale", "final_norm")
-            yield Place(f"recurrence.{r}.hook_state_out")
-        elif event == "enter":
-            yield Place(f"recurrence.{r}.hook_state_in")
-            if cfg.injection is not Injection.NONE:
-                skips = cfg.initial_state is InitialState.PRELUDE_SKIP_ADAPTER and not given
-                if not (skips and r == 0):
-                    yield Inject()
-                yield Place(f"recurrence.{r}.hook_injected")
-        elif event == "leave_loop" and cfg.pre_coda_norm:
-            yield Rescale("ln_pre_coda.hook_scale", "final_norm")
+def _sum_norm(model: Any, loop: LoopGeometry, i: int, where: str) -> Iterator[Step]:
+    """What happens to the stream behind a write of a block."""
+    if model.cfg.norm_layout is NormLayout.RESIDUAL:
+        yield Place(f"blocks.{i}.hook_resid_{where}_sum")
+        yield block_norm(model.cfg, loop, i, "ln_mid" if where == "mid" else "ln_out")
+    yield Place(f"blocks.{i}.hook_resid_{where}")
 
 
-def _block_norm(loop: LoopGeometry, i: int, name: str) -> Rescale:
-    return Rescale(f"blocks.{i}.{name}.hook_scale", f"{weights_path(loop.locate(i))}.{name}")
+def _crossing(model: Any, op: Op, given: bool) -> Iterator[Step]:
+    cell, silent = model.cell, model.silent_parts
+    if op.do is Do.ENTER:
+        yield Crossing(op, anew := cell.starts_anew(given))
+        # A state that does not come from the prelude is a component, edited or not.
+        yield Write("initial_state") if anew else Place("hook_initial_state")
+        return
+    alone = op.do is Do.READ and not cell.reads_e(op.first, given)
+    yield Crossing(op, alone)
+    site = silent.ends if op.do is Do.LEAVE else silent.sites[0]
+    for name in site.names[op.do]:
+        path = prefix(op) + name
+        yield NormPlace(path) if isinstance(site._modules[name], HookedRMSNorm) else Place(path)
 
 
-def weights_path(place: LayerLocation) -> str:
-    """Path of a layer's weights in the model."""
-    return f"{place.stage}.{place.layer}"
+def prefix(op: Op) -> str:
+    """What the names of a step's hook points begin with."""
+    return "" if op.recurrence < 0 else f"recurrence.{op.recurrence}."
+
+
+def block_norm(cfg: LoopedConfig, loop: LoopGeometry, i: int, name: str) -> Rescale:
+    """A norm of effective layer ``i``."""
+    stage, number = cfg.weights_of(loop.locate(i))
+    return Rescale(f"blocks.{i}.{name}.hook_scale", f"{stage}.{number}.{name}")

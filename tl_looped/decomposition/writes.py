@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from tl_looped._compat import Slice
 from tl_looped.decomposition.closeness import check_close, rounding, unchecked
 from tl_looped.decomposition.components import Component
-from tl_looped.decomposition.steps import Rescale, Step, Write, weights_path
+from tl_looped.decomposition.frozen import FrozenLoop
+from tl_looped.decomposition.steps import NormPlace, Rescale, Step, Write, block_norm
 from tl_looped.errors import MissingActivationError
 from tl_looped.model.config import NormLayout
 
@@ -170,8 +172,17 @@ class Writes:
         if not self.posts or write.layer is None:
             return None
         name = "ln1_post" if write.kind == "attn_out" else "ln2_post"
-        path = weights_path(self.loop.locate(write.layer))
-        return self.factor(Rescale(f"blocks.{write.layer}.{name}.hook_scale", f"{path}.{name}"))
+        return self.factor(block_norm(self.model.cfg, self.loop, write.layer, name))
+
+    @cached_property
+    def frozen(self) -> FrozenLoop:
+        """The loop's cell at the scales of the run."""
+        return FrozenLoop(self.model, self.weight, self.read)
+
+    def batch_pos(self, norm: Rescale | NormPlace) -> torch.Size:
+        """Batch and positions that are read, as a norm's cached scale has them."""
+        scale = norm.scale if isinstance(norm, Rescale) else f"{norm.path}.hook_scale"
+        return self.read(scale).shape[:-1]
 
     def factor(self, norm: Rescale) -> Float[Tensor, "*batch_pos d_model"]:
         """Gain / scale of a norm."""

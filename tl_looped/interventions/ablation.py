@@ -17,10 +17,10 @@ from tl_looped.errors import InputError
 from tl_looped.interventions.layers import write_nothing
 from tl_looped.interventions.selection import Recurrences, among, members, one_member
 from tl_looped.metrics.inputs import at_least_fp32
+from tl_looped.model.context import LoopRun
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Edit, Intervention
-from tl_looped.transformer.loop_run import LoopRun
 
 _LAYER = re.compile(r"(prelude|core|coda)\.(\d+)")
 By: TypeAlias = Literal["zero", "mean", "resample"]

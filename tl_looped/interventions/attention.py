@@ -10,10 +10,10 @@ from torch import Tensor
 from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, among, frozen_after, members
+from tl_looped.model.context import LoopRun
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
-from tl_looped.transformer.loop_run import LoopRun
 
 
 @checked

@@ -19,10 +19,10 @@ from tl_looped.interventions.selection import (
 )
 from tl_looped.metrics.convergence import default_eps
 from tl_looped.metrics.states import state_distance
+from tl_looped.model.context import LoopRun
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
-from tl_looped.transformer.loop_run import LoopRun
 from tl_looped.words import count
 
 

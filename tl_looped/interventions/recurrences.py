@@ -10,10 +10,10 @@ from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members, one_member
 from tl_looped.model import limits
+from tl_looped.model.context import LoopRun
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
-from tl_looped.transformer.loop_run import LoopRun
 
 
 @checked
@@ -49,7 +49,7 @@ class SkipRecurrences(Intervention):
             return entered.pop(_recurrence(hook)).to(x)
 
         for r in members(self.recurrences, model.loop.R, "recurrence", self):
-            run.skipped.add(r)
+            run.program = run.program.passing_by(r)
             changes.readers.append((f"recurrence.{r}.hook_state_in", keep))
             changes.edits.append((f"recurrence.{r}.hook_state_out", bring))
         return changes
@@ -87,7 +87,7 @@ class RepeatRecurrence(Intervention):
                 "use_past_kv_cache=False to generate, or leave past_kv_cache out"
             )
         r = one_member(self.recurrence, model.loop.R, "recurrence", self)
-        run.repeats[r] = run.repeats.get(r, 0) + self.times
+        run.program = run.program.repeating(r, self.times)
         return Changes()
 
 

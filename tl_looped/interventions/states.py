@@ -15,11 +15,11 @@ from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members
 from tl_looped.metrics.inputs import at_least_fp32
 from tl_looped.model.config import InitialState, Injection
+from tl_looped.model.context import LoopRun
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.model.initial_state import draw_initial_state, refuse_zeros_for_the_prompt
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
-from tl_looped.transformer.loop_run import LoopRun
 
 
 @checked
@@ -206,12 +206,17 @@ class ScaleInjection(Intervention):
         if model.cfg.injection is Injection.NONE:
             raise InputError(f"{self}: {model.cfg.model_name} has no injection to scale")
         where = members(self.recurrences, model.loop.R, "recurrence", self)
-        first = run.first
-        if where == [first] and model._skips_first_adapter(run) and first not in run.repeats:
+        first, given = run.program.first, run.initial_state is not None
+        if (
+            first is not None
+            and where == [first]
+            and not model.cell.reads_e(True, given)
+            and run.program.passes(first) == 1
+        ):
             raise InputError(
                 f"{self}: the first recurrence of {model.cfg.model_name} skips the adapter, so "
                 "nothing is injected there"
             )
         for r in where:
-            run.injection_factors[r] = run.injection_factors.get(r, 1.0) * self.factor
+            run.program = run.program.scaling(r, self.factor)
         return Changes()

@@ -118,6 +118,24 @@ class Attention(QuickModule):
         q, k, v = heads.split_with_sizes((n_q, n_kv, n_kv), 2)
         return self.attend(q, k, v, run)
 
+    def forward_from(
+        self,
+        q_input: Float[Tensor, "batch pos d_model"],
+        kv_input: Float[Tensor, "batch pos d_model"],
+        run: RunContext,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """As :meth:`forward`, queries of one input, and keys and values of another."""
+        weights = self._weights
+        if self._norm is not None:
+            gain = self._norm.with_folded_gain
+            q_input, kv_input = gain(q_input), gain(kv_input)
+        n_kv, d = weights.n_kv_heads, weights.d_head
+        matrix, n_q = parameter(weights, "qkv"), weights.n_heads * weights.d_head
+        q = F.linear(q_input, matrix[:n_q]).unflatten(-1, (-1, d))
+        heads = F.linear(kv_input, matrix[n_q:]).unflatten(-1, (-1, d))
+        k, v = heads.split_with_sizes((n_kv, n_kv), 2)
+        return self.attend(q, k, v, run)
+
     def forward_split(
         self,
         q_input: Float[Tensor, "batch pos n_heads d_model"],

@@ -20,9 +20,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped._compat import Module, ModuleList
+from tl_looped.errors import GatedHookError
 from tl_looped.model.attention import Attention, AttentionWeights
+from tl_looped.model.cells import cell_class
 from tl_looped.model.config import LoopedConfig, NormLayout
-from tl_looped.model.context import RunContext
+from tl_looped.model.context import RunContext, Sources
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule, place
 from tl_looped.model.mlp import MLP, MLPWeights
@@ -152,23 +154,29 @@ class Block(QuickModule):
             return {"hook_attn_out": "ln1_post.hook_normalized"}
         if self._residual:
             return {"hook_attn_out": "ln_mid.hook_normalized (a norm on the residual sum)"}
-        if self.cfg.injection.value != "none":
-            return {"hook_attn_out": "loop.hook_injected (the injection rescales earlier writes)"}
-        if self.cfg.loop_norm:
-            return {"hook_attn_out": "loop.ln_loop (the loop norm rescales earlier writes)"}
-        if self.cfg.pre_coda_norm:
-            return {"hook_attn_out": "loop.ln_pre_coda (the norm before the coda rescales writes)"}
+        reason = cell_class(self.cfg).why_rescaled(self.cfg)
+        if reason is not None:
+            return {"hook_attn_out": f"loop.({reason})"}
         return {"hook_attn_out": "attn.hook_out"}
 
     def forward(
-        self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        run: RunContext,
+        sources: Sources = Sources(),  # noqa: B008 - a constant
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this layer, on the device of its weights."""
+        """The residual stream after this layer, on the device of its weights.
+
+        Args:
+            resid_pre: The stream.
+            run: Positions, rotation and mask.
+            sources: What queries, and keys and values, are made of, if not of the stream.
+        """
         if run.spread:
             device = self.weights.attn.qkv.device
             resid_pre, run = resid_pre.to(device), run.at(device)
         resid_pre = self.hook_resid_pre(resid_pre)
-        attn_out = self._attention(resid_pre, run)
+        attn_out = self._attention(resid_pre, run, sources)
         if self._post:
             attn_out = self.ln1_post(attn_out)
         resid_mid = resid_pre + self.hook_attn_out(attn_out)
@@ -188,25 +196,48 @@ class Block(QuickModule):
         return self.hook_resid_post(resid_post)
 
     def _attention(
-        self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext
+        self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext, sources: Sources
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Attention output, from one input or, with TransformerLens's flags, one per head."""
+        """Attention output, from one input or, with TransformerLens's flags, one for each head."""
+        cfg, q_from, kv_from = self.cfg, sources.q, sources.kv
+        if cfg.use_attn_in or cfg.use_split_qkv_input:
+            return self._attention_per_head(resid_pre, run, sources)
+        if q_from is None and kv_from is None:
+            return self.attn(self._normed(resid_pre, resid_pre), run)
+        q_in = self._normed(resid_pre if q_from is None else q_from, resid_pre)
+        kv_in = self._normed(resid_pre if kv_from is None else kv_from, resid_pre)
+        return self.attn.forward_from(q_in, kv_in, run)
+
+    def _attention_per_head(
+        self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext, sources: Sources
+    ) -> Float[Tensor, "batch pos d_model"]:
         cfg = self.cfg
-        if not (cfg.use_attn_in or cfg.use_split_qkv_input):
-            return self.attn(self.ln1(resid_pre) if self._pre else resid_pre, run)
+        q_from = resid_pre if sources.q is None else sources.q
+        kv_from = resid_pre if sources.kv is None else sources.kv
         if cfg.use_attn_in:
-            heads = self.hook_attn_in(_per_head(resid_pre, cfg.n_heads))
+            if q_from is not kv_from:
+                raise GatedHookError(
+                    "hook_attn_in is one input for queries, keys and values, and here they are made"
+                    " of different things: use set_use_split_qkv_input(True)"
+                )
+            heads = self.hook_attn_in(_per_head(q_from, cfg.n_heads))
             q_in, k_in, v_in = heads, heads, heads
             if cfg.n_kv_heads != cfg.n_heads:
                 # A key-value head reads the input of the first query head of its group.
                 k_in = v_in = heads[:, :, :: cfg.n_heads // cfg.n_kv_heads]
         else:
-            q_in = self.attn.hook_q_input(_per_head(resid_pre, cfg.n_heads))
-            k_in = self.attn.hook_k_input(_per_head(resid_pre, cfg.n_kv_heads))
-            v_in = self.attn.hook_v_input(_per_head(resid_pre, cfg.n_kv_heads))
+            q_in = self.attn.hook_q_input(_per_head(q_from, cfg.n_heads))
+            k_in = self.attn.hook_k_input(_per_head(kv_from, cfg.n_kv_heads))
+            v_in = self.attn.hook_v_input(_per_head(kv_from, cfg.n_kv_heads))
         if self._pre:
             q_in, k_in, v_in = (self.ln1(x) for x in (q_in, k_in, v_in))
         return self.attn.forward_split(q_in, k_in, v_in, run)
+
+    def _normed(self, x: Tensor, resid_pre: Tensor) -> Tensor:
+        """An input of attention behind its norm, whose hooks are those of the stream."""
+        if not self._pre:
+            return x
+        return self.ln1(x) if x is resid_pre else self.ln1.silent(x)
 
 
 class BlockList(ModuleList):

@@ -18,6 +18,7 @@ import torch
 from tl_looped._compat import TransformerLensConfig
 from tl_looped.errors import ConfigError
 from tl_looped.model import limits
+from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.limits import MOST_UNITS
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -122,6 +123,8 @@ _NOT_SAVED = (
     "use_attn_in",
     "use_hook_mlp_in",
 )
+_SINCE = ("cell", "core_layers")
+"""Fields that older files lack, and that are saved where they say something."""
 
 
 @dataclass(kw_only=True)
@@ -142,6 +145,10 @@ class LoopedConfig(TransformerLensConfig):
         model_name: Where the model came from.
         norm_layout: See :class:`NormLayout`.
         injection: See :class:`Injection`.
+        core_layers: For each core layer, the number of the set of weights that it uses, for loops
+            within a recurrence; None gives each layer a set of its own.
+        cell: Name of the loop cell, see ``tl_looped.model.cells``; the four fields that follow and
+            ``initial_state`` are settings of the standard one.
         loop_norm: The final norm also ends every recurrence (Ouro).
         pre_coda_norm: The final norm also stands between the loop and the coda (Huginn).
         exit_gate: The model has an exit gate, read at the end of every recurrence (Ouro).
@@ -180,6 +187,8 @@ class LoopedConfig(TransformerLensConfig):
     """
 
     n_layers: int = -1
+    cell: str = "standard"
+    core_layers: Any = None
     n_prelude: int = 0
     n_core: int
     n_coda: int = 0
@@ -246,6 +255,17 @@ class LoopedConfig(TransformerLensConfig):
         return self.n_key_value_heads or self.n_heads
 
     @property
+    def n_core_weights(self) -> int:
+        """Sets of weights in the core, ``n_core`` unless layers share some (``core_layers``)."""
+        return self.n_core if self.core_layers is None else max(self.core_layers) + 1
+
+    def weights_of(self, place: LayerLocation) -> tuple[str, int]:
+        """Stage, and number in it, of the weights that a layer uses."""
+        if place.stage == "core" and self.core_layers is not None:
+            return place.stage, self.core_layers[place.layer]
+        return place.stage, place.layer
+
+    @property
     def min_recurrences(self) -> int:
         """Fewest recurrences that give a defined output.
 
@@ -257,24 +277,6 @@ class LoopedConfig(TransformerLensConfig):
     def initial_state_scale(self) -> float:
         """What a standard draw of the random initial state is multiplied by."""
         return self.initial_state_std * self.embed_scale
-
-    def why_not_additive(self) -> str | None:
-        """Why the residual stream is not the plain sum of all writes, or None if it is."""
-        if self.norm_layout is NormLayout.RESIDUAL:
-            return "each block normalises its residual sum (ln_mid, ln_out)"
-        if self.injection is not Injection.NONE:
-            return "the injection maps the stream through an adapter before every recurrence"
-        if self.loop_norm:
-            return "the loop norm rescales the stream after every recurrence"
-        if self.pre_coda_norm:
-            return "the norm before the coda rescales the stream"
-        return None
-
-    def why_no_direct_paths(self) -> str | None:
-        """Why a head's output is not what later layers receive of it, or None if it is."""
-        if self.norm_layout in (NormLayout.POST, NormLayout.SANDWICH):
-            return "each sublayer's output is normalised before it is added (ln1_post, ln2_post)"
-        return self.why_not_additive()
 
     def _validate(self) -> None:
         positive = ("d_model", "d_head", "n_heads", "n_ctx", "d_vocab", "d_mlp", "n_core")
@@ -294,6 +296,7 @@ class LoopedConfig(TransformerLensConfig):
                 f"{self.n_coda}) layers has {layers} effective layers, and {limits.most_layers} are"
                 f" the limit: take fewer recurrences ({limits.HOW_TO_RAISE})"
             )
+        self._validate_core_layers()
         for name, smallest in _NUMBERS.items():
             setattr(self, name, _number(name, getattr(self, name), smallest))
         for name in _SWITCHES:
@@ -345,6 +348,18 @@ class LoopedConfig(TransformerLensConfig):
             raise ConfigError(f"source_layers must be a dict or None, got {self.source_layers!r}")
         self._validate_rope()
 
+    def _validate_core_layers(self) -> None:
+        """Every set of weights is used, and every layer has one."""
+        if self.core_layers is None:
+            return
+        given = self.core_layers
+        integers = isinstance(given, tuple) and all(type(i) is int for i in given)
+        if not integers or len(given) != self.n_core or set(given) != set(range(max(given) + 1)):
+            raise ConfigError(
+                f"core_layers must name, for each of the {self.n_core} core layers, a set of "
+                f"weights, numbered from 0 without gaps, got {given!r}"
+            )
+
     def _validate_rope(self) -> None:
         """Llama 3's scaling, the only one there is; "default" is none."""
         if self.rope_scaling is None:
@@ -388,7 +403,7 @@ class LoopedConfig(TransformerLensConfig):
         out: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in _NOT_SAVED:
+            if field.name in _NOT_SAVED or (field.name in _SINCE and value == field.default):
                 continue
             if isinstance(value, Enum):
                 value = value.value
@@ -412,6 +427,8 @@ class LoopedConfig(TransformerLensConfig):
         for name, enum in _ENUMS.items():
             if name in values:
                 values[name] = _as_enum(enum, name, values[name])
+        if isinstance(values.get("core_layers"), list):
+            values["core_layers"] = tuple(values["core_layers"])
         missing = [name for name in ("d_model", "d_head", "n_ctx", "n_core") if name not in values]
         if missing:
             raise ConfigError(f"the configuration lacks {missing}")

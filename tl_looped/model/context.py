@@ -1,8 +1,9 @@
-"""What every block of one forward pass needs besides the residual stream."""
+"""What one forward pass carries besides the residual stream."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +12,18 @@ from torch import Tensor
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.kv_cache import KVRun
+from tl_looped.model.program import Program
 from tl_looped.model.rotary import Rotation, rotation
+
+
+class Sources(NamedTuple):
+    """What a block's queries, and its keys and values, are made of; its stream where None.
+
+    Both pass the norm before attention, if the block has one, as the stream does.
+    """
+
+    q: Float[Tensor, "batch pos d_model"] | None = None
+    kv: Float[Tensor, "batch pos d_model"] | None = None
 
 
 @dataclass
@@ -110,6 +122,38 @@ class RunContext:
         if self.kv is None:
             return k, v
         return self.kv.peek(place, k, v) if self.peeking else self.kv.extend(place, k, v)
+
+
+@dataclass
+class LoopRun:
+    """What one forward pass carries besides the residual stream.
+
+    Args:
+        context: Positions, rotation and mask.
+        program: The steps, as interventions edit them.
+        initial_state: The state that recurrence 0 starts from; None draws or derives it.
+        state_seed: Seed of a random initial state.
+        prelude_output: ``e``, what is injected; set when the loop is entered.
+        state: The state that the present recurrence has read.
+        gate: Gate logits of the newest recurrence, in models with a gate.
+        memory: Whatever else a cell carries across layers and recurrences.
+        enters_loop: Whether the run passes the start of the loop.
+        trains_gate: Whether the gate keeps a graph where its state has none (truncation).
+        changed: Names of hook points whose activation is changed by edits of the program or by
+            borrowed weights.
+    """
+
+    context: RunContext
+    program: Program
+    initial_state: Float[Tensor, "..."] | None
+    state_seed: int
+    prelude_output: Float[Tensor, "batch pos d_model"] | None = None
+    state: Float[Tensor, "..."] | None = None
+    gate: Float[Tensor, "batch pos 1"] | None = None
+    memory: dict[Any, Tensor] = field(default_factory=dict)
+    enters_loop: bool = True
+    trains_gate: bool = False
+    changed: set[str] = field(default_factory=set)
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query key"]:

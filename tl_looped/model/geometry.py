@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from tl_looped.checks import whole
 from tl_looped.errors import LayerIndexError
 
 LayerLike: TypeAlias = int | tuple[int, int]
@@ -32,18 +31,6 @@ class LayerLocation(NamedTuple):
         if self.recurrence is None:
             return f"{self.stage}.{self.layer}"
         return f"r{self.recurrence}.l{self.layer}"
-
-
-class Boundary(NamedTuple):
-    """Something that happens to the residual stream between two blocks.
-
-    - ``"enter_loop"``: the prelude is done, the state starts;
-    - ``"leave"``, ``"enter"``: the end and the start of a recurrence;
-    - ``"leave_loop"``: the loop is done, the coda begins.
-    """
-
-    event: Literal["enter_loop", "leave", "enter", "leave_loop"]
-    recurrence: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,26 +100,6 @@ class LoopGeometry:
             if (isinstance(layer, int) and layer == self.n_layers)
             else self.resolve(layer)
         )
-
-    def has_boundary(self, i: int) -> bool:
-        """Whether anything happens before effective layer ``i``."""
-        i = whole(i, "i", None)
-        return self.p <= i <= self.p + self.k * self.R and (i - self.p) % self.k == 0
-
-    def boundary(self, i: int) -> list[Boundary]:
-        """What happens before effective layer ``i``, in order; mostly nothing.
-
-        With a coda, the end of the loop stands before its first layer. Without one the loop ends
-        behind the last layer, and no boundary of a layer holds it.
-        """
-        if not self.has_boundary(i):
-            return []
-        events = [Boundary("enter_loop")] if i == self.p else []
-        r = (i - self.p) // self.k
-        if r > 0:
-            events.append(Boundary("leave", r - 1))
-        events.append(Boundary("enter", r) if r < self.R else Boundary("leave_loop"))
-        return events
 
     def labels(self) -> list[str]:
         """Label of every effective layer, in order."""

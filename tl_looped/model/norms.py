@@ -72,6 +72,12 @@ class HookedRMSNorm(QuickModule):
         """What the norm gave, with its gain where that is folded."""
         return x * self.weights.w if self.folded else x
 
+    def silent(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """As a call, and no hook fires."""
+        scale = rms_scale(x, self.weights.eps)
+        normalized = (x.to(scale.dtype) / scale).to(x.dtype)
+        return normalized if self.folded else normalized * self.weights.w
+
     @property
     def eps(self) -> float:
         """Epsilon inside the square root."""

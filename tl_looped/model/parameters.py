@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tl_looped.model.config import Injection, LoopedConfig
+import torch
+
+from tl_looped.model.cells import cell_class
+from tl_looped.model.config import LoopedConfig
 
 
 def parameter_names(cfg: LoopedConfig) -> list[str]:
@@ -14,10 +17,15 @@ def parameter_names(cfg: LoopedConfig) -> list[str]:
     block += ["attn.q_norm.w", "attn.k_norm.w"] if cfg.qk_norm else []
     block += ["mlp.gate_up", "mlp.down"]
     block += [f"{norm}.w" for norm in cfg.norm_layout.norm_names]
-    for stage, n in (("prelude", cfg.n_prelude), ("core", cfg.n_core), ("coda", cfg.n_coda)):
+    for stage, n in (
+        ("prelude", cfg.n_prelude),
+        ("core", cfg.n_core_weights),
+        ("coda", cfg.n_coda),
+    ):
         names += [f"{stage}.{i}.{name}" for i in range(n) for name in block]
-    names += ["injection.weight"] if cfg.injection is not Injection.NONE else []
-    names += ["exit_gate.weight", "exit_gate.bias"] if cfg.exit_gate else []
+    with torch.device("meta"):
+        own = cell_class(cfg).make_modules(cfg)
+    names += [f"{name}.{p}" for name, module in own.items() for p, _ in module.named_parameters()]
     names += ["final_norm.w"]
     names += [] if cfg.tie_embeddings else ["unembed.weight"]
     return names

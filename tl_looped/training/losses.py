@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.errors import ConfigError
+from tl_looped.model.context import LoopRun
 from tl_looped.model.exit_gate import exit_distribution
 from tl_looped.transformer import LoopedTransformer
-from tl_looped.transformer.loop_run import LoopRun
 from tl_looped.words import count
 
 

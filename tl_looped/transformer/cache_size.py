@@ -50,6 +50,7 @@ def twin_config(cfg: LoopedConfig) -> LoopedConfig:
         device="meta",
         n_prelude=min(cfg.n_prelude, 1),
         n_core=1,
+        core_layers=None,
         n_coda=min(cfg.n_coda, 1),
         n_recurrences=min(cfg.n_recurrences, _TWIN_RECURRENCES),
     )

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.errors import InputError
+from tl_looped.model.context import LoopRun
 from tl_looped.model.exit_rules import ExitRule, ExitTracker
 from tl_looped.transformer.lenses import LensesMixin
-from tl_looped.transformer.loop_run import LoopRun
 
 
 class ExitingMixin(LensesMixin):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_looped._compat import HookedRootModule, get_act_name
 from tl_looped.errors import HookNameError, InvalidDecompositionError
+from tl_looped.model.cells import why_no_direct_paths
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.hook_points import CacheWriter, LoopedHookPoint, Reader
 from tl_looped.model.names import resolve_name
@@ -64,13 +65,10 @@ class LoopedHookManager(BlockPool):
     def all_hook_points(self) -> Iterator[LoopedHookPoint]:
         """Every hook point there is, those beyond the current number of recurrences included."""
         yield self.hook_embed
-        yield self.hook_initial_state
         for block in self._block_pool.values():
             yield from block.hook_suffixes.values()
-        rest = [self._modules.get(name) for name in ("ln_pre_coda", "ln_final", "unembed")]
-        for owner in [*self._recurrence_pool, *rest]:
-            if owner is not None:
-                yield from (m for m in owner.modules() if isinstance(m, LoopedHookPoint))
+        for owner in (*self._recurrence_pool, self._ends, self.ln_final, self.unembed):
+            yield from (m for m in owner.modules() if isinstance(m, LoopedHookPoint))
 
     @in_turn
     def remove_all_hook_fns(
@@ -220,7 +218,7 @@ class LoopedHookManager(BlockPool):
         They add a head's output to a later head's input as if nothing happened to it in between.
         TransformerLens 4 asks the blocks whether that holds (``Block.hook_aliases``), 3 does not.
         """
-        reason = self.cfg.why_no_direct_paths()
+        reason = why_no_direct_paths(self.cfg)
         if reason is not None and any(
             getattr(hook, "__module__", None) == _DIRECT_PATHS for hook in hooks
         ):

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.model.block import Block, BlockWeights
+from tl_looped.model.context import LoopRun
 from tl_looped.model.hook_points import LoopedHookPoint, Reader
 from tl_looped.transformer.caching import CachingMixin
 from tl_looped.transformer.hooking import HookName
-from tl_looped.transformer.loop_run import LoopRun
 
 Edit: TypeAlias = Callable[[Tensor, LoopedHookPoint], Tensor | None]
 
@@ -133,7 +133,7 @@ class InterveningMixin(CachingMixin):
                 # At once: a later intervention finds the layers in the order that this one left.
                 for block, weights in changes.weights:
                     if weights is not block.weights:
-                        run.borrowed.add(block.hook_resid_pre.layer())
+                        run.changed.add(f"blocks.{block.hook_resid_pre.layer()}.weights")
                     stack.callback(block.borrow, block.weights)
                     block.borrow(weights)
                 edits += [

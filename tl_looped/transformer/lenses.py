@@ -11,6 +11,7 @@ No hook fires inside a lens.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.model.context import RunContext
+from tl_looped.model.cells import State
+from tl_looped.model.context import LoopRun, RunContext
 from tl_looped.model.exit_gate import ExitReadout
-from tl_looped.model.norms import rms_norm
+from tl_looped.model.program import Do, Op
+from tl_looped.model.running import execute
 from tl_looped.transformer.loop import LoopMixin
-from tl_looped.transformer.loop_run import LoopRun
 from tl_looped.transformer.prompt import check_mask, read_prompt
 
 
@@ -39,7 +41,8 @@ class LensesMixin(LoopMixin):
             resid: Block outputs or any other residual streams, with any leading dimensions.
         """
         self._check_width(resid)
-        return self._home(self.unembed.silent(rms_norm(resid.to(self.W_E), self.final_norm)))
+        parts = self.silent_parts
+        return self._home(parts.unembed(parts.final_norm(resid.to(self.W_E)), False))
 
     def coda_lens(
         self,
@@ -60,36 +63,28 @@ class LensesMixin(LoopMixin):
         self._check_width(resid)
         stream = resid.to(self.W_E)
         stack, (batch, length) = stream.shape[:-3], stream.shape[-3:-1]
-        final = self.final_norm
-        if self.cfg.loop_norm and self.loop.c == 0:
-            read = stream if after_loop_norm else rms_norm(stream, final)
-            return self._home(self.unembed.silent(read))
-        if (self.cfg.loop_norm and not after_loop_norm) or self.cfg.pre_coda_norm:
-            stream = self._home(rms_norm(stream, final))
         mask = check_mask(self, attention_mask, batch, length)
-        run = RunContext.build(self.cfg, length, mask, stream.device, stream.dtype)
+        context = RunContext.build(self.cfg, length, mask, stream.device, stream.dtype)
+        program = self.program_at(1)
+        ops = program.after_loop
+        if not after_loop_norm:
+            ops = (*(op for op in program.recurrence(0) if op.do is Do.WRITE), *ops)
         flat = stream.reshape(-1, batch, length, self.cfg.d_model)
-        outputs = [self.unembed.silent(rms_norm(self._silent_coda(x, run), final)) for x in flat]
+        outputs = [self._silently(ops, x, context) for x in flat]
         return self._home(torch.stack(outputs).reshape(*stack, batch, length, -1))
 
+    def _silently(self, ops: Iterable[Op], x: State, context: RunContext) -> Tensor:
+        """What steps after the last read give, without hooks."""
+        run = LoopRun(context, self.program, None, 0)
+        return execute(ops, x, run, self.silent_parts)
+
     def _exit_logits(
-        self, state: Float[Tensor, "batch pos d_model"], run: LoopRun, last_only: bool
+        self, state: State, run: LoopRun, last_only: bool
     ) -> Float[Tensor, "batch read d_vocab"]:
         """What the coda lens says of a recurrence's state within a run, for exit rules."""
-        final = self.final_norm
-        if not (self.cfg.loop_norm and self.loop.c == 0):
-            if self.cfg.pre_coda_norm:
-                state = rms_norm(state, final)
-            state = rms_norm(self._silent_coda(state, replace(run.context, peeking=True)), final)
-        return self._home(self.unembed.silent(state[:, -1:] if last_only else state))
-
-    def _silent_coda(
-        self, x: Float[Tensor, "batch pos d_model"], context: RunContext
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The coda's layers without hooks."""
-        for block in self._silent_blocks("coda"):
-            x = block(x, context)
-        return x
+        *ops, unembed = self.program_at(1).after_loop
+        x = self._silently(ops, state, replace(run.context, peeking=True))
+        return self._silently([unembed], x[:, -1:] if last_only else x, run.context)
 
     def exits(self, input: Any, **kwargs: Any) -> ExitReadout:
         """Gate logits and exit logits of every recurrence (Ouro).

@@ -8,8 +8,8 @@ it knows is that of an ablated layer, ``without_mlp``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from tl_looped.errors import InputError
 from tl_looped.model.block import Block
-from tl_looped.model.config import Injection
-from tl_looped.model.context import RunContext
+from tl_looped.model.cells import Stream
+from tl_looped.model.config import LoopedConfig
+from tl_looped.model.context import LoopRun, RunContext
 from tl_looped.model.devices import beside
+from tl_looped.model.geometry import LoopGeometry
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.limits import checked_recurrences
-from tl_looped.model.norms import rms_norm
+from tl_looped.model.program import Program
+from tl_looped.model.running import Parts, execute
 from tl_looped.transformer.loop import LoopMixin
-from tl_looped.transformer.loop_run import Stream
 from tl_looped.transformer.prompt import read_prompt
 from tl_looped.transformer.run_options import RunOptions, begin_run, check_seed, check_state
 from tl_looped.transformer.spreading import refuse_offloaded
@@ -45,8 +47,8 @@ class LoopMap:
         skips_first_adapter: The model's own first recurrence does not pass through the adapter
             (``InitialState.PRELUDE_SKIP_ADAPTER``, no state given). Calling the map always does;
             :meth:`run` without a state starts as the model does.
-        core: The core's layers, without the model's hooks.
-        model: The model.
+        parts: What the map runs on: the model's weights, without its hooks.
+        cfg: The model's configuration.
     """
 
     initial_state: Stream
@@ -54,12 +56,12 @@ class LoopMap:
     mask: Bool[Tensor, "batch pos"] | None
     context: RunContext
     skips_first_adapter: bool
-    core: Sequence[Block]
-    model: LoopMapMixin
+    parts: Parts
+    cfg: LoopedConfig
 
     def __call__(self, state: Stream) -> Stream:
         """The state after one more recurrence."""
-        return self._layers(self._injected(self._checked(state)))
+        return self._recurrence(self._checked(state), first=False)
 
     def run(self, n_recurrences: int, state: Tensor | None = None) -> Tensor:
         """States after each of ``n_recurrences``, ``[recurrence, batch, pos, d_model]``.
@@ -76,7 +78,7 @@ class LoopMap:
             raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences}")
         checked_recurrences(n_recurrences)
         if state is None and self.skips_first_adapter:
-            states = [self._layers(self.initial_state)]
+            states = [self._recurrence(self.initial_state, first=True)]
         else:
             states = [self(self.initial_state if state is None else state)]
         for _ in range(n_recurrences - 1):
@@ -91,7 +93,7 @@ class LoopMap:
             scale: Factor on a standard normal that is cut at three; None is the model's own, or,
                 where it starts from no random state, the root mean square of its initial state.
         """
-        cfg, start = self.model.cfg, self.initial_state
+        cfg, start = self.cfg, self.initial_state
         if scale is None:
             scale = cfg.initial_state_scale
         if scale == 0.0:
@@ -109,18 +111,12 @@ class LoopMap:
             )
         return state.to(self.initial_state)
 
-    def _injected(self, state: Stream) -> Stream:
-        if self.model.cfg.injection is Injection.NONE:
-            return state
-        weight = self.model.injection.weight
-        both = beside(state, weight), beside(self.prelude_output, weight)
-        return self.model.injection(torch.cat(both, -1))
-
-    def _layers(self, x: Stream) -> Stream:
-        for block in self.core:
-            x = block(x, self.context)
-        x = rms_norm(x, self.model.final_norm) if self.model.cfg.loop_norm else x
-        return beside(x, self.initial_state)
+    def _recurrence(self, state: Stream, first: bool) -> Stream:
+        loop = LoopGeometry(self.cfg.n_prelude, self.cfg.n_core, self.cfg.n_coda, 1)
+        program = Program.of(loop)
+        run = LoopRun(self.context, program, None, 0, self.prelude_output)
+        ops = [op._replace(first=first) for op in program.recurrence(0)]
+        return beside(execute(ops, state, run, self.parts), self.initial_state)
 
 
 class LoopMapMixin(LoopMixin):
@@ -156,7 +152,7 @@ class LoopMapMixin(LoopMixin):
         self._check_borrowed()
         refuse_offloaded(self)
         self._refuse_interventions("loop_map")
-        prelude, core, _ = self._blocks_without_mlp(without_mlp)
+        parts = self._parts_without_mlp(without_mlp)
         inference = torch.is_inference_mode_enabled()
         # Tensors made in inference mode could not be differentiated through later.
         gradients = torch.is_grad_enabled() and not inference
@@ -164,39 +160,38 @@ class LoopMapMixin(LoopMixin):
             prompt = read_prompt(self, input, attention_mask, prepend_bos, padding_side)
             x, mask = self.embed(prompt.tokens), prompt.mask
             state = check_state("initial_state", initial_state)
-            options = RunOptions(self.loop, check_seed(self, state_seed), state)
+            options = RunOptions(self.program, check_seed(self, state_seed), state)
             run = begin_run(self.cfg, x, mask, options)
-            for block in prelude:
-                x = block(x, run.context)
-            run.prelude_output = x = self._home(x)
-            start = self._start(x, run)
+            start = self._home(execute(self.program.up_to_loop, x, run, parts))
+            assert run.prelude_output is not None
         return LoopMap(
             initial_state=start,
-            prelude_output=x,
+            prelude_output=self._home(run.prelude_output),
             mask=None if mask is None or bool(mask.all()) else mask,
             context=run.context,
-            skips_first_adapter=self._skips_first_adapter(run),
-            core=core,
-            model=self,
+            skips_first_adapter=self.cell.reads_e(False, False)
+            and not self.cell.reads_e(True, run.initial_state is not None),
+            parts=parts,
+            cfg=self.cfg,
         )
 
-    def _blocks_without_mlp(self, layers: Iterable[str]) -> list[list[Block]]:
-        """The layers of prelude, core and coda without hooks; the named ones write no MLP output.
+    def _parts_without_mlp(self, layers: Iterable[str]) -> Parts:
+        """The silent parts; the named layers write no MLP output.
 
         Only those that are named are blocks of their own: the others serve every map.
         """
         if isinstance(layers, str):
             raise InputError(f"without_mlp must be a list of layers, got {layers!r}: [{layers!r}]")
-        stages = {stage: list(self._silent_blocks(stage)) for stage in ("prelude", "core", "coda")}
-        places = {f"{stage}.{i}": (stage, i) for stage in stages for i in range(len(stages[stage]))}
+        parts = self.silent_parts
+        blocks = list(parts.blocks)
+        places = {f"{b.location.stage}.{b.location.layer}": i for i, b in enumerate(blocks)}
         for name in layers:
             if name not in places:
                 raise InputError(
                     f"without_mlp: there is no layer {name!r}; there are {', '.join(places)}"
                 )
-            stage, i = places[name]
-            shared = stages[stage][i]
+            shared = blocks[places[name]]
             own = Block(self.cfg, shared.weights, shared.location)
             own.hook_mlp_out.add_hook(lambda x, hook: torch.zeros_like(x))
-            stages[stage][i] = own
-        return list(stages.values())
+            blocks[places[name]] = own
+        return replace(parts, blocks=blocks)

@@ -23,20 +23,23 @@ from tl_looped._compat import lm_cross_entropy_loss
 from tl_looped.checks import checked
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
-from tl_looped.model.config import InitialState, Injection, LoopedConfig
+from tl_looped.model.cells import cell_class
+from tl_looped.model.config import LoopedConfig
+from tl_looped.model.context import LoopRun
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.model.masks import real_tokens
 from tl_looped.model.norms import NormWeights
+from tl_looped.model.program import Do
+from tl_looped.model.running import execute
 from tl_looped.transformer import generation, tokenizing
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.exiting import ExitingMixin
 from tl_looped.transformer.generation import GenerationOptions
 from tl_looped.transformer.loading import load
 from tl_looped.transformer.loop_map import LoopMapMixin
-from tl_looped.transformer.loop_run import LoopRun
 from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
 from tl_looped.transformer.run_options import begin_run, check_seed, read_options
 from tl_looped.transformer.spreading import (
@@ -83,18 +86,15 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
             self.embed = Embed(cfg)
             for stage, n in (
                 ("prelude", cfg.n_prelude),
-                ("core", cfg.n_core),
+                ("core", cfg.n_core_weights),
                 ("coda", cfg.n_coda),
             ):
                 self.add_module(stage, nn.ModuleList(BlockWeights(cfg) for _ in range(n)))
-            if cfg.injection is not Injection.NONE:
-                self.injection = nn.Linear(
-                    2 * cfg.d_model, cfg.d_model, bias=False, dtype=cfg.dtype
-                )
-            if cfg.exit_gate:
-                self.exit_gate = nn.Linear(cfg.d_model, 1, dtype=cfg.dtype)
+            for name, module in cell_class(cfg).make_modules(cfg).items():
+                self.add_module(name, module)
             self.final_norm = NormWeights(cfg.d_model, cfg.eps, cfg.dtype)
             self.unembed = Unembed(cfg, self.embed, self.final_norm)
+        self.cell = cell_class(cfg)(cfg, self._modules)
         self._setup_hooks(cfg)
 
     # -- making and saving --------------------------------------------------------------------
@@ -497,28 +497,19 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
                 self._note_run(run, mask)
                 if start is None:
                     x = self.hook_embed(x)
-                if stop is not None:
-                    return self._home(self._run_part(x, run, start, stop))
                 steps = None
-                if exit_rule is None:
-                    n = self.loop.n_layers
-                    x = self._run_layers(x, run, start or 0, n, enter_first=start is None)
-                    logits = self._head(x, run)
-                else:
+                if exit_rule is not None:
                     logits, steps = self._run_with_exits(x, run, exit_rule, mask)
+                else:
+                    logits = execute(run.program.part(start, stop), x, run, self.parts)
+                if stop is not None:
+                    return self._home(logits)
             kv = run.context.kv
             if kv is not None:
                 kv.commit(self.loop.R)
                 kv.cache.own(self, self.cfg)
             result = self._result(logits, tokens, mask, return_type, loss_per_token)
             return result if steps is None else ExitResult(result, steps)
-
-    def _run_part(self, x: Tensor, run: LoopRun, start: int | None, stop: int) -> Tensor:
-        """What layer ``stop`` would have received."""
-        x = self._run_layers(x, run, start or 0, stop, enter_first=start is None)
-        # Nothing was entered yet if there was nothing to run.
-        entered = stop == self.loop.n_layers or (start is not None and stop == start)
-        return x if entered else self._enter_layer(stop, x, run)
 
     def loss_fn(
         self,
@@ -656,17 +647,18 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         if record is None:
             return
         given = run.initial_state is not None
-        random = not given and self.cfg.initial_state is InitialState.RANDOM
+        random = not given and self.cell.starts_anew(False)
         record.state_seed = run.state_seed if random and run.enters_loop else None
         record.state_given = given
         record.attention_mask = None if mask is None or bool(mask.all()) else mask
         record.n_pos = run.context.positions.shape[-1]
         record.n_past = 0 if run.context.kv is None else run.context.kv.n_past
         record.interventions = tuple(map(repr, self.interventions))
-        for r in run.repeats:
-            record.log.add(f"recurrence.{r}.hook_state_in")
-        for r, factor in run.injection_factors.items():
-            if factor != 1 and not (r == 0 and self._skips_first_adapter(run)):
-                record.log.add(f"recurrence.{r}.hook_injected")
-        for i in run.borrowed:
-            record.log.add(f"blocks.{i}.weights")
+        for op in run.program.ops:
+            if op.do is Do.READ:
+                if run.program.passes(op.recurrence) > 1:
+                    record.log.add(f"recurrence.{op.recurrence}.hook_state_in")
+                if op.factor != 1 and self.cell.reads_e(op.first, given):
+                    record.log.add(f"recurrence.{op.recurrence}.hook_injected")
+        for name in run.changed:
+            record.log.add(name)

@@ -17,12 +17,13 @@ from typing import Any, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped._compat import FactoredMatrix, HookedRootModule, Module
+from tl_looped._compat import FactoredMatrix, HookedRootModule
 from tl_looped.cache import RunRecord
 from tl_looped.checks import checked
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockList, BlockWeights
-from tl_looped.model.config import Injection, LoopedConfig
+from tl_looped.model.cells import LoopCell, Site
+from tl_looped.model.config import LoopedConfig
 from tl_looped.model.devices import beside
 from tl_looped.model.edits import Watch
 from tl_looped.model.geometry import LayerLike, LayerLocation, LoopGeometry
@@ -30,43 +31,11 @@ from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, settl
 from tl_looped.model.limits import checked_recurrences
 from tl_looped.model.names import resolve_name
 from tl_looped.model.norms import HookedRMSNorm, HookedStreamNorm, NormWeights
+from tl_looped.model.program import Do, Program
+from tl_looped.model.running import Parts
 from tl_looped.transformer import weights
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.turns import Turns, in_turn
-
-
-class RecurrenceHooks(Module):
-    """The loop's own hook points at one recurrence.
-
-    ``hook_state_in``, ``hook_injected`` (the adapter's output, with an injection), ``ln_loop`` and
-    ``hook_state_out`` (after the loop norm, if there is one), ``hook_exit_gate`` (gate logits
-    ``[batch, pos, 1]``, with a gate).
-    """
-
-    ln_loop: HookedRMSNorm
-    hook_injected: LoopedHookPoint
-    hook_exit_gate: LoopedHookPoint
-
-    def __init__(self, cfg: LoopedConfig, r: int, norm: NormWeights) -> None:
-        super().__init__()
-        self.hook_state_in = LoopedHookPoint()
-        if cfg.injection is not Injection.NONE:
-            self.hook_injected = LoopedHookPoint()
-        if cfg.loop_norm:
-            self.ln_loop = HookedStreamNorm(norm)
-        self.hook_state_out = LoopedHookPoint()
-        if cfg.exit_gate:
-            self.hook_exit_gate = LoopedHookPoint()
-        for module in self.modules():
-            if isinstance(module, LoopedHookPoint):
-                # The loop's hooks belong to a recurrence but to no layer; -1 says so.
-                module.location = LayerLocation("core", r, -1)
-
-    def in_order(self) -> tuple[list[str], list[str]]:
-        """Names of the hooks before and after the recurrence's blocks, in the order they fire."""
-        before = ("hook_state_in", "hook_injected")
-        names = list(self._modules)
-        return [n for n in names if n in before], [n for n in names if n not in before]
 
 
 @contextmanager
@@ -134,7 +103,10 @@ class BlockPool(HookedRootModule):
 
     cfg: LoopedConfig
     loop: LoopGeometry
+    cell: LoopCell
+    final_norm: NormWeights
     turn: Turns
+    _ends: Site
     # Of the runs whose caches are being made, the innermost last; and of the present run, if it is
     # one of these and not a run within its hooks.
     _records: list[RunRecord]
@@ -149,22 +121,75 @@ class BlockPool(HookedRootModule):
         """Make the global hook points and the pool; the weights must exist already."""
         self.turn = Turns()
         self.hook_embed = LoopedHookPoint()
-        self.hook_initial_state = LoopedHookPoint()
-        final_norm = self._modules["final_norm"]
-        assert isinstance(final_norm, NormWeights)
-        if cfg.pre_coda_norm:
-            self.ln_pre_coda = HookedStreamNorm(final_norm)
+        # Past __setattr__: its hook points are the model's own, under their global names.
+        object.__setattr__(self, "_ends", self.cell.ends())
+        for name, point in self._ends.named_children():
+            self.add_module(name, point)
         # Past __setattr__: `ln_final` and `blocks` are class-level properties, since that is all
         # that TransformerLens's runtime-checked protocols see from Python 3.12 on.
-        self._modules["ln_final"] = HookedStreamNorm(final_norm)
+        self._modules["ln_final"] = HookedStreamNorm(self.final_norm)
         self._block_pool: dict[LayerLocation, Block] = {}
-        self._recurrence_pool: list[RecurrenceHooks] = []
+        self._recurrence_pool: list[Site] = []
+        self._joined: Site | None = None
+        self._silent: Parts | None = None
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
         self._records, self._record = [], None
         self._watch = Watch()
         self._borrowed = list(_weight_modules(self))
         self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
         self._select()
+
+    @property
+    def program(self) -> Program:
+        """The steps of a run at the present number of recurrences."""
+        return self.program_at(self.loop.R)
+
+    def program_at(self, n_recurrences: int) -> Program:
+        """The steps of a run at another number of recurrences."""
+        loop = self.loop.with_recurrences(n_recurrences)
+        return Program.of(loop, self.cell.has_gate, self.cell.ends_in_norm)
+
+    @property
+    def parts(self) -> Parts:
+        """What a run at the present number of recurrences runs on."""
+        return Parts(
+            cell=self.cell,
+            blocks=list(self.blocks),
+            sites=self._recurrence_pool,
+            ends=self._ends,
+            joined=self._joined,
+            final_norm=self.ln_final,
+            unembed=self.unembed,
+            home=self._home,
+        )
+
+    @property
+    def silent_parts(self) -> Parts:
+        """The same weights for one recurrence, on hook points of their own, which nobody hooks."""
+        if self._silent is None:
+            loop = self.loop.with_recurrences(1)
+            norm, site, ends = (
+                HookedStreamNorm(self.final_norm),
+                self.cell.site(0),
+                self.cell.ends(),
+            )
+            blocks = [self._new_block(loop.locate(i)) for i in range(loop.n_layers)]
+            for module in (*blocks, norm, site, ends):
+                settle(module, self.training)
+            self._silent = Parts(
+                cell=self.cell,
+                blocks=blocks,
+                sites=[site],
+                ends=ends,
+                joined=None,
+                final_norm=norm,
+                unembed=self._silent_unembed,
+                home=self._home,
+            )
+        return self._silent
+
+    def _silent_unembed(self, x: Tensor, joined: bool) -> Tensor:
+        return self.unembed.silent(x)
 
     def _check_borrowed(self) -> None:
         """Raise if a module of weights was replaced: blocks borrow the one they were made with."""
@@ -285,29 +310,35 @@ class BlockPool(HookedRootModule):
     def _pooled_block(self, location: LayerLocation) -> Block:
         block = self._block_pool.get(location)
         if block is None:
-            stage = self._modules[location.stage]
-            assert isinstance(stage, nn.ModuleList)
-            weights = stage[location.layer]
-            assert isinstance(weights, BlockWeights)
-            block = Block(self.cfg, weights, location)
+            block = self._new_block(location)
             settle(block, self.training)
             # The first one stays: a cache may be read in one thread and a model run in another.
             block = self._block_pool.setdefault(location, block)
         return block
 
+    def _new_block(self, location: LayerLocation) -> Block:
+        name, number = self.cfg.weights_of(location)
+        stage = self._modules[name]
+        assert isinstance(stage, nn.ModuleList)
+        weights = stage[number]
+        assert isinstance(weights, BlockWeights)
+        return Block(self.cfg, weights, location)
+
     def _select(self) -> None:
         """Bring blocks, recurrences and hook names in line with ``self.loop``."""
-        loop, cfg = self.loop, self.cfg
-        final_norm = self._modules["final_norm"]
-        assert isinstance(final_norm, NormWeights)
+        loop = self.loop
         with collector_paused():
             for r in range(len(self._recurrence_pool), loop.R):
-                hooks = RecurrenceHooks(cfg, r, final_norm)
-                settle(hooks, self.training)
-                self._recurrence_pool.append(hooks)
+                site = self.cell.site(r)
+                settle(site, self.training)
+                self._recurrence_pool.append(site)
             blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
         self._modules["blocks"] = BlockList(blocks)
         self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
+        self._joined = None
+        if self.cell.ends_in_norm and loop.c == 0 and loop.R:
+            self._joined = self.cell.joined(self._recurrence_pool[loop.R - 1], self.ln_final)
+            settle(self._joined, self.training)
         for name in ("blocks", "recurrence"):  # their members have the right mode already
             self._modules[name].training = self.training  # type: ignore[union-attr]
         self._name_hooks(blocks)
@@ -331,24 +362,22 @@ class BlockPool(HookedRootModule):
                 named = self._block_names[key] = self._name_block(i, blocks[i])
             hooks.update(named)
 
-        add(self.hook_embed, "hook_embed")
-        for i in range(loop.p):
-            add_block(i)
-        add(self.hook_initial_state, "hook_initial_state")
-        for r in range(loop.R):
-            before, after = self._recurrence_pool[r].in_order()
-            for name in before:
-                add(getattr(self._recurrence_pool[r], name), f"recurrence.{r}.{name}")
-            for l in range(loop.k):  # noqa: E741 - the paper's letters
-                add_block(loop.index(r, l))
-            for name in after:
-                add(getattr(self._recurrence_pool[r], name), f"recurrence.{r}.{name}")
-        if self.cfg.pre_coda_norm:
-            add(self.ln_pre_coda, "ln_pre_coda")
-        for l in range(loop.c):  # noqa: E741
-            add_block(loop.coda_index(l))
-        add(self._modules["ln_final"], "ln_final")
-        add(self._modules["unembed"], "unembed")
+        whole = {
+            Do.EMBED: "hook_embed",
+            Do.FINAL_NORM: "ln_final",
+            Do.UNEMBED: "unembed",
+        }
+        for op in self.program.ops:
+            if op.do is Do.LAYER:
+                add_block(op.layer)
+            elif op.do in whole:
+                add(self._modules[whole[op.do]], whole[op.do])
+            else:
+                in_loop = op.recurrence >= 0
+                site = self._recurrence_pool[op.recurrence] if in_loop else self._ends
+                prefix = f"recurrence.{op.recurrence}." if in_loop else ""
+                for name in site.names[op.do]:
+                    add(site._modules[name], prefix + name)
         self.hook_dict = hooks
 
     def _name_block(self, i: int, block: Block) -> dict[str, LoopedHookPoint]:
@@ -443,7 +472,7 @@ class BlockPool(HookedRootModule):
     @checked
     def unique_layer(self, layer: LayerLike) -> int:
         """Row of ``unique_weights`` that an effective layer, or (recurrence, layer), uses."""
-        return weights.unique_layer(self.loop, layer)
+        return weights.unique_layer(self.cfg, self.loop, layer)
 
     def unique_blocks(self) -> list[Block]:
         """One block of each layer with weights of its own: prelude, core, coda."""

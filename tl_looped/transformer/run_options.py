@@ -16,13 +16,14 @@ from torch import Tensor
 
 from tl_looped.checks import whole
 from tl_looped.errors import InputError
+from tl_looped.model.cells import Stream
 from tl_looped.model.config import LoopedConfig
-from tl_looped.model.context import RunContext
+from tl_looped.model.context import LoopRun, RunContext
 from tl_looped.model.exit_rules import ExitRule
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 from tl_looped.model.initial_state import refuse_zeros_for_the_prompt
 from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
-from tl_looped.transformer.loop_run import LoopRun, Stream
+from tl_looped.model.program import Program
 from tl_looped.transformer.prompt import check_rows
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class RunOptions:
     """What a forward pass is told besides its prompt, checked.
 
     Args:
-        loop: Geometry at the run's own number of recurrences.
+        program: The steps, at the run's own number of recurrences.
         state_seed: Seed of a random initial state.
         initial_state: State of recurrence 0, or ``"zeros"``; None draws or derives it.
         prelude_output: What is injected, where the run starts after the prelude.
@@ -45,7 +46,7 @@ class RunOptions:
         stop: Effective layer whose input is returned; None runs to the logits.
     """
 
-    loop: LoopGeometry
+    program: Program
     state_seed: int
     initial_state: Tensor | str | None = None
     prelude_output: Tensor | None = None
@@ -53,6 +54,11 @@ class RunOptions:
     exit_rule: ExitRule | None = None
     start: int | None = None
     stop: int | None = None
+
+    @property
+    def loop(self) -> LoopGeometry:
+        """Geometry at the run's number of recurrences."""
+        return self.program.loop
 
     @property
     def n_recurrences(self) -> int:
@@ -90,7 +96,7 @@ def read_options(
     """
     loop = model._loop_at(n_recurrences)
     options = RunOptions(
-        loop=loop,
+        program=model.program_at(loop.R),
         state_seed=check_seed(model, state_seed),
         initial_state=check_state("initial_state", initial_state),
         prelude_output=check_state("prelude_output", prelude_output),
@@ -210,6 +216,7 @@ def begin_run(
         raise InputError(f"a sequence of {length} tokens is longer than the context of {cfg.n_ctx}")
     return LoopRun(
         RunContext.build(cfg, x.shape[1], mask, x.device, x.dtype, kv),
+        options.program,
         initial_state,
         options.state_seed,
         None if prelude_output is None else prelude_output.to(x),

@@ -19,6 +19,7 @@ from torch import Tensor
 from tl_looped.checks import one_of
 from tl_looped.errors import InputError
 from tl_looped.model.block import FOLDED, Block
+from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 
 if TYPE_CHECKING:
@@ -31,17 +32,18 @@ _STACKED = (
 )
 
 
-def unique_layer(loop: LoopGeometry, layer: LayerLike) -> int:
+def unique_layer(cfg: LoopedConfig, loop: LoopGeometry, layer: LayerLike) -> int:
     """Row of a stack of unique weights that an effective layer uses."""
-    place = loop.locate(loop.resolve(layer))
-    start = {"prelude": 0, "core": loop.p, "coda": loop.p + loop.k}
-    return start[place.stage] + place.layer
+    stage, number = cfg.weights_of(loop.locate(loop.resolve(layer)))
+    start = {"prelude": 0, "core": loop.p, "coda": loop.p + cfg.n_core_weights}
+    return start[stage] + number
 
 
 def unique_blocks(model: BlockPool) -> list[Block]:
     """One block of each layer with weights of its own: prelude, core, coda."""
     loop = model.loop.with_recurrences(max(1, model.loop.R))
-    core = range(loop.p, loop.p + loop.k)
+    first = {model.cfg.weights_of(loop.locate(loop.p + i)): i for i in reversed(range(loop.k))}
+    core = [loop.p + first["core", number] for number in range(model.cfg.n_core_weights)]
     coda = range(loop.n_layers - loop.c, loop.n_layers)
     places = [loop.locate(i) for i in (*range(loop.p), *core, *coda)]
     return [model._pooled_block(place) for place in places]
@@ -83,7 +85,7 @@ def tl_parameters(model: BlockPool) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {"embed.W_E": model.W_E}
     by_unique: dict[int, dict[str, Tensor]] = {}
     for i in range(model.loop.n_layers):
-        unique = unique_layer(model.loop, i)
+        unique = unique_layer(model.cfg, model.loop, i)
         if unique not in by_unique:
             by_unique[unique] = _block_parameters(model.blocks[i])
         out |= {f"blocks.{i}.{name}": value for name, value in by_unique[unique].items()}
