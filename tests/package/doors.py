@@ -26,6 +26,7 @@ import tl_looped
 from tl_looped import LoopedTransformer, TLLoopedError, metrics, viz
 from tl_looped import interventions as iv
 from tl_looped.metrics.clusters import FEATURES
+from tl_looped.model.geometry import LayerLocation
 
 SECONDS = 4
 """What a call may take: wrong input is refused, not worked through."""
@@ -279,9 +280,7 @@ class World:
             "HubAlias": {"hub_id": "a/b"},
             "Source": {"names": ("a",)},
             "LoopGeometry": {"p": 1, "k": 2, "c": 1, "R": 3},
-            "LoopGeometry.boundary": {"i": 1},
             "LoopGeometry.coda_index": {"l": 0},
-            "LoopGeometry.has_boundary": {"i": 1},
             "LoopGeometry.index": {"r": 0, "l": 1},
             "LoopGeometry.labels": {},
             "LoopGeometry.locate": {"i": 1},
@@ -292,8 +291,7 @@ class World:
             "LoopedConfig": dict(self.sizes),
             "LoopedConfig.from_json": {"values": m.cfg.to_json()},
             "LoopedConfig.to_json": {},
-            "LoopedConfig.why_no_direct_paths": {},
-            "LoopedConfig.why_not_additive": {},
+            "LoopedConfig.weights_of": {"place": LayerLocation("core", 0, 1)},
             "LoopedKeyValueCache": {},
             "LoopedKeyValueCache.freeze": {},
             "LoopedKeyValueCache.unfreeze": {},
