@@ -12,6 +12,8 @@ from doors import World, faults, public
 
 from tl_looped import TLLoopedError
 
+pytestmark = pytest.mark.once
+
 # Their valid call is refused: it names what there is not.
 REFUSED = {
     "adapters.find_adapter": "UnknownArchitectureError",

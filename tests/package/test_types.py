@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.full, pytest.mark.once]
+
 REPOSITORY = Path(__file__).parents[2]
 IN_CLASS = """
 {0}def planted(self) -> None:
