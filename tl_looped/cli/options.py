@@ -19,7 +19,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def described_fields(of: type) -> dict[str, str]:
     """The first sentence on every field in a dataclass's docstring, without marks of code."""
-    arguments = inspect.cleandoc(of.__doc__ or "").partition("Args:\n")[2]
+    arguments = inspect.cleandoc(of.__doc__ or "").partition("Args:\n")[2].split("\n\n")[0]
     entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
     return {
         name: re.split(r"(?<=\.)\s", re.sub(r"``|\"", "", " ".join(text.split())))[0]
