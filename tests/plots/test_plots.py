@@ -19,6 +19,7 @@ from tl_looped.plots import (
     draw_panels,
     layer_colours,
     layer_matrix,
+    left_out,
     numbers_of,
     over_depth,
     over_realised_depth,
@@ -134,9 +135,9 @@ def test_numbers_are_those_drawn() -> None:
     table = numbers_of([panel])
     for line in panel.lines:
         rows = table[table["line"] == line.label]
-        np.testing.assert_array_equal(rows["mean"], line.values.mean)
-        np.testing.assert_array_equal(rows["low"], line.values.low)
-        np.testing.assert_array_equal(rows["high"], line.values.high)
+        np.testing.assert_array_equal(rows["mean"], line.values["mean"])
+        np.testing.assert_array_equal(rows["low"], line.values["low"])
+        np.testing.assert_array_equal(rows["high"], line.values["high"])
         assert (rows["low"] < rows["high"]).all()
         assert (rows["n"] == 5).all()
     assert len(table) == 4 * 6
@@ -146,17 +147,17 @@ def test_bands_are_over_prompts_of_one_run_and_over_seeds_of_several() -> None:
     runs = [result(seed=s)[0] for s in range(3)]
     per_prompt = runs[0][NAME].mean("head")
     one = summary(runs[0], NAME, "sd")
-    np.testing.assert_allclose(one.high - one.mean, per_prompt.std("prompt", ddof=1))
+    np.testing.assert_allclose(one["high"] - one["mean"], per_prompt.std("prompt", ddof=1))
     quantiles = summary(runs[0], NAME, "quantiles")
-    np.testing.assert_allclose(quantiles.low, per_prompt.quantile(0.1, "prompt"))
-    np.testing.assert_allclose(quantiles.high, per_prompt.quantile(0.9, "prompt"))
+    np.testing.assert_allclose(quantiles["low"], per_prompt.quantile(0.1, "prompt"))
+    np.testing.assert_allclose(quantiles["high"], per_prompt.quantile(0.9, "prompt"))
     means = np.stack([run[NAME].mean(("head", "prompt")) for run in runs])
     seeds = summary(runs, NAME, "sd")
-    np.testing.assert_allclose(seeds.mean, means.mean(0))
-    np.testing.assert_allclose(seeds.mean - seeds.low, means.std(0, ddof=1))
-    assert (seeds.n == 3).all()
-    np.testing.assert_allclose(summary(runs, NAME, "range").high, means.max(0))
-    assert np.isnan(summary(runs[:1], NAME, "sd").low).all()
+    np.testing.assert_allclose(seeds["mean"], means.mean(0))
+    np.testing.assert_allclose(seeds["mean"] - seeds["low"], means.std(0, ddof=1))
+    assert (seeds["n"] == 3).all()
+    np.testing.assert_allclose(summary(runs, NAME, "range")["high"], means.max(0))
+    assert np.isnan(summary(runs[:1], NAME, "sd")["low"]).all()
 
 
 def test_undefined_prompts_are_left_out_and_counted_undefined_heads_undefine_their_prompt() -> None:
@@ -166,11 +167,11 @@ def test_undefined_prompts_are_left_out_and_counted_undefined_heads_undefine_the
     data[NAME][5] = np.nan
     found = summary(data, NAME)
     kept = data[NAME].mean("head", skipna=False).to_numpy()
-    np.testing.assert_allclose(found.mean[3], np.delete(kept[3], 1).mean())
-    np.testing.assert_allclose(found.mean[4], np.delete(kept[4], 2).mean())
-    assert np.isnan(found.mean[5])
-    assert found.n[[3, 4, 5]].tolist() == [4, 4, 0]
-    assert found.left_out == 2
+    np.testing.assert_allclose(found["mean"][3], np.delete(kept[3], 1).mean())
+    np.testing.assert_allclose(found["mean"][4], np.delete(kept[4], 2).mean())
+    assert np.isnan(found["mean"][5])
+    assert found["n"].iloc[3:6].tolist() == [4, 4, 0]
+    assert left_out(data, NAME) == 2
     assert f"{NAME} of 2" in caption_of(data, [NAME])
     figure = draw_panels([over_recurrences(data, NAME)], "t", "c")
     assert np.isnan(drawn_line(only_axes(figure), "core layer 0")[1][1])
@@ -298,7 +299,7 @@ def test_a_mean_outside_of_its_quantiles_is_explained() -> None:
     sentence = "mean outside its band"
     assert sentence not in caption_of(data, ["residual_mean"], "quantiles")
     data["residual_mean"][3, 4] = 1e6
-    assert summary(data, "residual_mean", "quantiles").high[3] < 1e5
+    assert summary(data, "residual_mean", "quantiles")["high"][3] < 1e5
     assert sentence in caption_of(data, ["residual_mean"], "quantiles")
     assert sentence not in caption_of(data, ["residual_mean"], "sd")
 
@@ -366,10 +367,10 @@ def test_both_halves_of_a_block_run_over_the_whole_axis() -> None:
     mean = data[NAME].mean(("head", "prompt")).to_numpy()
     assert lines["recurrence 1, first half"].x.tolist() == [0, 100]
     assert lines["recurrence 1, second half"].x.tolist() == [0, 50, 100]
-    np.testing.assert_allclose(lines["recurrence 1, first half"].values.mean, mean[6:8])
-    np.testing.assert_allclose(lines["recurrence 1, second half"].values.mean, mean[8:11])
+    np.testing.assert_allclose(lines["recurrence 1, first half"].values["mean"], mean[6:8])
+    np.testing.assert_allclose(lines["recurrence 1, second half"].values["mean"], mean[8:11])
     expected = base[NAME].mean(("head", "prompt"))
-    np.testing.assert_allclose(lines["feedforward: toy"].values.mean, expected)
+    np.testing.assert_allclose(lines["feedforward: toy"].values["mean"], expected)
 
 
 def test_wrong_results_are_named() -> None:

@@ -10,17 +10,17 @@ from tl_looped.plots.loss import loss_curve
 from tl_looped.plots.panels import Line, Panel, draw_panels, numbers_of
 from tl_looped.plots.paths import pca_path, token_paths
 from tl_looped.plots.recipes import DrawnFigure, DrawOptions
-from tl_looped.plots.summaries import Summary, summary
+from tl_looped.plots.summaries import left_out, summary, summary_of
 
 __all__ = [
     "DrawOptions",
     "DrawnFigure",
     "Line",
     "Panel",
-    "Summary",
     "draw_panels",
     "layer_colours",
     "layer_matrix",
+    "left_out",
     "loss_curve",
     "numbers_of",
     "over_depth",
@@ -30,5 +30,6 @@ __all__ = [
     "probability_map",
     "recurrence_colours",
     "summary",
+    "summary_of",
     "token_paths",
 ]

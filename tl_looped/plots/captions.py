@@ -17,7 +17,7 @@ from tl_looped.metrics.attention_patterns import SINK_THRESHOLD
 from tl_looped.metrics.convergence import FIXED_POINTS, VERDICT_WORDS, Verdict
 from tl_looped.metrics.heavy_tokens import find_heavy_token
 from tl_looped.metrics.labels import IGNORES_STATE, trained_recurrences
-from tl_looped.plots.summaries import Band, Runs, as_runs, name_of, shape_of, summary
+from tl_looped.plots.summaries import Band, Runs, as_runs, left_out, name_of, shape_of, summary
 from tl_looped.words import count, training
 
 About = Literal["prompts", "prompt", "weights", "models"]
@@ -207,14 +207,14 @@ def _outside(runs: Runs, names: Sequence[str], band: Band | str) -> str:
         return ""
     for name in _line_variables(as_runs(runs)[0], names):
         found = summary(runs, name, band)
-        if ((found.mean > found.high) | (found.mean < found.low)).any():
+        if ((found["mean"] > found["high"]) | (found["mean"] < found["low"])).any():
             return "a mean outside its band is pulled there by a few values far from the others"
     return ""
 
 
 def _left_out(runs: Runs, names: Sequence[str]) -> str:
     known = _line_variables(as_runs(runs)[0], names)
-    out = {name: summary(runs, name, "none").left_out for name in known}
+    out = {name: left_out(runs, name) for name in known}
     missing = [f"{name} of {n}" for name, n in out.items() if n]
     return f"undefined and left out of the means, prompts: {', '.join(missing)}" if missing else ""
 

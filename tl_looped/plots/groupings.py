@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
@@ -24,7 +25,6 @@ from tl_looped.plots.panels import Line, Panel, Span, Style, stage_spans
 from tl_looped.plots.summaries import (
     Band,
     Runs,
-    Summary,
     as_runs,
     name_of,
     shape_of,
@@ -102,7 +102,7 @@ def over_recurrences(
     values, x = summary(runs, name, band), np.arange(loop.R, dtype=float)
     if "effective_layer" in run[name].dims:
         lines = [
-            Line(f"core layer {l}", x, values.part(_every(loop, l)), colour, "layer", l)
+            Line(f"core layer {l}", x, values.iloc[_every(loop, l)], colour, "layer", l)
             for l, colour in enumerate(layer_colours(loop.k))  # noqa: E741
         ]
         if name + _STATE_OUT in run:
@@ -123,14 +123,6 @@ def over_recurrences(
 def _every(loop: LoopGeometry, layer: int) -> slice:
     """Effective layers of one core layer."""
     return slice(loop.p + layer, loop.p + loop.k * loop.R, loop.k)
-
-
-def _joined(parts: Sequence[Summary]) -> Summary:
-    mean, low, high, n = (
-        np.concatenate([getattr(part, field) for part in parts])
-        for field in ("mean", "low", "high", "n")
-    )
-    return Summary(mean, low, high, n, parts[0].left_out)
 
 
 def over_depth(
@@ -162,8 +154,8 @@ def over_depth(
         start = loop.index(r, 0)
         block = slice(start, start + loop.k)
         coda = slice(loop.n_layers - loop.c, loop.n_layers)
-        parts = [values.part(where) for where in (slice(0, loop.p), block, coda)]
-        lines.append(Line(f"recurrence {r}", x, _joined(parts), colour, "recurrence", r))
+        whole = pd.concat([values.iloc[where] for where in (slice(0, loop.p), block, coda)])
+        lines.append(Line(f"recurrence {r}", x, whole, colour, "recurrence", r))
     if feedforward is not None:
         lines.append(_feedforward_line(feedforward, name, band))
     return Panel(title, DEPTH_AXIS, label_of(run, name), tuple(lines), log, _spans_in_percent(loop))
@@ -172,7 +164,7 @@ def over_depth(
 def _feedforward_line(runs: Runs, name: str, band: Band | str) -> Line:
     run, values = as_runs(runs)[0], summary(runs, name, band)
     label = f"feedforward: {name_of(run)}"
-    x = percent_of_depth(len(values.mean))
+    x = percent_of_depth(len(values))
     return Line(label, x, values, FEEDFORWARD, style="--", width=1.6)
 
 
@@ -211,12 +203,11 @@ def over_realised_depth(
         values = summary(runs, names[0], band)
         colour = (0.62, 0.62, 0.62) if by_layer else NEUTRAL
         lines.append(Line("all layers in order", x, values, colour, width=width))
-        nothing = np.full(loop.n_layers, np.nan)
+        bare = values.assign(low=np.nan, high=np.nan)
         for l, colour in enumerate(layer_colours(loop.k) if by_layer and loop.R else []):  # noqa: E741
             where = _every(loop, l)
-            bare = Summary(values.mean, nothing, nothing, values.n, 0).part(where)
-            marker = "o" if loop.R <= 32 else ""
-            lines.append(Line(f"core layer {l}", x[where], bare, colour, "layer", l, marker=marker))
+            marker, own = "o" if loop.R <= 32 else "", bare.iloc[where]
+            lines.append(Line(f"core layer {l}", x[where], own, colour, "layer", l, marker=marker))
         label = label_of(run, names[0])
     else:
         # Where lines coincide, as those of the first and of the largest token do, both show.

@@ -9,7 +9,15 @@ from tl_looped.errors import InputError
 from tl_looped.plots.colours import FEEDFORWARD, Colour, recurrence_colours
 from tl_looped.plots.groupings import label_of, percent_of_depth
 from tl_looped.plots.panels import Line, Panel, Span, Style, stage_spans
-from tl_looped.plots.summaries import Band, Runs, Summary, as_runs, name_of, shape_of, summary
+from tl_looped.plots.summaries import (
+    Band,
+    Runs,
+    as_runs,
+    name_of,
+    shape_of,
+    summary,
+    without_band,
+)
 
 _CLASS_COLOURS: dict[str, Colour] = {
     "prediction": (0.20, 0.45, 0.70),
@@ -38,10 +46,10 @@ def block_halves(
         start = loop.index(r, 0)
         for which, style, first, last in _halves(half, loop.k):
             label = f"recurrence {r}, {which} half"
-            part = values.part(slice(start + first, start + last))
+            part = values.iloc[start + first : start + last]
             x = percent_of_depth(last - first)
             lines.append(Line(label, x, part, colour, "recurrence", r, style))
-    nothing = Summary(*(np.zeros(0),) * 3, n=np.zeros(0, dtype=np.int64), left_out=0)
+    nothing = without_band(np.zeros(0))
     for which, style, _, _ in _halves(half, loop.k):  # for the legend
         label = f"{which} half of the block"
         lines.append(Line(label, np.zeros(0), nothing, (0.5, 0.5, 0.5), style=style))
@@ -49,7 +57,7 @@ def block_halves(
     lines.append(
         Line(
             f"feedforward: {name_of(base)}",
-            percent_of_depth(len(of_base.mean)), of_base, FEEDFORWARD, style=":", width=1.8,
+            percent_of_depth(len(of_base)), of_base, FEEDFORWARD, style=":", width=1.8,
         )
     )  # fmt: skip
     return Panel(title, "% of half a block, or of the feedforward model's depth",
@@ -86,9 +94,7 @@ def _neuron_lines(data: xr.Dataset, style: Style, suffix: str) -> list[Line]:
                 f"data must hold {name!r} over layers; it has {', '.join(map(str, data))}"
             )
         values = 100 * data[name].to_numpy().astype(np.float64)
-        nothing = np.full(len(values), np.nan)
-        shown = Summary(values, nothing, nothing, np.isfinite(values).astype(np.int64), 0)
-        x = percent_of_depth(len(values))
+        x, shown = percent_of_depth(len(values)), without_band(values)
         # Where both are equal, zero mostly, the first shows on both sides of the second.
         width = 1.1 if lines else 3.0
         lines.append(Line(name + suffix, x, shown, colour, style=style, width=width, marker="o"))

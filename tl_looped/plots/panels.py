@@ -29,7 +29,6 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from tl_looped.errors import InputError
 from tl_looped.plots.colours import CODA, PRELUDE, Colour
-from tl_looped.plots.summaries import Summary
 
 Key = Literal["recurrence", "layer", "other"]
 Style = Literal["-", "--", ":", "-."]
@@ -51,7 +50,8 @@ class Line:
     Args:
         label: What it is, for legends and tables.
         x: Where its values stand.
-        values: Mean and band.
+        values: ``mean``, ``low``, ``high`` and ``n``, one row per place, see
+            :func:`tl_looped.plots.summaries.summary_of`.
         colour: Its colour.
         key: What its colour means.
         index: The recurrence or layer that its colour stands for.
@@ -62,7 +62,7 @@ class Line:
 
     label: str
     x: Float[np.ndarray, " site"]
-    values: Summary
+    values: pd.DataFrame
     colour: Colour
     key: Key = "other"
     index: int = 0
@@ -219,8 +219,8 @@ def draw_panel(axes: Axes, panel: Panel, label_width: int = 42) -> None:
         )  # fmt: skip
     for x in panel.verticals:
         axes.axvline(x, color="0.85", linewidth=0.7, zorder=0)
-    log = panel.log and any(_positive(line.values.mean).any() for line in panel.lines)
-    banded = sum(bool(np.isfinite(line.values.low).any()) for line in panel.lines)
+    log = panel.log and any(_positive(line.values["mean"].to_numpy()).any() for line in panel.lines)
+    banded = sum(bool(np.isfinite(line.values["low"]).any()) for line in panel.lines)
     for line in panel.lines:
         _draw_line(axes, line, log, len(panel.lines), banded)
     if log:
@@ -238,7 +238,7 @@ def draw_panel(axes: Axes, panel: Panel, label_width: int = 42) -> None:
         every = np.concatenate([line.x for line in panel.lines])
         if every.size and every.min() == every.max():
             axes.set_xticks([every[0]])
-    if not any(np.isfinite(line.values.mean).any() for line in panel.lines):
+    if not any(np.isfinite(line.values["mean"]).any() for line in panel.lines):
         say_undefined(axes)
     # Above the names of prelude and coda, which wide spans bring to the middle.
     axes.set_title(as_written(panel.title), fontsize=10, pad=13 if panel.spans else 6)
@@ -271,7 +271,7 @@ def _plain_ticks(axes: Axes) -> None:
 
 def all_zero(panel: Panel) -> bool:
     """Whether every value is zero: a logarithmic axis has no room for them."""
-    values = np.concatenate([line.values.mean for line in panel.lines])
+    values = np.concatenate([line.values["mean"] for line in panel.lines])
     finite = values[np.isfinite(values)]
     return bool(finite.size) and not finite.any()
 
@@ -283,7 +283,7 @@ def _limit(axes: Axes, panel: Panel, log: bool) -> None:
     low, high = min([*x, *ends]), max([*x, *ends])
     margin = 0.04 * (high - low) or 0.5
     axes.set_xlim(low - margin, high + margin)
-    means = np.concatenate([line.values.mean for line in panel.lines])
+    means = np.concatenate([line.values["mean"] for line in panel.lines])
     finite = means[np.isfinite(means)]
     if finite.size and not finite.any() and not log:
         axes.set_ylim(-0.05, 1.0)
@@ -296,7 +296,7 @@ def _positive(values: Float[np.ndarray, " n"]) -> np.ndarray:
 def _draw_line(axes: Axes, line: Line, log: bool, n_lines: int, banded: int) -> None:
     mean, low, high = (
         np.where(_positive(y), y, np.nan) if log else y
-        for y in (line.values.mean, line.values.low, line.values.high)
+        for y in line.values[["mean", "low", "high"]].to_numpy().T
     )
     few = len(mean) <= _MARKED and n_lines <= 2 * _MARKED
     marker = line.marker or ("o" if few else "")
@@ -365,18 +365,9 @@ def _add_bar(figure: Figure, axes: list[Axes], label: str, colours: dict[int, Co
 def numbers_of(panels: Sequence[Panel]) -> pd.DataFrame:
     """What the panels show: a row per point, ``panel, line, x, mean, low, high, n``."""
     tables = [
-        pd.DataFrame(
-            {
-                "panel": panel.title or panel.y_label,
-                "line": line.label,
-                "x": line.x,
-                "mean": line.values.mean,
-                "low": line.values.low,
-                "high": line.values.high,
-                "n": line.values.n,
-            }
-        )
+        line.values.assign(panel=panel.title or panel.y_label, line=line.label, x=line.x)
         for panel in panels
         for line in panel.lines
     ]
-    return pd.concat(tables, ignore_index=True)
+    columns = ["panel", "line", "x", "mean", "low", "high", "n"]
+    return pd.concat(tables, ignore_index=True)[columns]

@@ -7,6 +7,7 @@ there are two seeds or more. These figures are none of the paper's and have no n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from tl_looped.metrics.labels import geometry_of
 from tl_looped.plots.colours import FEEDFORWARD, SEVERAL, Colour
 from tl_looped.plots.panels import Line, Panel, draw_panels, numbers_of
 from tl_looped.plots.recipes import DrawnFigure
-from tl_looped.plots.summaries import Summary
+from tl_looped.plots.summaries import summary_of
 
 _COLOURS: tuple[Colour, ...] = (*SEVERAL[1:], (0.13, 0.55, 0.33), (0.60, 0.45, 0.10), SEVERAL[0])
 _BANDS = "Lines are means over seeds, bands one standard deviation (n - 1)"
@@ -80,7 +81,7 @@ def steps_over_recurrences(runs: Mapping[str, Sequence[xr.Dataset]]) -> DrawnFig
             values = values.mean("prompt") if "prompt" in values.dims else values
             rows.append(values.to_numpy()[last])
         x = np.arange(1, loop.R, dtype=np.float64)
-        lines.append(Line(name, x, _summary(np.stack(rows, 1)), colour))
+        lines.append(Line(name, x, summary_of(np.stack(rows, 1)), colour))
     if not lines:
         raise InputError("runs hold no result")
     axis = "step of the last core layer, relative to the norm"
@@ -99,7 +100,7 @@ def _lines(table: pd.DataFrame, x: str, y: str, control: str | None) -> tuple[Li
     for name in names:
         mine = table[table["configuration"] == name]
         wide = mine.pivot(index=x, columns="seed", values=y).sort_index()
-        values = _summary(wide.to_numpy(dtype=np.float64))
+        values = summary_of(wide.to_numpy(dtype=np.float64))
         at = wide.index.to_numpy(dtype=np.float64)
         if name == control:
             lines.append(Line(name, at, values, FEEDFORWARD, style="--"))
@@ -108,20 +109,9 @@ def _lines(table: pd.DataFrame, x: str, y: str, control: str | None) -> tuple[Li
     return tuple(lines)
 
 
-def _summary(values: np.ndarray) -> Summary:
-    """Over the second axis, seeds; those without a value are left out."""
-    n = np.isfinite(values).sum(1)
-    mean, sd = np.full(len(values), np.nan), np.full(len(values), np.nan)
-    mean[n > 0] = np.nanmean(values[n > 0], axis=1)
-    sd[n > 1] = np.nanstd(values[n > 1], axis=1, ddof=1)
-    return Summary(mean, mean - sd, mean + sd, n, 0)
-
-
 def _across(line: Line, end: float) -> Line:
-    one = line.values
-    mean, low, high = (np.repeat(v, 2) for v in (one.mean, one.low, one.high))
-    values = Summary(mean, low, high, np.repeat(one.n, 2), 0)
-    return Line(line.label, np.array([1.0, end]), values, line.colour, style=line.style)
+    values = line.values.loc[line.values.index.repeat(2)]
+    return replace(line, x=np.array([1.0, end]), values=values)
 
 
 def _n(table: pd.DataFrame) -> str:

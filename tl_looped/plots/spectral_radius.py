@@ -41,7 +41,7 @@ from tl_looped.plots.panels import (
     say_undefined,
 )
 from tl_looped.plots.recipes import DrawnFigure
-from tl_looped.plots.summaries import Summary
+from tl_looped.plots.summaries import summary_of, without_band
 
 NO_NUMBER = 0
 LARGEST_ERROR = 0.01
@@ -193,7 +193,7 @@ def radius_over_training(
         Line(
             "1: deviations neither shrink nor grow",
             steps,
-            _bare(np.ones(len(steps))),
+            without_band(np.ones(len(steps))),
             NEUTRAL,
             style=":",
         ),
@@ -252,42 +252,24 @@ def _at_fixed_point(name: str, data: xr.Dataset) -> Bool[np.ndarray, " point"]:
     return np.asarray(_flat(data, "fixed_point_residual") <= eps)
 
 
-def _summary(values: xr.DataArray) -> Summary:
+def _summary(values: xr.DataArray) -> pd.DataFrame:
     """Median and quartiles over prompts, or mean and deviation over the seeds' means."""
     finite = values.where(np.isfinite(values))
-    rest = [dim for dim in finite.dims if dim not in ("step", "seed")]
-    missing = int(finite.isnull().sum())
     if "seed" in finite.dims:
-        return _over_seeds(finite.mean(rest), missing)
+        rest = [dim for dim in finite.dims if dim not in ("step", "seed")]
+        return summary_of(finite.mean(rest).transpose("step", "seed").to_numpy())
     rows = finite.transpose("step", ...).to_numpy().reshape(finite.sizes["step"], -1)
     n = np.isfinite(rows).sum(1)
     edges = np.full((3, len(rows)), np.nan)
     if (n > 0).any():
         edges[:, n > 0] = np.nanquantile(rows[n > 0], (0.5, 0.25, 0.75), axis=1)
     edges[1:, n < 2] = np.nan
-    median, low, high = edges
-    return Summary(median, low, high, n, missing)
+    return pd.DataFrame(dict(zip(("mean", "low", "high"), edges, strict=True)) | {"n": n})
 
 
-def _over_seeds(values: xr.DataArray, missing: int) -> Summary:
-    rows = values.transpose("step", "seed")
-    mean = rows.mean("seed").to_numpy()
-    n = rows.notnull().sum("seed").to_numpy()
-    squares = ((rows - rows.mean("seed")) ** 2).sum("seed").to_numpy()
-    spread = np.sqrt(np.divide(squares, n - 1, out=np.full(len(n), np.nan), where=n > 1))
-    return Summary(mean, mean - spread, mean + spread, n, missing)
-
-
-def _loss(values: xr.DataArray) -> Summary:
-    if "seed" in values.dims:
-        return _over_seeds(values, 0)
-    return _bare(values.to_numpy().astype(np.float64))
-
-
-def _bare(values: Float[np.ndarray, " step"]) -> Summary:
-    """A line without a band."""
-    nothing = np.full(len(values), np.nan)
-    return Summary(values, nothing, nothing, np.isfinite(values).astype(np.int64), 0)
+def _loss(values: xr.DataArray) -> pd.DataFrame:
+    rows = values.expand_dims("seed") if "seed" not in values.dims else values
+    return summary_of(rows.transpose("step", "seed").to_numpy().astype(np.float64))
 
 
 # -- captions -----------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 Heads are averaged first, then prompts, then seeds. A prompt with an undefined head is undefined
 (there is no mean over the others), and an undefined prompt is left out of the mean over prompts;
-infinities count as undefined. ``left_out`` counts those, for captions.
+infinities count as undefined. :func:`left_out` counts those, for captions.
+
+What a line shows is a table, one row per place; the numbers of a figure are these tables.
 
 Bands are about what was averaged last: prompts of one run, or seeds of several.
 """
@@ -10,12 +12,12 @@ Bands are about what was averaged last: prompts of one run, or seeds of several.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
+import pandas as pd
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import check_choice
@@ -31,30 +33,6 @@ Runs: TypeAlias = xr.Dataset | Sequence[xr.Dataset]
 
 QUANTILES = (0.1, 0.9)
 _SITES = ("effective_layer", "recurrence", "unique_layer")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a line and its band show.
-
-    Attributes:
-        mean: Mean over prompts, or over the seeds' means; NaN where nothing is defined.
-        low, high: Edges of the band; NaN where there is none (fewer than two values, for an SD).
-        n: How many values the mean is of.
-        left_out: Undefined values among places that have any defined one.
-    """
-
-    mean: Float[np.ndarray, " site"]
-    low: Float[np.ndarray, " site"]
-    high: Float[np.ndarray, " site"]
-    n: Int[np.ndarray, " site"]
-    left_out: int
-
-    def part(self, where: slice) -> Summary:
-        """The same for some of the places."""
-        return Summary(
-            self.mean[where], self.low[where], self.high[where], self.n[where], self.left_out
-        )
 
 
 def as_runs(runs: Runs) -> list[xr.Dataset]:
@@ -114,25 +92,46 @@ def per_prompt(data: xr.Dataset, name: str) -> Float[np.ndarray, "site prompt"]:
     return np.where(np.isfinite(array), array, np.nan)
 
 
-def summary(runs: Runs, name: str, band: Band | str = "sd") -> Summary:
-    """Mean and band of one variable at every layer or recurrence.
+def summary(runs: Runs, name: str, band: Band | str = "sd") -> pd.DataFrame:
+    """Mean and band of one variable at every layer or recurrence: what a line shows.
 
     Args:
         runs: One result: the band is over prompts. Several: over the seeds' means over prompts.
         name: The variable.
         band: See :data:`Band`.
+
+    Returns:
+        As :func:`summary_of`.
     """
     check_choice("band", band, get_args(Band))
     values = [per_prompt(run, name) for run in as_runs(runs)]
-    missing = sum(_left_out(x) for x in values)
-    table = values[0] if isinstance(runs, xr.Dataset) else np.stack([_mean(x) for x in values], 1)
-    low, high = _band(table, band)
-    n = np.isfinite(table).sum(1)
-    return Summary(_mean(table), low, high, n, missing)
+    one = isinstance(runs, xr.Dataset)
+    return summary_of(values[0] if one else np.stack([_mean(x) for x in values], 1), band)
+
+
+def summary_of(values: Float[np.ndarray, "site n"], band: Band | str = "sd") -> pd.DataFrame:
+    """Mean and band over the second axis; NaN are left out.
+
+    Returns:
+        One row per place: ``mean``, NaN where nothing is defined; ``low`` and ``high``, the edges
+        of the band, NaN for fewer than two values; ``n``, how many values the mean is of.
+    """
+    low, high = _band(values, band)
+    n = np.isfinite(values).sum(1)
+    return pd.DataFrame({"mean": _mean(values), "low": low, "high": high, "n": n})
+
+
+def without_band(values: Float[np.ndarray, " site"]) -> pd.DataFrame:
+    """A line of single values, as :func:`summary_of`."""
+    return summary_of(values[:, None], "none")
+
+
+def left_out(runs: Runs, name: str) -> int:
+    """Prompts whose value of a variable is undefined somewhere where another's is not."""
+    return sum(_left_out(per_prompt(run, name)) for run in as_runs(runs))
 
 
 def _left_out(values: Float[np.ndarray, "site prompt"]) -> int:
-    """Prompts that are undefined somewhere where another is not."""
     undefined = np.isnan(values)
     here = ~undefined.all(1)
     return int(undefined[here].any(0).sum()) if here.any() else 0
