@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -27,10 +27,12 @@ from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.limits import checked_recurrences
 from tl_looped.model.program import Program
 from tl_looped.model.running import Parts, execute
-from tl_looped.transformer.loop import LoopMixin
 from tl_looped.transformer.prompt import read_prompt
 from tl_looped.transformer.run_options import RunOptions, begin_run, check_seed, check_state
 from tl_looped.transformer.spreading import refuse_offloaded
+
+if TYPE_CHECKING:
+    from tl_looped.transformer.looped_transformer import LoopedTransformer
 
 
 @dataclass(frozen=True)
@@ -119,79 +121,61 @@ class LoopMap:
         return beside(execute(ops, state, run, self.parts), self.initial_state)
 
 
-class LoopMapMixin(LoopMixin):
-    """``model.loop_map``."""
+def loop_map_of(
+    model: LoopedTransformer,
+    input: Any,
+    attention_mask: Tensor | None,
+    prepend_bos: bool | None,
+    padding_side: str | None,
+    initial_state: Tensor | str | None,
+    state_seed: int | None,
+    without_mlp: Iterable[str],
+) -> LoopMap:
+    """The loop of a prompt as a map from state to state."""
+    model._check_borrowed()
+    refuse_offloaded(model)
+    model._refuse_interventions("loop_map")
+    parts = _parts_without_mlp(model, without_mlp)
+    inference = torch.is_inference_mode_enabled()
+    # Tensors made in inference mode could not be differentiated through later.
+    gradients = torch.is_grad_enabled() and not inference
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        prompt = read_prompt(model, input, attention_mask, prepend_bos, padding_side)
+        x, mask = model.embed(prompt.tokens), prompt.mask
+        state = check_state("initial_state", initial_state)
+        options = RunOptions(model.program, check_seed(model, state_seed), state)
+        run = begin_run(model.cfg, x, mask, options)
+        start = model._home(execute(model.program.up_to_loop, x, run, parts))
+        assert run.prelude_output is not None
+    return LoopMap(
+        initial_state=start,
+        prelude_output=model._home(run.prelude_output),
+        mask=None if mask is None or bool(mask.all()) else mask,
+        context=run.context,
+        skips_first_adapter=model.cell.reads_e(False, False)
+        and not model.cell.reads_e(True, run.initial_state is not None),
+        parts=parts,
+        cfg=model.cfg,
+    )
 
-    def loop_map(
-        self,
-        input: Any,
-        attention_mask: Tensor | None = None,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        initial_state: Tensor | str | None = None,
-        state_seed: int | None = None,
-        without_mlp: Iterable[str] = (),
-    ) -> LoopMap:
-        """The loop of a prompt as a map from state to state.
 
-        The number of recurrences plays no role, and no hook fires: interventions are left out.
-        ``loop_map.run(R)`` gives every ``hook_state_out`` of a run with R recurrences.
+def _parts_without_mlp(model: LoopedTransformer, layers: Iterable[str]) -> Parts:
+    """The silent parts; the named layers write no MLP output.
 
-        Args:
-            input: Text or tokens, as for the model; and so are the arguments below.
-            attention_mask: ``[batch, pos]``, zero at padding.
-            prepend_bos, padding_side: For text.
-            initial_state: Where ``initial_state`` of the map starts, or ``"zeros"``.
-            state_seed: Seed of a random one.
-            without_mlp: Layers whose MLP writes nothing, ``"prelude.1"``, ``"core.0"``; what a hook
-                that sets their ``hook_mlp_out`` to zero at every recurrence does to a run.
-
-        Raises:
-            InputError: as in ``forward``; a name in ``without_mlp`` that is no layer.
-        """
-        self._check_borrowed()
-        refuse_offloaded(self)
-        self._refuse_interventions("loop_map")
-        parts = self._parts_without_mlp(without_mlp)
-        inference = torch.is_inference_mode_enabled()
-        # Tensors made in inference mode could not be differentiated through later.
-        gradients = torch.is_grad_enabled() and not inference
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            prompt = read_prompt(self, input, attention_mask, prepend_bos, padding_side)
-            x, mask = self.embed(prompt.tokens), prompt.mask
-            state = check_state("initial_state", initial_state)
-            options = RunOptions(self.program, check_seed(self, state_seed), state)
-            run = begin_run(self.cfg, x, mask, options)
-            start = self._home(execute(self.program.up_to_loop, x, run, parts))
-            assert run.prelude_output is not None
-        return LoopMap(
-            initial_state=start,
-            prelude_output=self._home(run.prelude_output),
-            mask=None if mask is None or bool(mask.all()) else mask,
-            context=run.context,
-            skips_first_adapter=self.cell.reads_e(False, False)
-            and not self.cell.reads_e(True, run.initial_state is not None),
-            parts=parts,
-            cfg=self.cfg,
-        )
-
-    def _parts_without_mlp(self, layers: Iterable[str]) -> Parts:
-        """The silent parts; the named layers write no MLP output.
-
-        Only those that are named are blocks of their own: the others serve every map.
-        """
-        if isinstance(layers, str):
-            raise InputError(f"without_mlp must be a list of layers, got {layers!r}: [{layers!r}]")
-        parts = self.silent_parts
-        blocks = list(parts.blocks)
-        places = {f"{b.location.stage}.{b.location.layer}": i for i, b in enumerate(blocks)}
-        for name in layers:
-            if name not in places:
-                raise InputError(
-                    f"without_mlp: there is no layer {name!r}; there are {', '.join(places)}"
-                )
-            shared = blocks[places[name]]
-            own = Block(self.cfg, shared.weights, shared.location)
-            own.hook_mlp_out.add_hook(lambda x, hook: torch.zeros_like(x))
-            blocks[places[name]] = own
-        return replace(parts, blocks=blocks)
+    Only those that are named are blocks of their own: the others serve every map.
+    """
+    if isinstance(layers, str):
+        raise InputError(f"without_mlp must be a list of layers, got {layers!r}: [{layers!r}]")
+    parts = model.silent_parts
+    blocks = list(parts.blocks)
+    places = {f"{b.location.stage}.{b.location.layer}": i for i, b in enumerate(blocks)}
+    for name in layers:
+        if name not in places:
+            raise InputError(
+                f"without_mlp: there is no layer {name!r}; there are {', '.join(places)}"
+            )
+        shared = blocks[places[name]]
+        own = Block(model.cfg, shared.weights, shared.location)
+        own.hook_mlp_out.add_hook(lambda x, hook: torch.zeros_like(x))
+        blocks[places[name]] = own
+    return replace(parts, blocks=blocks)

@@ -8,7 +8,7 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
@@ -23,9 +23,10 @@ from tl_looped._compat import lm_cross_entropy_loss
 from tl_looped.checks import checked
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
-from tl_looped.model.cells import cell_class
+from tl_looped.model.cells import State, Stream, cell_class
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import LoopRun
+from tl_looped.model.exit_gate import ExitReadout
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
@@ -34,12 +35,13 @@ from tl_looped.model.masks import real_tokens
 from tl_looped.model.norms import NormWeights
 from tl_looped.model.program import Do
 from tl_looped.model.running import execute
-from tl_looped.transformer import generation, tokenizing
+from tl_looped.transformer import generation, lenses, tokenizing, unrolling
 from tl_looped.transformer.embeddings import Embed, Unembed
-from tl_looped.transformer.exiting import ExitingMixin
+from tl_looped.transformer.exiting import run_with_exits
 from tl_looped.transformer.generation import GenerationOptions
+from tl_looped.transformer.intervening import InterveningMixin
 from tl_looped.transformer.loading import load
-from tl_looped.transformer.loop_map import LoopMapMixin
+from tl_looped.transformer.loop_map import LoopMap, loop_map_of
 from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
 from tl_looped.transformer.run_options import begin_run, check_seed, read_options
 from tl_looped.transformer.spreading import (
@@ -54,7 +56,7 @@ from tl_looped.transformer.vocabulary import refuse_larger
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
 
-class LoopedTransformer(ExitingMixin, LoopMapMixin):
+class LoopedTransformer(InterveningMixin):
     """A looped transformer with hook points by effective layer and by (recurrence, layer).
 
     Args:
@@ -499,7 +501,7 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
                     x = self.hook_embed(x)
                 steps = None
                 if exit_rule is not None:
-                    logits, steps = self._run_with_exits(x, run, exit_rule, mask)
+                    logits, steps = run_with_exits(self, x, run, exit_rule, mask)
                 else:
                     logits = execute(run.program.part(start, stop), x, run, self.parts)
                 if stop is not None:
@@ -527,6 +529,114 @@ class LoopedTransformer(ExitingMixin, LoopMapMixin):
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+
+    # -- the loop, step by step ---------------------------------------------------------------
+
+    @in_turn
+    def start_run(
+        self, tokens: Int[Tensor, "batch pos"], state_seed: int
+    ) -> tuple[Stream, LoopRun]:
+        """The embedding of tokens without padding and a run for it, for :meth:`unroll`."""
+        return unrolling.start_run(self, tokens, state_seed)
+
+    def unroll(self, x: Stream, run: LoopRun, backprop_last: int | None = None) -> Iterator[State]:
+        """The state after each recurrence, from the embedding; the same numbers as a whole run.
+
+        ``run.gate`` holds the gate logits of the state that was just given, in models with a gate.
+
+        Args:
+            x: The embedding, from :meth:`start_run`.
+            run: Its run.
+            backprop_last: Recurrences at the end that keep a graph. The earlier ones run without
+                one, so their states are constants to autograd and their memory is free at once;
+                the exit gate still has a graph there, on the state as a constant. The prelude
+                always keeps its graph: each injection reads its output. All recurrences if None.
+        """
+        return unrolling.unroll(self, x, run, backprop_last)
+
+    @in_turn
+    def read_out(self, state: State, run: LoopRun) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a state that has left its recurrence, as :meth:`unroll` gives it."""
+        return unrolling.read_out(self, state, run)
+
+    # -- lenses -------------------------------------------------------------------------------
+
+    def logit_lens(
+        self, resid: Float[Tensor, "*stack batch pos d_model"]
+    ) -> Float[Tensor, "*stack batch pos d_vocab"]:
+        """Final norm (recomputed for each vector) and unembedding.
+
+        Args:
+            resid: Block outputs or any other residual streams, with any leading dimensions.
+        """
+        return lenses.logit_lens(self, resid)
+
+    def coda_lens(
+        self,
+        resid: Float[Tensor, "*stack batch pos d_model"],
+        attention_mask: Tensor | None = None,
+        after_loop_norm: bool = False,
+    ) -> Float[Tensor, "*stack batch pos d_vocab"]:
+        """Logits if the loop ended with this state.
+
+        Args:
+            resid: Output of a core layer, ``cache["resid_post", (r, l)]``, or several of them
+                stacked in front, as from ``cache.stack_recurrences("resid_post")``. Every position
+                from the first is needed: the coda's layers attend.
+            attention_mask: ``[batch, pos]``, as in the run; needed for padded batches.
+            after_loop_norm: ``resid`` is a ``hook_state_out``, already past the loop norm. Only
+                matters in models whose last loop norm is the final norm (Ouro).
+        """
+        return lenses.coda_lens(self, resid, attention_mask, after_loop_norm)
+
+    def exits(self, input: Any, **kwargs: Any) -> ExitReadout:
+        """Gate logits and exit logits of every recurrence (Ouro).
+
+        Args:
+            input: Text or tokens; further arguments as for the model.
+
+        Raises:
+            InputError: if the model has no exit gate.
+        """
+        return lenses.exits(self, input, **kwargs)
+
+    def loop_map(
+        self,
+        input: Any,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        initial_state: Tensor | str | None = None,
+        state_seed: int | None = None,
+        without_mlp: Iterable[str] = (),
+    ) -> LoopMap:
+        """The loop of a prompt as a map from state to state.
+
+        The number of recurrences plays no role, and no hook fires: interventions are left out.
+        ``loop_map.run(R)`` gives every ``hook_state_out`` of a run with R recurrences.
+
+        Args:
+            input: Text or tokens, as for the model; and so are the arguments below.
+            attention_mask: ``[batch, pos]``, zero at padding.
+            prepend_bos, padding_side: For text.
+            initial_state: Where ``initial_state`` of the map starts, or ``"zeros"``.
+            state_seed: Seed of a random one.
+            without_mlp: Layers whose MLP writes nothing, ``"prelude.1"``, ``"core.0"``; what a hook
+                that sets their ``hook_mlp_out`` to zero at every recurrence does to a run.
+
+        Raises:
+            InputError: as in ``forward``; a name in ``without_mlp`` that is no layer.
+        """
+        return loop_map_of(
+            self,
+            input,
+            attention_mask,
+            prepend_bos,
+            padding_side,
+            initial_state,
+            state_seed,
+            without_mlp,
+        )
 
     # -- generation ---------------------------------------------------------------------------
 
