@@ -1,4 +1,4 @@
-"""LoopedTransformer, in steps: pool, hooks, caching, weights, tokens, loop, lenses, generation."""
+"""LoopedTransformer in three storeys, pool, hooked loop and model, and the functions behind it."""
 
 from tl_looped.transformer.looped_transformer import LoopedTransformer
 

@@ -15,13 +15,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import torch
+from torch import Tensor
 
-from tl_looped.model.config import LoopedConfig
+from tl_looped._compat import Slice
+from tl_looped.errors import InputError
+from tl_looped.model.config import InitialState, LoopedConfig
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.model.hook_points import LoopedHookPoint
+from tl_looped.transformer.reading import Tokens, n_prompts, read_input
+
+if TYPE_CHECKING:
+    from tl_looped.transformer.hooked_loop import HookedLoop
+    from tl_looped.transformer.looped_transformer import LoopedTransformer
 
 PRESETS: dict[str, Callable[[str], bool]] = {
     "residual": lambda name: name.endswith(("hook_resid_pre", "hook_resid_mid", "hook_resid_post")),
@@ -146,3 +155,85 @@ def readable(n_bytes: int) -> str:
             break
         size, unit = size / 1024, larger
     return f"{n_bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit} ({n_bytes} bytes)"
+
+
+def twin_sizes(
+    model: HookedLoop, batch: int, pos: int, pos_slice: Any, incl_bwd: bool
+) -> dict[str, int]:
+    """Bytes of every activation and its gradient, by canonical name."""
+    twin = type(model)(twin_config(model.cfg))
+    # A random state is drawn from values, of which there are none here.
+    state = "zeros" if twin.cfg.initial_state is InitialState.RANDOM else None
+    tokens = torch.zeros(batch, pos, dtype=torch.long, device="meta")
+    with torch.inference_mode(False), torch.set_grad_enabled(incl_bwd):
+        _, cache = twin.run_with_cache(
+            tokens,
+            initial_state=state,
+            return_type="loss" if incl_bwd else None,
+            return_cache_object=False,
+            pos_slice=pos_slice,
+            incl_bwd=incl_bwd,
+            force=True,
+        )
+    in_twin = dict.fromkeys(twin.hook_dict, 0)
+    for key, activation in cache.items():
+        in_twin[key.removesuffix("_grad")] += activation.nbytes
+    return {
+        name: in_twin[twin_name(name, hook, model.loop, twin.loop)]
+        for name, hook in model.hook_dict.items()
+    }
+
+
+def refuse_too_large_cache(model: HookedLoop, input: Any, kwargs: dict[str, Any]) -> None:
+    """Raise if the cache of a run with these arguments exceeds the free memory."""
+    shape = _shape_of(model, input, kwargs)
+    if shape is None:
+        return
+    incl_bwd = kwargs.get("incl_bwd", False)
+    most = most_bytes(model.cfg, len(model.hook_dict) * (1 + incl_bwd), *shape)
+    if most < ALWAYS_FREE:
+        return
+    device = torch.device(kwargs.get("device") or model.W_E.device)
+    free = free_bytes(device)
+    if free is None or most < free:
+        return
+    pos_slice = Slice.unwrap(kwargs.get("pos_slice"))
+    sizes = twin_sizes(model, *shape, pos_slice, incl_bwd)
+    start, stop = (
+        default if kwargs.get(end) is None else model.loop.resolve_or_end(kwargs[end])
+        for end, default in (("start_at_layer", 0), ("stop_at_layer", model.loop.n_layers))
+    )
+    unused = [f"blocks.{i}." for i in (*range(start), *range(stop, model.loop.n_layers))]
+    names = model.names_filter_set(kwargs.get("names_filter"))
+    if unused:
+        names = {name for name in names if not name.startswith(tuple(unused))}
+    needed = sum(sizes[name] for name in names)
+    if needed > free:
+        elsewhere = "" if device.type == "cpu" else ", put it elsewhere (device='cpu')"
+        raise InputError(
+            f"the cache of {len(names)} activations would take {readable(needed)}, but "
+            f"{device} has {readable(free)} free. Cache less (names_filter='residual', "
+            "'attention', 'loop' or a list of names, pos_slice=, fewer n_recurrences or "
+            f"prompts){elsewhere}, or pass force=True to try nevertheless."
+        )
+
+
+def _shape_of(model: HookedLoop, input: Any, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Batch and positions of a model's input; None if it is none, which the run will tell."""
+    if kwargs.get("start_at_layer") is not None:
+        is_stream = isinstance(input, Tensor) and input.ndim == 3
+        return (input.shape[0], input.shape[1]) if is_stream else None
+    given = read_input(input)
+    if not isinstance(given, Tokens):
+        text_arguments = (kwargs.get("prepend_bos"), kwargs.get("padding_side"))
+        tokens, _ = cast("LoopedTransformer", model).tokenize(given, *text_arguments)
+    else:
+        tokens = given.tokens[None] if given.tokens.ndim == 1 else given.tokens
+    return (tokens.shape[0], tokens.shape[1]) if tokens.ndim == 2 else None
+
+
+def n_rows(input: Any, kwargs: dict[str, Any]) -> int:
+    """Number of prompts in a model's input."""
+    if kwargs.get("start_at_layer") is not None:
+        return len(input) if isinstance(input, Tensor) and input.ndim else 1
+    return n_prompts(input)

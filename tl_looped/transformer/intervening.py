@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
@@ -27,8 +27,10 @@ from tl_looped.errors import InputError
 from tl_looped.model.block import Block, BlockWeights
 from tl_looped.model.context import LoopRun
 from tl_looped.model.hook_points import LoopedHookPoint, Reader
-from tl_looped.transformer.caching import CachingMixin
-from tl_looped.transformer.hooking import HookName
+from tl_looped.transformer.hooked_loop import HookName
+
+if TYPE_CHECKING:
+    from tl_looped.transformer.looped_transformer import LoopedTransformer
 
 Edit: TypeAlias = Callable[[Tensor, LoopedHookPoint], Tensor | None]
 
@@ -50,7 +52,7 @@ class Changes:
 
 
 class Intervention(ABC):
-    """A change to every run of a model, for :meth:`InterveningMixin.intervening`."""
+    """A change to every run of a model, for :meth:`LoopedTransformer.intervening`."""
 
     @property
     def across_rows(self) -> bool:
@@ -73,89 +75,78 @@ class Intervention(ABC):
         """
 
 
-class InterveningMixin(CachingMixin):
-    """``model.intervening``."""
-
-    interventions: tuple[Intervention, ...] = ()
-    """Those that are active now, outermost first."""
-
-    _run_is_intervened = False
-
-    @contextmanager
-    def intervening(self, *interventions: Intervention) -> Iterator[Any]:
-        """Change every run while the context lasts; contexts nest, and clean up after errors.
-
-        Args:
-            *interventions: From ``tl_looped.interventions``, or one's own; applied in this order.
-
-        Yields:
-            The model.
-
-        Raises:
-            InputError: for anything that is no intervention.
-        """
-        for given in interventions:
-            if not isinstance(given, Intervention):
-                raise InputError(
-                    f"an intervention is an object such as interventions.SkipRecurrences(2), got "
-                    f"{given!r}"
-                )
-        with self.turn.kept():
-            yield from self._with_interventions(interventions)
-
-    def _with_interventions(self, interventions: tuple[Intervention, ...]) -> Iterator[Any]:
-        self.interventions += interventions
-        try:
-            yield self
-        finally:
-            self.turn.take_over()
-            active = list(self.interventions)
-            for given in reversed(interventions):
-                # By identity, from the end: the same object may be active twice.
-                del active[max(i for i, other in enumerate(active) if other is given)]
-            self.interventions = tuple(active)
-
-    @contextmanager
-    def _intervened(self, run: LoopRun) -> Iterator[None]:
-        """Apply the active interventions to one run."""
-        if self._run_is_intervened:
+@contextmanager
+def intervening(
+    model: LoopedTransformer, interventions: tuple[Intervention, ...]
+) -> Iterator[LoopedTransformer]:
+    """Change every run while the context lasts."""
+    for given in interventions:
+        if not isinstance(given, Intervention):
             raise InputError(
-                f"a hook runs the model within a run that interventions change: "
-                f"{list(self.interventions)} would act on both. Run the inner one beforehand"
+                f"an intervention is an object such as interventions.SkipRecurrences(2), got "
+                f"{given!r}"
             )
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "_run_is_intervened", False)
-            self._run_is_intervened = True
-            edits: list[tuple[LoopedHookPoint, Edit]] = []
-            readers: list[tuple[HookName, Reader]] = []
-            for intervention in self.interventions:
-                changes = intervention.changes(self, run)
-                # At once: a later intervention finds the layers in the order that this one left.
-                for block, weights in changes.weights:
-                    if weights is not block.weights:
-                        run.changed.add(f"blocks.{block.hook_resid_pre.layer()}.weights")
-                    stack.callback(block.borrow, block.weights)
-                    block.borrow(weights)
-                edits += [
-                    (self.hook_dict[name], edit)
-                    for wanted, edit in changes.edits
-                    for name in self._selected(wanted)
-                ]
-                readers += changes.readers
-            stack.enter_context(self._reading(readers))
-            # Each is put before all that are there, so the first one last.
-            for point, edit in reversed(edits):
-                handle = point.register_forward_hook(_as_torch_hook(edit), prepend=True)
-                stack.callback(handle.remove)
-            yield
+    with model.turn.kept():
+        yield from _with_interventions(model, interventions)
 
-    def _refuse_interventions(self, what: str) -> None:
-        """Raise if any is active, for what they do not reach."""
-        if self.interventions:
-            raise InputError(
-                f"{what} takes no interventions, and active are {list(self.interventions)}: leave "
-                "their contexts first"
-            )
+
+def _with_interventions(
+    model: LoopedTransformer, interventions: tuple[Intervention, ...]
+) -> Iterator[LoopedTransformer]:
+    model.interventions += interventions
+    try:
+        yield model
+    finally:
+        model.turn.take_over()
+        active = list(model.interventions)
+        for given in reversed(interventions):
+            # By identity, from the end: the same object may be active twice.
+            del active[max(i for i, other in enumerate(active) if other is given)]
+        model.interventions = tuple(active)
+
+
+@contextmanager
+def intervened(model: LoopedTransformer, run: LoopRun) -> Iterator[None]:
+    """Apply the active interventions to one run."""
+    if model._run_is_intervened:
+        raise InputError(
+            f"a hook runs the model within a run that interventions change: "
+            f"{list(model.interventions)} would act on both. Run the inner one beforehand"
+        )
+    with ExitStack() as stack:
+        stack.callback(setattr, model, "_run_is_intervened", False)
+        model._run_is_intervened = True
+        edits: list[tuple[LoopedHookPoint, Edit]] = []
+        readers: list[tuple[HookName, Reader]] = []
+        for intervention in model.interventions:
+            changes = intervention.changes(model, run)
+            # At once: a later intervention finds the layers in the order that this one left.
+            for block, weights in changes.weights:
+                if weights is not block.weights:
+                    run.changed.add(f"blocks.{block.hook_resid_pre.layer()}.weights")
+                stack.callback(block.borrow, block.weights)
+                block.borrow(weights)
+            edits += [
+                (model.hook_dict[name], edit)
+                for wanted, edit in changes.edits
+                for name in model._selected(wanted)
+            ]
+            readers += changes.readers
+        stack.enter_context(model._reading(readers))
+        # Each is put before all that are there, so the first one last.
+        for point, edit in reversed(edits):
+            handle = point.register_forward_hook(_as_torch_hook(edit), prepend=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def refuse_interventions(model: LoopedTransformer, what: str) -> None:
+    """Raise if any is active, for what they do not reach."""
+    if model.interventions:
+        raise InputError(
+            f"{what} takes no interventions, and active are {list(model.interventions)}: leave "
+            "their contexts first"
+        )
 
 
 def _as_torch_hook(edit: Edit) -> Callable[[Any, Any, Tensor], Tensor | None]:

@@ -27,6 +27,7 @@ from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.limits import checked_recurrences
 from tl_looped.model.program import Program
 from tl_looped.model.running import Parts, execute
+from tl_looped.transformer.intervening import refuse_interventions
 from tl_looped.transformer.prompt import read_prompt
 from tl_looped.transformer.run_options import RunOptions, begin_run, check_seed, check_state
 from tl_looped.transformer.spreading import refuse_offloaded
@@ -134,7 +135,7 @@ def loop_map_of(
     """The loop of a prompt as a map from state to state."""
     model._check_borrowed()
     refuse_offloaded(model)
-    model._refuse_interventions("loop_map")
+    refuse_interventions(model, "loop_map")
     parts = _parts_without_mlp(model, without_mlp)
     inference = torch.is_inference_mode_enabled()
     # Tensors made in inference mode could not be differentiated through later.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,13 @@ from tl_looped.transformer import generation, lenses, tokenizing, unrolling
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.exiting import run_with_exits
 from tl_looped.transformer.generation import GenerationOptions
-from tl_looped.transformer.intervening import InterveningMixin
+from tl_looped.transformer.hooked_loop import HookedLoop
+from tl_looped.transformer.intervening import (
+    Intervention,
+    intervened,
+    intervening,
+    refuse_interventions,
+)
 from tl_looped.transformer.loading import load
 from tl_looped.transformer.loop_map import LoopMap, loop_map_of
 from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
@@ -56,7 +62,7 @@ from tl_looped.transformer.vocabulary import refuse_larger
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
 
-class LoopedTransformer(InterveningMixin):
+class LoopedTransformer(HookedLoop):
     """A looped transformer with hook points by effective layer and by (recurrence, layer).
 
     Args:
@@ -69,6 +75,11 @@ class LoopedTransformer(InterveningMixin):
         generation_config: What the checkpoint's ``generation_config.json`` holds, as plain JSON
             values; empty without one. It is saved with the model.
     """
+
+    interventions: tuple[Intervention, ...] = ()
+    """Those that are active now, outermost first."""
+
+    _run_is_intervened = False
 
     def __init__(self, cfg: LoopedConfig, tokenizer: Any = None) -> None:
         super().__init__()
@@ -200,7 +211,7 @@ class LoopedTransformer(InterveningMixin):
                 over several devices.
             RecurrenceCountError: as :meth:`set_recurrences`.
         """
-        self._refuse_interventions("a bridge")
+        refuse_interventions(self, "a bridge")
         installed = importlib.metadata.version("transformer-lens")
         if int(installed.split(".")[0]) < 4:
             raise ConfigError(
@@ -495,7 +506,7 @@ class LoopedTransformer(InterveningMixin):
                 )
             run = begin_run(self.cfg, x, mask, options)
             recorded = self._recording() if self._records else nullcontext()
-            with recorded, self._intervened(run) if self.interventions else nullcontext():
+            with recorded, intervened(self, run) if self.interventions else nullcontext():
                 self._note_run(run, mask)
                 if start is None:
                     x = self.hook_embed(x)
@@ -529,6 +540,24 @@ class LoopedTransformer(InterveningMixin):
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+
+    # -- interventions ------------------------------------------------------------------------
+
+    def intervening(
+        self, *interventions: Intervention
+    ) -> AbstractContextManager[LoopedTransformer]:
+        """Change every run while the context lasts; contexts nest, and clean up after errors.
+
+        Args:
+            *interventions: From ``tl_looped.interventions``, or one's own; applied in this order.
+
+        Yields:
+            The model.
+
+        Raises:
+            InputError: for anything that is no intervention.
+        """
+        return intervening(self, interventions)
 
     # -- the loop, step by step ---------------------------------------------------------------
 

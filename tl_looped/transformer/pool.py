@@ -1,4 +1,4 @@
-"""The pool of blocks, the number of recurrences, hook names and flags.
+"""The first storey: the pool of blocks, the number of recurrences, hook names and flags.
 
 Blocks are pooled by (stage, recurrence, layer) and made once, when they are first needed. Changing
 the number of recurrences only selects among them, so hooks survive it: a hook on recurrence 7
@@ -82,7 +82,7 @@ _OF_GEOMETRY = (
 class _GeometryView:
     """A model as it was at another number of recurrences, for caches of earlier runs."""
 
-    def __init__(self, model: BlockPool, R: int) -> None:
+    def __init__(self, model: Pool, R: int) -> None:
         self._model = model
         self.loop = model.loop.with_recurrences(R)
         self.cfg = copy(model.cfg)
@@ -98,7 +98,7 @@ class _GeometryView:
         return getattr(self._model, name)
 
 
-class BlockPool(HookedRootModule):
+class Pool(HookedRootModule):
     """Blocks, recurrences and names; :class:`~tl_looped.LoopedTransformer` adds the rest."""
 
     cfg: LoopedConfig
@@ -238,7 +238,7 @@ class BlockPool(HookedRootModule):
         self._select()
 
     @contextmanager
-    def recurrences(self, n_recurrences: int | None) -> Iterator[BlockPool]:
+    def recurrences(self, n_recurrences: int | None) -> Iterator[Pool]:
         """Run with another number of recurrences for a while; None changes nothing.
 
         Other threads cannot use the model meanwhile: ``n_recurrences=`` of a call is for those.
@@ -264,7 +264,7 @@ class BlockPool(HookedRootModule):
         finally:
             self._go_to_recurrences(before)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockPool:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         """As copied by default, but not in the middle of another thread's run."""
         with self.turn:
             new = type(self).__new__(type(self))
@@ -294,7 +294,7 @@ class BlockPool(HookedRootModule):
             for log, was in zip(others, paused, strict=True):
                 log.paused = was
 
-    def train(self, mode: bool = True) -> BlockPool:
+    def train(self, mode: bool = True) -> Pool:
         """As in PyTorch, also for blocks beyond the current recurrences."""
         super().train(mode)
         for module in (*self._block_pool.values(), *self._recurrence_pool):

@@ -32,7 +32,7 @@ from tl_looped.transformer.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
-    from tl_looped.transformer.pool import BlockPool
+    from tl_looped.transformer.pool import Pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Prompt:
 
 
 def read_prompt(
-    model: BlockPool,
+    model: Pool,
     input: Any,
     attention_mask: Any = None,
     prepend_bos: bool | None = None,
@@ -183,7 +183,7 @@ def _token_row(model: LoopedTransformer, number: int, row: Any) -> Int[Tensor, "
     return check_tokens(model, given.tokens)[0]
 
 
-def check_tokens(model: BlockPool, tokens: Any) -> Int[Tensor, "batch pos"]:
+def check_tokens(model: Pool, tokens: Any) -> Int[Tensor, "batch pos"]:
     """Token ids within the vocabulary, as a batch on the embedding's device."""
     tokens = integers(tokens) if isinstance(tokens, Tensor) else read_tokens(tokens)
     if tokens.dtype != torch.int64 or tokens.ndim not in (1, 2):
@@ -230,7 +230,7 @@ def padding_of(
 
 
 def check_mask(
-    model: BlockPool, mask: Any, batch: int, length: int, rows_continue: bool = False
+    model: Pool, mask: Any, batch: int, length: int, rows_continue: bool = False
 ) -> Bool[Tensor, "batch pos"] | None:
     """A boolean mask on the embedding's device, with a real token in every row; None stays None.
 

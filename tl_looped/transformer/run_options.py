@@ -28,7 +28,7 @@ from tl_looped.transformer.prompt import check_rows
 
 if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
-    from tl_looped.transformer.pool import BlockPool
+    from tl_looped.transformer.pool import Pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def read_options(
     return options
 
 
-def check_seed(model: BlockPool, state_seed: int | None) -> int:
+def check_seed(model: Pool, state_seed: int | None) -> int:
     """Seed of a random initial state: the model's own if None."""
     seed = model.state_seed if state_seed is None else state_seed
     return whole(seed, "state_seed", least=None)

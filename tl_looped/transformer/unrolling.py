@@ -18,6 +18,7 @@ from tl_looped.errors import InputError
 from tl_looped.model.cells import State, Stream
 from tl_looped.model.context import LoopRun, RunContext
 from tl_looped.model.running import execute
+from tl_looped.transformer.intervening import refuse_interventions
 from tl_looped.transformer.prompt import check_tokens
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def start_run(
     model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], state_seed: int
 ) -> tuple[Stream, LoopRun]:
     """The embedding of tokens and a run for it."""
-    model._refuse_interventions("a run step by step (training)")
+    refuse_interventions(model, "a run step by step (training)")
     tokens = check_tokens(model, tokens)
     if tokens.shape[1] > model.cfg.n_ctx:
         raise InputError(

@@ -23,7 +23,7 @@ from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 
 if TYPE_CHECKING:
-    from tl_looped.transformer.pool import BlockPool
+    from tl_looped.transformer.pool import Pool
 
 
 _STACKED = (
@@ -39,7 +39,7 @@ def unique_layer(cfg: LoopedConfig, loop: LoopGeometry, layer: LayerLike) -> int
     return start[stage] + number
 
 
-def unique_blocks(model: BlockPool) -> list[Block]:
+def unique_blocks(model: Pool) -> list[Block]:
     """One block of each layer with weights of its own: prelude, core, coda."""
     loop = model.loop.with_recurrences(max(1, model.loop.R))
     first = {model.cfg.weights_of(loop.locate(loop.p + i)): i for i in reversed(range(loop.k))}
@@ -49,12 +49,12 @@ def unique_blocks(model: BlockPool) -> list[Block]:
     return [model._pooled_block(place) for place in places]
 
 
-def unique_stack(model: BlockPool, name: str) -> Float[Tensor, " unique_layer *shape"]:
+def unique_stack(model: Pool, name: str) -> Float[Tensor, " unique_layer *shape"]:
     """A weight of each layer once."""
     return torch.stack([model._home(_weight(block, name)) for block in unique_blocks(model)])
 
 
-def stack(model: BlockPool, name: str) -> Float[Tensor, " n_layers *shape"]:
+def stack(model: Pool, name: str) -> Float[Tensor, " n_layers *shape"]:
     """A weight of every effective layer, if ``model.max_stack_bytes`` holds it."""
     blocks = list(model.blocks)
     if not blocks:
@@ -72,7 +72,7 @@ def stack(model: BlockPool, name: str) -> Float[Tensor, " n_layers *shape"]:
     return torch.stack([model._home(_weight(block, name)) for block in blocks])
 
 
-def fold_gains(model: BlockPool, folded: bool) -> None:
+def fold_gains(model: Pool, folded: bool) -> None:
     """Show the norms' gains as part of the weights after them, or as their own."""
     model.cfg.normalization_type = FOLDED if folded else "RMS"
     model.ln_final.folded = model.unembed.folded = folded
@@ -80,7 +80,7 @@ def fold_gains(model: BlockPool, folded: bool) -> None:
         block.fold_norms(folded)
 
 
-def tl_parameters(model: BlockPool) -> dict[str, Tensor]:
+def tl_parameters(model: Pool) -> dict[str, Tensor]:
     """Weights of every effective layer under TransformerLens's names."""
     out: dict[str, Tensor] = {"embed.W_E": model.W_E}
     by_unique: dict[int, dict[str, Tensor]] = {}

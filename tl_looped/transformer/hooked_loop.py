@@ -1,4 +1,4 @@
-"""Adding, finding and removing hooks, on any spelling of their names.
+"""The second storey: TransformerLens's hooks and caches, on any spelling of a hook's name.
 
 ``reset_hooks`` also reaches the hook points beyond the current number of recurrences.
 """
@@ -12,13 +12,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tl_looped._compat import HookedRootModule, get_act_name
-from tl_looped.errors import HookNameError, InvalidDecompositionError
+from tl_looped._compat import HookedRootModule, Slice, SliceInput, get_act_name
+from tl_looped.cache import LoopedActivationCache, RunRecord
+from tl_looped.errors import HookNameError, InputError, InvalidDecompositionError
 from tl_looped.model.cells import why_no_direct_paths
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.hook_points import CacheWriter, LoopedHookPoint, Reader
 from tl_looped.model.names import resolve_name
-from tl_looped.transformer.pool import BlockPool
+from tl_looped.transformer.cache_size import (
+    PRESETS,
+    n_rows,
+    refuse_too_large_cache,
+    twin_sizes,
+)
+from tl_looped.transformer.pool import Pool, collector_paused
 from tl_looped.transformer.turns import in_turn
 
 _DIRECT_PATHS = "transformer_lens.tools.analysis.direct_path_patching"
@@ -39,7 +46,7 @@ def _joined(first: Reader | None, second: Reader) -> Reader:
     return read
 
 
-class LoopedHookManager(BlockPool):
+class HookedLoop(Pool):
     """TransformerLens's hook methods, with aliases and names checked before the run."""
 
     # Set by run_with_cache for its own hooks alone: they come last, behind those that edit. Caching
@@ -235,3 +242,157 @@ class LoopedHookManager(BlockPool):
         """As in TransformerLens; hook names are read at ``n_recurrences``, before the run."""
         with self._call_with_recurrences(n_recurrences):
             return super().run_with_hooks(*model_args, **kwargs)
+
+    # -- caches -------------------------------------------------------------------------------
+
+    @in_turn
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        n_recurrences: int | None = None,
+        force: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run and cache, as in TransformerLens.
+
+        Args:
+            *model_args: As for the model.
+            return_cache_object: Return a :class:`LoopedActivationCache`; a plain dict otherwise.
+            remove_batch_dim: Drop the batch dimension; only for a batch of one.
+            n_recurrences: Recurrences of this run.
+            force: Run even if the cache exceeds the free memory.
+            **kwargs: ``names_filter`` (a name or alias, ``(name, layer)``, a preset such as
+                ``"residual"``, a list or set of them, or a function on canonical names),
+                ``device`` (where the cache goes; if None, the activations stay where they are, or
+                go to ``cfg.device`` if the model is spread over several devices), ``incl_bwd``,
+                ``pos_slice``, ``reset_hooks_end``, ``clear_contexts``, and the model's own
+                arguments. The presets are explained in ``tl_looped.transformer.cache_size``.
+
+        Raises:
+            InputError: if the cache would take more memory than its device has free; see
+                :meth:`estimate_cache_bytes`.
+        """
+        with self._call_with_recurrences(n_recurrences):
+            batch = model_args[0] if model_args else kwargs.get("input")
+            if remove_batch_dim and (n := n_rows(batch, kwargs)) > 1:
+                raise InputError(f"cannot remove the batch dimension of {n} prompts")
+            if not force:
+                refuse_too_large_cache(self, batch, kwargs)
+            record = RunRecord()
+            self._records.append(record)
+            try:
+                with collector_paused():
+                    self._caches_this_run = True
+                    out, cache_dict = super().run_with_cache(
+                        *model_args, remove_batch_dim=remove_batch_dim, **kwargs
+                    )
+            finally:
+                self._caches_this_run = False
+                self._records.pop()
+            if not return_cache_object:
+                return out, cache_dict
+            cache = LoopedActivationCache(
+                cache_dict,
+                self,
+                not remove_batch_dim,
+                self.loop,
+                record.state_seed,
+                record.state_given,
+                record.early_exit,
+                record.attention_mask,
+                record.n_pos,
+                record.n_past,
+                # Hooks that stay write later runs into the same dict.
+                record.edits(cache_dict) if kwargs.get("reset_hooks_end", True) else None,
+            )
+            return out, cache
+
+    def names_filter_set(self, names_filter: Any) -> set[str]:
+        """Canonical names that a ``names_filter`` selects; unknown names are an error."""
+        if names_filter is None:
+            return set(self.hook_dict)
+        if callable(names_filter):
+            return set(self._selected(names_filter))
+        if isinstance(names_filter, (str, tuple)):
+            names_filter = [names_filter]
+        names: set[str] = set()
+        for name in names_filter:
+            if isinstance(name, str) and name in PRESETS:
+                names |= {known for known in self.hook_dict if PRESETS[name](known)}
+            else:
+                names.add(self.hook_name(name))
+        return names
+
+    @in_turn
+    def estimate_cache_bytes(
+        self,
+        names_filter: Any = None,
+        batch: int = 1,
+        pos: int = 1,
+        n_recurrences: int | None = None,
+        *,
+        pos_slice: Slice | SliceInput | None = None,
+        incl_bwd: bool = False,
+    ) -> int:
+        """Bytes of all tensors that ``run_with_cache`` would put into its cache.
+
+        Exact for the model as it stands, with its dtype and its flags, for runs of the whole model
+        whose hooks change no shape and no dtype. No value is computed and no hook fires.
+
+        Args:
+            names_filter: As for :meth:`run_with_cache`.
+            batch: Rows.
+            pos: Tokens per row, padding included.
+            n_recurrences: Recurrences of the run; the present number if None.
+            pos_slice: As for :meth:`run_with_cache`.
+            incl_bwd: Count the gradients too, as if every parameter had one.
+        """
+        if batch < 1 or pos < 1:
+            raise InputError(f"batch and pos must be at least 1, got {batch} and {pos}")
+        with self._call_with_recurrences(n_recurrences):
+            sizes = twin_sizes(self, batch, pos, pos_slice, incl_bwd)
+            return sum(sizes[name] for name in self.names_filter_set(names_filter))
+
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Slice | SliceInput | None = None,
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """As in TransformerLens, with aliases, and slicing on each hook's own position axis."""
+        store: dict[str, Tensor] = {} if cache is None else cache
+        self.is_caching = True
+        if device is None and self.cfg.n_devices > 1:
+            device = self.cfg.device  # what reads a cache brings its layers together
+        common = (store, Slice.unwrap(pos_slice), device, remove_batch_dim)
+        names = self.names_filter_set(names_filter)
+        ordered = [name for name in self.hook_dict if name in names]
+        log = self._records[-1].log if self._caches_this_run else None
+        writer, grad_writer = CacheWriter(*common, log=log), CacheWriter(*common, "_grad", log)
+        fwd = [(name, writer) for name in ordered]
+        bwd = [(name, grad_writer) for name in ordered] if incl_bwd else []
+        return store, fwd, bwd
+
+    @in_turn
+    def add_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """As in TransformerLens, with aliases; the hooks stay until ``reset_hooks``."""
+        store, fwd, bwd = self.get_caching_hooks(
+            names_filter, incl_bwd, device, remove_batch_dim, cache
+        )
+        for name, hook in fwd:
+            self.hook_dict[name].add_hook(hook, "fwd")
+        for name, hook in bwd:
+            self.hook_dict[name].add_hook(hook, "bwd")
+        return store
