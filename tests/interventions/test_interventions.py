@@ -638,7 +638,7 @@ REFUSED: list[tuple[Callable[[], iv.Intervention], type[Any], str]] = [
     (lambda: iv.AddNoise(0.1, seed=-1), InputError, "seed"),
     (lambda: iv.SwapStates(0, [0]), InputError, "one entry"),
     (lambda: iv.ScaleInjection(math.inf), InputError, "factor"),
-    (lambda: iv.AblateHeads({}), InputError, "dict from core layer"),
+    (lambda: iv.AblateHeads({}), InputError, "heads"),
     (lambda: iv.AblateHeads({1: 4}), LayerIndexError, "head 4"),
     (lambda: iv.AblateHeads({1: 0}, by="mean"), InputError, "reference"),
     (lambda: iv.AblateNeurons({1: 10_000}), LayerIndexError, "neuron 10000"),

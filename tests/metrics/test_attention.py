@@ -263,10 +263,10 @@ def test_a_nan_stays_where_it_is() -> None:
             lambda: mixing_score(torch.eye(3) * 2 - torch.ones(3, 3) / 3),
             "must be at least 0",
         ),
-        (lambda: mixing_score(torch.eye(3), "bits"), "form must be one of raw, per_token"),
-        (lambda: sink_score(torch.eye(3), 3), r"key must be 0..2"),
+        (lambda: mixing_score(torch.eye(3), "bits"), "form.*raw.*per_token.*bits"),
+        (lambda: sink_score(torch.eye(3), 3), r"key .*2, got 3"),
         (lambda: sink_score(torch.eye(3), denominator="T"), "denominator must be one of"),
-        (lambda: sink_rate(torch.eye(3)[None], threshold=30.0), r"threshold must be in \[0, 1\]"),
+        (lambda: sink_rate(torch.eye(3)[None], threshold=30.0), "threshold .*1, got 30"),
         (lambda: colsum_concentration(torch.eye(3), torch.ones(4)), "mask must be"),
         (lambda: colsum_concentration(torch.eye(3), torch.zeros(3)), "without any real token"),
         # Two prompts of two heads: a mask of prompts is not one of heads.

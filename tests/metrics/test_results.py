@@ -355,7 +355,10 @@ def test_attributes_can_be_stored() -> None:
             lambda m: stream(m, TOKENS.tolist(), attention_mask=torch.ones(3, 5)),
             "attention_mask is for tokens",
         ),
-        (lambda m: stream(m, TOKENS, state_seed=1, initial_state="zeros"), "random"),
+        (
+            lambda m: stream(m, TOKENS, state_seed=1, initial_state="zeros"),
+            "initial_state and state_seed",
+        ),
         (lambda m: lenses_from_cache(cached(m, TOKENS, 0)), "no recurrence"),
         (lambda m: attention_lipschitz_from_cache(cached(m, TOKENS, 1), 0, 1), "no two in a row"),
         (

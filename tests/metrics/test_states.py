@@ -309,9 +309,9 @@ def test_a_state_that_is_not_finite_shows() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: successive_difference(affine(3), "l1"), "form must be one of abs, rel"),
+        (lambda: successive_difference(affine(3), "l1"), "form.*abs.*rel.*l1"),
         (lambda: state_distance(torch.ones(3, 2), torch.ones(3, 2), "attention"), "form must be"),
-        (lambda: matrix_entropy(torch.ones(3, 2), "log"), "form must be one of nats, bits"),
+        (lambda: matrix_entropy(torch.ones(3, 2), "log"), "form.*nats.*bits.*log"),
         (lambda: residual_magnitude(torch.ones(3, 2), "median"), "statistic must be one of"),
         (lambda: residual_magnitude(torch.ones(3, 2), "mean", torch.ones(2)), "mask must be"),
         (lambda: residual_magnitude(torch.ones(0, 2)), "hold no token"),

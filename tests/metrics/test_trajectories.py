@@ -124,7 +124,7 @@ def test_half_precision_and_gradients() -> None:
 def test_wrong_input() -> None:
     with pytest.raises(InputError, match=r"n_components.*\b2\b.*states"):
         pca_trajectory(cloud(2, 5), 3)
-    with pytest.raises(InputError, match=r"n_components.*\b3\b.*\b9\b.*fit"):
+    with pytest.raises(InputError, match=r"n_components.*\b3\b.*fit has 9"):
         pca_trajectory(cloud(9, 3), 4, fit=cloud(9, 3))
     with pytest.raises(InputError, match="n_components"):
         pca_trajectory(cloud(4, 5), 0)

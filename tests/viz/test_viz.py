@@ -168,10 +168,10 @@ def test_what_is_no_pattern(patterns: Tensor, tokens: str, labels: list[str], me
 @pytest.mark.parametrize(
     ("layer", "head", "prompt", "recurrences", "message"),
     [
-        (3, 0, 0, None, "layer must lie between -3 and 2, got 3"),
-        (0, 4, 0, None, "head must lie between -4 and 3, got 4"),
-        (0, 0, 2, None, "prompt must lie between -2 and 1, got 2"),
-        (0, 0, 0, [4], "recurrences must lie between -4 and 3, got 4"),
+        (3, 0, 0, None, r"layer .*-3.*2, got 3"),
+        (0, 4, 0, None, r"head .*-4.*3, got 4"),
+        (0, 0, 2, None, r"prompt .*-2.*1, got 2"),
+        (0, 0, 0, [4], r"recurrences .*-4.*3, got 4"),
         (0, 0, 0, [], "none to show"),
     ],
 )
@@ -314,9 +314,9 @@ def test_small_differences_keep_their_digits(plain: LoopedTransformer) -> None:
         ({"recurrences": [0]}, "between 1 and 3, got 0: there is none before"),
         ({"recurrences": [-4]}, "between 1 and 3, got 0"),
         ({"recurrences": []}, "none to show"),
-        ({"limit": 0.0}, "limit must be finite and above 0, got 0.0"),
-        ({"limit": float("nan")}, "limit must be finite"),
-        ({"head": 9}, "head must lie between -4 and 3, got 9"),
+        ({"limit": 0.0}, r"limit .*0, got 0\.0"),
+        ({"limit": float("nan")}, "limit .*nan"),
+        ({"head": 9}, r"head .*-4.*3, got 9"),
     ],
 )
 def test_no_such_difference(cache: LoopedActivationCache, arguments: dict, message: str) -> None:

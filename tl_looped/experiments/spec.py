@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from tl_looped.checks import one_of
 from tl_looped.errors import ConfigError, DataError
 from tl_looped.files import is_file, write_text
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, select
-from tl_looped.metrics.inputs import check_choice
 from tl_looped.model import limits
 from tl_looped.model.config import parse_dtype
 
@@ -83,8 +83,8 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         _check_texts(self, "prompts.")
-        check_choice("prompts.source", self.source, SOURCES)
-        check_choice("prompts.too_long", self.too_long, ("skip", "truncate"))
+        one_of(self.source, "prompts.source", SOURCES)
+        one_of(self.too_long, "prompts.too_long", ("skip", "truncate"))
         if self.subset < 0:
             raise ConfigError(f"prompts.subset must be at least 0 (all), got {self.subset}")
         if (self.source == "file") and self.file is None:
@@ -184,15 +184,15 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _check_texts(self)
-        check_choice("kind", self.kind, KINDS)
+        one_of(self.kind, "kind", KINDS)
         if not self.model.strip():
             raise ConfigError("model is empty: name a bundled model, a hub id or a folder")
-        check_choice("initial_state", self.initial_state, ("model", "zeros"))
-        check_choice("batching", self.batching, ("length", "padded"))
+        one_of(self.initial_state, "initial_state", ("model", "zeros"))
+        one_of(self.batching, "batching", ("length", "padded"))
         select(self.metrics)
         parse_dtype(self.dtype)
         for name in self.extras:
-            check_choice("extras", name, EXTRAS)
+            one_of(name, "extras", EXTRAS)
         for name in self.ablate_mlp:
             if not _LAYER.fullmatch(name):
                 raise ConfigError(

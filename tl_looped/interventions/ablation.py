@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
-from tl_looped.checks import checked
+from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.interventions.layers import write_nothing
 from tl_looped.interventions.selection import Recurrences, among, members, one_member
@@ -45,26 +45,15 @@ class _Ablation(Intervention):
         return found
 
     def __post_init__(self) -> None:
-        if self.by not in ("zero", "mean", "resample"):
-            raise InputError(f"by must be 'zero', 'mean' or 'resample', got {self.by!r}")
-        if self.reference is not None and not isinstance(self.reference, LoopedActivationCache):
-            raise InputError(
-                f"reference must be the LoopedActivationCache of reference prompts, got "
-                f"{type(self.reference).__name__}"
-            )
         if (self.by == "zero") != (self.reference is None):
             raise InputError(
                 f"by={self.by!r} and reference={'None' if self.reference is None else 'a cache'}: "
                 "'mean' and 'resample' need the cache of reference prompts "
                 f"(run_with_cache(prompts, names_filter=...)) with {self._hook!r}, 'zero' none"
             )
-        if not isinstance(self._wanted, Mapping) or not self._wanted:
-            raise InputError(
-                f"{self._part}s must be a dict from core layer to {self._part}s, such as "
-                f"{{1: [0, 3]}}, or {{1: None}} for all, got {self._wanted!r}"
-            )
-        if type(self.seed) is not int or self.seed < 0:
-            raise InputError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        if not self._wanted:
+            raise InputError(f"{self._part}s is empty: name core layers, {{1: None}} for all of 1")
+        whole(self.seed, "seed")
 
     def __repr__(self) -> str:
         shown = f"{type(self).__name__}({dict(self._wanted)}, {self.recurrences}, by={self.by!r}"

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import (
     RUN_ARGUMENTS,
@@ -74,8 +74,7 @@ def fixed_point(
     Raises:
         InputError: for other arguments; if the state still moves by more than ``tolerance``.
     """
-    if type(n_recurrences) is not int or n_recurrences < 2:
-        raise InputError(f"n_recurrences must be an integer of at least 2, got {n_recurrences!r}")
+    whole(n_recurrences, "n_recurrences", 2)
     check_arguments("fixed_point", kwargs, (*RUN_ARGUMENTS, "padding_side"))
     last, k = n_recurrences - 1, model.loop.k
     wanted = [*_places(last, k), f"recurrence.{last - 1}.hook_state_out"]
@@ -116,13 +115,6 @@ class FreezeLoop(Intervention):
 
     recurrence: int
     at: FixedPoint | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.at, FixedPoint | None):
-            raise InputError(
-                f"at must be a FixedPoint, as interventions.fixed_point(model, prompt) gives it, "
-                f"got {type(self.at).__name__}"
-            )
 
     @property
     def across_rows(self) -> bool:

@@ -86,7 +86,7 @@ class ReorderLayers(Intervention):
     def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Every block borrows another layer's weights."""
         loop = model.loop
-        if not isinstance(self.order, Sequence) or len(self.order) != loop.k:
+        if len(self.order) != loop.k:
             raise InputError(
                 f"{self}: order must name one layer for each of the core's {loop.k} places, got "
                 f"{self.order!r}"

@@ -48,7 +48,9 @@ def members(wanted: Recurrences, n: int, what: str, who: object) -> list[int]:
             raise LayerIndexError(f"{who}: {wanted} selects no {what} of the {n} that the run has")
         return chosen
     try:
-        numbers = [operator.index(i) for i in _several(wanted)]
+        numbers = [
+            operator.index(i) for i in (wanted if isinstance(wanted, Iterable) else [wanted])
+        ]
     except TypeError:
         raise InputError(
             f"{who}: a {what} is an integer, a slice or several integers, got {wanted!r}"
@@ -91,9 +93,3 @@ def among(chosen: Sequence[int], n: int, device: torch.device) -> Bool[Tensor, "
     mask = torch.zeros(n, dtype=torch.bool)
     mask[list(chosen)] = True
     return mask.to(device)
-
-
-def _several(wanted: int | Iterable[int]) -> Iterable[int]:
-    if isinstance(wanted, str):
-        raise TypeError
-    return wanted if isinstance(wanted, Iterable) else [wanted]

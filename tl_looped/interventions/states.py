@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.checks import Seed, checked
+from tl_looped.checks import Seed, checked, number, whole
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members
 from tl_looped.metrics.inputs import at_least_fp32
@@ -112,10 +111,8 @@ class AddNoise(Intervention):
     relative: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.std, (int, float)) or not (0 <= self.std < math.inf):
-            raise InputError(f"std must be finite and at least 0, got {self.std!r}")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**64:
-            raise InputError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
+        number(self.std, "std", 0)
+        whole(self.seed, "seed", 0, 2**64 - 1)
 
     def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Add the noise at ``hook_state_in``."""
@@ -126,7 +123,7 @@ class AddNoise(Intervention):
             key = self.seed + (hook.recurrence + 1) * 2**64
             wide = at_least_fp32(x)
             noise = draw_initial_state(
-                key, run.context.positions, x.shape[-1], self.std, wide.dtype
+                key, run.context.positions, x.shape[-1], float(self.std), wide.dtype
             ).to(x.device)
             if self.relative:
                 noise = noise * wide.square().mean(-1, keepdim=True).sqrt()
@@ -198,8 +195,7 @@ class ScaleInjection(Intervention):
     recurrences: Recurrences = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.factor, (int, float)) or not math.isfinite(self.factor):
-            raise InputError(f"factor must be finite, got {self.factor!r}")
+        number(self.factor, "factor")
 
     def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Set the run's factors."""

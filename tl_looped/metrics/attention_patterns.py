@@ -17,11 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.checks import checked
-from tl_looped.errors import InputError
+from tl_looped.checks import checked, number, one_of, whole
 from tl_looped.metrics.inputs import (
     BLOCK_BYTES,
-    check_choice,
     checked_pattern,
     lengths,
     query_mask,
@@ -128,11 +126,10 @@ def sink_score(
     Raises:
         InputError: if no prompt is longer than ``key``.
     """
-    check_choice("denominator", denominator, get_args(Denominator))
+    one_of(denominator, "denominator", get_args(Denominator))
     rows = Rows.of(pattern, attention_mask)
     longest = int(rows.n_tokens.max())
-    if not 0 <= key < longest:
-        raise InputError(f"key must be 0..{longest - 1} (the longest prompt), got {key}")
+    whole(key, "key", 0, longest - 1, fix="a token of the longest prompt")
     return _sink(rows.received(), rows, key, denominator, above_uniform)
 
 
@@ -175,10 +172,7 @@ def sink_rate(
     Returns:
         One value a prompt; NaN if any of its heads has no score.
     """
-    if pattern.ndim < 3:
-        raise InputError(f"pattern must have heads, [..., head, query, key], got {pattern.shape}")
-    if not 0.0 <= threshold <= 1.0:
-        raise InputError(f"threshold must be in [0, 1], got {threshold}")
+    number(threshold, "threshold", 0, 1)
     return _rate(sink_score(pattern, key, attention_mask, denominator), threshold, strict)
 
 
@@ -208,7 +202,7 @@ def mixing_score(
     Returns:
         One value a head; for a single token 0, but NaN in the forms ``per_row`` and ``log_t``.
     """
-    check_choice("form", form, get_args(MixingForm))
+    one_of(form, "form", get_args(MixingForm))
     rows = Rows.of(pattern, attention_mask)
     entropies = rows.entropies()
     if form == "per_row":

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tl_looped._compat import ActivationCache
 from tl_looped.cache import LoopedActivationCache
-from tl_looped.checks import checked
+from tl_looped.checks import checked, one_of
 from tl_looped.errors import InputError
 from tl_looped.metrics.attention_patterns import distances_of_layers
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, select
 from tl_looped.metrics.collector import STATE_OUT, Collector, Site
-from tl_looped.metrics.inputs import check_choice, query_mask, token_mask
+from tl_looped.metrics.inputs import query_mask, token_mask
 from tl_looped.metrics.labels import Arrangement, by_recurrence, labelled
 from tl_looped.metrics.readouts import exit_distribution, kl_between_recurrences, lens_trajectory
 from tl_looped.metrics.run_view import RunView
@@ -62,7 +62,7 @@ def from_cache(
         MissingActivationError: if the cache lacks what a metric reads.
         InputError: see the metrics.
     """
-    check_choice("by", by, get_args(Arrangement))
+    one_of(by, "by", get_args(Arrangement))
     view = RunView(cache, attention_mask)
     collector = Collector(view.loop, select(metrics), None, skip_first)
     reads = sorted(collector.reads)
@@ -220,10 +220,6 @@ def lenses_from_cache(
         (nats, of the coda lens at the end of each recurrence) over ``recurrence, prompt``; and in
         models with an exit gate ``exit_distribution`` over ``recurrence, prompt``.
     """
-    if not isinstance(cache, LoopedActivationCache):
-        raise InputError(
-            f"cache must be a looped model's LoopedActivationCache, got {type(cache).__name__}"
-        )
     mask = cache.attention_mask
     run = lens_trajectory(cache, token, position, mask)
     dims = ("lens", "recurrence", "layer", "prompt")

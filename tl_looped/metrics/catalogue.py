@@ -248,7 +248,7 @@ DEFAULT_METRICS = (
 _RENAMED = {"stage": "signature"}  # groups in experiments of earlier versions
 
 
-def select(wanted: str | Iterable[str] | None) -> list[str]:
+def select(wanted: str | Iterable[str]) -> list[str]:
     """Names of metrics from names and groups, each once, in the order given.
 
     Args:
@@ -260,8 +260,6 @@ def select(wanted: str | Iterable[str] | None) -> list[str]:
         InputError: for an unknown name, with the list of all.
     """
     names: list[str] = []
-    if wanted is None:
-        raise InputError("metrics: none was given")
     for name in [wanted] if isinstance(wanted, str) else wanted:
         name = _RENAMED.get(name, name)
         if name not in GROUPS and name not in OUTPUTS:

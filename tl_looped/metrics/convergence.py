@@ -55,7 +55,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.signal import detrend
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, number
 from tl_looped.errors import InputError
 from tl_looped.metrics.limiting import PEAK_SHARE, spectral_peak
 
@@ -211,8 +211,7 @@ def decide(series: ConvergenceSeries, eps: float | None = None) -> ConvergenceRe
         InputError: ``eps`` is not between 0 and 1, or only one of residual and distance is there.
     """
     eps = default_eps(series.dtype) if eps is None else eps
-    if not 0 < eps < 1:
-        raise InputError(f"eps must lie between 0 and 1, got {eps}")
+    number(eps, "eps", above=0, below=1)
     if (series.residual is None) != (series.distance_2r is None):
         raise InputError("series needs both residual and distance_2r, or neither")
     step, norm = series.step.double(), series.norm.double()

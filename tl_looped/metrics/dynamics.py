@@ -217,8 +217,8 @@ def path_independence(
 
     Args:
         step: See the module.
-        starts: States by name; :func:`loop_starts` makes the usual ones. Another prompt's fixed
-            point is a further one.
+        starts: States ``[*batch, pos, d_model]`` by name; :func:`loop_starts` makes the usual ones.
+            Another prompt's fixed point is a further one.
         n_recurrences: How often to iterate, at least once.
         attention_mask: ``[*batch, pos]``, zero at padding.
     """

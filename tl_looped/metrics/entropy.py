@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.checks import checked
-from tl_looped.metrics.inputs import at_least_fp32, check_choice, counted_tokens, lengths
+from tl_looped.checks import checked, one_of
+from tl_looped.metrics.inputs import at_least_fp32, counted_tokens, lengths
 
 EntropyForm = Literal["nats", "bits", "norm_max", "skean"]
 
@@ -42,7 +42,7 @@ def matrix_entropy(
         One value a prompt. NaN where all states are zero (with ``skean``: are equal) and for
         non-finite states; ``norm_max`` also for a single token or dimension.
     """
-    check_choice("form", form, get_args(EntropyForm))
+    one_of(form, "form", get_args(EntropyForm))
     real = counted_tokens(x, attention_mask, skip_first)
     wide = at_least_fp32(x).double()
     if real is not None:

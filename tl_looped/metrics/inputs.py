@@ -15,7 +15,6 @@ changed by it: their rows must sum to one, and the sink is what they show.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,12 +31,6 @@ BLOCK_BYTES = 2**24
 # Largest |row sum - 1| of an attention pattern. An entry near one is off by 2^-9 in bf16 and by
 # 2^-12 in fp16, and a row adds up several of them.
 _ROW_SUM_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
-
-
-def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise if ``value`` is none of ``choices``; the message names the argument and all choices."""
-    if value not in choices:
-        raise InputError(f"{argument} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -114,8 +107,6 @@ def token_mask(
     Raises:
         InputError: if the mask does not fit ``[..., pos]`` of the states.
     """
-    if states.ndim < 2:
-        raise InputError(f"states must be [..., pos, d_model], got shape {tuple(states.shape)}")
     if states.shape[-2] == 0:
         raise InputError(f"states hold no token: shape {tuple(states.shape)}")
     if mask is None:

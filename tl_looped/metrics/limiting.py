@@ -46,7 +46,7 @@ from scipy.signal import detrend
 from scipy.signal.windows import hann
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, number, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import token_mask
 
@@ -131,12 +131,9 @@ def classify_limiting_behavior(
 
 
 def _check_arguments(similarity: Tensor, window: int, tau: float, rho: float) -> None:
-    if type(window) is not int or window < _SMALLEST_WINDOW:
-        raise InputError(f"window must be an integer of at least {_SMALLEST_WINDOW}, got {window}")
-    if not 0 < tau < 1:
-        raise InputError(f"tau must lie between 0 and 1, got {tau}")
-    if not 0.5 < rho <= 1:
-        raise InputError(f"rho must lie above 0.5 and be at most 1, got {rho}")
+    whole(window, "window", _SMALLEST_WINDOW)
+    number(tau, "tau", above=0, below=1)
+    number(rho, "rho", above=0.5, most=1)
     if similarity.ndim == 0 or similarity.shape[-1] < window + 1:
         raise InputError(
             f"similarity must have at least window + 1 = {window + 1} recurrences in its last "
@@ -247,10 +244,7 @@ def distance_similarity(
 
 
 def _last(states: Tensor) -> Tensor:
-    if states.ndim < 3 or states.shape[0] == 0:
-        raise InputError(
-            f"states must be [recurrence, ..., pos, d_model], got shape {tuple(states.shape)}"
-        )
+    whole(len(states), "len(states)", 1)
     return states[-1].double()
 
 
@@ -284,8 +278,6 @@ def cooccurrence(
         Row a, column b, both indexed by :class:`LimitingBehavior`. A row of NaN where no token
         shows a at any layer (0 / 0). The diagonal is 1 elsewhere.
     """
-    if labels.ndim < 2:
-        raise InputError(f"labels must be [..., layer, token], got shape {tuple(labels.shape)}")
     shown = _one_hot(labels).any(-3) & _real_tokens(labels[..., 0, :], attention_mask)[..., None]
     shown = shown.reshape(-1, len(LimitingBehavior)).double()
     both = shown.T @ shown
@@ -315,8 +307,6 @@ def label_percentages(
         labels: Values of :class:`LimitingBehavior`; leading dimensions (layers) are kept apart.
         attention_mask: ``[batch, token]``, zero at padding.
     """
-    if labels.ndim < 2:
-        raise InputError(f"labels must be [..., batch, token], got shape {tuple(labels.shape)}")
     real = _real_tokens(labels, attention_mask)
     shown = _one_hot(labels) & real[..., None]
     count = real.sum((-2, -1)).double()[..., None]

@@ -29,11 +29,11 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
-from tl_looped.checks import MOST_DRAWS, checked, whole
+from tl_looped.checks import MOST_DRAWS, checked, one_of, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64
 from tl_looped.metrics.bootstrap import Interval, Resampling
-from tl_looped.metrics.inputs import check_choice, token_mask, token_mean
+from tl_looped.metrics.inputs import token_mask, token_mean
 
 Statistic = Literal["pearson", "spearman", "rmse"]
 
@@ -87,7 +87,7 @@ def mirroring_score(
     *,
     prelude: Float[np.ndarray, " prelude"] | Float[Tensor, " prelude"] | None = None,
     coda: Float[np.ndarray, " coda"] | Float[Tensor, " coda"] | None = None,
-    statistic: Statistic = "pearson",
+    statistic: Statistic | str = "pearson",
     max_lag: int = 20,
     n_permutations: int = 1000,
     seed: int = 0,
@@ -123,7 +123,7 @@ def mirroring_score(
     Raises:
         InputError: if a curve has fewer than two layers or an argument is out of range.
     """
-    check_choice("statistic", statistic, ("pearson", "spearman", "rmse"))
+    one_of(statistic, "statistic", ("pearson", "spearman", "rmse"))
     _check_draw(max_lag, n_permutations, seed)
     blocks, ends, f = _checked(core, feedforward, prelude, coda)
     k = blocks.shape[1]
@@ -211,8 +211,7 @@ def permuted_mirroring(
     """
     _check_draw(0, n_permutations, min(seed, default=-1))
     blocks, ends, f = _checked(core, feedforward, prelude, coda)
-    if not len(blocks):
-        raise InputError("core must have at least one recurrence, got none")
+    whole(len(blocks), "len(core)", 1)
     k = blocks.shape[1]
 
     def score(orders: Int[np.ndarray, "n core"]) -> Float[np.ndarray, " n"]:
@@ -491,7 +490,7 @@ def _rmse(
 _SCORES = {"pearson": _pearson, "spearman": _spearman, "rmse": _rmse}
 
 
-def _p_value(null: Float[np.ndarray, " n"], observed: float, statistic: Statistic) -> float:
+def _p_value(null: Float[np.ndarray, " n"], observed: float, statistic: str) -> float:
     if math.isnan(observed):
         return math.nan
     if statistic == "rmse":
@@ -516,8 +515,7 @@ def _best_lag(
 
 
 def _check_draw(max_lag: int, n_permutations: int, seed: int) -> None:
-    if not 0 <= max_lag <= GRID_POINTS - 3:
-        raise InputError(f"max_lag must be 0 to {GRID_POINTS - 3} % of depth, got {max_lag}")
+    whole(max_lag, "max_lag", 0, GRID_POINTS - 3, fix="in % of the depth")
     whole(n_permutations, "n_permutations", 1, MOST_DRAWS)
     whole(seed, "seed")
 

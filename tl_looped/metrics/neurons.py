@@ -294,11 +294,7 @@ def _direction(w_out: Tensor, post_norm: Any) -> Float[Tensor, "neuron d_model"]
 def _vocabulary(n_vocab: int | None, tokenizer: Any, d_vocab: int) -> int:
     if n_vocab is None:
         return min(len(tokenizer), d_vocab) if hasattr(tokenizer, "__len__") else d_vocab
-    if not 1 <= n_vocab <= d_vocab:
-        raise InputError(
-            f"n_vocab must be 1 to {d_vocab}, the size of the unembedding, got {n_vocab}"
-        )
-    return n_vocab
+    return whole(n_vocab, "n_vocab", 1, d_vocab, fix="columns of the unembedding")
 
 
 def _labelled(found: list[NeuronClasses], places: list[tuple[str, int]]) -> xr.Dataset:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
-from tl_looped.checks import checked
+from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.inputs import mask_of_cache
 from tl_looped.model.exit_gate import exit_distribution
@@ -72,11 +72,7 @@ def kl_between_recurrences(
     Raises:
         InputError: no recurrence.
     """
-    if logits.ndim < 2 or logits.shape[0] == 0:
-        raise InputError(
-            f"logits must be [recurrence, ..., d_vocab], got shape {tuple(logits.shape)}"
-        )
-    n = logits.shape[0]
+    n = whole(len(logits), "len(logits)", 1)
     to_last = torch.stack([kl_divergence(x, logits[-1]) for x in logits])
     steps = [kl_divergence(logits[r], logits[r - 1]) for r in range(1, n)]
     return KLBetweenRecurrences(

@@ -32,8 +32,6 @@ class RunView:
     """
 
     def __init__(self, cache: ActivationCache, attention_mask: Tensor | None = None) -> None:
-        if not isinstance(cache, ActivationCache):
-            raise InputError(f"cache must be an ActivationCache, got {type(cache).__name__}")
         n_past = getattr(cache, "n_past", 0)
         if n_past:
             raise InputError(

@@ -28,7 +28,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.checks import Seed, checked
+from tl_looped.checks import Seed, checked, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.convergence import fixed_point_residual
 from tl_looped.metrics.dynamics import loop_jacobian_spectrum
@@ -59,8 +59,7 @@ def reached_state(loop_map: LoopMap, n_recurrences: int) -> Float[Tensor, "batch
         loop_map: Of ``model.loop_map(prompt)``.
         n_recurrences: At least 1.
     """
-    if type(n_recurrences) is not int or n_recurrences < 1:
-        raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences!r}")
+    whole(n_recurrences, "n_recurrences", 1)
     checked_recurrences(n_recurrences)
     with torch.no_grad():
         state: Tensor = loop_map.run(1)[-1]  # the first recurrence may be another than the map

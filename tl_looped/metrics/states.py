@@ -18,13 +18,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, one_of
 from tl_looped.errors import InputError
 from tl_looped.metrics.attention_patterns import attention_distance
 from tl_looped.metrics.inputs import (
     BLOCK_BYTES,
     at_least_fp32,
-    check_choice,
     counted_tokens,
     same_shape,
     token_mask,
@@ -96,7 +95,7 @@ def state_distance(
         attention_mask: ``[..., pos]``, zero at padding.
         skip_first: Real tokens at the beginning that are left out of the mean.
     """
-    check_choice("form", form, get_args(StateForm))
+    one_of(form, "form", get_args(StateForm))
     ours, theirs = (Sized.of(states, attention_mask, skip_first) for states in (x, reference))
     return distances(ours, theirs, (form,))[form]
 
@@ -150,7 +149,7 @@ def successive_difference(
     Returns:
         ``[recurrence, layer, ...]``, NaN at the first recurrence, which has no previous one.
     """
-    check_choice("form", form, get_args(Form))
+    one_of(form, "form", get_args(Form))
     if form == "attention":
         _whole_patterns(skip_first)
         step = attention_distance(states[:-1], states[1:], attention_mask)
@@ -181,7 +180,7 @@ def fixed_point_distance(
             the last recurrence's states if None.
         skip_first: As in :func:`successive_difference`.
     """
-    check_choice("form", form, get_args(Form))
+    one_of(form, "form", get_args(Form))
     if reference is not None:
         same_shape("reference", states[-1], reference)
     last = (states[-1] if reference is None else reference).unsqueeze(0).expand_as(states)
@@ -343,7 +342,7 @@ def residual_magnitude(
         attention_mask: ``[..., pos]``, zero at padding.
         skip_first: Real tokens at the beginning that are left out of all but ``first``.
     """
-    check_choice("statistic", statistic, get_args(Magnitude))
+    one_of(statistic, "statistic", get_args(Magnitude))
     return magnitudes(Sized.of(states, attention_mask, skip_first))[statistic]
 
 

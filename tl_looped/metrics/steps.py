@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.checks import checked
-from tl_looped.errors import InputError
+from tl_looped.checks import checked, whole
 from tl_looped.metrics.inputs import counted_tokens, token_mask, token_mean
 
 
@@ -53,10 +52,7 @@ def step_geometry(
     Raises:
         InputError: wrong shapes.
     """
-    if states.ndim < 3 or states.shape[0] == 0:
-        raise InputError(
-            f"states must be [recurrence, ..., pos, d_model], got shape {tuple(states.shape)}"
-        )
+    whole(len(states), "len(states)", 1)
     real = counted_tokens(states[0], attention_mask, skip_first)
     undefined = torch.full(states.shape[1:-2], math.nan, dtype=torch.float64, device=states.device)
     rows = []
@@ -104,12 +100,7 @@ def angular_distance(
     Raises:
         InputError: wrong shapes, or a lag that no two layers have.
     """
-    if states.ndim < 3:
-        raise InputError(
-            f"states must be [layer, ..., pos, d_model], got shape {tuple(states.shape)}"
-        )
-    if type(lag) is not int or not 1 <= lag < max(states.shape[0], 2):
-        raise InputError(f"lag must be 1..{states.shape[0] - 1}, got {lag}")
+    whole(lag, "lag", 1, max(states.shape[0] - 1, 1))
     real = token_mask(states[0], attention_mask) if states.shape[0] else None
     rows = [
         _angular(states[i], states[i + lag], real) for i in range(max(states.shape[0] - lag, 0))

@@ -28,11 +28,10 @@ import xarray as xr
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_looped.checks import Seed, checked
+from tl_looped.checks import Seed, at_most_one, checked, one_of, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, Reads, select
 from tl_looped.metrics.collector import STATE_OUT, Collector, Site
-from tl_looped.metrics.inputs import check_choice
 from tl_looped.metrics.labels import Arrangement, by_recurrence, labelled, run_attributes
 from tl_looped.metrics.spill import Spill
 from tl_looped.model.config import InitialState
@@ -77,14 +76,10 @@ class StreamOptions:
     skip_first: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("states", self.states, get_args(States))
-        check_choice("batching", self.batching, get_args(Batching))
-        if type(self.batch_size) is not int or self.batch_size < 1:
-            raise InputError(
-                f"batch_size must be an integer of at least 1, got {self.batch_size!r}"
-            )
-        if self.initial_state is not None and self.state_seed is not None:
-            raise InputError("state_seed is for a random initial state, and one is given")
+        one_of(self.states, "states", get_args(States))
+        one_of(self.batching, "batching", get_args(Batching))
+        whole(self.batch_size, "batch_size", 1)
+        at_most_one(initial_state=self.initial_state, state_seed=self.state_seed)
         if self.reference_recurrences is not None and self.states == "disk":
             raise InputError("reference_recurrences is a run of its own: it needs states=recompute")
 
@@ -115,12 +110,8 @@ def stream(
     Returns:
         One variable a metric; ``prompt`` counts the prompts in the order given.
     """
-    if not isinstance(model, LoopedTransformer):
-        raise InputError(
-            f"model must be a LoopedTransformer, got {type(model).__name__}: use from_cache"
-        )
     rows = model.token_rows(prompts, attention_mask, prepend_bos)
-    check_choice("by", by, get_args(Arrangement))
+    one_of(by, "by", get_args(Arrangement))
     batches = []
     with advancing(progress, len(rows), "prompt") as advance:
         for batch in stream_batches(model, rows, metrics, StreamOptions(**options)):

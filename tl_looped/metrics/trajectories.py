@@ -21,7 +21,7 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64, check_finite
 
@@ -74,18 +74,15 @@ def pca_trajectory(
         InputError: if a state is not finite, or ``n_components`` is below 1 or above the number of
             points or dimensions.
     """
-    argument = "states" if fit is None else "fit"
     points = _points("states", states)
     fitted = points if fit is None else _points("fit", fit)
     if fitted.shape[-1] != points.shape[-1]:
         raise InputError(
             f"fit must have the d_model of states, {points.shape[-1]}, got {fitted.shape[-1]}"
         )
-    if not 1 <= n_components <= min(fitted.shape):
-        raise InputError(
-            f"n_components must be 1 to {min(fitted.shape)} for {fitted.shape[0]} points of "
-            f"{argument} with {fitted.shape[1]} dimensions, got {n_components}"
-        )
+    shape = "{} points of {} dimensions".format(*fitted.shape)
+    where = "states" if fit is None else "fit"
+    whole(n_components, "n_components", 1, min(fitted.shape), fix=f"{where} has {shape}")
     # Relative to one of them: differences of close points are exact, the mean of equal ones is not.
     origin = fitted[0]
     fitted, points = fitted - origin, points - origin

@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, one_of
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import LOWEST_COSINE
 from tl_looped.metrics.convergence import (
@@ -26,7 +26,7 @@ from tl_looped.metrics.convergence import (
     decide,
 )
 from tl_looped.metrics.convergence_states import convergence_series
-from tl_looped.metrics.inputs import check_choice, counted_tokens
+from tl_looped.metrics.inputs import counted_tokens
 from tl_looped.metrics.labels import by_recurrence, geometry_of
 from tl_looped.metrics.limiting import (
     LimitingBehavior,
@@ -85,7 +85,7 @@ def convergence_verdict(
 
 @checked
 def convergence_verdict(
-    run: Any,
+    run: Tensor | xr.Dataset | ConvergenceSeries,
     longer: Any = None,
     attention_mask: Tensor | None = None,
     eps: float | None = None,
@@ -131,10 +131,8 @@ def convergence_verdict(
     if isinstance(run, xr.Dataset):
         _only("a result", **of_states)
         return _of_result(run, longer, eps, same_start)
-    if isinstance(run, ConvergenceSeries):
-        _only("a series", longer=longer is not None, same_start=same_start, **of_states)
-        return decide(run, eps)
-    raise InputError(f"run must be states, a result or a series, got {type(run).__name__}")
+    _only("a series", longer=longer is not None, same_start=same_start, **of_states)
+    return decide(run, eps)
 
 
 def _only(what: str, **given: bool) -> None:
@@ -288,7 +286,7 @@ def limiting_behavior(
 
 @checked
 def limiting_behavior(
-    run: Any,
+    run: Tensor | xr.Dataset,
     on: Similarity | str = "cosine",
     window: int = 64,
     tau: float = 0.05,
@@ -316,7 +314,7 @@ def limiting_behavior(
         InputError: wrong shapes, a result without the similarities, or fewer than ``window + 1``
             recurrences.
     """
-    check_choice("on", on, get_args(Similarity))
+    one_of(on, "on", get_args(Similarity))
     if isinstance(run, xr.Dataset):
         return _limiting_of_result(run, on, window, tau, rho)
     similarity = cosine_similarity if on == "cosine" else distance_similarity

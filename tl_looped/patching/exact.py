@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
-from tl_looped.checks import checked
+from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import RUN_ARGUMENTS, Recurrences, check_arguments
 from tl_looped.metrics.labels import run_attributes
@@ -95,8 +95,7 @@ def patch_recurrences(
         LayerIndexError, HookNameError, GatedHookError: for what does not exist.
         MissingActivationError: if the cache lacks an activation.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    whole(batch_size, "batch_size", 1)
     tokens = as_tokens(model, corrupted_tokens, run)
     n_recurrences = run.pop("n_recurrences", None)
     with model.turn, model.recurrences(n_recurrences), torch.no_grad():

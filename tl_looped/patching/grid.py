@@ -9,7 +9,7 @@ much in the order of their additions), as when a run is patched with itself. ``d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -113,18 +113,8 @@ def make_grid(
         LayerIndexError, HookNameError, GatedHookError, InputError: for what does not exist.
     """
     loop = model.loop
-    if not isinstance(cache, LoopedActivationCache):
-        raise InputError(
-            f"clean_cache must be the cache that model.run_with_cache(clean_tokens) gives, got "
-            f"{type(cache).__name__}"
-        )
     if loop.R == 0 or cache.loop.R == 0:
         raise InputError("a run without recurrences has nothing to patch across them")
-    if not isinstance(activation, str):
-        raise InputError(
-            f"activation_name must be a name such as 'resid_post', 'z' or 'state_out', got "
-            f"{activation!r}; the layers go into layers="
-        )
     if is_loop_activation(model, activation):
         if layers is not None:
             raise InputError(
@@ -133,8 +123,6 @@ def make_grid(
         pairs: list[tuple[int | None, int | None]] = [(None, None)]
     else:
         wanted = range(loop.k) if layers is None else layers
-        if not isinstance(wanted, Iterable):
-            raise InputError(f"layers must be a list of core layers or of pairs, got {layers!r}")
         pairs = [_pair(layer, loop.k) for layer in wanted]
         if not pairs:
             raise InputError("layers is empty; None means all core layers")
@@ -285,10 +273,8 @@ def labelled(
     return xr.Dataset(data, coords, attrs)
 
 
-def _pair(layer: Any, k: int) -> tuple[int, int]:
-    both = layer if isinstance(layer, (tuple, list)) else (layer, layer)
-    if len(both) != 2:
-        raise InputError(f"a layer is a number or (source layer, target layer), got {layer!r}")
+def _pair(layer: int | tuple[int, int], k: int) -> tuple[int, int]:
+    both = layer if isinstance(layer, tuple) else (layer, layer)
     source, target = (one_member(i, k, "core layer", "layers") for i in both)
     return source, target
 
@@ -306,8 +292,6 @@ def _along(wanted: Selection, n: int, what: str) -> list[int | None]:
     if wanted is None:
         return [None]
     if isinstance(wanted, str):
-        if wanted != "each":
-            raise InputError(f"{what}s must be 'each', a list or None, got {wanted!r}")
         return list(range(n))
     return list(members(wanted, n, what, "the grid"))
 

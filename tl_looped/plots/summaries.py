@@ -19,8 +19,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from tl_looped.checks import one_of
 from tl_looped.errors import InputError
-from tl_looped.metrics.inputs import check_choice
 from tl_looped.metrics.labels import geometry_of
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.words import called
@@ -103,7 +103,7 @@ def summary(runs: Runs, name: str, band: Band | str = "sd") -> pd.DataFrame:
     Returns:
         As :func:`summary_of`.
     """
-    check_choice("band", band, get_args(Band))
+    one_of(band, "band", get_args(Band))
     values = [per_prompt(run, name) for run in as_runs(runs)]
     one = isinstance(runs, xr.Dataset)
     return summary_of(values[0] if one else np.stack([_mean(x) for x in values], 1), band)

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
-from tl_looped.checks import checked
+from tl_looped.checks import checked, number
 from tl_looped.errors import InputError
 from tl_looped.viz.page import (
     MAX_BYTES,
@@ -227,8 +227,8 @@ def difference(
         raise InputError(
             f"cache: a run of {count(R, 'recurrence')} has no step; n_recurrences=2 or more"
         )
-    if limit is not None and not (math.isfinite(limit) and limit > 0):
-        raise InputError(f"limit must be finite and above 0, got {limit}")
+    if limit is not None:
+        number(limit, "limit", above=0)
     given = range(1, R) if recurrences is None else recurrences
     wanted = [counted("recurrences", r, R) for r in given]
     if 0 in wanted:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
+from tl_looped.checks import whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.run_view import RunView
 from tl_looped.transformer.reading import Chats, Texts, n_prompts, read_input
@@ -22,15 +22,10 @@ class PromptView:
         prompt: Row of the batch, 0-based, or from the end if negative.
 
     Raises:
-        InputError: if the cache is not a looped model's. A ``prompt`` out of range is one at the
-            first activation that is read.
+        InputError: at the first activation that is read, for a ``prompt`` that is out of range.
     """
 
     def __init__(self, cache: LoopedActivationCache, prompt: int) -> None:
-        if not isinstance(cache, LoopedActivationCache):
-            raise InputError(
-                f"cache must be a looped model's LoopedActivationCache, got {type(cache).__name__}"
-            )
         self.run = RunView(cache)
         self.loop = cache.loop
         self._prompt = prompt
@@ -109,12 +104,5 @@ def counted(argument: str, index: Any, n: int) -> int:
     Raises:
         InputError: if it is out of range, or no integer.
     """
-    if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
-        raise InputError(
-            f"{argument} must be an integer, its number in the run, got {type(index).__name__}: "
-            "tokens and texts are read from the cache"
-        )
-    if not -n <= index < n:
-        valid = f"between {-n} and {n - 1}" if n else "in an empty range"
-        raise InputError(f"{argument} must lie {valid}, got {index}")
-    return int(index) % n
+    fix = "tokens and texts are read from the cache" if isinstance(index, str) else ""
+    return whole(index, argument, -n, n - 1, fix=fix) % n

@@ -28,9 +28,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_looped.cache import LoopedActivationCache
-from tl_looped.checks import checked
+from tl_looped.checks import checked, one_of
 from tl_looped.errors import InputError
-from tl_looped.metrics.inputs import check_choice
 from tl_looped.plots.colours import Colour, recurrence_colours
 from tl_looped.viz.page import MAX_BYTES, View, check_size, whole_page
 from tl_looped.viz.reading import PromptView
@@ -185,7 +184,7 @@ def settled_tokens(
             without a recurrence.
         MissingActivationError: if the cache lacks a state, or the run left the loop early.
     """
-    check_choice("lens", lens, get_args(Lens))
+    one_of(lens, "lens", get_args(Lens))
     run = PromptView(cache, prompt)
     loop, model = run.loop, cache.model
     if loop.R == 0:
