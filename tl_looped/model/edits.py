@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_looped.model.geometry import LoopGeometry
+
 
 @dataclass(frozen=True)
 class Edits:
@@ -67,9 +69,19 @@ class EditLog:
 
 
 class Watch:
-    """Where a model's hook points find the log of the present run; None if none is kept."""
+    """What a model's hook points know of it and of the present run.
+
+    Attributes:
+        log: Where edits are noted; None if the run keeps no log.
+        loop: Geometry of the present run, if that is not the model's own.
+        own_loop: The model's own.
+        is_intervened: Whether interventions change the present run.
+    """
 
     log: EditLog | None = None
+    loop: LoopGeometry | None = None
+    own_loop: LoopGeometry | None = None
+    is_intervened = False
 
 
 UNWATCHED = Watch()

@@ -123,6 +123,23 @@ class LoopedHookPoint(Arming, HookPoint):
         self.armed = False
 
     @property
+    def name(self) -> str | None:
+        """Canonical name; of a coda layer, at the number of recurrences of the present run."""
+        own = self.__dict__
+        name: str | None = own.get("_name")
+        place = own.get("location")
+        if name is None or place is None or place.stage != "coda":
+            return name
+        loop = own["watch"].loop or own["watch"].own_loop
+        if loop is None:
+            return name
+        return f"blocks.{loop.coda_index(place.layer)}.{name.split('.', 2)[2]}"
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        self.__dict__["_name"] = name
+
+    @property
     def stage(self) -> str | None:
         """``"prelude"``, ``"core"``, ``"coda"`` or None."""
         return self.location.stage if self.location else None

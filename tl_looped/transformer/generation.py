@@ -93,8 +93,7 @@ class _Job:
 def generate(model: LoopedTransformer, input: Any, n_new: int, options: GenerationOptions) -> Any:
     """All new tokens of a prompt at once; see :meth:`LoopedTransformer.generate`."""
     job = _job(model, input, n_new, options)
-    with model._call_with_recurrences(job.options.n_recurrences):
-        steps = list(_new_tokens(model, job))
+    steps = list(_new_tokens(model, job))
     new = torch.stack([token for token, _ in steps], 1) if steps else job.tokens[:, :0]
     output = _as_asked(model, job, new, with_prompt=not job.reply_only)
     if options.exit_rule is None:

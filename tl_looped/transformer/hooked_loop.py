@@ -240,8 +240,8 @@ class HookedLoop(Pool):
         self, *model_args: Any, n_recurrences: int | None = None, **kwargs: Any
     ) -> Any:
         """As in TransformerLens; hook names are read at ``n_recurrences``, before the run."""
-        with self._call_with_recurrences(n_recurrences):
-            return super().run_with_hooks(*model_args, **kwargs)
+        with self._at(n_recurrences) as model:
+            return HookedRootModule.run_with_hooks(model, *model_args, **kwargs)
 
     # -- caches -------------------------------------------------------------------------------
 
@@ -274,30 +274,30 @@ class HookedLoop(Pool):
             InputError: if the cache would take more memory than its device has free; see
                 :meth:`estimate_cache_bytes`.
         """
-        with self._call_with_recurrences(n_recurrences):
+        with self._at(n_recurrences) as model:
             batch = model_args[0] if model_args else kwargs.get("input")
             if remove_batch_dim and (n := n_rows(batch, kwargs)) > 1:
                 raise InputError(f"cannot remove the batch dimension of {n} prompts")
             if not force:
-                refuse_too_large_cache(self, batch, kwargs)
+                refuse_too_large_cache(model, batch, kwargs)
             record = RunRecord()
-            self._records.append(record)
+            model._records.append(record)
             try:
                 with collector_paused():
-                    self._caches_this_run = True
-                    out, cache_dict = super().run_with_cache(
-                        *model_args, remove_batch_dim=remove_batch_dim, **kwargs
+                    model._caches_this_run = True
+                    out, cache_dict = HookedRootModule.run_with_cache(
+                        model, *model_args, remove_batch_dim=remove_batch_dim, **kwargs
                     )
             finally:
-                self._caches_this_run = False
-                self._records.pop()
+                model._caches_this_run = False
+                model._records.pop()
             if not return_cache_object:
                 return out, cache_dict
             cache = LoopedActivationCache(
                 cache_dict,
                 self,
                 not remove_batch_dim,
-                self.loop,
+                model.loop,
                 record.state_seed,
                 record.state_given,
                 record.early_exit,
@@ -351,9 +351,9 @@ class HookedLoop(Pool):
         """
         if batch < 1 or pos < 1:
             raise InputError(f"batch and pos must be at least 1, got {batch} and {pos}")
-        with self._call_with_recurrences(n_recurrences):
-            sizes = twin_sizes(self, batch, pos, pos_slice, incl_bwd)
-            return sum(sizes[name] for name in self.names_filter_set(names_filter))
+        model = self.view_at(n_recurrences)
+        sizes = twin_sizes(model, batch, pos, pos_slice, incl_bwd)
+        return sum(sizes[name] for name in model.names_filter_set(names_filter))
 
     def get_caching_hooks(
         self,

@@ -108,14 +108,14 @@ def _with_interventions(
 @contextmanager
 def intervened(model: LoopedTransformer, run: LoopRun) -> Iterator[None]:
     """Apply the active interventions to one run."""
-    if model._run_is_intervened:
+    if model._watch.is_intervened:
         raise InputError(
             f"a hook runs the model within a run that interventions change: "
             f"{list(model.interventions)} would act on both. Run the inner one beforehand"
         )
     with ExitStack() as stack:
-        stack.callback(setattr, model, "_run_is_intervened", False)
-        model._run_is_intervened = True
+        stack.callback(setattr, model._watch, "is_intervened", False)
+        model._watch.is_intervened = True
         edits: list[tuple[LoopedHookPoint, Edit]] = []
         readers: list[tuple[HookName, Reader]] = []
         for intervention in model.interventions:

@@ -49,7 +49,7 @@ from tl_looped.transformer.intervening import (
 from tl_looped.transformer.loading import load
 from tl_looped.transformer.loop_map import LoopMap, loop_map_of
 from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
-from tl_looped.transformer.run_options import begin_run, check_seed, read_options
+from tl_looped.transformer.run_options import RunOptions, begin_run, check_seed, read_options
 from tl_looped.transformer.spreading import (
     DeviceMap,
     device_map_of,
@@ -78,8 +78,6 @@ class LoopedTransformer(HookedLoop):
 
     interventions: tuple[Intervention, ...] = ()
     """Those that are active now, outermost first."""
-
-    _run_is_intervened = False
 
     def __init__(self, cfg: LoopedConfig, tokenizer: Any = None) -> None:
         super().__init__()
@@ -225,8 +223,7 @@ class LoopedTransformer(HookedLoop):
             )
         from tl_looped.bridge.build import bridge_of  # imports all of TransformerLens's bridge
 
-        with self._call_with_recurrences(n_recurrences):
-            return bridge_of(self, self.loop, check_seed(self, state_seed))
+        return bridge_of(self, self._loop_at(n_recurrences), check_seed(self, state_seed))
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoopedTransformer:
         # Behind to(), cuda(), half() and their kin: cfg follows the weights, as in TransformerLens.
@@ -493,36 +490,46 @@ class LoopedTransformer(HookedLoop):
             start_at_layer=start_at_layer,
             stop_at_layer=stop_at_layer,
         )
-        start, stop = options.start, options.stop
-        with self._call_with_recurrences(options.n_recurrences):
-            if start is None:
-                prompt = read_prompt(
-                    self, input, attention_mask, prepend_bos, padding_side, past_kv_cache
-                )
-                x, tokens, mask = self.embed(prompt.tokens), prompt.tokens, prompt.mask
+        given = input, tokens, attention_mask, prepend_bos, padding_side
+        with self._at(options.n_recurrences) as model:
+            return model._run(options, *given, return_type, loss_per_token)
+
+    def _run(
+        self,
+        options: RunOptions,
+        input: Any,
+        tokens: Any,
+        attention_mask: Any,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        return_type: str | None,
+        loss_per_token: bool,
+    ) -> Any:
+        """A forward pass at the model's own number of recurrences."""
+        text = attention_mask, prepend_bos, padding_side
+        if options.start is None:
+            prompt = read_prompt(self, input, *text, options.past_kv_cache)
+            x, tokens, mask = self.embed(prompt.tokens), prompt.tokens, prompt.mask
+        else:
+            x, tokens, mask = read_resid(self, input, tokens, *text)
+        run, steps = begin_run(self.cfg, x, mask, options), None
+        recorded = self._recording() if self._records else nullcontext()
+        with recorded, intervened(self, run) if self.interventions else nullcontext():
+            self._note_run(run, mask)
+            if options.start is None:
+                x = self.hook_embed(x)
+            if options.exit_rule is not None:
+                logits, steps = run_with_exits(self, x, run, options.exit_rule, mask)
             else:
-                x, tokens, mask = read_resid(
-                    self, input, tokens, attention_mask, prepend_bos, padding_side
-                )
-            run = begin_run(self.cfg, x, mask, options)
-            recorded = self._recording() if self._records else nullcontext()
-            with recorded, intervened(self, run) if self.interventions else nullcontext():
-                self._note_run(run, mask)
-                if start is None:
-                    x = self.hook_embed(x)
-                steps = None
-                if exit_rule is not None:
-                    logits, steps = run_with_exits(self, x, run, exit_rule, mask)
-                else:
-                    logits = execute(run.program.part(start, stop), x, run, self.parts)
-                if stop is not None:
-                    return self._home(logits)
-            kv = run.context.kv
-            if kv is not None:
-                kv.commit(self.loop.R)
-                kv.cache.own(self, self.cfg)
-            result = self._result(logits, tokens, mask, return_type, loss_per_token)
-            return result if steps is None else ExitResult(result, steps)
+                ops = run.program.part(options.start, options.stop)
+                logits = execute(ops, x, run, self.parts)
+        if options.stop is not None:
+            return self._home(logits)
+        if (kv := run.context.kv) is not None:
+            kv.commit(self.loop.R)
+            kv.cache.own(self._watch, self.cfg)
+        result = self._result(logits, tokens, mask, return_type, loss_per_token)
+        return result if steps is None else ExitResult(result, steps)
 
     def loss_fn(
         self,

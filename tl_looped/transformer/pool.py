@@ -12,10 +12,13 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 from tl_looped._compat import FactoredMatrix, HookedRootModule
 from tl_looped.cache import RunRecord
@@ -53,6 +56,10 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+MOST_SELECTIONS = 8
+"""Numbers of recurrences whose names are kept at hand; 27,000 hooks at 128 of Huginn."""
+
+
 class HookDict(dict[str, LoopedHookPoint]):
     """Hook points by canonical name; look-up also takes aliases and explains what is missing."""
 
@@ -64,38 +71,13 @@ class HookDict(dict[str, LoopedHookPoint]):
         return dict.__getitem__(self, resolve_name(name, self.loop, self))
 
 
-# What reads `self.loop` and `self.blocks`, and so must run on the view itself.
-_OF_GEOMETRY = (
-    "accumulated_bias",
-    "all_head_labels",
-    "blocks_with",
-    "stack_weights",
-    "tl_parameters",
-    "unique_layer",
-    *(f"W_{name}" for name in ("Q", "K", "V", "O", "gate", "in", "out")),
-    *(f"b_{name}" for name in ("Q", "K", "V", "O", "in", "out")),
-    "OV",
-    "QK",
-)
+class Selection(NamedTuple):
+    """What of the pool a model of some number of recurrences consists of."""
 
-
-class _GeometryView:
-    """A model as it was at another number of recurrences, for caches of earlier runs."""
-
-    def __init__(self, model: Pool, R: int) -> None:
-        self._model = model
-        self.loop = model.loop.with_recurrences(R)
-        self.cfg = copy(model.cfg)
-        self.cfg.n_recurrences, self.cfg.n_layers = R, self.loop.n_layers
-        self.blocks = [model._pooled_block(self.loop.locate(i)) for i in range(self.loop.n_layers)]
-
-    def __getattr__(self, name: str) -> Any:
-        # While it is being unpickled; and a copy of it is one of the view, not of the model.
-        if "_model" not in self.__dict__ or name == "__deepcopy__":
-            raise AttributeError(name)
-        if name in _OF_GEOMETRY:
-            return getattr(type(self._model), name).__get__(self)
-        return getattr(self._model, name)
+    blocks: BlockList
+    recurrence: nn.ModuleList
+    joined: Site | None
+    hooks: HookDict
 
 
 class Pool(HookedRootModule):
@@ -111,6 +93,7 @@ class Pool(HookedRootModule):
     # one of these and not a run within its hooks.
     _records: list[RunRecord]
     _record: RunRecord | None
+    _is_view = False
     embed: Embed
     unembed: Unembed
     state_seed: int
@@ -131,7 +114,8 @@ class Pool(HookedRootModule):
         self._block_pool: dict[LayerLocation, Block] = {}
         self._recurrence_pool: list[Site] = []
         self._joined: Site | None = None
-        self._silent: Parts | None = None
+        self._silent: list[Parts] = []  # made once, and shared with views
+        self._selections: dict[int, Selection] = {}
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
         self._records, self._record = [], None
         self._watch = Watch()
@@ -166,27 +150,27 @@ class Pool(HookedRootModule):
     @property
     def silent_parts(self) -> Parts:
         """The same weights for one recurrence, on hook points of their own, which nobody hooks."""
-        if self._silent is None:
-            loop = self.loop.with_recurrences(1)
-            norm, site, ends = (
-                HookedStreamNorm(self.final_norm),
-                self.cell.site(0),
-                self.cell.ends(),
-            )
-            blocks = [self._new_block(loop.locate(i)) for i in range(loop.n_layers)]
-            for module in (*blocks, norm, site, ends):
-                settle(module, self.training)
-            self._silent = Parts(
-                cell=self.cell,
-                blocks=blocks,
-                sites=[site],
-                ends=ends,
-                joined=None,
-                final_norm=norm,
-                unembed=self._silent_unembed,
-                home=self._home,
-            )
-        return self._silent
+        if not self._silent:
+            self._silent.append(self._make_silent_parts())
+        return self._silent[0]
+
+    def _make_silent_parts(self) -> Parts:
+        loop = self.loop.with_recurrences(1)
+        norm = HookedStreamNorm(self.final_norm)
+        site, ends = self.cell.site(0), self.cell.ends()
+        blocks = [self._new_block(loop.locate(i)) for i in range(loop.n_layers)]
+        for module in (*blocks, norm, site, ends):
+            settle(module, self.training)
+        return Parts(
+            cell=self.cell,
+            blocks=blocks,
+            sites=[site],
+            ends=ends,
+            joined=None,
+            final_norm=norm,
+            unembed=self._silent_unembed,
+            home=self._home,
+        )
 
     def _silent_unembed(self, x: Tensor, joined: bool) -> Tensor:
         return self.unembed.silent(x)
@@ -233,6 +217,11 @@ class Pool(HookedRootModule):
         loop = self._loop_at(n_recurrences)
         if loop.R == self.loop.R:
             return
+        if self._is_view:
+            raise InputError(
+                f"this is a view of a model at {self.loop.R} recurrences, such as a cache holds: "
+                "set the number of recurrences of the model itself"
+            )
         self.loop = loop
         self.cfg.n_recurrences, self.cfg.n_layers = loop.R, loop.n_layers
         self._select()
@@ -253,16 +242,36 @@ class Pool(HookedRootModule):
                 self.turn.take_over()
                 self._go_to_recurrences(before)
 
+    def view_at(self, n_recurrences: int | None) -> Self:
+        """The model at another number of recurrences, while this one stays as it is.
+
+        Weights, hook points, hooks and turns are the same objects; ``loop``, ``blocks``,
+        ``hook_dict`` and ``cfg.n_layers`` are its own. The model itself for its present number.
+
+        Raises:
+            RecurrenceCountError: as :meth:`set_recurrences`.
+        """
+        loop = self._loop_at(n_recurrences)
+        if loop.R == self.loop.R:
+            return self
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view.__dict__["_modules"] = dict(self._modules)
+        view.cfg = copy(self.cfg)
+        view.cfg.n_recurrences, view.cfg.n_layers = loop.R, loop.n_layers
+        view.loop, view._is_view = loop, True
+        view._select()
+        return view
+
     @contextmanager
-    def _call_with_recurrences(self, n_recurrences: int | None) -> Iterator[None]:
-        """As :meth:`recurrences`, within a call that has its turn already."""
-        before = self.loop.R
+    def _at(self, n_recurrences: int | None) -> Iterator[Self]:
+        """A view for one call, which has its turn already; hooks see the names that it has."""
+        view = self.view_at(n_recurrences)
+        before, self._watch.loop = self._watch.loop, view.loop
         try:
-            if n_recurrences is not None:
-                self._go_to_recurrences(n_recurrences)
-            yield
+            yield view
         finally:
-            self._go_to_recurrences(before)
+            self._watch.loop = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         """As copied by default, but not in the middle of another thread's run."""
@@ -278,7 +287,7 @@ class Pool(HookedRootModule):
 
         While a hook runs the model, nothing is stored for the outer cache, and no edit is noted.
         """
-        newest, outer = self._records[-1], self._record
+        newest, outer, log_before = self._records[-1], self._record, self._watch.log
         self._record = None if newest.filled else newest
         newest.filled = True
         others = [record.log for record in self._records if record is not self._record]
@@ -290,7 +299,7 @@ class Pool(HookedRootModule):
             yield
         finally:
             self._record = outer
-            self._watch.log = None if outer is None else outer.log
+            self._watch.log = log_before
             for log, was in zip(others, paused, strict=True):
                 log.paused = was
 
@@ -300,12 +309,6 @@ class Pool(HookedRootModule):
         for module in (*self._block_pool.values(), *self._recurrence_pool):
             module.train(mode)
         return self
-
-    def view_at(self, n_recurrences: int) -> Any:
-        """The model as TransformerLens's tools would see it at another number of recurrences."""
-        loop = self.loop
-        n = checked_recurrences(n_recurrences, core=loop.k, others=loop.p + loop.c)
-        return _GeometryView(self, n)
 
     def _pooled_block(self, location: LayerLocation) -> Block:
         block = self._block_pool.get(location)
@@ -326,24 +329,33 @@ class Pool(HookedRootModule):
 
     def _select(self) -> None:
         """Bring blocks, recurrences and hook names in line with ``self.loop``."""
-        loop = self.loop
+        selection = self._selections.get(self.loop.R)
+        if selection is None:
+            while len(self._selections) >= MOST_SELECTIONS:
+                self._selections.pop(next(iter(self._selections)))
+            selection = self._selections[self.loop.R] = self._make_selection()
+        self._modules["blocks"], self._modules["recurrence"], self._joined, _ = selection
+        self.hook_dict = selection.hooks
+        for name in ("blocks", "recurrence"):  # their members have the right mode already
+            self._modules[name].training = self.training  # type: ignore[union-attr]
+        if not self._is_view:
+            self._watch.own_loop = self.loop
+
+    def _make_selection(self) -> Selection:
+        loop, joined = self.loop, None
         with collector_paused():
             for r in range(len(self._recurrence_pool), loop.R):
                 site = self.cell.site(r)
                 settle(site, self.training)
                 self._recurrence_pool.append(site)
             blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
-        self._modules["blocks"] = BlockList(blocks)
-        self._modules["recurrence"] = nn.ModuleList(self._recurrence_pool[: loop.R])
-        self._joined = None
         if self.cell.ends_in_norm and loop.c == 0 and loop.R:
-            self._joined = self.cell.joined(self._recurrence_pool[loop.R - 1], self.ln_final)
-            settle(self._joined, self.training)
-        for name in ("blocks", "recurrence"):  # their members have the right mode already
-            self._modules[name].training = self.training  # type: ignore[union-attr]
-        self._name_hooks(blocks)
+            joined = self.cell.joined(self._recurrence_pool[loop.R - 1], self.ln_final)
+            settle(joined, self.training)
+        sites = nn.ModuleList(self._recurrence_pool[: loop.R])
+        return Selection(BlockList(blocks), sites, joined, self._named_hooks(blocks))
 
-    def _name_hooks(self, blocks: list[Block]) -> None:
+    def _named_hooks(self, blocks: list[Block]) -> HookDict:
         loop = self.loop
         hooks = HookDict(loop)
 
@@ -357,8 +369,7 @@ class Pool(HookedRootModule):
         def add_block(i: int) -> None:
             key = (i, blocks[i].location)
             named = self._block_names.get(key)
-            # Only a coda layer changes its index with R, and with it the names of its hooks.
-            if named is None or key[1].stage == "coda":
+            if named is None:
                 named = self._block_names[key] = self._name_block(i, blocks[i])
             hooks.update(named)
 
@@ -378,7 +389,7 @@ class Pool(HookedRootModule):
                 prefix = f"recurrence.{op.recurrence}." if in_loop else ""
                 for name in site.names[op.do]:
                     add(site._modules[name], prefix + name)
-        self.hook_dict = hooks
+        return hooks
 
     def _name_block(self, i: int, block: Block) -> dict[str, LoopedHookPoint]:
         """Name the hooks of effective layer ``i``; those that the flags leave in use, by name."""
@@ -415,8 +426,8 @@ class Pool(HookedRootModule):
                     )
         setattr(self.cfg, flag, on)
         self._block_names.clear()
-        loop = self.loop
-        self._name_hooks([self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)])
+        self._selections.clear()
+        self._select()
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Compute and hook each head's output, ``attn.hook_result``."""

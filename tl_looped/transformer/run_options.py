@@ -143,7 +143,7 @@ def check_cache(model: LoopedTransformer, cache: Any) -> None:
             f"recurrence and layer, got {type(cache).__name__}: begin with "
             "past_kv_cache=LoopedKeyValueCache()"
         )
-    cache.check_owner(model, model.cfg)
+    cache.check_owner(model._watch, model.cfg)
 
 
 def _check_exit_rule(cfg: LoopedConfig, loop: LoopGeometry, rule: Any) -> None:
