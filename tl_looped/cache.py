@@ -75,6 +75,8 @@ class LoopedActivationCache(DecompositionMixin):
         ``cache.stack_recurrences("resid_post")``.
     """
 
+    _view: Any
+
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
@@ -109,11 +111,14 @@ class LoopedActivationCache(DecompositionMixin):
         """The model at the run's number of recurrences."""
         if self._model is None or self._model.loop == self.loop:
             return self._model
-        return self._model.view_at(self.loop.R)
+        if self._view is None:
+            self._view = self._model.view_at(self.loop.R)
+        return self._view
 
     @model.setter
     def model(self, model: Any) -> None:
         self._model = model
+        self._view = None
 
     def __getitem__(self, key: Any) -> Tensor:
         name = self.resolve(key)

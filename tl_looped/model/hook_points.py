@@ -183,7 +183,7 @@ class LoopedHookPoint(Arming, HookPoint):
             if isinstance(x, Tensor) and x.device != given.device:
                 x = x.to(given.device)
             if log is not None:
-                log.compare(own["name"], given, x)
+                log.compare(self.name, given, x)
         if own["reader"] is not None:
             own["reader"](x, self)
         return x
