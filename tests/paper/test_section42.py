@@ -338,7 +338,7 @@ def test_the_page_shows_every_condition(tmp_path: Path) -> None:
     page = reproduce_section42(tmp_path, wanted=wanted, size=SMALL, workers=1)
     text = page.read_text(encoding="utf-8")
     assert text.count("pre-norm") > 1
-    assert "8 looped models of random weights, 2 seeds a condition" in text
+    assert "8 looped models of random weights, 2 seeds per condition" in text
     assert "so that no contrast can be" in text
     # 8 models of 4 layers and 12 recurrences.
     assert "384 layers in all" in text

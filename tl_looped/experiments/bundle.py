@@ -41,7 +41,7 @@ solve them.
   {decay:g}.
 - Four recurrences throughout, cross entropy of the final state. The random initial state has a new
   seed at every step.
-- Seed {seed}. bfloat16 matrix products. Best held-out loss {held_out:.3f} nats a token, at step
+- Seed {seed}. bfloat16 matrix products. Best held-out loss {held_out:.3f} nats per token, at step
   {best_step:,} of {evaluations} evaluations.
 - Command: `tl-looped train-demo gsm8k_train.jsonl --out runs/demo` with tl_looped {version}. Other
   numbers of threads or other PyTorch versions may round differently.
@@ -56,7 +56,7 @@ Loss of the shipped weights in fp32 on the first {rows} held-out rows, state see
 
 | recurrences | {header} |
 |---|{rule}
-| nats a token | {row} |
+| nats per token | {row} |
 """
 
 

@@ -18,7 +18,7 @@ from tl_looped.errors import DataError
 from tl_looped.files import make_folder, write_bytes
 
 MOST_CSV_ROWS = 20_000
-"""Tables of more rows are written as parquet: Figure 63 has one row a weight."""
+"""Tables of more rows are written as parquet: Figure 63 has one row per weight."""
 
 
 def save_figures(drawn: Iterable[Any], folder: Path, command: str) -> list[Path]:

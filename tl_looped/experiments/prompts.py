@@ -183,7 +183,9 @@ def _each_of_file(path: Path, column: str | None) -> Iterator[PromptContent]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON ({error}): one object a line is read") from error
+            raise DataError(
+                f"{where} is not JSON ({error}): one object per line is read"
+            ) from error
         column = column or _column(row, where)
         yield _prompt(row.get(column) if isinstance(row, dict) else None, where, column)
     if is_empty:
@@ -204,7 +206,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 if len(line) == _LONGEST_LINE:
                     raise DataError(
                         f"prompts: line {number} of {path} has {_LONGEST_LINE} characters or more: "
-                        "one prompt a line is read"
+                        "one prompt per line is read"
                     )
                 yield number, line.rstrip("\n")
     except (OSError, ValueError) as error:

@@ -60,7 +60,7 @@ class PromptSet:
         source: ``"bundled"`` (32 word problems), ``"sentence"`` (the test sentence), ``"gsm8k"``,
             ``"hellaswag"`` (from ``file``, or from the hub without one), ``"file"``, or ``"text"``
             (``texts`` itself).
-        file: A jsonl file, or a text file of one prompt a line.
+        file: A jsonl file, or a text file of one prompt per line.
         column: Key of the prompt in a jsonl file, a text or a conversation (a list of messages, for
             the model's chat template); the first of ``question``, ``ctx``, ``prompt``, ``text``,
             ``messages`` that the file has if None.
@@ -144,7 +144,7 @@ class Experiment:
         extras: What else is computed: ``"pairwise"`` (attention distance and residual cosine
             between all effective layers), ``"pca"`` (path of the first prompt's last token),
             ``"tokens"`` (similarity of every token's state to its last one), ``"limiting"`` (its
-            label), ``"convergence"`` (a verdict a prompt), ``"confirm"`` (the same, and every
+            label), ``"convergence"`` (a verdict per prompt), ``"confirm"`` (the same, and every
             prompt runs for twice the recurrences too, on which the verdict then rests),
             ``"neurons"`` (prediction and suppression), ``"patterns"`` (attention of the first
             prompt, every layer and head), ``"spectrum"`` (spectral radius and largest singular

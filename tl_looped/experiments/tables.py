@@ -1,8 +1,8 @@
 """Results as tables, each as CSV (six digits) and as parquet (all of them).
 
-- ``layers``: one row a metric and effective layer, over prompts (heads averaged first).
-- ``prompts``: one row a prompt: its row in the data set, length, verdict.
-- ``neurons``: one row a unique layer, if they were computed.
+- ``layers``: one row per metric and effective layer, over prompts (heads averaged first).
+- ``prompts``: one row per prompt: its row in the data set, length, verdict.
+- ``neurons``: one row per unique layer, if they were computed.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def _over_prompts(name: str, values: xr.DataArray, data: xr.Dataset) -> pd.DataF
 
 
 def prompt_table(data: xr.Dataset) -> pd.DataFrame:
-    """One row a prompt: whatever has no other dimension."""
+    """One row per prompt: whatever has no other dimension."""
     return pd.DataFrame({name: data[name].values for name in sorted(_flat(data, "prompt"))})
 
 
 def neuron_table(data: xr.Dataset) -> pd.DataFrame:
-    """One row a unique layer; empty if neurons were not asked for."""
+    """One row per unique layer; empty if neurons were not asked for."""
     return pd.DataFrame({name: data[name].values for name in _flat(data, "unique_layer")})
 
 

@@ -71,7 +71,7 @@ def condition_table(
         resampling: Resamples, confidence and seed; 1,000 and 95 % if None.
 
     Returns:
-        A row a condition, in the order of their first appearance: ``factors``; ``mean``, ``sd``
+        A row per condition, in the order of their first appearance: ``factors``; ``mean``, ``sd``
         (n - 1, of the seeds); ``hierarchical_low`` and ``_high``, the percentile bootstrap over
         seeds and, within them, prompts (one draw of prompts for all seeds where all have a value
         for the same ones: ``shared_prompts``), NaN without prompts; ``percentile_*``, ``bca_*`` and
@@ -125,7 +125,7 @@ def contrast_table(
             factors are filled in. The values one after the other if empty.
 
     Returns:
-        A row a contrast and combination: ``contrast``, the other factors; the levels of ``over``
+        A row per contrast and combination: ``contrast``, the other factors; the levels of ``over``
         that were averaged over, as text (``"4 12 16"``); ``mean`` of
         ``first - second`` over seeds, ``sd``, ``percentile_*``, ``bca_*``, ``t_*``,
         ``sign_flip_p``, ``least_p`` (``2 / 2^n``), ``n_seeds``, ``seeds``, ``differences`` (a

@@ -63,7 +63,7 @@ def grid(request: Request, data: Any, layers: int) -> list[DrawnFigure]:
 
 
 def small_models(request: Request, data: Any) -> list[DrawnFigure]:
-    """Fig. 10: one panel a small model, each with the control's curve."""
+    """Fig. 10: one panel per small model, each with the control's curve."""
     models, control = split_control(data)
     control = request.options.control if control is None else control
     if control is None:

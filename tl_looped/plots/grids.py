@@ -72,7 +72,7 @@ def condition_name(condition: Condition) -> str:
 
 
 def condition_panels(grid: ConditionRuns, name: str, band: Band | str, log: bool) -> list[Panel]:
-    """One panel a condition, injections in rows and norms in columns: layers over recurrences.
+    """One panel per condition, injections in rows and norms in columns: layers over recurrences.
 
     Args:
         grid: The runs.
@@ -143,7 +143,7 @@ def check_block(runs: Runs, block: int, bare: bool | None, figure: str) -> None:
 def model_panels(
     models: Mapping[str, Runs], name: str, band: Band | str, control: Runs | None
 ) -> list[Panel]:
-    """One panel a model, by recurrence over block depth, each with the control's curve.
+    """One panel per model, by recurrence over block depth, each with the control's curve.
 
     Raises:
         InputError: if there is no model.

@@ -1,7 +1,7 @@
 """The paper's groupings of a metric's values, as panels of lines.
 
-- by layer (L): one line a core layer over the recurrences, blue to green;
-- by recurrence (R): one line a recurrence over the depth of ``[prelude, block, coda]`` in percent,
+- by layer (L): one line per core layer over the recurrences, blue to green;
+- by recurrence (R): one line per recurrence over the depth of ``[prelude, block, coda]`` in percent,
   green to yellow; layer i of n stands at ``x = 100 i / (n - 1)``, a single layer at 0;
 - none (N): the whole run over its effective layers; ``N + L`` with a coloured line a core layer.
 
@@ -87,7 +87,7 @@ def over_recurrences(
     title: str = "",
     trained: int | float | None = None,
 ) -> Panel:
-    """Grouping L: one line a core layer; a variable without layers gives one line.
+    """Grouping L: one line per core layer; a variable without layers gives one line.
 
     Args:
         runs: Results by depth.
@@ -134,7 +134,7 @@ def over_depth(
     feedforward: Runs | None = None,
     log: bool = False,
 ) -> Panel:
-    """Grouping R: one line a recurrence over ``[prelude, block, coda]``, in percent.
+    """Grouping R: one line per recurrence over ``[prelude, block, coda]``, in percent.
 
     Args:
         runs: Results by depth.

@@ -1,6 +1,6 @@
 """The steps of Algorithm 1 on single tokens (Figure 13), for example one of each behaviour.
 
-A row a token, in columns: the similarity of each recurrence's state to the last one, with
+A row per token, in columns: the similarity of each recurrence's state to the last one, with
 ``1 - tau`` and the window; the window without its line, under a Hann window; the amplitudes of its
 Fourier transform, with the peak and the smallest amplitude that counts. The decision itself is
 :func:`tl_looped.metrics.limiting.classify_limiting_behavior`'s.
@@ -143,7 +143,7 @@ def algorithm_numbers(
     tau: float = 0.05,
     rho: float = 0.9,
 ) -> pd.DataFrame:
-    """A row a token: ``token, label, period, amplitude, slope, share, late``.
+    """A row per token: ``token, label, period, amplitude, slope, share, late``.
 
     As :func:`tl_looped.metrics.limiting.classify_limiting_behavior` finds them.
     """

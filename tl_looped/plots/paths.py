@@ -64,7 +64,7 @@ def token_paths(
     title: str,
     caption: str = "",
 ) -> Figure:
-    """One panel a token, coloured by recurrence, with all intermediate layers (Figure 15).
+    """One panel per token, coloured by recurrence, with all intermediate layers (Figure 15).
 
     Args:
         coordinates: In components that were fitted on all tokens.

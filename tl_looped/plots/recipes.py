@@ -359,7 +359,7 @@ def _token_paths(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
     names = list(request.options.tokens or [f"token {i}" for i in range(len(array))])
     if len(names) != len(array):
         raise InputError(f"tokens must name the {len(array)} tokens of pca, got {len(names)}")
-    extra = ["a panel a token; components of all tokens, layers and recurrences"]
+    extra = ["a panel per token; components of all tokens, layers and recurrences"]
     caption = caption_for(request, data, extra, "prompt")
 
     def paint(title: str, text: str) -> Figure:

@@ -1,6 +1,6 @@
 """Curves of the small models of Section 5.1: losses over tokens and recurrences, steps of the loop.
 
-One line a configuration: the mean over seeds, with a band of one standard deviation (n - 1) where
+One line per configuration: the mean over seeds, with a band of one standard deviation (n - 1) where
 there are two seeds or more. These figures are none of the paper's and have no number.
 """
 
@@ -28,12 +28,12 @@ def training_curves(curves: pd.DataFrame, control: str | None = None) -> DrawnFi
     """Held-out loss over training tokens.
 
     Args:
-        curves: ``configuration, seed, tokens, held_out_loss``; the last in nats a token.
+        curves: ``configuration, seed, tokens, held_out_loss``; the last in nats per token.
         control: The configuration that is drawn dashed and black.
     """
     table = curves.assign(millions=curves["tokens"] / 1e6)
     lines = _lines(table, "millions", "held_out_loss", control)
-    panel = Panel("", "training tokens (millions)", "held-out loss (nats a token)", lines)
+    panel = Panel("", "training tokens (millions)", "held-out loss (nats per token)", lines)
     caption = f"Held-out loss during training, at the trained recurrences. {_BANDS}. {_n(curves)}."
     return _drawn("fig_curves", "Training curves", caption, [panel], {"band": "sd"})
 
@@ -52,7 +52,7 @@ def loss_over_recurrences(
     wide = max(float(line.x.max()) for line in lines)
     lines = tuple(_across(line, wide) if line.label == control else line for line in lines)
     marked = None if trained is None else (float(trained), "trained")
-    axis = "held-out loss (nats a token)"
+    axis = "held-out loss (nats per token)"
     panel = Panel("", "recurrences", axis, lines, integer_x=True, marked_x=marked)
     caption = (
         f"Held-out loss of the final models by recurrences"

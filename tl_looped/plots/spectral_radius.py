@@ -118,7 +118,7 @@ def radius_against_rate(
     ordered: bool = False,
     unit: str = "prompts",
 ) -> DrawnFigure:
-    """Measured rate over spectral radius, a point a prompt, with the diagonal.
+    """Measured rate over spectral radius, a point per prompt, with the diagonal.
 
     Args:
         groups: Data of each condition by its name, see the module. One colour and marker each.

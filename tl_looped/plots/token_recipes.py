@@ -109,7 +109,7 @@ def cooccurring(request: Request, data: xr.Dataset) -> list[DrawnFigure]:
 def _series(
     request: Request, data: xr.Dataset
 ) -> tuple[Float[np.ndarray, "series recurrence"], list[tuple[int, int]]]:
-    """Similarities of the last core layer, one row a real token, and (prompt, token) of each."""
+    """Similarities of the last core layer, one row per real token, and (prompt, token) of each."""
     window, R = request.options.window, shape_of(data).R
     if "reference_recurrences" in data.attrs:
         raise InputError(

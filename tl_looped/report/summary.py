@@ -154,7 +154,7 @@ class RunSummary:
 def summarise(
     runs: Mapping[str, xr.Dataset], resampling: Resampling | None = None
 ) -> list[RunSummary]:
-    """One row a run, in the order given; ``runs`` are results by name."""
+    """One row per run, in the order given; ``runs`` are results by name."""
     resampling = resampling or Resampling()
     names = display_names(runs)
     return [_summary(name, names[name], runs, resampling) for name in runs]
@@ -271,7 +271,7 @@ def _lacks(name: str) -> Missing:
 
 def _per_prompt(data: xr.Dataset, name: str) -> Float[np.ndarray, " prompt"]:
     if data[name].dims != ("prompt",):
-        raise DataError(f"{name} must be one number a prompt, got dimensions {data[name].dims}")
+        raise DataError(f"{name} must be one number per prompt, got dimensions {data[name].dims}")
     return data[name].to_numpy().astype(np.float64)
 
 

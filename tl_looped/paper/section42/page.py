@@ -75,7 +75,7 @@ def draw_section42(
 
 
 def _radii(found: Mapping[Cell, xr.Dataset]) -> list[DrawnFigure]:
-    """Rate over spectral radius, a point a model, of the conditions with any fixed point."""
+    """Rate over spectral radius, a point per model, of the conditions with any fixed point."""
     groups: dict[str, list[xr.Dataset]] = {}
     for cell, data in sorted(found.items()):
         if np.isfinite(data["spectral_radius"]).any():
@@ -115,7 +115,7 @@ def write_section42(tables: GridTables, out: Path) -> Path:
     seeds = cells["seed"].nunique()
     size = CellSize(**tables.about["size"])
     lead = (
-        f"{len(cells)} looped models of random weights, {seeds} seeds a condition, width "
+        f"{len(cells)} looped models of random weights, {seeds} seeds per condition, width "
         f"{size.d_model}, {size.n_recurrences} recurrences of one random input of {size.n_tokens} "
         f"tokens; verdicts are confirmed by {2 * size.n_recurrences}. It is Section 4.2 of arXiv "
         "2604.11791, with the sizes, the initialisation and the form of injection that the paper "
@@ -178,7 +178,7 @@ def _by_condition(of: pd.DataFrame) -> str:
 
 
 def verdict_part(tables: GridTables) -> PagePart:
-    """A table a kind of weights, a row a condition; a rate only where a seed has a fixed point."""
+    """A table per kind of weights, a row per condition; a rate only where a seed has a fixed point."""
     cells = tables.cells
     rates = tables.conditions[tables.conditions["quantity"] == "rate"]
     keys = ["init", "layers", "norm", "injection"]

@@ -55,14 +55,14 @@ class GridTables:
     """What the grid says.
 
     Args:
-        cells: A row a model: its condition and seed, ``verdict``, ``fixed_point``, ``settled_at``
+        cells: A row per model: its condition and seed, ``verdict``, ``fixed_point``, ``settled_at``
             (recurrences; -1: never), ``rate``, ``half_life`` (recurrences), ``period``, the largest
             ``relative_step`` of any layer at the last recurrence, the lowest ``cosine_step``,
             ``norm`` growth over the second half (``growth``), ``lowest_layer_cosine``, the spectral
             numbers.
-        conditions: A row a condition and quantity, with intervals; see
+        conditions: A row per condition and quantity, with intervals; see
             :func:`tl_looped.paper.statistics.condition_table`.
-        verdicts: A row a condition: how many of its seeds have each verdict.
+        verdicts: A row per condition: how many of its seeds have each verdict.
         contrasts: Paired contrasts; see
             :func:`tl_looped.paper.statistics.contrast_table`. ``layers`` are those that were
             averaged over, ``"4 12 16"``.

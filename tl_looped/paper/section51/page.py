@@ -79,7 +79,7 @@ def write_section51(found: Section51, out: Path) -> Path:
     few, many = min(seeds.values()), max(seeds.values())
     n = f"{few}" if few == many else f"{few} to {many}"
     lead = (
-        f"{sum(seeds.values())} small models, {n} seeds a configuration, "
+        f"{sum(seeds.values())} small models, {n} seeds per configuration, "
         f"{about['architecture']['d_model']} dimensions, trained on a CPU: what Section 5.1 of "
         "arXiv 2604.11791 shows at 512 dimensions and 3.7 billion tokens. Measured on "
         f"{about['prompts']['run']} prompts ({about['prompts']['set']}). All models are pre-norm, "
@@ -289,7 +289,7 @@ def _convergence(found: Section51, out: Path) -> PagePart:
         "which steps shrink, a fit over all above the noise floor, of prompts of all verdicts: of "
         "an approach to a fixed point only as far as the shares say so. Shares: by verdict, "
         "confirmed by runs of twice the recurrences. "
-        "Losses in nats a token. Left out: prompts without a rate."
+        "Losses in nats per token. Left out: prompts without a rate."
     )
     figures = named_figures(out / "figures", ("fig_steps",), "conditions", out)
     text = (
