@@ -1,8 +1,8 @@
 """The paper's groupings of a metric's values, as panels of lines.
 
 - by layer (L): one line per core layer over the recurrences, blue to green;
-- by recurrence (R): one line per recurrence over the depth of ``[prelude, block, coda]`` in percent,
-  green to yellow; layer i of n stands at ``x = 100 i / (n - 1)``, a single layer at 0;
+- by recurrence (R): one line per recurrence over the depth of ``[prelude, block, coda]`` in
+  percent, green to yellow; layer i of n stands at ``x = 100 i / (n - 1)``, a single layer at 0;
 - none (N): the whole run over its effective layers; ``N + L`` with a coloured line a core layer.
 
 Where a loop norm (Ouro) follows the last layer of the block, the values of the layer are those

@@ -178,7 +178,7 @@ def _by_condition(of: pd.DataFrame) -> str:
 
 
 def verdict_part(tables: GridTables) -> PagePart:
-    """A table per kind of weights, a row per condition; a rate only where a seed has a fixed point."""
+    """A table per kind of weights; a rate only where a seed of the condition has a fixed point."""
     cells = tables.cells
     rates = tables.conditions[tables.conditions["quantity"] == "rate"]
     keys = ["init", "layers", "norm", "injection"]
