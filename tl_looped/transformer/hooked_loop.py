@@ -94,7 +94,7 @@ class HookedLoop(Pool):
         """As in TransformerLens, also on hook points beyond the current recurrences."""
         for hook in self.all_hook_points():
             if hook.ctx:
-                hook.clear_context()
+                hook.clear_context()  # type: ignore[no-untyped-call]
 
     @in_turn
     def add_hook(

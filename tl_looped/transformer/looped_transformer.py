@@ -227,7 +227,7 @@ class LoopedTransformer(HookedLoop):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoopedTransformer:
         # Behind to(), cuda(), half() and their kin: cfg follows the weights, as in TransformerLens.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # And a spread model that goes to one device is gathered there.
         self._note_devices()
         return self
