@@ -123,7 +123,8 @@ def intervened(model: LoopedTransformer, run: LoopRun) -> Iterator[None]:
             # At once: a later intervention finds the layers in the order that this one left.
             for block, weights in changes.weights:
                 if weights is not block.weights:
-                    run.changed.add(f"blocks.{block.hook_resid_pre.layer()}.weights")
+                    layer = block.hook_resid_pre.layer()  # type: ignore[no-untyped-call]
+                    run.changed.add(f"blocks.{layer}.weights")
                 stack.callback(block.borrow, block.weights)
                 block.borrow(weights)
             edits += [
