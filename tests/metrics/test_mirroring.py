@@ -14,10 +14,9 @@ from scipy import stats
 from torch import Tensor
 
 from tl_looped import InputError
+from tl_looped.metrics.alignment import base_layer_cosine, linear_cka
 from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.mirroring import (
-    base_layer_cosine,
-    linear_cka,
     mirroring_interval,
     mirroring_score,
 )

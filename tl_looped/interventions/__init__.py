@@ -25,8 +25,8 @@ from tl_looped.interventions.ablation import (
     AblateMLP,
     AblateNeurons,
 )
-from tl_looped.interventions.attention import FreezeAttention
 from tl_looped.interventions.fixed_points import FixedPoint, FreezeLoop, fixed_point
+from tl_looped.interventions.frozen_attention import FreezeAttention
 from tl_looped.interventions.layers import ReorderLayers, SkipLayers, SwapLayers
 from tl_looped.interventions.recurrences import RepeatRecurrence, SkipRecurrences
 from tl_looped.interventions.selection import Recurrences

@@ -16,6 +16,7 @@ Names:
   :data:`DEFAULT_METRICS` is what every door measures unless asked.
 """
 
+from tl_looped.metrics.alignment import base_layer_cosine, linear_cka
 from tl_looped.metrics.attention_patterns import (
     attention_distance,
     colsum_concentration,
@@ -75,8 +76,6 @@ from tl_looped.metrics.lipschitz import (
 from tl_looped.metrics.mirroring import (
     MirroringInterval,
     MirroringScore,
-    base_layer_cosine,
-    linear_cka,
     mirroring_interval,
     mirroring_score,
     permuted_mirroring,

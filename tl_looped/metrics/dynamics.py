@@ -26,7 +26,7 @@ from tl_looped.metrics.inputs import token_mask, token_mean
 from tl_looped.model import limits
 from tl_looped.transformer.loop_map import LoopMap
 
-Step = Callable[[Tensor], Tensor]
+StateMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class JacobianSpectrum:
 
 @checked
 def loop_jacobian_spectrum(
-    step: Step,
+    step: StateMap,
     state: Float[Tensor, "*batch pos d_model"],
     attention_mask: Tensor | None = None,
     n_iterations: int = 300,
@@ -122,7 +122,7 @@ def _differentiable() -> Iterator[None]:
         yield
 
 
-def _check_step(step: Step, x: Tensor) -> None:
+def _check_step(step: StateMap, x: Tensor) -> None:
     shape = step(x).shape
     if shape != x.shape:
         raise InputError(
@@ -140,7 +140,7 @@ def _scaled(v: Tensor, norm: Tensor) -> Tensor:
     return (v.double() / safe[..., None, None]).to(v.dtype)
 
 
-def _spectral_radius(push: Step, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _spectral_radius(push: StateMap, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
     v = _scaled(v, _norm(v))
     growth = []
     for _ in range(n):
@@ -167,7 +167,7 @@ def _smooth_mean(x: Float[Tensor, " n *batch"]) -> Float[Tensor, "*batch"]:
 
 
 def _largest_singular_value(
-    push: Step, pull: Step, v: Tensor, n: int, enough: float
+    push: StateMap, pull: StateMap, v: Tensor, n: int, enough: float
 ) -> tuple[Tensor, Tensor]:
     v = _scaled(v, _norm(v))
     for _ in range(n):
@@ -204,7 +204,7 @@ class PathIndependence:
 
 @checked
 def path_independence(
-    step: Step,
+    step: StateMap,
     starts: Mapping[str, Float[Tensor, "*batch pos d_model"]],
     n_recurrences: int,
     attention_mask: Tensor | None = None,

@@ -4,8 +4,7 @@ A metric of the layers of a feedforward model is a curve over depth. Each recurr
 model has one too, that of the *virtual feedforward model* ``[prelude, block_r, coda]``. The
 mirroring score says how alike the two are, and two null distributions how much of that any order of
 the block's layers would give. Beyond arXiv 2604.11791, which compares such curves by eye (Figures
-8, 35-40). For activations there are the cosine with a base model's layers (retrofits) and linear
-centred kernel alignment (models of unrelated widths).
+8, 35-40). For activations see :mod:`tl_looped.metrics.alignment`.
 
 Decisions, all ours. Layer i of n stands at ``x = 100 i / (n - 1)`` percent; curves are read off at
 x = 0, 1, ..., 100 by linear interpolation (above 101 layers some are not looked at). The score to
@@ -23,7 +22,6 @@ from itertools import permutations
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from scipy import stats
@@ -33,7 +31,6 @@ from tl_looped.checks import MOST_DRAWS, checked, one_of, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.arrays import as_float64
 from tl_looped.metrics.bootstrap import Interval, Resampling
-from tl_looped.metrics.inputs import token_mask, token_mean
 
 Statistic = Literal["pearson", "spearman", "rmse"]
 
@@ -341,77 +338,6 @@ def _over_prompts(
     return resampling.percentile(np.concatenate(scores)[: resampling.n_resamples])
 
 
-@checked
-def base_layer_cosine(
-    states: Float[Tensor, "*layers pos d_model"],
-    base: Float[Tensor, "*base_layers base_pos base_d_model"],
-    attention_mask: Tensor | None = None,
-) -> Float[Tensor, "*broadcast_layers"]:
-    """Cosine of a retrofitted model's states with those of the base model's layers.
-
-    ``mean over tokens of x_t . y_t / (|x_t| |y_t|)`` in fp64. Only a model that was made from the
-    other shares its basis; for others see :func:`linear_cka`. Broadcasts: ``[recurrence, core, pos,
-    d]`` against ``[core, pos, d]`` of the layers that the block was made from. Pass the limits
-    ``x*_l``, the states of the last recurrence, for the score at the fixed point.
-
-    Tokens where either state is zero are left out, NaN if none is left. A state that is not finite
-    gives NaN.
-
-    Args:
-        states: States of the looped model.
-        base: States of the base model, of the same prompts and layers.
-        attention_mask: ``[..., pos]``, real tokens, as in the other metrics.
-
-    Raises:
-        InputError: if the shapes do not fit.
-    """
-    try:
-        shape = torch.broadcast_shapes(states.shape, base.shape)
-    except RuntimeError:
-        shape = torch.Size()
-    if states.shape[-2:] != base.shape[-2:] or not shape:
-        raise InputError(
-            f"base must be [..., pos, d_model] with the prompts of states, {tuple(states.shape)}, "
-            f"got {tuple(base.shape)}"
-        )
-    x, y = (_unit(z.double()).expand(shape) for z in (states, base))
-    real = token_mask(x, attention_mask)
-    zero = (x == 0).all(-1) | (y == 0).all(-1)
-    return token_mean((x * y).sum(-1), real, left_out=zero)
-
-
-@checked
-def linear_cka(
-    x: Float[Tensor, "*x_batch token d_x"], y: Float[Tensor, "*y_batch y_token d_y"]
-) -> Float[Tensor, "*batch"]:
-    """Linear centred kernel alignment of two representations of the same tokens, 0 to 1.
-
-    ``|Xc^T Yc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F)`` with columns centred over the tokens, in fp64
-    (Kornblith et al. 2019; the biased HSIC estimate, which is near 1 for any two representations
-    with far more dimensions than tokens). Invariant to rotations, shifts and one scale each; the
-    widths may differ. Batch dimensions broadcast: ``x[:, None]`` against ``y[None]`` gives every
-    pair of layers. Concatenate the real tokens of all prompts.
-
-    NaN for a representation that is the same for all tokens, a single token included, and for one
-    that is not finite.
-
-    Raises:
-        InputError: if the numbers of tokens differ or there is none.
-    """
-    if x.shape[-2] != y.shape[-2] or x.shape[-2] == 0:
-        raise InputError(
-            "x and y must be [..., token, d] of the same tokens, at least one, got shapes "
-            f"{tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    x, y = _centred(x), _centred(y)
-    # Gram matrices over the tokens or over the features, whichever are smaller: equal norms.
-    if x.shape[-2] <= min(x.shape[-1], y.shape[-1]):
-        kx, ky = x @ x.mT, y @ y.mT
-        return (kx * ky).sum((-2, -1)) / (_frobenius(kx) * _frobenius(ky))
-    cross = _frobenius(x.mT @ y)
-    return cross.square() / (_frobenius(x.mT @ x) * _frobenius(y.mT @ y))
-
-
 # -- curves -------------------------------------------------------------------------------------
 
 
@@ -518,26 +444,3 @@ def _check_draw(max_lag: int, n_permutations: int, seed: int) -> None:
     whole(max_lag, "max_lag", 0, GRID_POINTS - 3, fix="in % of the depth")
     whole(n_permutations, "n_permutations", 1, MOST_DRAWS)
     whole(seed, "seed")
-
-
-# -- activations --------------------------------------------------------------------------------
-
-
-def _unit(x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
-    """Unit vectors; zero vectors stay zero. By the largest entry first, against underflow."""
-    largest = x.abs().amax(-1, keepdim=True)
-    x = x / torch.where(largest == 0, 1.0, largest)
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(norm == 0, 1.0, norm)
-
-
-def _centred(x: Float[Tensor, "*batch token d"]) -> Float[Tensor, "*batch token d"]:
-    """Columns of mean zero on the scale of one; NaN where all tokens are the same."""
-    x = x.double()
-    x = x - x[..., :1, :]  # exact for equal tokens, whose mean is not
-    x = x / x.abs().amax((-2, -1), keepdim=True)
-    return x - x.mean(-2, keepdim=True)
-
-
-def _frobenius(x: Float[Tensor, "*batch a b"]) -> Float[Tensor, "*batch"]:
-    return torch.linalg.matrix_norm(x)

@@ -38,7 +38,7 @@ from tl_looped.model.config import InitialState
 from tl_looped.progress import Progress, advancing
 from tl_looped.transformer import LoopedTransformer
 
-States = Literal["recompute", "disk"]
+Keeping = Literal["recompute", "disk"]
 Batching = Literal["length", "padded"]
 Look = Callable[[Site, Reads, Tensor], None]
 
@@ -69,14 +69,14 @@ class StreamOptions:
     reference_recurrences: int | None = None
     batch_size: int = 8
     batching: Batching | str = "length"
-    states: States | str = "recompute"
+    states: Keeping | str = "recompute"
     folder: Path | None = None
     state_seed: Seed | None = None
     initial_state: str | None = None
     skip_first: int = 0
 
     def __post_init__(self) -> None:
-        one_of(self.states, "states", get_args(States))
+        one_of(self.states, "states", get_args(Keeping))
         one_of(self.batching, "batching", get_args(Batching))
         whole(self.batch_size, "batch_size", 1)
         at_most_one(initial_state=self.initial_state, state_seed=self.state_seed)

@@ -25,11 +25,11 @@ from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.patching.exact import as_tokens, run_record
 from tl_looped.patching.grid import (
     Baseline,
-    Grid,
     Metric,
+    PatchGrid,
     Selection,
     clean_value,
-    labelled,
+    effects_of,
     make_grid,
 )
 from tl_looped.transformer import LoopedTransformer
@@ -100,7 +100,7 @@ def attribute_recurrences(
                         for activation, gradient in fired[name]
                     )
         attributes = run_record(model, run) | {"method": "attribution patching, first order"}
-        return labelled(grid, clean_cache, difference, clean, corrupted, attributes)
+        return effects_of(grid, clean_cache, difference, clean, corrupted, attributes)
 
 
 def _gradients(
@@ -136,7 +136,7 @@ def _gradients(
 
 
 def _estimate(
-    grid: Grid, donor: Tensor, activation: Tensor, gradient: Tensor
+    grid: PatchGrid, donor: Tensor, activation: Tensor, gradient: Tensor
 ) -> Float[np.ndarray, "pos head"]:
     """``(donor - activation) . gradient`` for every position and head of the grid."""
     wide = torch.promote_types(gradient.dtype, torch.float32)

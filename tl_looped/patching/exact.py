@@ -25,12 +25,12 @@ from tl_looped.model.config import InitialState
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.patching.grid import (
     Baseline,
-    Grid,
     Metric,
+    PatchGrid,
     Selection,
     as_number,
     clean_value,
-    labelled,
+    effects_of,
     make_grid,
 )
 from tl_looped.progress import Progress, advancing
@@ -118,7 +118,7 @@ def patch_recurrences(
                     patched[cell] = as_number(patching_metric(rows))
                 advance(len(some))
         record = run_record(model, run) | {"method": "activation patching"}
-        return labelled(grid, clean_cache, patched - corrupted.value, clean, corrupted, record)
+        return effects_of(grid, clean_cache, patched - corrupted.value, clean, corrupted, record)
 
 
 def as_tokens(
@@ -154,7 +154,7 @@ def _run_cells(
     model: LoopedTransformer,
     tokens: Int[Tensor, "batch pos"],
     cache: LoopedActivationCache,
-    grid: Grid,
+    grid: PatchGrid,
     cells: Iterable[tuple[int, ...]],
     run: dict[str, Any],
 ) -> Tensor:

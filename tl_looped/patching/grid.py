@@ -45,7 +45,7 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class Grid:
+class PatchGrid:
     """Everything that the cells of one grid share.
 
     Args:
@@ -104,7 +104,7 @@ def make_grid(
     layers: Sequence[int | tuple[int, int]] | None,
     positions: Selection,
     heads: Selection,
-) -> Grid:
+) -> PatchGrid:
     """The grid of a call's arguments, at the model's present number of recurrences.
 
     ``shape`` is that of the corrupted prompts' tokens, ``[batch, pos]``.
@@ -137,7 +137,7 @@ def make_grid(
         raise InputError(f"activation {activation!r} has no heads: leave heads out")
     what = "the grid"
     n_heads = model.cfg.n_kv_heads if name.endswith(_KEYS) else model.cfg.n_heads
-    grid = Grid(
+    grid = PatchGrid(
         activation,
         layer_type,
         members(source_recurrences, cache.loop.R, "source recurrence", what),
@@ -226,8 +226,8 @@ def clean_value(cache: LoopedActivationCache, metric: Metric, given: float | Non
         return as_number(metric(logits if cache.has_batch_dim else logits[None]))
 
 
-def labelled(
-    grid: Grid,
+def effects_of(
+    grid: PatchGrid,
     cache: LoopedActivationCache,
     difference: Float[np.ndarray, "source target layer pos head"],
     clean: float,
@@ -296,7 +296,9 @@ def _along(wanted: Selection, n: int, what: str) -> list[int | None]:
     return list(members(wanted, n, what, "the grid"))
 
 
-def _check_donor(grid: Grid, donor: Float[Tensor, "batch ..."], shape: tuple[int, ...]) -> None:
+def _check_donor(
+    grid: PatchGrid, donor: Float[Tensor, "batch ..."], shape: tuple[int, ...]
+) -> None:
     n, length = shape
     if donor.shape[grid.axes.pos] != length:
         raise InputError(

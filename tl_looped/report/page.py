@@ -20,7 +20,7 @@ from tl_looped._version import __version__
 from tl_looped.files import write_text
 from tl_looped.report.parts import PagePart, PageTable, SummaryRow
 from tl_looped.report.text import VERDICTS, digits, value
-from tl_looped.viz.attention import DRAW
+from tl_looped.viz.attention_views import DRAW
 from tl_looped.viz.page import UNPACK, VIEW_STYLE, content_policy, drawing_script, packed_drawing
 
 _DRAW_WHEN_OPENED = """

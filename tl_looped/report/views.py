@@ -12,7 +12,7 @@ import xarray as xr
 from tl_looped.experiments.reading import is_feedforward
 from tl_looped.files import make_folder, write_text
 from tl_looped.metrics.labels import geometry_of
-from tl_looped.viz.attention import AttentionView, across, all_heads
+from tl_looped.viz.attention_views import AttentionView, across, all_heads
 from tl_looped.viz.page import MAX_BYTES
 
 _READ = "Rows are the tokens that attend, columns the tokens attended to."

@@ -15,7 +15,7 @@ shows itself, ``view.save("head.html")`` writes the page, and its fields are the
 Labels are ``r3 l1 h2``: recurrence, core layer, head, all 0-based.
 """
 
-from tl_looped.viz.attention import (
+from tl_looped.viz.attention_views import (
     AttentionView,
     attention_view,
     difference,
