@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped._compat import Slice, SliceInput, get_act_name
+from tl_looped.checks import Seed, checked, described
 from tl_looped.decomposition import DecompositionMixin
 from tl_looped.decomposition.steps import Target
-from tl_looped.errors import LayerIndexError, MissingActivationError
+from tl_looped.errors import InputError, LayerIndexError, MissingActivationError
 from tl_looped.model.edits import EditLog, Edits
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 from tl_looped.model.names import canonical_name
@@ -32,7 +33,7 @@ class RunRecord:
     """What a cache keeps of its run; filled by the first forward pass, not by one in a hook."""
 
     filled: bool = False
-    state_seed: int | None = None
+    state_seed: Seed | None = None
     state_given: bool = False
     early_exit: bool = False
     attention_mask: Tensor | None = None
@@ -52,6 +53,7 @@ class RunRecord:
         return Edits(frozenset(names), self.interventions)
 
 
+@checked
 class LoopedActivationCache(DecompositionMixin):
     """Activations of one run, addressable by effective layer and by (recurrence, layer).
 
@@ -83,7 +85,7 @@ class LoopedActivationCache(DecompositionMixin):
         model: Any,
         has_batch_dim: bool = True,
         loop: LoopGeometry | None = None,
-        state_seed: int | None = None,
+        state_seed: Seed | None = None,
         state_given: bool = False,
         early_exit: bool = False,
         attention_mask: Tensor | None = None,
@@ -91,6 +93,8 @@ class LoopedActivationCache(DecompositionMixin):
         n_past: int = 0,
         edits: Edits | None = None,
     ) -> None:
+        if loop is None and not isinstance(getattr(model, "loop", None), LoopGeometry):
+            raise InputError(f"model must be looped, or loop given: got {described(model)}")
         self.loop: LoopGeometry = model.loop if loop is None else loop
         self.attention_mask = attention_mask
         self.n_pos = n_pos
@@ -152,6 +156,8 @@ class LoopedActivationCache(DecompositionMixin):
             if key in self.cache_dict:
                 return key
             return canonical_name(get_act_name(key), self.loop)
+        if not isinstance(key, tuple) or not key or not isinstance(key[0], str):
+            raise InputError(f"a key is a name or (name, layer, layer_type), got {described(key)}")
         name, *rest = key
         if rest and rest[0] is not None:
             rest[0] = self.loop.resolve(rest[0])

@@ -56,6 +56,8 @@ E = TypeVar("E", bound=Enum)
 Seed: TypeAlias = Annotated[int, "of any size"]
 """An integer that may have more than 64 bits, which other integers may not: torch takes none."""
 
+_MARK = "__has_checked_arguments__"
+
 MOST_DRAWS = 10**7
 """Most resamples, permutations, starts or iterations of one call: what a day may hold."""
 
@@ -87,6 +89,8 @@ def checked(thing: T) -> T:
     for name, member in list(vars(thing).items()):
         if name.startswith("_") and name not in ("__init__", "__call__"):
             continue
+        if hasattr(member, _MARK):
+            continue  # a method that is decorated itself
         if isinstance(member, (classmethod, staticmethod)):
             setattr(thing, name, type(member)(_checked_function(member.__func__)))
         elif inspect.isfunction(member):
@@ -114,17 +118,21 @@ def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         raise refusal
 
+    setattr(call, _MARK, True)
     return call
 
 
 def _check_of(function: Callable[..., Any]) -> Callable[..., None]:
     """A function of the same parameters that does nothing but look at them."""
     # A lambda: jaxtyping's import hook leaves it alone, and beartype skips what jaxtyping wrapped.
-    check = wraps(function)(lambda *args, **kwargs: None)
-    names = inspect.unwrap(function).__globals__
+    # It sees through wrappers of (*args, **kwargs) alone: so what is checked is the innermost.
+    innermost = inspect.unwrap(function)
+    check = wraps(innermost)(lambda *args, **kwargs: None)
+    names = innermost.__globals__
     package = vars(sys.modules["tl_looped"])  # LoopedTransformer, in the layers below it
-    hints = get_type_hints(function, {**package, **names}, include_extras=True)
-    hints.pop("return", None)
+    written = innermost.__annotations__.items()
+    check.__annotations__ = {name: hint for name, hint in written if name != "return"}
+    hints = get_type_hints(check, {**package, **names}, include_extras=True)
     check.__annotations__ = {name: _precise(hint) for name, hint in hints.items()}
     return cast(Callable[..., None], beartype(check))
 
@@ -138,25 +146,23 @@ def _precise(hint: Any) -> Any:
         return Union[tuple(_precise(each) for each in arguments)]  # noqa: UP007
     if not arguments or origin not in (*_COLLECTIONS, *_MAPPINGS, tuple):
         return hint
-    items: list[Any] = [each if each is ... else _precise(each) for each in arguments]
-    if origin is tuple and ... not in items:
+    items = [_holds(_precise(each)) for each in arguments if each is not ...]
+    if origin is tuple and ... not in arguments:
 
         def fit(value: Any) -> bool:
-            return len(value) == len(items) and all(map(is_bearable, value, items))
+            return len(value) == len(items) and all(
+                holds(each) for holds, each in zip(items, value, strict=True)
+            )
 
     elif origin in _MAPPINGS:
 
         def fit(value: Any) -> bool:
-            return all(
-                is_bearable(key, items[0]) and is_bearable(of, items[1])
-                for key, of in value.items()
-            )
+            return all(map(items[0], value)) and all(map(items[1], value.values()))
 
     else:
 
         def fit(value: Any) -> bool:
-            is_read_once = not isinstance(value, abc.Collection)
-            return is_read_once or all(is_bearable(each, items[0]) for each in value)
+            return not isinstance(value, abc.Collection) or all(map(items[0], value))  # read once
 
     def fits(value: Any) -> bool:
         with suppress(TypeError):  # a tensor without dimensions has __iter__
@@ -164,6 +170,13 @@ def _precise(hint: Any) -> Any:
         return False
 
     return Annotated[origin, Is[fits]]
+
+
+def _holds(hint: Any) -> Callable[[Any], bool]:
+    """Whether an item fits; fast where its hint is a class, for caches of thousands of tensors."""
+    if isinstance(hint, type) and hint is not Any:
+        return lambda value: isinstance(value, hint)
+    return lambda value: is_bearable(value, hint)
 
 
 def _refusal(
@@ -183,15 +196,22 @@ def _refusal(
             for value in given.values() if kind is kind.VAR_KEYWORD else several:
                 if name in hints and not is_bearable(value, hints[name]):
                     shape = isinstance(value, Tensor) and bool(earlier)
-                    is_made = function.__name__ == "__init__"
-                    where = type(args[0]).__name__ if is_made else function.__qualname__
                     return ArgumentTypeError(
-                        f"{where}: {name} must be {_written(function, name)}, "
+                        f"{_named(function, args)}: {name} must be {_written(function, name)}, "
                         f"got {described(value)}" + f", beside {', '.join(earlier)}" * shape
                     )
             if isinstance(given, Tensor):
                 earlier.append(f"{name} of shape {tuple(given.shape)}")
     return ArgumentTypeError(str(violation))
+
+
+def _named(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """``LoopedTransformer.generate``, in whichever of its classes that is; a class for __init__."""
+    owner, _, method = function.__qualname__.rpartition(".")
+    of = args[0] if args and isinstance(args[0], type) else type(args[0] if args else None)
+    if any(base.__qualname__ == owner for base in of.__mro__):
+        owner = of.__name__
+    return owner if method == "__init__" else f"{owner}.{method}".removeprefix(".")
 
 
 def _written(function: Callable[..., Any], name: str) -> str:
@@ -340,7 +360,7 @@ def one_of(
         if type(value) in (type(choice), type(plain)) and value in (choice, plain):
             return choice
     shown = ", ".join(repr(c.value if isinstance(c, Enum) else c) for c in valid)
-    raise error(f"{name} must be one of {shown}, got {_shown(value)}")
+    raise error(f"{name} must be {'one of ' * (len(valid) > 1)}{shown}, got {_shown(value)}")
 
 
 def at_most_one(error: type[TLLoopedError] = InputError, **given: Any) -> None:

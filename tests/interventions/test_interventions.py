@@ -680,7 +680,7 @@ WRONG_TYPES: list[tuple[Callable[[], Any], type[InputError], str]] = [
     (lambda: iv.SkipRecurrences("all"), ArgumentTypeError, "recurrences"),  # type: ignore[arg-type]
     (lambda: iv.SkipRecurrences(1.5), ArgumentTypeError, "recurrences"),  # type: ignore[arg-type]
     (lambda: iv.AblateHeads({1: 0}, by="half"), ArgumentTypeError, "by"),  # type: ignore[arg-type]
-    (lambda: iv.SkipRecurrences, InputError, "SkipRecurrences(2)"),
+    (lambda: iv.SkipRecurrences, ArgumentTypeError, "SkipRecurrences"),
     (lambda: iv.FreezeAttention(None), ArgumentTypeError, "recurrence"),  # type: ignore[arg-type]
     (lambda: iv.RepeatRecurrence([0, 1]), ArgumentTypeError, "recurrence"),  # type: ignore[arg-type]
     (lambda: iv.ReorderLayers([None, 1, 2, 3]), ArgumentTypeError, "order"),  # type: ignore[list-item]

@@ -25,6 +25,7 @@ import torch
 import tl_looped
 from tl_looped import LoopedTransformer, TLLoopedError, metrics, viz
 from tl_looped import interventions as iv
+from tl_looped.experiments import Experiment, PromptSet, Run
 from tl_looped.metrics.clusters import FEATURES
 from tl_looped.model.geometry import LayerLocation
 
@@ -37,10 +38,10 @@ INSIDE = {"cli", "decomposition", "paper", "plots", "report", "transformer"}
 PROTOCOL = {"changes", "wants", "measure", "place"}
 ADAPTER = {m for m in vars(tl_looped.Adapter) if not m.startswith("_")}
 # What is called with what the package gives it: its errors are the caller's own.
-FUNCTIONS = {"hook", "names_filter", "patching_metric", "step"}
+FUNCTIONS = {"hook", "name", "names_filter", "patching_metric", "step"}
 # What the package makes, and hands out:
 RESULTS = {
-    *("AttentionLipschitz", "AttentionView", "BootstrapCI", "Changes", "ConvergenceResult"),
+    *("Run", "AttentionLipschitz", "AttentionView", "BootstrapCI", "Changes", "ConvergenceResult"),
     *(
         "ConvergenceSeries",
         "ExitReadout",
@@ -57,7 +58,7 @@ RESULTS = {
 # The runs of a model, for the package itself and for training loops:
 INNER = {
     *("random_initial_state", "read_out", "start_run", "unroll", "view_at", "check_owner", "own"),
-    "slot",
+    *("slot", "program_at"),
 }
 
 
@@ -117,6 +118,8 @@ class Door:
     def run(self, **replaced: Any) -> Any:
         arguments, positional = self.arguments | replaced, []
         for p in self.parameters:
+            if p.kind is p.VAR_POSITIONAL and p.name in replaced and p.name not in self.arguments:
+                return None  # would take the places of others
             if p.kind is p.VAR_POSITIONAL and p.name in arguments:
                 several = arguments.pop(p.name)
                 positional = list(several) if p.name not in replaced else [several]
@@ -228,6 +231,8 @@ class World:
             "View": lambda: plan,
             "Resampling": lambda: metrics.Resampling(5),
             "LayerPlan": lambda: layers,
+            "Experiment": lambda: Experiment("demo"),
+            "Run": lambda: Run(self.folder, True, ""),
             "ExitReadout": lambda: readout,
         }
 
@@ -356,6 +361,24 @@ class World:
                 for view in ("AttentionView", "FloorPlan", "SettledTokens", "View")
                 for method in ("page", "save")
             },
+            "Experiment": {"model": "demo"},
+            "Experiment.from_dict": {"values": Experiment("demo").to_dict()},
+            "Experiment.from_toml": {"text": Experiment("demo").to_toml()},
+            "Experiment.read": {"path": Experiment("demo").write(self.folder / "spec.toml")},
+            "Experiment.to_dict": {},
+            "Experiment.to_toml": {},
+            "Experiment.write": {"path": self.folder / "spec.toml"},
+            "PromptSet": {},
+            "PromptSet.parse": {"text": "bundled"},
+            "Run.load": {},  # refused: nothing was run
+            "experiments.compare_runs": {"runs": {"a": self.data}},  # refused: there is one run
+            "experiments.load": {"folder": self.folder},  # refused: nothing was run
+            "experiments.load_runs": {"folders": [self.folder]},  # refused: nothing was run
+            "experiments.run": {
+                "spec": Experiment("x", prompts=PromptSet("file", "none")),  # refused: no such file
+                "out": self.folder / "run",
+            },
+            "experiments.save_figures": {"drawn": [], "folder": self.folder, "command": "x"},
             **self.measures(core, flat),
         }
 

@@ -107,7 +107,7 @@ def test_the_estimate_leaves_hooks_and_recurrences_alone(plain: LoopedTransforme
 
 @pytest.mark.parametrize(("batch", "pos"), [(0, 3), (1, 0)])
 def test_an_estimate_of_no_token_is_refused(plain: LoopedTransformer, batch: int, pos: int) -> None:
-    with pytest.raises(InputError, match="batch and pos must be at least 1"):
+    with pytest.raises(InputError, match="at least 1, got 0"):
         plain.estimate_cache_bytes(batch=batch, pos=pos)
 
 

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_looped._compat import ActivationCache, Slice, SliceInput
+from tl_looped.checks import checked
 from tl_looped.decomposition.carry import carry, project
 from tl_looped.decomposition.checks import (
     check_stream,
@@ -63,6 +64,7 @@ class _Options:
     incl_remainder: bool = False
 
 
+@checked
 class DecompositionMixin(ActivationCache):
     """Exact ``decompose_resid`` and its kin; see the module's docstring."""
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from tl_looped._compat import TransformerLensConfig
+from tl_looped.checks import checked, one_of, whole
 from tl_looped.errors import ConfigError
 from tl_looped.model import limits
 from tl_looped.model.geometry import LayerLocation
@@ -239,11 +240,12 @@ class LoopedConfig(TransformerLensConfig):
     def __post_init__(self) -> None:
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
-        except (ValueError, ArithmeticError, TypeError) as error:
+            as_many = bool(self.n_key_value_heads == self.n_heads)
+        except (ValueError, ArithmeticError, TypeError, RuntimeError) as error:
             raise ConfigError(f"inconsistent sizes: {error}") from error
         for name, enum in _ENUMS.items():
             setattr(self, name, _as_enum(enum, name, getattr(self, name)))
-        if self.n_key_value_heads == self.n_heads:
+        if as_many:
             self.n_key_value_heads = None  # TransformerLens: None means one per query head
         self.device = str(self.device)
         self._validate()
@@ -285,10 +287,8 @@ class LoopedConfig(TransformerLensConfig):
             value, least = getattr(self, name), 0 if name in counts else 1
             if name == "n_key_value_heads" and value is None:
                 continue
-            if type(value) is not int or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-            if name in _UNITS and value > MOST_UNITS:
-                raise ConfigError(f"{name} must be at most {MOST_UNITS}, got {value}")
+            most = MOST_UNITS if name in _UNITS else None
+            setattr(self, name, whole(value, name, least, most, error=ConfigError))
         layers = self.n_prelude + self.n_core * self.n_recurrences + self.n_coda
         if max(layers, self.n_core) > limits.most_layers:
             raise ConfigError(
@@ -305,8 +305,7 @@ class LoopedConfig(TransformerLensConfig):
         for name in ("architecture", "model_name"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}")
-        if type(self.seed) is not int:
-            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
+        self.seed = whole(self.seed, "seed", None, error=ConfigError)
         if not _is_trained_number(self.trained_recurrences):
             raise ConfigError(
                 "trained_recurrences must be a finite number above 0, or None for a model "
@@ -340,10 +339,9 @@ class LoopedConfig(TransformerLensConfig):
             raise ConfigError(
                 "qk_norm_per_head says where qk_norm stands: set qk_norm=True with it"
             )
-        if self.init_mode not in ("normal", "fan_in"):
-            raise ConfigError(f"init_mode must be 'normal' or 'fan_in', got {self.init_mode!r}")
-        if self.act_fn != "silu" or not self.gated_mlp:
-            raise ConfigError("only gated SiLU MLPs are supported (act_fn='silu', gated_mlp=True)")
+        one_of(self.init_mode, "init_mode", ("normal", "fan_in"), ConfigError)
+        one_of(self.act_fn, "act_fn", ("silu",), ConfigError)
+        one_of(self.gated_mlp, "gated_mlp", (True,), ConfigError)
         if not isinstance(self.source_layers, (dict, type(None))):
             raise ConfigError(f"source_layers must be a dict or None, got {self.source_layers!r}")
         self._validate_rope()
@@ -413,6 +411,7 @@ class LoopedConfig(TransformerLensConfig):
         return out
 
     @classmethod
+    @checked
     def from_json(cls, values: dict[str, Any]) -> LoopedConfig:
         """Inverse of :meth:`to_json`; unknown keys are an error."""
         known = {field.name for field in fields(cls)}

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.checks import checked
+from tl_looped.errors import InputError
 
 
 @checked
@@ -36,6 +37,8 @@ def exit_steps(
     distribution: Float[Tensor, "... recurrence"], threshold: float
 ) -> Int[Tensor, "..."]:
     """First recurrence whose cumulative exit probability reaches ``threshold``, else the last."""
+    if not distribution.shape[-1]:
+        raise InputError("distribution holds no recurrence")
     reached = distribution.cumsum(-1) >= threshold
     reached[..., -1] = True
     return reached.int().argmax(-1)

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.checks import one_of, whole
+from tl_looped.checks import Seed, one_of, whole
 from tl_looped.errors import InputError
 from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.kv_cache import LoopedKeyValueCache
@@ -58,7 +58,7 @@ class GenerationOptions:
     attention_mask: Any = None
     n_recurrences: int | None = None
     initial_state: Any = None
-    state_seed: int | None = None
+    state_seed: Seed | None = None
     seed: int | None = None
     past_kv_cache: LoopedKeyValueCache | None = None
     exit_rule: ExitRule | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_looped._compat import HookedRootModule, Slice, SliceInput, get_act_name
 from tl_looped.cache import LoopedActivationCache, RunRecord
+from tl_looped.checks import checked, described, whole
 from tl_looped.errors import HookNameError, InputError, InvalidDecompositionError
 from tl_looped.model.cells import why_no_direct_paths
 from tl_looped.model.geometry import LayerLike
@@ -33,6 +34,15 @@ _DIRECT_PATHS = "transformer_lens.tools.analysis.direct_path_patching"
 HookName = str | tuple[str, LayerLike] | Callable[[str], bool]
 
 
+def _pairs(hooks: Any) -> list[tuple[Any, Any]]:
+    try:
+        return [(wanted, hook) for wanted, hook in hooks]
+    except (TypeError, ValueError):
+        raise InputError(
+            f"hooks must be pairs of a hook name and a function, got {described(hooks)}"
+        ) from None
+
+
 def _joined(first: Reader | None, second: Reader) -> Reader:
     """Both readers; but a run that is cached within another cached one is that one's own."""
     if first is None or (isinstance(first, CacheWriter) and isinstance(second, CacheWriter)):
@@ -46,6 +56,7 @@ def _joined(first: Reader | None, second: Reader) -> Reader:
     return read
 
 
+@checked
 class HookedLoop(Pool):
     """TransformerLens's hook methods, with aliases and names checked before the run."""
 
@@ -65,6 +76,10 @@ class HookedLoop(Pool):
         if isinstance(name, str) and name in self.hook_dict:
             return name  # the common case: reading thousands of canonical names takes a while
         if not isinstance(name, str):
+            if not (isinstance(name, tuple) and len(name) > 1 and isinstance(name[0], str)):
+                raise InputError(
+                    f"a hook is a name, or (name, layer) as in a cache, got {described(name)}"
+                )
             short, layer, *rest = name
             name = get_act_name(short, self.loop.resolve(layer), *rest)
         return resolve_name(name, self.loop, self.hook_dict)
@@ -149,7 +164,7 @@ class HookedLoop(Pool):
         self, fwd_hooks: Any, bwd_hooks: Any, reset_hooks_end: bool, clear_contexts: bool
     ) -> Iterator[HookedRootModule]:
         fwd, bwd = (
-            [(name, hook) for wanted, hook in given for name in self._selected(wanted)]
+            [(name, hook) for wanted, hook in _pairs(given) for name in self._selected(wanted)]
             for given in (fwd_hooks, bwd_hooks)
         )
         self._check_direct_paths(hook for _, hook in fwd)
@@ -317,6 +332,11 @@ class HookedLoop(Pool):
             return set(self._selected(names_filter))
         if isinstance(names_filter, (str, tuple)):
             names_filter = [names_filter]
+        if isinstance(names_filter, Tensor) or not isinstance(names_filter, Iterable):
+            raise InputError(
+                "names_filter must be a name, several, a preset or a function, got "
+                f"{described(names_filter)}"
+            )
         names: set[str] = set()
         for name in names_filter:
             if isinstance(name, str) and name in PRESETS:
@@ -349,8 +369,8 @@ class HookedLoop(Pool):
             pos_slice: As for :meth:`run_with_cache`.
             incl_bwd: Count the gradients too, as if every parameter had one.
         """
-        if batch < 1 or pos < 1:
-            raise InputError(f"batch and pos must be at least 1, got {batch} and {pos}")
+        whole(batch, "batch", 1)
+        whole(pos, "pos", 1)
         model = self.view_at(n_recurrences)
         sizes = twin_sizes(model, batch, pos, pos_slice, incl_bwd)
         return sum(sizes[name] for name in model.names_filter_set(names_filter))

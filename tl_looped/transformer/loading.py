@@ -54,7 +54,10 @@ def load(
         check_devices(plan.values())
         source.load_into(model, by_parameter(model, plan), model.cfg.dtype)
     else:
-        target = torch.device(get_device() if device is None else device)
+        try:
+            target = torch.device(get_device() if device is None else device)
+        except RuntimeError as error:
+            raise InputError(f"device {device!r} is none that torch knows") from error
         if target.type != "meta":
             source.load_into(model, target, model.cfg.dtype)
     model._note_devices()

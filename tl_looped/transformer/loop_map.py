@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from tl_looped.checks import Seed, checked
 from tl_looped.errors import InputError
 from tl_looped.model.block import Block
 from tl_looped.model.cells import Stream
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
 
 
+@checked
 @dataclass(frozen=True)
 class LoopMap:
     """One recurrence of a prompt as a function, ``loop_map(state) -> next state``.
@@ -88,7 +90,7 @@ class LoopMap:
             states.append(self(states[-1]))
         return torch.stack(states)
 
-    def random_state(self, seed: int, scale: float | None = None) -> Stream:
+    def random_state(self, seed: Seed, scale: float | None = None) -> Stream:
         """A random state, drawn as the model draws its own for this ``state_seed``.
 
         Args:
@@ -129,7 +131,7 @@ def loop_map_of(
     prepend_bos: bool | None,
     padding_side: str | None,
     initial_state: Tensor | str | None,
-    state_seed: int | None,
+    state_seed: Seed | None,
     without_mlp: Iterable[str],
 ) -> LoopMap:
     """The loop of a prompt as a map from state to state."""

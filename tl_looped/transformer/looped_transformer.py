@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tl_looped import checkpoints
 from tl_looped._compat import lm_cross_entropy_loss
-from tl_looped.checks import checked
+from tl_looped.checks import Seed, checked
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.cells import State, Stream, cell_class
@@ -62,6 +62,7 @@ from tl_looped.transformer.vocabulary import refuse_larger
 _RETURN_TYPES = ("logits", "loss", "both", None)
 
 
+@checked
 class LoopedTransformer(HookedLoop):
     """A looped transformer with hook points by effective layer and by (recurrence, layer).
 
@@ -193,7 +194,7 @@ class LoopedTransformer(HookedLoop):
         )
 
     @in_turn
-    def to_bridge(self, n_recurrences: int | None = None, state_seed: int | None = None) -> Any:
+    def to_bridge(self, n_recurrences: int | None = None, state_seed: Seed | None = None) -> Any:
         """A TransformerLens bridge over this model's weights, for tools that insist on one.
 
         It is a ``TransformerBridge`` of ``p + k R + c`` blocks with R fixed, under the bridge's own
@@ -434,7 +435,7 @@ class LoopedTransformer(HookedLoop):
         stop_at_layer: LayerLike | None = None,
         n_recurrences: int | None = None,
         initial_state: Tensor | str | None = None,
-        state_seed: int | None = None,
+        state_seed: Seed | None = None,
         prelude_output: Float[Tensor, "batch pos d_model"] | None = None,
         past_kv_cache: LoopedKeyValueCache | None = None,
         exit_rule: ExitRule | None = None,
@@ -544,6 +545,11 @@ class LoopedTransformer(HookedLoop):
         """
         if attention_mask is not None:
             attention_mask = real_tokens(attention_mask)
+            if attention_mask.shape != tokens.shape:
+                raise InputError(
+                    f"attention_mask must have the shape of tokens, {tuple(tokens.shape)}, got "
+                    f"{tuple(attention_mask.shape)}"
+                )
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
@@ -570,7 +576,7 @@ class LoopedTransformer(HookedLoop):
 
     @in_turn
     def start_run(
-        self, tokens: Int[Tensor, "batch pos"], state_seed: int
+        self, tokens: Int[Tensor, "batch pos"], state_seed: Seed
     ) -> tuple[Stream, LoopRun]:
         """The embedding of tokens without padding and a run for it, for :meth:`unroll`."""
         return unrolling.start_run(self, tokens, state_seed)
@@ -643,7 +649,7 @@ class LoopedTransformer(HookedLoop):
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         initial_state: Tensor | str | None = None,
-        state_seed: int | None = None,
+        state_seed: Seed | None = None,
         without_mlp: Iterable[str] = (),
     ) -> LoopMap:
         """The loop of a prompt as a map from state to state.
@@ -698,7 +704,7 @@ class LoopedTransformer(HookedLoop):
         attention_mask: Any = None,
         n_recurrences: int | None = None,
         initial_state: Any = None,
-        state_seed: int | None = None,
+        state_seed: Seed | None = None,
         seed: int | None = None,
         past_kv_cache: LoopedKeyValueCache | None = None,
         exit_rule: ExitRule | None = None,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 from tl_looped._compat import FactoredMatrix, HookedRootModule
 from tl_looped.cache import RunRecord
-from tl_looped.checks import checked
+from tl_looped.checks import Seed, checked
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockList, BlockWeights
 from tl_looped.model.cells import LoopCell, Site
@@ -80,6 +80,7 @@ class Selection(NamedTuple):
     hooks: HookDict
 
 
+@checked
 class Pool(HookedRootModule):
     """Blocks, recurrences and names; :class:`~tl_looped.LoopedTransformer` adds the rest."""
 
@@ -96,7 +97,7 @@ class Pool(HookedRootModule):
     _is_view = False
     embed: Embed
     unembed: Unembed
-    state_seed: int
+    state_seed: Seed
     max_stack_bytes: int = 2**30
     """Largest stack of weights over effective layers, in bytes."""
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.checks import whole
+from tl_looped.checks import Seed, whole
 from tl_looped.errors import InputError
 from tl_looped.model.cells import Stream
 from tl_looped.model.config import LoopedConfig
@@ -47,7 +47,7 @@ class RunOptions:
     """
 
     program: Program
-    state_seed: int
+    state_seed: Seed
     initial_state: Tensor | str | None = None
     prelude_output: Tensor | None = None
     past_kv_cache: LoopedKeyValueCache | None = None
@@ -81,7 +81,7 @@ def read_options(
     *,
     n_recurrences: int | None = None,
     initial_state: Any = None,
-    state_seed: int | None = None,
+    state_seed: Seed | None = None,
     prelude_output: Tensor | None = None,
     past_kv_cache: LoopedKeyValueCache | None = None,
     exit_rule: ExitRule | None = None,
@@ -115,7 +115,7 @@ def read_options(
     return options
 
 
-def check_seed(model: Pool, state_seed: int | None) -> int:
+def check_seed(model: Pool, state_seed: Seed | None) -> int:
     """Seed of a random initial state: the model's own if None."""
     seed = model.state_seed if state_seed is None else state_seed
     return whole(seed, "state_seed", least=None)
@@ -157,7 +157,7 @@ def _check_exit_rule(cfg: LoopedConfig, loop: LoopGeometry, rule: Any) -> None:
         raise InputError("exit_rule needs at least one recurrence")
 
 
-def _check_part(options: RunOptions, state_seed: int | None) -> None:
+def _check_part(options: RunOptions, state_seed: Seed | None) -> None:
     """Raise where a run of some of the layers would not read an argument."""
     start, stop = options.start, options.stop
     if stop is not None and (start or 0) > stop:

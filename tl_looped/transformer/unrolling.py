@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.checks import Seed
 from tl_looped.errors import InputError
 from tl_looped.model.cells import State, Stream
 from tl_looped.model.context import LoopRun, RunContext
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def start_run(
-    model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], state_seed: int
+    model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], state_seed: Seed
 ) -> tuple[Stream, LoopRun]:
     """The embedding of tokens and a run for it."""
     refuse_interventions(model, "a run step by step (training)")
