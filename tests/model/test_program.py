@@ -120,10 +120,54 @@ class Asking(StandardCell):
         return x, Sources(q=run.state)
 
 
+class Streams(StandardCell):
+    """Three copies of the stream, read and written with numbers of each recurrence (Hyperloop)."""
+
+    writes_from_state = True
+    n = 3
+
+    @staticmethod
+    def make_modules(cfg: LoopedConfig) -> dict[str, nn.Module]:
+        """``[recurrence, 3 kinds, n]``."""
+        return {"weights": nn.Linear(3 * Streams.n, R, bias=False, dtype=cfg.dtype)}
+
+    def _numbers(self, at: Site) -> Tensor:
+        assert at.recurrence is not None
+        return self._linear("weights").weight[at.recurrence].unflatten(0, (3, self.n))
+
+    def state_like(self, x: Tensor) -> Tensor:
+        return x.new_zeros((*x.shape[:-1], self.n, x.shape[-1]))
+
+    def derive(self, e: Tensor) -> Tensor:
+        return e[..., None, :].expand(*e.shape[:-1], self.n, e.shape[-1])
+
+    def read(self, at: Site, state: Tensor, e: Tensor | None, passes: bool = False) -> Tensor:
+        return (self._numbers(at)[0][:, None] * state).sum(-2)
+
+    def write(self, at: Site, state: Tensor | None, x: Tensor) -> Tensor:
+        keep, add = self._numbers(at)[1:, :, None]
+        assert state is not None
+        return keep * state + add * x[..., None, :]
+
+    def finish(self, at: Site, state: Tensor) -> Tensor:
+        return state.mean(-2)
+
+
+class Remembering(StandardCell):
+    """Keys and values of a layer are made of a mean over what passed it before (MELT's latent)."""
+
+    shapes_layers = True
+
+    def before_layer(self, at: Site, layer: int, x: Tensor, run: LoopRun) -> tuple[Tensor, Sources]:
+        latent = run.memory.get(layer)
+        run.memory[layer] = x if latent is None else (latent + x) / 2
+        return x, Sources(kv=run.memory[layer])
+
+
 @pytest.fixture(autouse=True)
 def cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """More cells than there are."""
-    for cell in (Doubled, Leaky, Squared, Mixed, Asking):
+    for cell in (Doubled, Leaky, Squared, Mixed, Asking, Streams, Remembering):
         monkeypatch.setitem(CELLS, cell.__name__, cell)
 
 
@@ -285,3 +329,47 @@ def test_queries_of_another_stream(layout: str, split: bool) -> None:
     state = cache[f"recurrence.{R - 1}.hook_state_out"]
     assert_same(asking.coda_lens(state, after_loop_norm=True), logits)
     assert_same(asking.loop_map(TOKENS).run(R)[-1], state)
+
+
+# -- states of another shape -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_state_of_several_streams() -> None:
+    looped = model("Streams", "norm before the coda", pre_coda_norm=False)
+    _, cache = looped.run_with_cache(TOKENS)
+    numbers = looped.get_parameter("weights.weight").unflatten(1, (3, 3))
+    state = cache["resid_post", 0][:, :, None].expand(-1, -1, 3, -1)
+    for r in range(R):
+        assert torch.equal(cache[f"recurrence.{r}.hook_state_in"], state)
+        read, keep, add = numbers[r, :, :, None]
+        assert_same(cache["resid_pre", (r, 0)], (read * state).sum(-2))
+        state = keep * state + add * cache["resid_post", (r, 1)][:, :, None]
+        assert_same(cache[f"recurrence.{r}.hook_state_out"], state)
+        state = cache[f"recurrence.{r}.hook_state_out"]
+    assert_same(cache["resid_pre", looped.cfg.n_layers - 1], state.mean(-2))
+    for layer in (1, (1, 1), (R - 1, 0), looped.cfg.n_layers - 1):
+        assert_same(cache.decompose_resid(layer).sum(0), cache["resid_pre", layer])
+        onto = looped.W_U[:, :2]
+        neurons = cache.stack_neuron_results(layer)
+        assert_same(cache.stack_neuron_results(layer, project_output_onto=onto), neurons @ onto)
+    assert_same(list(steps(looped))[-1], state)
+    assert looped.loop_map(TOKENS)(state).shape == state.shape
+    assert cache.stack_recurrences("state_out").shape == (R, 2, 6, 3, 16)
+
+
+@torch.no_grad()
+def test_a_memory_of_each_layer() -> None:
+    looped = model("Remembering", "norm before the coda")
+    _, cache = looped.run_with_cache(TOKENS)
+    for layer in range(2):
+        block, latent = looped.blocks[looped.loop.index(0, layer)], None
+        for r in range(R):
+            x = cache["resid_pre", (r, layer)]
+            latent = x if latent is None else (latent + x) / 2
+            normed = rms_norm(latent, block.weights.ln1)
+            assert_same(
+                cache["v", (r, layer)], torch.einsum("btd,hdk->bthk", normed, block.attn.W_V)
+            )
+            own = rms_norm(x, block.weights.ln1)
+            assert_same(cache["q", (r, layer)], torch.einsum("btd,hdk->bthk", own, block.attn.W_Q))

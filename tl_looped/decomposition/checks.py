@@ -174,7 +174,7 @@ class _Probes:
         self._signs: Tensor | None = None
 
     def __call__(self, stack: Tensor) -> None:
-        if self._signs is None:
+        if self._signs is None or self._signs.shape != stack[1:].shape:  # a state of another
             random = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
             bits = torch.randint(2, stack[1:].shape, generator=random)
             self._signs = (2 * bits - 1).to(stack.device, stack.dtype)

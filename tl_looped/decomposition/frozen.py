@@ -103,6 +103,7 @@ class FrozenLoop:
         cell, op = self.cell, step.op
         site = self._silent.sites[0] if op.recurrence >= 0 else self._silent.ends
         at = self._frozen(site, prefix(op))
+        at.recurrence = None if op.recurrence < 0 else op.recurrence
         if op.do is Do.ENTER:
             return lambda x, e, state: cell.derive(x)
         if op.do is Do.READ:
@@ -117,7 +118,7 @@ class FrozenLoop:
             do: {name: self._point(path + name, site._modules[name]) for name in names}
             for do, names in site.names.items()
         }
-        return Site(site.recurrence, frozen)
+        return Site(None, frozen)
 
     def _point(self, path: str, point: nn.Module | None) -> nn.Module:
         if not isinstance(point, HookedRMSNorm):

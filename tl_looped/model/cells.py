@@ -16,7 +16,7 @@ that are hooked or silent. A decomposition calls it with sites whose norms divid
 finished run, which makes a cell of linear maps and norms linear.
 
 :class:`StandardCell` is the cell of all families so far: Huginn, the retrofits, Ouro and virtual
-loops are settings of it. ``docs/cells.md`` says how another one is added.
+loops are settings of it. ``docs/howto/new-cell.md`` says how another is added.
 
 Limits: a state is one tensor ``[batch, pos, ...]``; what else a loop carries from layer to layer is
 in ``run.memory``. A cell that is not linear for fixed scales says why (``why_not_linear``), and is
