@@ -40,18 +40,6 @@ from tl_looped.errors import (
     UnknownArchitectureError,
 )
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout, RotaryStyle
-from tl_looped.model.exit_gate import ExitReadout, exit_distribution, exit_steps
-from tl_looped.model.exit_rules import (
-    Acceleration,
-    ArgmaxStability,
-    EntropyDifference,
-    ExitAt,
-    ExitResult,
-    ExitRule,
-    GateExit,
-    KLDivergence,
-    LatentDifference,
-)
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.model.kv_cache import LoopedKeyValueCache
@@ -61,20 +49,12 @@ if TYPE_CHECKING:
     from tl_looped.retrofitting import retrofit
 
 __all__ = [
-    "Acceleration",
     "Adapter",
-    "ArgmaxStability",
     "ArgumentTypeError",
     "CheckpointError",
     "ConfigError",
     "DataError",
     "DivergedError",
-    "EntropyDifference",
-    "ExitAt",
-    "ExitReadout",
-    "ExitResult",
-    "ExitRule",
-    "GateExit",
     "GatedHookError",
     "HookNameError",
     "HubAlias",
@@ -83,8 +63,6 @@ __all__ = [
     "Injection",
     "InputError",
     "InvalidDecompositionError",
-    "KLDivergence",
-    "LatentDifference",
     "LayerIndexError",
     "LayerLocation",
     "LoopGeometry",
@@ -107,8 +85,6 @@ __all__ = [
     "TokenizerError",
     "UnknownArchitectureError",
     "__version__",
-    "exit_distribution",
-    "exit_steps",
     "known_adapters",
     "register_adapter",
     "retrofit",

@@ -135,7 +135,7 @@ def test_ouro_exits() -> None:
     close(readout.distribution, golden.tensors["exit_pdf"])
     for t in range(4):
         close(readout.exit_logits[t], golden.tensors[f"exit_logits.{t}"])
-    assert torch.equal(readout.steps(0.5).long(), golden.tensors["exit_steps_threshold_0.5"])
+    assert torch.equal(readout.recurrence(0.5).long(), golden.tensors["exit_steps_threshold_0.5"])
     close(readout.logits_at(0.5), golden.tensors["logits_exit_threshold_0.5"])
     close(readout.expected_logits, golden.tensors["expected_logits"])
     # The config's threshold takes the last step in fp32.

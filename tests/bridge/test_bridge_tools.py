@@ -155,7 +155,7 @@ def test_text_is_read_and_written_as_by_the_model(demo: LoopedTransformer) -> No
     bridge, text = demo.to_bridge(8), "Tom has 3 boxes with 12 pens each."
     assert torch.equal(bridge.to_tokens(text), demo.to_tokens(text))
     options = {"max_new_tokens": 8, "do_sample": False, "verbose": False}
-    with demo.recurrences(8):
+    with demo.with_recurrences(8):
         expected = demo.generate(text, **options)
     assert bridge.generate(text, **options) == expected
     assert expected.startswith(text)

@@ -22,12 +22,12 @@ from tl_looped import (
     Injection,
     InputError,
     InvalidDecompositionError,
-    KLDivergence,
     LayerIndexError,
     LoopedTransformer,
     metrics,
 )
 from tl_looped import interventions as iv
+from tl_looped.exits import KLDivergence
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -231,9 +231,9 @@ def test_a_plain_cache_of_a_looped_model(plain: LoopedTransformer, tokens: Tenso
     assert plain.loop.R == 4
     with pytest.raises(InputError, match=r"\b20\b.*\b15\b.*\b4\b"):
         from_cache(cache)
-    with plain.recurrences(6):
+    with plain.with_recurrences(6):
         assert_same_data(from_cache(cache, "all"), from_cache(looped, "all"))
-    with plain.recurrences(8), pytest.raises(MissingActivationError, match=r"\b21\b.*\b27\b"):
+    with plain.with_recurrences(8), pytest.raises(MissingActivationError, match=r"\b21\b.*\b27\b"):
         from_cache(cache, "signature")
 
 
@@ -402,7 +402,7 @@ def test_rows_of_tokens(plain: LoopedTransformer, tokens: Tensor) -> None:
 
 
 def test_a_cache_of_a_run_with_early_exits_is_refused(golden_model: LoopedTransformer) -> None:
-    from tl_looped import ExitAt
+    from tl_looped.exits import ExitAt
 
     _, cache = golden_model.run_with_cache(torch.arange(8)[None], exit_rule=ExitAt(1))
     assert isinstance(cache, LoopedActivationCache)

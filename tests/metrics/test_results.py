@@ -296,7 +296,7 @@ def test_distances_count_relative_to_the_norm_of_their_own_layer() -> None:
             return torch.full_like(x, (1 + 0.008 * hook.recurrence) / x.shape[-1] ** 0.5)
 
         names = [f"recurrence.{r}.blocks.{i}.hook_resid_post" for r in range(n) for i in range(3)]
-        with model.recurrences(n), model.hooks(fwd_hooks=[(name, hold) for name in names]):
+        with model.with_recurrences(n), model.hooks(fwd_hooks=[(name, hold) for name in names]):
             _, cache = model.run_with_cache(TOKENS[:1], names_filter="residual")
         results.append(from_cache(cache, CONVERGENCE))
     assert convergence_verdict(*results, eps=1e-2)["verdict_name"].item() != "CONVERGED"

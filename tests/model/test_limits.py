@@ -39,7 +39,7 @@ DOORS: dict[str, Callable[[LoopedTransformer, Any], Any]] = {
         m.generate_stream(TOKENS, 1, n_recurrences=n, verbose=False)
     ),
     "set_recurrences": lambda m, n: m.set_recurrences(n),
-    "recurrences": lambda m, n: m.recurrences(n).__enter__(),
+    "recurrences": lambda m, n: m.with_recurrences(n).__enter__(),
     "estimate_cache_bytes": lambda m, n: m.estimate_cache_bytes(n_recurrences=n),
     "view_at": lambda m, n: m.view_at(n),
 }

@@ -305,7 +305,7 @@ class World:
             "ExitReadout.logits_at": {},
             "ExitReadout.steps": {},
             "exit_distribution": {"gate_logits": torch.zeros(2, 3)},
-            "exit_steps": {"distribution": torch.full((2, 4), 0.25), "threshold": 0.6},
+            "exit_recurrence": {"distribution": torch.full((2, 4), 0.25), "threshold": 0.6},
             "known_adapters": {},
             "register_adapter": {"adapter": tl_looped.OuroAdapter},  # refused: its name is taken
             "unregister_adapter": {"name": "none"},

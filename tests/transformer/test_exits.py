@@ -11,6 +11,13 @@ from conftest import TOLERANCE, VARIANTS, exact_config, load_golden
 from torch import Tensor
 
 from tl_looped import (
+    InputError,
+    InvalidDecompositionError,
+    LoopedKeyValueCache,
+    LoopedTransformer,
+    MissingActivationError,
+)
+from tl_looped.exits import (
     Acceleration,
     ArgmaxStability,
     EntropyDifference,
@@ -19,13 +26,8 @@ from tl_looped import (
     ExitResult,
     ExitRule,
     GateExit,
-    InputError,
-    InvalidDecompositionError,
     KLDivergence,
     LatentDifference,
-    LoopedKeyValueCache,
-    LoopedTransformer,
-    MissingActivationError,
 )
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -54,13 +56,13 @@ def test_the_gate_rule_of_the_reference() -> None:
     golden = load_golden("ouro")
     model = golden.load()
     found = model(golden.tokens, exit_rule=GateExit(0.5))
-    assert torch.equal(found.steps, golden.tensors["exit_steps_threshold_0.5"])
+    assert torch.equal(found.recurrence, golden.tensors["exit_steps_threshold_0.5"])
     torch.testing.assert_close(
         found.output, golden.tensors["logits_exit_threshold_0.5"], **TOLERANCE
     )
     # At threshold 1 all take the last step; it is the model's ordinary run.
     last = model(golden.tokens, exit_rule=GateExit(1.0))
-    assert bool((last.steps == 3).all())
+    assert bool((last.recurrence == 3).all())
     torch.testing.assert_close(last.output, golden.tensors["logits"], **TOLERANCE)
 
 
@@ -70,7 +72,7 @@ def test_leaving_at_a_recurrence_gives_the_references_exit_logits() -> None:
     for t in range(4):
         found = model(golden.tokens, exit_rule=ExitAt(t))
         torch.testing.assert_close(found.output, golden.tensors[f"exit_logits.{t}"], **TOLERANCE)
-        assert bool((found.steps == t).all())
+        assert bool((found.recurrence == t).all())
         assert recurrences_run(model, golden.tokens, exit_rule=ExitAt(t)) == t + 1
 
 
@@ -85,7 +87,7 @@ def test_leaving_at_a_recurrence_is_a_run_of_that_many(name: str) -> None:
         torch.testing.assert_close(found.output, golden.tensors[f"logits_r{n}"], **TOLERANCE)
     late = model(golden.tokens, exit_rule=ExitAt(30), **golden.run)
     torch.testing.assert_close(late.output, golden.tensors["logits"], **TOLERANCE)
-    assert bool((late.steps == model.loop.R - 1).all())
+    assert bool((late.recurrence == model.loop.R - 1).all())
 
 
 def test_bf16_leaves_earlier_at_threshold_one_as_the_reference_does() -> None:
@@ -93,15 +95,16 @@ def test_bf16_leaves_earlier_at_threshold_one_as_the_reference_does() -> None:
     model = golden.load(dtype="bfloat16")
     model.exit_gate.bias.add_(3.0)
     reference, exact = (
-        model(golden.tokens, exit_rule=GateExit(1.0, in_fp32=fp32)).steps for fp32 in (False, True)
+        model(golden.tokens, exit_rule=GateExit(1.0, in_fp32=fp32)).recurrence
+        for fp32 in (False, True)
     )
     readout = model.exits(golden.tokens)
     # 1 - sigmoid is rounded in bf16: where the product of what is left is 0, all mass has gone.
     left = (1 - readout.gate_logits.sigmoid()).cumprod(-1)
     assert int(reference.min()) < 3
     assert bool((exact == 3).all())
-    assert torch.equal(reference, readout.steps())
-    assert torch.equal(exact, readout.float().steps())
+    assert torch.equal(reference, readout.recurrence())
+    assert torch.equal(exact, readout.float().recurrence())
     assert bool((left[reference < 3].min(-1).values < 0.004).all())
 
 
@@ -170,7 +173,7 @@ def test_a_token_leaves_when_its_quantity_falls_below_the_threshold(
         threshold = float((known[at] + known[at + 1]) / 2)
         found = model(tokens, exit_rule=rule(threshold, patience))
         expected = first_time(values < threshold, patience)
-        assert torch.equal(found.steps, expected)
+        assert torch.equal(found.recurrence, expected)
         seen |= set(expected.flatten().tolist())
         ran = recurrences_run(model, tokens, exit_rule=rule(threshold, patience))
         assert ran == int(expected.max()) + 1
@@ -182,8 +185,8 @@ def test_a_token_leaves_when_its_likeliest_token_is_stable(patience: int, tokens
     model = model_of("pre-injection", n_recurrences=8)
     changed = quantities(model, tokens)["argmax"]
     found = model(tokens, exit_rule=ArgmaxStability(patience))
-    assert torch.equal(found.steps, first_time(changed == 0, patience))
-    assert int(found.steps.max()) > int(found.steps.min())
+    assert torch.equal(found.recurrence, first_time(changed == 0, patience))
+    assert int(found.recurrence.max()) > int(found.recurrence.min())
 
 
 def test_each_token_reaches_the_coda_with_the_state_it_left_with(tokens: Tensor) -> None:
@@ -197,8 +200,8 @@ def test_each_token_reaches_the_coda_with_the_state_it_left_with(tokens: Tensor)
     ]
     hooks.append(("coda.0.hook_resid_pre", lambda value, hook: seen.update(x=value)))
     found = model.run_with_hooks(tokens, fwd_hooks=hooks, exit_rule=rule)
-    assert len(set(found.steps.flatten().tolist())) > 2
-    chosen = torch.stack(states).take_along_dim(found.steps[None, ..., None], 0)[0]
+    assert len(set(found.recurrence.flatten().tolist())) > 2
+    chosen = torch.stack(states).take_along_dim(found.recurrence[None, ..., None], 0)[0]
     scale = (chosen.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
     assert_same(seen["x"], chosen / scale * model.final_norm.w)
 
@@ -212,7 +215,7 @@ def test_what_a_run_returns_with_a_rule(tokens: Tensor) -> None:
     for return_type in ("logits", "loss", "both", None):
         found = model(tokens, return_type=return_type, exit_rule=ExitAt(1))
         assert isinstance(found, ExitResult)
-        assert found.steps.shape == tokens.shape
+        assert found.recurrence.shape == tokens.shape
         expected = model(tokens, return_type=return_type, n_recurrences=2)
         if return_type is None:
             assert found.output is expected is None
@@ -231,8 +234,8 @@ def test_padding_waits_for_nobody(tokens: Tensor) -> None:
     mask = torch.ones_like(tokens)
     mask[:, :3] = 0
     padded = model(tokens, attention_mask=mask, exit_rule=rule)
-    assert torch.equal(padded.steps[:, 3:], alone.steps)
-    assert bool((padded.steps[:, :3] == -1).all())
+    assert torch.equal(padded.recurrence[:, 3:], alone.recurrence)
+    assert bool((padded.recurrence[:, :3] == -1).all())
     assert_same(padded.output[:, 3:], alone.output)
 
 
@@ -255,7 +258,7 @@ def test_without_a_coda_the_final_norm_of_an_early_exit_is_not_in_the_cache(
     steps = quantities(model, tokens)["latent"]
     rule = LatentDifference(float(steps[~steps.isnan()].quantile(0.4)))  # some stay to the end
     found, cache = model.run_with_cache(tokens, exit_rule=rule)
-    assert {3} < set(found.steps.flatten().tolist())
+    assert {3} < set(found.recurrence.flatten().tolist())
     for call in (
         lambda: cache.logit_attrs(cache["resid_post", -1][None], 5),
         lambda: cache.accumulated_resid(apply_ln=True),
@@ -290,8 +293,8 @@ def test_a_hook_on_the_gate_decides_who_leaves(tokens: Tensor) -> None:
         fwd_hooks=[("recurrence.1.hook_exit_gate", open_gate)],
         exit_rule=GateExit(0.999999),
     )
-    assert bool((found.steps[:, :4] == 1).all())
-    assert bool((found.steps[:, 4:] == 3).all())
+    assert bool((found.recurrence[:, :4] == 1).all())
+    assert bool((found.recurrence[:, 4:] == 3).all())
 
 
 class Never(ExitRule):
@@ -304,7 +307,7 @@ class Never(ExitRule):
 def test_a_rule_of_ones_own(tokens: Tensor) -> None:
     model = model_of("pre-injection")
     found = model(tokens, exit_rule=Never())
-    assert bool((found.steps == 3).all())
+    assert bool((found.recurrence == 3).all())
     assert_same(found.output, model(tokens))
 
 

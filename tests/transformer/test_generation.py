@@ -13,15 +13,8 @@ from closeness import assert_same
 from conftest import TOLERANCE, VARIANTS, Golden, exact_config
 from torch import Tensor
 
-from tl_looped import (
-    ExitAt,
-    ExitResult,
-    InputError,
-    KLDivergence,
-    LoopedKeyValueCache,
-    LoopedTransformer,
-    TokenizerError,
-)
+from tl_looped import InputError, LoopedKeyValueCache, LoopedTransformer, TokenizerError
+from tl_looped.exits import ExitAt, ExitResult, KLDivergence
 from tl_looped.transformer.generation import GenerationOptions
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -448,4 +441,4 @@ def test_rows_that_leave_at_different_recurrences_go_on_as_they_would_alone(
     for row in range(2):
         alone = generate(tokens[row : row + 1], rule)
         assert torch.equal(alone.output[0], both.output[row])
-        assert torch.equal(alone.steps[0], both.steps[row])
+        assert torch.equal(alone.recurrence[0], both.steps[row])

@@ -166,7 +166,7 @@ def test_exits_of_a_padded_batch_with_a_coda(tokens: Tensor) -> None:
     readout = model.exits(tokens, attention_mask=mask)
     expected = model(tokens, attention_mask=mask)
     assert_same(readout.exit_logits[-1], expected)
-    assert torch.equal(readout.steps(), readout.steps(1.0))
+    assert torch.equal(readout.recurrence(), readout.recurrence(1.0))
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:

@@ -63,9 +63,9 @@ def test_a_call_with_recurrences_leaves_the_model_as_it_was(variant, tokens) -> 
     more = variant(tokens, n_recurrences=R + 2)
     assert variant.loop.R == R
     assert not torch.allclose(more, before)
-    with variant.recurrences(R + 2):
+    with variant.with_recurrences(R + 2):
         assert torch.equal(variant(tokens), more)
-    with pytest.raises(HookNameError), variant.recurrences(1):
+    with pytest.raises(HookNameError), variant.with_recurrences(1):
         variant.run_with_hooks(tokens, fwd_hooks=[("recurrence.1.hook_state_out", double)])
     assert variant.loop.R == R
     assert torch.equal(variant(tokens), before)

@@ -116,7 +116,7 @@ def test_a_run_waits_for_another_threads_run(model: LoopedTransformer) -> None:
 CONTEXTS: dict[str, Callable[[LoopedTransformer], Any]] = {
     "hooks": lambda model: model.hooks([("blocks.0.hook_resid_post", doubled)]),
     "readers": lambda model: model.readers([("blocks.0.hook_resid_post", lambda x, hook: None)]),
-    "recurrences": lambda model: model.recurrences(7),
+    "recurrences": lambda model: model.with_recurrences(7),
     "intervening": lambda model: model.intervening(iv.SkipRecurrences(1)),
 }
 USES: dict[str, Callable[[LoopedTransformer], Any]] = {
@@ -222,7 +222,7 @@ def test_recurrences_one_by_one_refuse_another_number(model: LoopedTransformer) 
 def test_a_copy_has_turns_of_its_own(
     model: LoopedTransformer, copied: Callable[[LoopedTransformer], LoopedTransformer]
 ) -> None:
-    with model.recurrences(5):
+    with model.with_recurrences(5):
         other, want = copied(model), model(TOKENS)
         assert torch.equal(in_thread(lambda: other(TOKENS)), want)
     assert (model.loop.R, other.loop.R) == (3, 5)
@@ -246,7 +246,7 @@ def in_fork(job: Callable[[], bool]) -> bool:
 def test_a_fork_runs_unless_it_stands_in_another_threads_run(model: LoopedTransformer) -> None:
     want, begun, go = model(TOKENS), threading.Event(), threading.Event()
     assert in_fork(lambda: torch.equal(model(TOKENS), want))
-    with model.recurrences(5):
+    with model.with_recurrences(5):
         inside = model(TOKENS)
         assert in_fork(lambda: torch.equal(model(TOKENS), inside))
 

@@ -83,7 +83,7 @@ def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
     rows = pack(held_out, model.tokenizer, CONTEXT)
     losses = []
     for n in EVALUATED:
-        with model.recurrences(n):
+        with model.with_recurrences(n):
             losses.append(held_out_loss(model, rows[:EVALUATED_ROWS], 4))
     caption = f"seed {spec.seed}; held out: {len(held_out)} problems, {len(rows)} rows"
     tokens, train, curve = (log[n].tolist() for n in ("tokens", "train_loss", "held_out_loss"))

@@ -198,7 +198,7 @@ class LoopedEngine(Engine):
         with (
             self.model.turn,
             self.model.intervening(*self._ablations),
-            self.model.recurrences(n_recurrences),
+            self.model.with_recurrences(n_recurrences),
         ):
             yield
 

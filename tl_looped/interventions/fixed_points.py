@@ -78,7 +78,7 @@ def fixed_point(
     check_arguments("fixed_point", kwargs, (*RUN_ARGUMENTS, "padding_side"))
     last, k = n_recurrences - 1, model.loop.k
     wanted = [*_places(last, k), f"recurrence.{last - 1}.hook_state_out"]
-    with model.turn, model.recurrences(n_recurrences):
+    with model.turn, model.with_recurrences(n_recurrences):
         _, cache = model.run_with_cache(input, names_filter=wanted, return_type=None, **kwargs)
     before, state = (cache[f"recurrence.{r}.hook_state_out"] for r in (last - 1, last))
     step = float(state_distance(before, state, "rel", cache.attention_mask).max())

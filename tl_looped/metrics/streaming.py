@@ -188,7 +188,7 @@ def _run_batch(
 ) -> xr.Dataset:
     """Metrics of one batch, by depth."""
     tokens, mask = _padded([rows[n] for n in numbers])
-    with model.turn, model.recurrences(options.n_recurrences):
+    with model.turn, model.with_recurrences(options.n_recurrences):
         collector = Collector(model.loop, names, mask, options.skip_first)
         if options.states == "disk" and collector.needs_reference:
             _through_the_disk(model, tokens, collector, options)
@@ -265,7 +265,7 @@ def _keep_references(
 ) -> None:
     """A first run, of which only the last recurrence stays."""
     needed = collector.needs_reference
-    with model.recurrences(options.reference_recurrences):
+    with model.with_recurrences(options.reference_recurrences):
         last = model.loop.R - 1
 
         def look(site: Site, reads: Reads, x: Tensor) -> None:

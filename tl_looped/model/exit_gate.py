@@ -33,7 +33,7 @@ def exit_distribution(
 
 
 @checked
-def exit_steps(
+def exit_recurrence(
     distribution: Float[Tensor, "... recurrence"], threshold: float
 ) -> Int[Tensor, "..."]:
     """First recurrence whose cumulative exit probability reaches ``threshold``, else the last."""
@@ -74,11 +74,13 @@ class ExitReadout:
         """Logits averaged over the exit distribution."""
         return torch.einsum("btr,rbtv->btv", self.distribution, self.exit_logits)
 
-    def steps(self, threshold: float | None = None) -> Int[Tensor, "batch pos"]:
-        """See :func:`exit_steps`."""
-        return exit_steps(self.distribution, self.threshold if threshold is None else threshold)
+    def recurrence(self, threshold: float | None = None) -> Int[Tensor, "batch pos"]:
+        """See :func:`exit_recurrence`."""
+        return exit_recurrence(
+            self.distribution, self.threshold if threshold is None else threshold
+        )
 
     def logits_at(self, threshold: float | None = None) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of each token at the step it takes at ``threshold``."""
-        steps = self.steps(threshold).long()[None, ..., None]
+        steps = self.recurrence(threshold).long()[None, ..., None]
         return torch.take_along_dim(self.exit_logits, steps, 0)[0]

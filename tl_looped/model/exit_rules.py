@@ -237,12 +237,12 @@ class ExitResult(NamedTuple):
 
     Args:
         output: What the run would return without the rule.
-        steps: Recurrence (0-based) after which each token left the loop; the last if the rule never
+        recurrence: Recurrence (0-based) after which each token left the loop; the last if the rule never
             applied. ``[batch, pos]``, of ``generate`` ``[batch, new]``; -1 at padding.
     """
 
     output: object
-    steps: Int[Tensor, "batch pos"]
+    recurrence: Int[Tensor, "batch pos"]
 
 
 class ExitTracker:

@@ -72,7 +72,7 @@ def attribute_recurrences(
         torch.inference_mode(False),
         torch.enable_grad(),
         model.turn,
-        model.recurrences(run.pop("n_recurrences", None)),
+        model.with_recurrences(run.pop("n_recurrences", None)),
     ):
         tokens = tokens.clone()
         grid = make_grid(

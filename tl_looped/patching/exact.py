@@ -98,7 +98,7 @@ def patch_recurrences(
     whole(batch_size, "batch_size", 1)
     tokens = as_tokens(model, corrupted_tokens, run)
     n_recurrences = run.pop("n_recurrences", None)
-    with model.turn, model.recurrences(n_recurrences), torch.no_grad():
+    with model.turn, model.with_recurrences(n_recurrences), torch.no_grad():
         grid = make_grid(
             model, clean_cache, tuple(tokens.shape), activation_name, layer_type,
             source_recurrences, target_recurrences, layers, positions, heads,

@@ -49,7 +49,7 @@ def loss_by_recurrences(
     """
     records = []
     for n in recurrences:
-        with model.turn, model.recurrences(n):
+        with model.turn, model.with_recurrences(n):
             loss = held_out_loss(model, rows, batch_size)
         records.append((n, loss, len(rows), model.state_seed))
     return pd.DataFrame(records, columns=["recurrences", "held_out_loss", "rows", "state_seed"])

@@ -52,7 +52,7 @@ class Objective(Module):
         """The loss of the current step."""
         spec, step = self.spec, self.step
         now = self.sampler.at(spec.seed, step)
-        with self.model.turn, self.model.recurrences(now):
+        with self.model.turn, self.model.with_recurrences(now):
             seed = state_seed(spec.seed, step)
             loss = training_loss(self.model, tokens, spec.loss, seed, spec.backprop_last)
         return {"loss": loss}

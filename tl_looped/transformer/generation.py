@@ -164,7 +164,7 @@ def _step(
         exit_rule=options.exit_rule,
     )
     if isinstance(out, ExitResult):
-        return cast(Tensor, out.output), out.steps[:, -1]
+        return cast(Tensor, out.output), out.recurrence[:, -1]
     return out, None
 
 

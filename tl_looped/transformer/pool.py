@@ -228,7 +228,7 @@ class Pool(HookedRootModule):
         self._select()
 
     @contextmanager
-    def recurrences(self, n_recurrences: int | None) -> Iterator[Pool]:
+    def with_recurrences(self, n_recurrences: int | None) -> Iterator[Pool]:
         """Run with another number of recurrences for a while; None changes nothing.
 
         Other threads cannot use the model meanwhile: ``n_recurrences=`` of a call is for those.

@@ -6,7 +6,7 @@ has it alone:
 
 - A *call* (a run, a cached run, a generation) takes the turn and gives it back when it returns.
   Calls of other threads wait. ``with model.turn:`` makes one call of several.
-- A *context* that stays open (``model.hooks``, ``model.recurrences``, ``model.intervening``) holds
+- A *context* that stays open (``model.hooks``, ``model.with_recurrences``, ``model.intervening``) holds
   the turn too, and nobody knows for how long: it may wait for the very thread that would wait for
   it, or stand in a generator that nobody resumes. Other threads get an InputError at once.
 
@@ -92,7 +92,7 @@ class Turns:
                 if self._is_kept:
                     raise InputError(
                         f"thread {self._owner.name!r} has the model in an open context (model.hooks"
-                        ", model.recurrences, model.intervening or a training step), and thread "
+                        ", model.with_recurrences, model.intervening or a training step), and thread "
                         f"{me.name!r} would run with what it set: leave the context first; or pass "
                         "n_recurrences= and fwd_hooks= to each call instead, or open the context "
                         "within 'with model.turn:', which other threads wait for; or give each "
