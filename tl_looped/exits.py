@@ -1,5 +1,4 @@
-"""Leaving the loop early: rules that ``forward`` and ``generate`` take as ``exit_rule=``, and what they
-return; and what an exit gate (Ouro) says of a prompt, from ``model.exits``.
+"""Leaving the loop early: rules for ``exit_rule=``, and what an exit gate (Ouro) says of a prompt.
 
 The rules are explained in :mod:`tl_looped.model.exit_rules`, the gate in
 :mod:`tl_looped.model.exit_gate`.

@@ -237,8 +237,8 @@ class ExitResult(NamedTuple):
 
     Args:
         output: What the run would return without the rule.
-        recurrence: Recurrence (0-based) after which each token left the loop; the last if the rule never
-            applied. ``[batch, pos]``, of ``generate`` ``[batch, new]``; -1 at padding.
+        recurrence: The recurrence (0-based) after which each token left the loop; the last if the
+            rule never applied. ``[batch, pos]``, of ``generate`` ``[batch, new]``; -1 at padding.
     """
 
     output: object

@@ -1,14 +1,14 @@
-"""One thread at a time: a run changes its model for as long as it lasts.
+"""One thread at a time: hooks that one thread attaches must not fire in another one's run.
 
-``model(tokens, n_recurrences=8)`` selects the blocks of eight recurrences, a cached run attaches
-readers, an intervention lends weights. All of that is the model's own, so whoever uses the model
-has it alone:
+A forward pass writes nothing into its model, whatever its number of recurrences. But a cached run
+attaches readers, ``hooks`` attaches hooks, an intervention lends weights. All of that is the
+model's own, so whoever uses the model has it alone:
 
 - A *call* (a run, a cached run, a generation) takes the turn and gives it back when it returns.
   Calls of other threads wait. ``with model.turn:`` makes one call of several.
-- A *context* that stays open (``model.hooks``, ``model.with_recurrences``, ``model.intervening``) holds
-  the turn too, and nobody knows for how long: it may wait for the very thread that would wait for
-  it, or stand in a generator that nobody resumes. Other threads get an InputError at once.
+- A *context* that stays open (``model.hooks``, ``model.with_recurrences``, ``model.intervening``)
+  holds the turn too, and nobody knows for how long: it may wait for the very thread that would wait
+  for it, or stand in a generator that nobody resumes. Other threads get an InputError at once.
 
 Within its turn a thread may nest calls and contexts as it likes. Streamed generation takes a turn a
 token, so several streams of one model go on side by side. Runs of separate models never meet; a
@@ -92,8 +92,8 @@ class Turns:
                 if self._is_kept:
                     raise InputError(
                         f"thread {self._owner.name!r} has the model in an open context (model.hooks"
-                        ", model.with_recurrences, model.intervening or a training step), and thread "
-                        f"{me.name!r} would run with what it set: leave the context first; or pass "
+                        ", model.with_recurrences, model.intervening or a training step), and "
+                        f"thread {me.name!r} would run with what it set: leave the context first; or pass "
                         "n_recurrences= and fwd_hooks= to each call instead, or open the context "
                         "within 'with model.turn:', which other threads wait for; or give each "
                         "thread a model of its own (copy.deepcopy)"
