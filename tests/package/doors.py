@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import tl_looped
-from tl_looped import LoopedTransformer, TLLoopedError, metrics, viz
+from tl_looped import LoopedTransformer, TLLoopedError, exits, metrics, viz
 from tl_looped import interventions as iv
 from tl_looped.experiments import Experiment, PromptSet, Run
 from tl_looped.metrics.clusters import FEATURES
@@ -187,7 +187,7 @@ class World:
 
         def use(*args: Any, **kwargs: Any) -> Any:
             made = public()[name](*args, **kwargs)
-            if isinstance(made, tl_looped.ExitRule):
+            if isinstance(made, exits.ExitRule):
                 return self.model(self.tokens, exit_rule=made)
             with self.model.intervening(made):
                 return self.model(torch.cat((self.tokens, self.tokens)))
@@ -218,7 +218,7 @@ class World:
         plan = viz.floor_plan(self.cache)
         settled = viz.settled_tokens(self.cache, self.text)
         layers = tl_looped.retrofitting.LayerPlan((0,), (1, 2), (3,), 4)
-        readout = tl_looped.ExitReadout(torch.zeros(*self.tokens.shape, 3), self.logits)
+        readout = exits.ExitReadout(torch.zeros(*self.tokens.shape, 3), self.logits)
         return {
             "LoopedTransformer": lambda: self.model,
             "LoopedActivationCache": lambda: self.cache,
@@ -303,9 +303,9 @@ class World:
             "LoopedKeyValueCache.init_cache": {},
             "ExitReadout.float": {},
             "ExitReadout.logits_at": {},
-            "ExitReadout.steps": {},
-            "exit_distribution": {"gate_logits": torch.zeros(2, 3)},
-            "exit_recurrence": {"distribution": torch.full((2, 4), 0.25), "threshold": 0.6},
+            "ExitReadout.recurrence": {},
+            "exits.exit_distribution": {"gate_logits": torch.zeros(2, 3)},
+            "exits.exit_recurrence": {"distribution": torch.full((2, 4), 0.25), "threshold": 0.6},
             "known_adapters": {},
             "register_adapter": {"adapter": tl_looped.OuroAdapter},  # refused: its name is taken
             "unregister_adapter": {"name": "none"},
@@ -413,7 +413,7 @@ class World:
             "loss_fn": {"logits": m(t), "tokens": t},
             "names_filter_set": {"names_filter": "residual"},
             "readers": {"of": fresh, "readers": [("hook_embed", lambda x, hook: None)]},
-            "recurrences": {"of": fresh, "n_recurrences": 2},
+            "with_recurrences": {"of": fresh, "n_recurrences": 2},
             "remove_all_hook_fns": {"of": fresh},
             "run_with_cache": {"model_args": (t,)},
             "run_with_hooks": {"of": fresh, "model_args": (t,)},

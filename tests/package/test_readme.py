@@ -38,6 +38,6 @@ def test_the_code_runs_and_prints_what_it_says(
     assert printed[5].strip() in names["metrics"].Verdict.__members__
     assert "CONVERGED" in printed[6] or "ORBIT" in printed[6] or "DRIFT" in printed[6]
     assert names["depth"].sizes["effective_layer"] == 2 + 4 * 32 + 2
-    assert names["found"].steps.shape == names["found"].output.shape[:2]
+    assert names["found"].recurrence.shape == names["found"].output.shape[:2]
     assert "(4, 6 x 4, 4) [6, 7, 8, 9, 10, 11]" in printed[-2]
     assert len(names["bridge"].blocks) == 2 + 4 * 8 + 2

@@ -261,6 +261,7 @@ class LoopedConfig(TransformerLensConfig):
         """Sets of weights in the core, ``n_core`` unless layers share some (``core_layers``)."""
         return self.n_core if self.core_layers is None else max(self.core_layers) + 1
 
+    @checked
     def weights_of(self, place: LayerLocation) -> tuple[str, int]:
         """Stage, and number in it, of the weights that a layer uses."""
         if place.stage == "core" and self.core_layers is not None:

@@ -26,7 +26,8 @@ from tl_looped.transformer.cache_size import (
     refuse_too_large_cache,
     twin_sizes,
 )
-from tl_looped.transformer.pool import Pool, collector_paused
+from tl_looped.transformer.pool import Pool
+from tl_looped.transformer.selecting import collector_paused
 from tl_looped.transformer.turns import in_turn
 
 _DIRECT_PATHS = "transformer_lens.tools.analysis.direct_path_patching"

@@ -8,11 +8,10 @@ effective index moves.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,57 +29,17 @@ from tl_looped.model.config import LoopedConfig
 from tl_looped.model.devices import beside
 from tl_looped.model.edits import Watch
 from tl_looped.model.geometry import LayerLike, LayerLocation, LoopGeometry
-from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, settle
+from tl_looped.model.hook_points import LoopedHookPoint, settle
 from tl_looped.model.limits import checked_recurrences
-from tl_looped.model.names import resolve_name
 from tl_looped.model.norms import HookedRMSNorm, HookedStreamNorm, NormWeights
-from tl_looped.model.program import Do, Program
+from tl_looped.model.program import Program
 from tl_looped.model.running import Parts
 from tl_looped.transformer import weights
 from tl_looped.transformer.embeddings import Embed, Unembed
+from tl_looped.transformer.selecting import MOST_SELECTIONS, Selection, select
 from tl_looped.transformer.turns import Turns, in_turn
 
 
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without garbage collection, which would look through all hook points again and again.
-
-    For work that makes objects by the ten thousand and no garbage among them.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-MOST_SELECTIONS = 8
-"""Numbers of recurrences whose names are kept at hand; 27,000 hooks at 128 of Huginn."""
-
-
-class HookDict(dict[str, LoopedHookPoint]):
-    """Hook points by canonical name; look-up also takes aliases and explains what is missing."""
-
-    def __init__(self, loop: LoopGeometry) -> None:
-        super().__init__()
-        self.loop = loop
-
-    def __missing__(self, name: str) -> LoopedHookPoint:
-        return dict.__getitem__(self, resolve_name(name, self.loop, self))
-
-
-class Selection(NamedTuple):
-    """What of the pool a model of some number of recurrences consists of."""
-
-    blocks: BlockList
-    recurrence: nn.ModuleList
-    joined: Site | None
-    hooks: HookDict
-
-
-@checked
 class Pool(HookedRootModule):
     """Blocks, recurrences and names; :class:`~tl_looped.LoopedTransformer` adds the rest."""
 
@@ -334,79 +293,13 @@ class Pool(HookedRootModule):
         if selection is None:
             while len(self._selections) >= MOST_SELECTIONS:
                 self._selections.pop(next(iter(self._selections)))
-            selection = self._selections[self.loop.R] = self._make_selection()
+            selection = self._selections[self.loop.R] = select(self)
         self._modules["blocks"], self._modules["recurrence"], self._joined, _ = selection
         self.hook_dict = selection.hooks
         for name in ("blocks", "recurrence"):  # their members have the right mode already
             self._modules[name].training = self.training  # type: ignore[union-attr]
         if not self._is_view:
             self._watch.own_loop = self.loop
-
-    def _make_selection(self) -> Selection:
-        loop, joined = self.loop, None
-        with collector_paused():
-            for r in range(len(self._recurrence_pool), loop.R):
-                site = self.cell.site(r)
-                settle(site, self.training)
-                self._recurrence_pool.append(site)
-            blocks = [self._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
-        if self.cell.ends_in_norm and loop.c == 0 and loop.R:
-            joined = self.cell.joined(self._recurrence_pool[loop.R - 1], self.ln_final)
-            settle(joined, self.training)
-        sites = nn.ModuleList(self._recurrence_pool[: loop.R])
-        return Selection(BlockList(blocks), sites, joined, self._named_hooks(blocks))
-
-    def _named_hooks(self, blocks: list[Block]) -> HookDict:
-        loop = self.loop
-        hooks = HookDict(loop)
-
-        def add(module: nn.Module | None, prefix: str) -> None:
-            assert module is not None
-            for name, child in module.named_modules(prefix=prefix):
-                if isinstance(child, LoopedHookPoint):
-                    child.name, child.watch = name, self._watch
-                    hooks[name] = child
-
-        def add_block(i: int) -> None:
-            key = (i, blocks[i].location)
-            named = self._block_names.get(key)
-            if named is None:
-                named = self._block_names[key] = self._name_block(i, blocks[i])
-            hooks.update(named)
-
-        whole = {
-            Do.EMBED: "hook_embed",
-            Do.FINAL_NORM: "ln_final",
-            Do.UNEMBED: "unembed",
-        }
-        for op in self.program.ops:
-            if op.do is Do.LAYER:
-                add_block(op.layer)
-            elif op.do in whole:
-                add(self._modules[whole[op.do]], whole[op.do])
-            else:
-                in_loop = op.recurrence >= 0
-                site = self._recurrence_pool[op.recurrence] if in_loop else self._ends
-                prefix = f"recurrence.{op.recurrence}." if in_loop else ""
-                for name in site.names[op.do]:
-                    add(site._modules[name], prefix + name)
-        return hooks
-
-    def _name_block(self, i: int, block: Block) -> dict[str, LoopedHookPoint]:
-        """Name the hooks of effective layer ``i``; those that the flags leave in use, by name."""
-        named = {
-            f"blocks.{i}.{suffix}": hook
-            for suffix, hook in block.hook_suffixes.items()
-            if suffix not in GATED_HOOKS or getattr(self.cfg, GATED_HOOKS[suffix])
-        }
-        for name, hook in named.items():
-            hook.name, hook.watch = name, self._watch
-        per_head = self.cfg.use_split_qkv_input or self.cfg.use_attn_in
-        for suffix in ("ln1.hook_scale", "ln1.hook_normalized"):
-            if suffix in block.hook_suffixes:
-                # With one input a head, its norm works on [batch, pos, head, d_model].
-                block.hook_suffixes[suffix].pos_dim = PER_HEAD_POS_DIM if per_head else -2
-        return named
 
     @property
     def mod_dict(self) -> dict[str, nn.Module]:

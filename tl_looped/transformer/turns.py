@@ -94,9 +94,9 @@ class Turns:
                         f"thread {self._owner.name!r} has the model in an open context (model.hooks"
                         ", model.with_recurrences, model.intervening or a training step), and "
                         f"thread {me.name!r} would run with what it set: leave the context first; "
-                        "or pass n_recurrences= and fwd_hooks= to each call instead, or open the context "
-                        "within 'with model.turn:', which other threads wait for; or give each "
-                        "thread a model of its own (copy.deepcopy)"
+                        "or pass n_recurrences= and fwd_hooks= to each call instead, or open the "
+                        "context within 'with model.turn:', which other threads wait for; or give "
+                        "each thread a model of its own (copy.deepcopy)"
                     )
                 self._changed.wait()
             if self._owner is None:
