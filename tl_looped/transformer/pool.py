@@ -40,6 +40,7 @@ from tl_looped.transformer.selecting import MOST_SELECTIONS, Selection, select
 from tl_looped.transformer.turns import Turns, in_turn
 
 
+@checked
 class Pool(HookedRootModule):
     """Blocks, recurrences and names; :class:`~tl_looped.LoopedTransformer` adds the rest."""
 
