@@ -24,7 +24,7 @@ from tl_looped.errors import GatedHookError
 from tl_looped.model.attention import Attention, AttentionWeights
 from tl_looped.model.cells import cell_class
 from tl_looped.model.config import LoopedConfig, NormLayout
-from tl_looped.model.context import RunContext, Sources
+from tl_looped.model.context import NO_SOURCES, RunContext, Sources
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule, place
 from tl_looped.model.mlp import MLP, MLPWeights
@@ -163,7 +163,7 @@ class Block(QuickModule):
         self,
         resid_pre: Float[Tensor, "batch pos d_model"],
         run: RunContext,
-        sources: Sources = Sources(),  # noqa: B008 - a constant
+        sources: Sources = NO_SOURCES,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this layer, on the device of its weights.
 
@@ -199,11 +199,12 @@ class Block(QuickModule):
         self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext, sources: Sources
     ) -> Float[Tensor, "batch pos d_model"]:
         """Attention output, from one input or, with TransformerLens's flags, one for each head."""
-        cfg, q_from, kv_from = self.cfg, sources.q, sources.kv
+        cfg = self.cfg
         if cfg.use_attn_in or cfg.use_split_qkv_input:
             return self._attention_per_head(resid_pre, run, sources)
-        if q_from is None and kv_from is None:
-            return self.attn(self._normed(resid_pre, resid_pre), run)
+        if sources is NO_SOURCES:
+            return self.attn(self.ln1(resid_pre) if self._pre else resid_pre, run)
+        q_from, kv_from = sources
         q_in = self._normed(resid_pre if q_from is None else q_from, resid_pre)
         kv_in = self._normed(resid_pre if kv_from is None else kv_from, resid_pre)
         return self.attn.forward_from(q_in, kv_in, run)

@@ -26,6 +26,10 @@ class Sources(NamedTuple):
     kv: Float[Tensor, "batch pos d_model"] | None = None
 
 
+NO_SOURCES = Sources()
+"""The stream makes all of them."""
+
+
 @dataclass
 class RunContext:
     """Positions, rotation and mask of a batch.

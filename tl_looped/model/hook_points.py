@@ -128,7 +128,7 @@ class LoopedHookPoint(Arming, HookPoint):
         own = self.__dict__
         name: str | None = own.get("_name")
         place = own.get("location")
-        if name is None or place is None or place.stage != "coda":
+        if place is None or place[0] != "coda" or name is None:
             return name
         loop = own["watch"].loop or own["watch"].own_loop
         if loop is None:
@@ -286,12 +286,13 @@ class CacheWriter:
             kept = kept.to(self.device)
         if self.remove_batch_dim and kept.shape[0] == 1:
             kept = kept[0]
-        assert hook.name is not None
+        name = hook.name
+        assert name is not None
         if self.positions.mode != "identity":
             kept = self.positions.apply(kept, dim=hook.pos_dim)
         if kept.untyped_storage().nbytes() > kept.nbytes:
             kept = kept.clone()  # a part of a tensor would keep the whole of it in memory
-        self.store[hook.name + self.suffix] = kept
+        self.store[name + self.suffix] = kept
 
 
 def place(module: nn.Module, location: LayerLocation) -> None:

@@ -74,8 +74,12 @@ class HookedLoop(Pool):
         Raises:
             HookNameError, GatedHookError, LayerIndexError: see ``tl_looped.model.names``.
         """
+        return self._canonical(name)
+
+    def _canonical(self, name: Any) -> str:
+        # Without the check of types, which would be most of the time of thousands of names.
         if isinstance(name, str) and name in self.hook_dict:
-            return name  # the common case: reading thousands of canonical names takes a while
+            return name
         if not isinstance(name, str):
             if not (isinstance(name, tuple) and len(name) > 1 and isinstance(name[0], str)):
                 raise InputError(
@@ -135,7 +139,7 @@ class HookedLoop(Pool):
     def _selected(self, wanted: Any) -> list[str]:
         """Canonical names that a name or a filter function means; none at all is a mistake."""
         if not callable(wanted):
-            return [self.hook_name(wanted)]
+            return [self._canonical(wanted)]
         names = [name for name in self.hook_dict if wanted(name)]
         if not names:
             raise HookNameError(
@@ -343,7 +347,7 @@ class HookedLoop(Pool):
             if isinstance(name, str) and name in PRESETS:
                 names |= {known for known in self.hook_dict if PRESETS[name](known)}
             else:
-                names.add(self.hook_name(name))
+                names.add(self._canonical(name))
         return names
 
     @in_turn
