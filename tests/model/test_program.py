@@ -17,6 +17,7 @@ from tl_looped.errors import ConfigError, InputError, InvalidDecompositionError
 from tl_looped.model.cells import CELLS, Site, StandardCell
 from tl_looped.model.context import LoopRun, Sources
 from tl_looped.model.geometry import LoopGeometry
+from tl_looped.model.hook_points import LoopedHookPoint
 from tl_looped.model.norms import rms_norm
 from tl_looped.model.program import Do, Program
 
@@ -373,3 +374,44 @@ def test_a_memory_of_each_layer() -> None:
             )
             own = rms_norm(x, block.weights.ln1)
             assert_same(cache["q", (r, layer)], torch.einsum("btd,hdk->bthk", own, block.attn.W_Q))
+
+
+# -- a run of another number of recurrences ------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_run_of_another_number_leaves_the_model_as_it_is() -> None:
+    looped = model("standard", "injection")
+    before, names = dict(vars(looped)), list(looped.hook_dict)
+    blocks = list(looped.blocks)
+    seen: list[tuple[str, int, int]] = []
+
+    def look(x: Tensor, hook: LoopedHookPoint) -> None:
+        assert hook.name is not None
+        seen.append((hook.name, looped.loop.R, looped.cfg.n_layers))
+
+    last = looped.loop.with_recurrences(R + 2).n_layers - 1
+    hook = (f"blocks.{last}.hook_resid_post", look)
+    looped.run_with_hooks(TOKENS, n_recurrences=R + 2, fwd_hooks=[hook])
+    assert seen == [(f"blocks.{last}.hook_resid_post", R, looped.loop.n_layers)]
+    assert vars(looped).keys() == before.keys()
+    assert [name for name, value in vars(looped).items() if value is not before[name]] == []
+    assert list(looped.hook_dict) == names
+    assert all(a is b for a, b in zip(looped.blocks, blocks, strict=True))
+    _, cache = looped.run_with_cache(TOKENS, n_recurrences=1)
+    view = cache.model
+    assert isinstance(view, LoopedTransformer)
+    assert (view.loop.R, view.cfg.n_layers, len(view.W_Q)) == (1, 4, 4)
+    assert view.blocks[1] is looped.blocks[1]
+    assert torch.equal(view(TOKENS), looped(TOKENS, n_recurrences=1))
+    with refused(InputError):
+        view.set_recurrences(2)
+    # A hook that stays on a coda layer fires at every number of recurrences, under its name there.
+    seen.clear()
+    looped.add_hook("coda.0.hook_resid_post", look)
+    for n in (1, R, R + 2):
+        looped(TOKENS, n_recurrences=n)
+    assert [name for name, *_ in seen] == [
+        f"blocks.{looped.loop.with_recurrences(n).n_layers - 1}.hook_resid_post"
+        for n in (1, R, R + 2)
+    ]
