@@ -23,6 +23,7 @@ from tl_looped.checks import Seed, checked, described
 from tl_looped.decomposition import DecompositionMixin
 from tl_looped.decomposition.steps import Target
 from tl_looped.errors import InputError, LayerIndexError, MissingActivationError
+from tl_looped.model.axis_slice import AxisSlice
 from tl_looped.model.edits import EditLog, Edits
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 from tl_looped.model.names import canonical_name
@@ -206,8 +207,9 @@ class LoopedActivationCache(DecompositionMixin):
         """
         # Behind the last layer there is no MLP; TransformerLens ignores mlp_input there.
         end = Target.of(layer, False, self.loop).layer
+        positions = AxisSlice(pos_slice, "positions")
         stack, labels = super().accumulated_resid(
-            end, incl_mid, apply_ln, pos_slice, mlp_input, return_labels=True
+            end, incl_mid, apply_ln, positions, mlp_input, return_labels=True
         )
         if not return_labels:
             return stack
@@ -219,10 +221,11 @@ class LoopedActivationCache(DecompositionMixin):
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> LoopedActivationCache:
         """As in TransformerLens; the result keeps the run's geometry, seed, mask and edits."""
-        plain = super().apply_slice_to_batch_dim(batch_slice)
+        rows = AxisSlice(batch_slice, "rows")
+        plain = super().apply_slice_to_batch_dim(rows)
         mask = self.attention_mask
         if mask is not None:
-            mask = Slice.unwrap(batch_slice).apply(mask, dim=0)
+            mask = AxisSlice(batch_slice, "rows", keep=True).apply(mask, dim=0)
         return type(self)(
             plain.cache_dict,
             self._model,

@@ -244,8 +244,8 @@ def described(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value) if value is None else f"the {type(value).__name__} {value!r}"
     if isinstance(value, (str, bytes)):
-        shown = repr(value)
-        return f"the {type(value).__name__} {shown if len(shown) < 60 else shown[:56] + '...'}"
+        text = repr(value)
+        return f"the {type(value).__name__} {text if len(text) < 60 else text[:56] + '...'}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, (list, tuple, set, frozenset, dict)):
@@ -359,8 +359,8 @@ def one_of(
         plain = choice.value if isinstance(choice, Enum) else choice
         if type(value) in (type(choice), type(plain)) and value in (choice, plain):
             return choice
-    shown = ", ".join(repr(c.value if isinstance(c, Enum) else c) for c in valid)
-    raise error(f"{name} must be {'one of ' * (len(valid) > 1)}{shown}, got {_shown(value)}")
+    named = ", ".join(repr(c.value if isinstance(c, Enum) else c) for c in valid)
+    raise error(f"{name} must be {'one of ' * (len(valid) > 1)}{named}, got {shown(value)}")
 
 
 def at_most_one(error: type[TLLoopedError] = InputError, **given: Any) -> None:
@@ -381,10 +381,10 @@ def at_most_one(error: type[TLLoopedError] = InputError, **given: Any) -> None:
 def _sentence(name: str, value: Any, what: str, bounds: dict[str, Any], fix: str) -> str:
     limits = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
     valid = f"{what} of {limits}" if limits.startswith("at ") else f"{what} {limits}".rstrip()
-    return f"{name} must be {valid}, got {_shown(value)}" + f": {fix}" * bool(fix)
+    return f"{name} must be {valid}, got {shown(value)}" + f": {fix}" * bool(fix)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Numbers and text as they are, other things in words."""
     plain = isinstance(value, (bool, int, float, str, np.number, Enum)) or value is None
     return repr(value) if plain and len(repr(value)) < 60 else described(value)

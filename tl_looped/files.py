@@ -75,7 +75,7 @@ def _partial(path: Path) -> Path:
     name, content = path.name, path.name.encode("utf-8", "surrogatepass")
     if len(content) + len(ending) > _LONGEST_NAME:
         name = hashlib.sha256(content).hexdigest()[:16]
-    return path.with_name(name + ending)
+    return path.parent / (name + ending)  # with_name refuses a path without a name
 
 
 def write_text(text: str, path: Path) -> Path:

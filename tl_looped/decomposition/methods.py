@@ -20,15 +20,17 @@ edits are none. ``raw=True`` checks nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from tl_looped._compat import ActivationCache, Slice, SliceInput
-from tl_looped.checks import checked
+from tl_looped.checks import checked, described
 from tl_looped.decomposition.carry import carry, project
 from tl_looped.decomposition.checks import (
     check_stream,
@@ -43,7 +45,8 @@ from tl_looped.decomposition.checks import (
 from tl_looped.decomposition.components import Component, Rows, grouping
 from tl_looped.decomposition.steps import Step, Target, Write, stream_steps
 from tl_looped.decomposition.writes import Selection, Writes
-from tl_looped.errors import InputError, InvalidDecompositionError
+from tl_looped.errors import InputError, InvalidDecompositionError, TLLoopedError
+from tl_looped.model.axis_slice import AxisSlice
 from tl_looped.model.edits import Edits
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 
@@ -83,7 +86,7 @@ class DecompositionMixin(ActivationCache):
         onto: Direction | None = None,
     ) -> tuple[Stack, list[Component]]:
         """Wanted components at a target, in the order in which they were written."""
-        positions = _as_slice(pos_slice)
+        positions = AxisSlice(pos_slice, "positions")
         if self.early_exit and target.layer >= self.loop.n_layers - self.loop.c:
             raise InvalidDecompositionError(
                 "tokens of this run could leave the loop at different recurrences, so the stream "
@@ -109,7 +112,7 @@ class DecompositionMixin(ActivationCache):
         if onto is None:
             stack = carry(steps, writes, rows)
         else:
-            directions = writes.weight(onto if onto.ndim == 2 else onto[:, None])
+            directions = self._directions(writes, onto)
             if options.apply_ln:
                 # The last norm is linear too: scaling the directions scales every component.
                 dims = int(self.has_batch_dim) + (positions.mode != "int")
@@ -130,6 +133,15 @@ class DecompositionMixin(ActivationCache):
         if onto is None:
             return normed(stack), components
         return stack if onto.ndim == 2 else stack.squeeze(-1), components
+
+    def _directions(self, writes: Writes, onto: Direction) -> Float[Tensor, "d_model out"]:
+        d_model = self.model.cfg.d_model
+        if onto.shape[0] != d_model:
+            raise InputError(
+                f"project_output_onto must be [d_model={d_model}] or [d_model={d_model}, out], got "
+                f"{described(onto)}"
+            )
+        return writes.weight(onto if onto.ndim == 2 else onto[:, None])
 
     def _no_rows(self, writes: Writes, directions: Tensor | None) -> Stack:
         stream = writes.read("hook_embed")
@@ -155,8 +167,8 @@ class DecompositionMixin(ActivationCache):
                 of different scales.
         """
         where = {
-            "pos_slice": pos_slice,
-            "batch_slice": batch_slice,
+            "pos_slice": AxisSlice(pos_slice, "positions"),
+            "batch_slice": AxisSlice(batch_slice, "rows"),
             "has_batch_dim": has_batch_dim,
             "recompute_ln": recompute_ln,
         }
@@ -178,7 +190,9 @@ class DecompositionMixin(ActivationCache):
             refuse_edits(
                 self, names, f"the norm behind {target.hook(self.loop)} read another value"
             )
-        return ActivationCache.apply_ln_to_stack(single, stack, target.layer, target.mid, **where)
+        at = (target.layer, target.mid)
+        with _fitting("residual_stack", stack):
+            return ActivationCache.apply_ln_to_stack(single, stack, *at, **where)
 
     # -- TransformerLens's methods ---------------------------------------------------------------
 
@@ -269,7 +283,7 @@ class DecompositionMixin(ActivationCache):
                 becomes ``out``, and no array of neurons by d_model is made.
             by, raw: As in :meth:`decompose_resid`.
         """
-        neurons = _keeping_axis(neuron_slice)
+        neurons = AxisSlice(neuron_slice, "neurons", keep=True)
         selection = Selection(embeds=False, attn="none", mlp="parts", neurons=neurons)
         options = _Options(by, raw, apply_ln, incl_remainder)
         target = Target.of(layer, mlp_input, self.loop)
@@ -319,9 +333,9 @@ class DecompositionMixin(ActivationCache):
         output, so that the neurons of a layer always sum to ``hook_mlp_out``. With ``raw`` that is
         not checked.
         """
-        neurons = _as_slice(neuron_slice)
-        selection = Selection(False, "none", "parts", _keeping_axis(neurons))
-        writes = Writes(self, selection, _as_slice(pos_slice), checked=not raw)
+        neurons = AxisSlice(neuron_slice, "neurons")
+        selection = Selection(False, "none", "parts", AxisSlice(neuron_slice, "neurons", keep=True))
+        writes = Writes(self, selection, AxisSlice(pos_slice, "positions"), checked=not raw)
         write = Write("mlp_out", self.loop.resolve(layer))
         if not raw:
             names = where_parts_break(write, selection, writes.posts)
@@ -332,8 +346,8 @@ class DecompositionMixin(ActivationCache):
             if project_output_onto is None:
                 stack = writes.values(write)
             else:
-                onto = writes.weight(project_output_onto)
-                stack = writes.projected(write, onto if onto.ndim == 2 else onto[:, None])
+                onto = project_output_onto
+                stack = writes.projected(write, self._directions(writes, onto))
                 stack = stack if onto.ndim == 2 else stack.squeeze(-1)
         if neurons.mode == "int":
             return stack[0]
@@ -341,7 +355,13 @@ class DecompositionMixin(ActivationCache):
         return stack.movedim(0, -1 if scalars else -2)
 
     def logit_attrs(
-        self, residual_stack: Float[Tensor, "component *batch_pos d_model"], *args: Any, **kw: Any
+        self,
+        residual_stack: Float[Tensor, "component *batch_pos d_model"],
+        tokens: str | int | Integer[Tensor, "..."],
+        incorrect_tokens: str | int | Integer[Tensor, "..."] | None = None,
+        pos_slice: Positions = None,
+        batch_slice: Positions = None,
+        has_batch_dim: bool = True,
     ) -> Float[Tensor, " component *batch_pos"]:
         """What each component adds to a token's logit; arguments as in TransformerLens.
 
@@ -353,20 +373,27 @@ class DecompositionMixin(ActivationCache):
         """
         names = where_logits_break(self.loop)
         refuse_edits(self, names, "attributions do not sum to its logits")
-        gain = self.model.ln_final.w
-        return super().logit_attrs(residual_stack * gain.to(residual_stack.device), *args, **kw)
+        gain = self.model.ln_final.w.to(residual_stack.device)
+        slices = (AxisSlice(pos_slice, "positions"), AxisSlice(batch_slice, "rows"))
+        with _fitting("residual_stack and tokens", residual_stack):
+            return super().logit_attrs(
+                residual_stack * gain, tokens, incorrect_tokens, *slices, has_batch_dim
+            )
+
+
+@contextmanager
+def _fitting(names: str, stack: Tensor) -> Iterator[None]:
+    """What PyTorch and TransformerLens say of sizes that do not go together, in our words."""
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, (TLLoopedError, torch.OutOfMemoryError)):
+            raise
+        raise InputError(
+            f"{names} must fit together and into the run, of {described(stack)}: {error}"
+        ) from error
 
 
 def _labelled(found: tuple[Stack, list[Component]], return_labels: bool) -> Labelled:
     stack, components = found
     return (stack, [component.label for component in components]) if return_labels else stack
-
-
-def _as_slice(given: Positions) -> Slice:
-    return given if isinstance(given, Slice) else Slice(given)
-
-
-def _keeping_axis(given: Positions) -> Slice:
-    """A slice that selects the same, but keeps the axis where an integer would drop it."""
-    wanted = _as_slice(given)
-    return Slice([wanted.slice]) if isinstance(wanted.slice, int) else wanted

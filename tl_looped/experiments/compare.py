@@ -10,7 +10,7 @@ Limits. Scores are of the mean curves: how they depend on the prompts is not sai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.experiments.reading import (
     bos_apart,
@@ -79,7 +80,8 @@ class Comparison:
         ]
 
 
-def load_runs(folders: list[Path]) -> dict[str, xr.Dataset]:
+@checked
+def load_runs(folders: Sequence[str | Path]) -> dict[str, xr.Dataset]:
     """Results by the names of their folders.
 
     Raises:
@@ -88,7 +90,7 @@ def load_runs(folders: list[Path]) -> dict[str, xr.Dataset]:
     """
     found: dict[str, xr.Dataset] = {}
     for folder in folders:
-        for run in find_runs(folder):
+        for run in find_runs(Path(folder)):
             name = run.resolve().name
             if name in found:
                 raise InputError(f"two runs are called {name!r}: rename one of the folders")
@@ -96,7 +98,8 @@ def load_runs(folders: list[Path]) -> dict[str, xr.Dataset]:
     return found
 
 
-def compare_runs(runs: dict[str, xr.Dataset], seed: int = 0) -> Comparison:
+@checked
+def compare_runs(runs: Mapping[str, xr.Dataset], seed: int = 0) -> Comparison:
     """Compare runs, by name.
 
     Args:
@@ -177,7 +180,7 @@ def _curves(name: str, data: xr.Dataset) -> pd.DataFrame:
 
 
 def _mirroring(
-    a: str, b: str, runs: dict[str, xr.Dataset], notices: list[str], seed: int
+    a: str, b: str, runs: Mapping[str, xr.Dataset], notices: list[str], seed: int
 ) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     data, other = runs[a], runs[b]

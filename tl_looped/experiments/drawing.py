@@ -10,10 +10,11 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
+from tl_looped.checks import checked
 from tl_looped.errors import DataError
 from tl_looped.files import make_folder, write_bytes
 
@@ -21,12 +22,45 @@ MOST_CSV_ROWS = 20_000
 """Tables of more rows are written as parquet: Figure 63 has one row per weight."""
 
 
-def save_figures(drawn: Iterable[Any], folder: Path, command: str) -> list[Path]:
+@runtime_checkable
+class Drawn(Protocol):
+    """A figure with what belongs to it, as ``tl_looped.paper.draw`` gives it."""
+
+    @property
+    def number(self) -> int:
+        """In the paper."""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+
+    @property
+    def title(self) -> str:
+        """What it shows."""
+
+    @property
+    def caption(self) -> str:
+        """What was run and how."""
+
+    @property
+    def figure(self) -> Any:
+        """What has ``savefig``."""
+
+    @property
+    def numbers(self) -> pd.DataFrame:
+        """What was drawn."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was drawn."""
+
+
+@checked
+def save_figures(drawn: Iterable[Drawn], folder: str | Path, command: str) -> list[Path]:
     """Write what ``draw`` returns: the image twice, its numbers, and a record.
 
     Args:
-        drawn: Each with ``number``, ``name``, ``title``, ``caption``, ``figure``, ``numbers`` and
-            ``settings``.
+        drawn: The figures.
         folder: Where to write.
         command: That made it; kept in the record.
 
@@ -36,7 +70,7 @@ def save_figures(drawn: Iterable[Any], folder: Path, command: str) -> list[Path]
     Raises:
         DataError: if a file cannot be written.
     """
-    make_folder(folder)
+    folder = make_folder(Path(folder))
     images = []
     for one in drawn:
         for kind in ("svg", "png"):

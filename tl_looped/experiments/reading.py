@@ -10,6 +10,7 @@ from typing import Any
 
 import xarray as xr
 
+from tl_looped.checks import checked
 from tl_looped.errors import DataError
 from tl_looped.experiments.store import RESULTS, read_run
 from tl_looped.metrics.labels import geometry_of, trained_recurrences
@@ -30,7 +31,8 @@ class Missing:
     applies: bool = True
 
 
-def load(folder: Path) -> xr.Dataset:
+@checked
+def load(folder: str | Path) -> xr.Dataset:
     """Results of a run, by depth.
 
     Args:

@@ -24,6 +24,7 @@ from typing import Any
 
 import xarray as xr
 
+from tl_looped.checks import checked, whole
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments import store
 from tl_looped.experiments.engines import load_engine
@@ -106,9 +107,10 @@ def run_folder(spec: Experiment, digest: str) -> str:
     return "_".join((*names, ending))
 
 
+@checked
 def run_experiment(
     spec: Experiment,
-    out: Path,
+    out: str | Path,
     *,
     model: LoopedTransformer | None = None,
     device: str | None = None,
@@ -131,8 +133,8 @@ def run_experiment(
         DataError: no prompt, no room on the disk, no memory for the given batch size.
         InputError, ConfigError, CheckpointError: see the parts of the specification.
     """
-    if batch_size != "auto" and (type(batch_size) is not int or batch_size < 1):
-        raise InputError(f"batch_size must be 'auto' or an integer from 1 on, got {batch_size!r}")
+    if batch_size != "auto":
+        batch_size = whole(batch_size, "batch_size", 1, fix="or give 'auto'")
     workers = Workers.here(device)
     prompts = load_prompts(spec.prompts)
     spec, source = resolve(spec, model)
@@ -140,7 +142,7 @@ def run_experiment(
     differs = bos is not None and bos[0] != source.bos_before
     said = bos[0] if bos and differs else None
     digest = run_hash(spec, prompts, source.identity, said, source.chat_template)
-    folder = out / run_folder(spec, digest)
+    folder = Path(out) / run_folder(spec, digest)
     results = folder / store.RESULTS
     data, problem = store.read_if_usable(results, digest)
     workers.wait()  # before the first process touches anything

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from tl_looped.checks import one_of
+import numpy as np
+
+from tl_looped.checks import checked, one_of, shown, whole
 from tl_looped.errors import ConfigError, DataError
 from tl_looped.files import is_file, write_text
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, select
@@ -82,11 +84,10 @@ class PromptSet:
     too_long: str = "skip"
 
     def __post_init__(self) -> None:
-        _check_texts(self, "prompts.")
+        _check_types(self, "prompts.")
         one_of(self.source, "prompts.source", SOURCES)
         one_of(self.too_long, "prompts.too_long", ("skip", "truncate"))
-        if self.subset < 0:
-            raise ConfigError(f"prompts.subset must be at least 0 (all), got {self.subset}")
+        whole(self.subset, "prompts.subset", 0, error=ConfigError, fix="0 is all")
         if (self.source == "file") and self.file is None:
             raise ConfigError('prompts.source = "file" needs prompts.file, a jsonl or text file')
         if self.file is not None and self.source not in ("file", "gsm8k", "hellaswag"):
@@ -98,6 +99,7 @@ class PromptSet:
             raise ConfigError('prompts.texts belongs to prompts.source = "text", which needs it')
 
     @classmethod
+    @checked
     def parse(cls, text: str, **changes: Any) -> PromptSet:
         """The set that a command line names.
 
@@ -183,7 +185,7 @@ class Experiment:
     batching: str = "length"
 
     def __post_init__(self) -> None:
-        _check_texts(self)
+        _check_types(self)
         one_of(self.kind, "kind", KINDS)
         if not self.model.strip():
             raise ConfigError("model is empty: name a bundled model, a hub id or a folder")
@@ -199,18 +201,13 @@ class Experiment:
                     f'ablate_mlp: {name!r} is not a layer; layers are named "prelude.1", "core.0", '
                     '"coda.1", each counted from 0'
                 )
-        for key in ("recurrences", "reference_recurrences"):
-            n = getattr(self, key)
-            if n is not None and n < 1:
-                raise ConfigError(f"{key} must be at least 1, got {n}")
-            if n is not None and n > limits.most_layers:
-                raise ConfigError(
-                    f"{key} must be at most {limits.most_layers}, got {n} ({limits.HOW_TO_RAISE})"
-                )
-        if self.skip_first is not None and self.skip_first < 1:
-            raise ConfigError(
-                f"skip_first must be at least 1, got {self.skip_first}; leave it out to skip none"
-            )
+        most, how = limits.most_layers, limits.HOW_TO_RAISE
+        if self.recurrences is not None:
+            whole(self.recurrences, "recurrences", 1, most, ConfigError, how)
+        if self.reference_recurrences is not None:
+            whole(self.reference_recurrences, "reference_recurrences", 1, most, ConfigError, how)
+        if self.skip_first is not None:
+            whole(self.skip_first, "skip_first", 1, None, ConfigError, "leave it out to skip none")
         needs_own_end = sorted({"confirm", "convergence", "limiting"} & set(self.extras))
         if self.reference_recurrences is not None and needs_own_end:
             raise ConfigError(
@@ -250,6 +247,7 @@ class Experiment:
         return _plain(self)
 
     @classmethod
+    @checked
     def from_toml(cls, text: str) -> Experiment:
         """From TOML text."""
         try:
@@ -268,7 +266,8 @@ class Experiment:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def read(cls, path: Path) -> Experiment:
+    @checked
+    def read(cls, path: str | Path) -> Experiment:
         """From a TOML file; a prompt file in it is looked for from the current folder.
 
         Raises:
@@ -276,7 +275,7 @@ class Experiment:
             ConfigError: if it is no experiment.
         """
         try:
-            with path.open(encoding="utf-8") as file:
+            with Path(path).open(encoding="utf-8") as file:
                 text = file.read(_LONGEST_FILE)
             if len(text) == _LONGEST_FILE:
                 raise ValueError(f"{_LONGEST_FILE} characters or more")
@@ -287,17 +286,22 @@ class Experiment:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def write(self, path: Path) -> Path:
+    @checked
+    def write(self, path: str | Path) -> Path:
         """Write the TOML file."""
-        return write_text(self.to_toml(), path)
+        return write_text(self.to_toml(), Path(path))
 
 
-def _check_texts(spec: Any, where: str = "") -> None:
-    """Raise for a name that no file can hold, as one typed in another encoding is."""
-    for one in fields(spec):
-        text = getattr(spec, one.name)
-        if isinstance(text, str) and text.encode("utf-8", "replace").decode() != text:
-            raise ConfigError(f"{where}{one.name} holds what is no character: {text!r}")
+def _check_types(spec: Any, where: str = "") -> None:
+    """Values as their types say, lists as tuples; no text that no file can hold.
+
+    Files and callers are told the same in the same words.
+    """
+    for name, kind in get_type_hints(type(spec)).items():
+        value = _value(kind, getattr(spec, name), where + name)
+        object.__setattr__(spec, name, value)
+        if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+            raise ConfigError(f"{where}{name} holds what is no character: {value!r}")
 
 
 def _plain(value: Any) -> Any:
@@ -317,18 +321,18 @@ def _toml(value: Any) -> str:
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass from plain values, checked against its types."""
+    """A dataclass from plain values, which it checks itself."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where.rstrip('.')} must be a table, got {values!r}")
-    types_of = get_type_hints(kind)
+        raise ConfigError(f"{where.rstrip('.')} must be a table, got {shown(values)}")
+    known = [one.name for one in fields(kind)]
     for key in values:
-        if key not in types_of:
-            near = difflib.get_close_matches(str(key), types_of, 1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(types_of)}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown key {where}{key}; {hint}")
     if kind is Experiment and "model" not in values:
         raise ConfigError("the experiment names no model")
-    return kind(**{key: _value(types_of[key], values[key], where + key) for key in values})
+    return kind(**values)
 
 
 def _value(kind: Any, value: Any, key: str) -> Any:
@@ -336,11 +340,13 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         return value if isinstance(value, PromptSet) else _build(kind, value, key + ".")
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{key} must be a list, got {value!r}")
+            raise ConfigError(f"{key} must be a list, got {shown(value)}")
         return tuple(_value(get_args(kind)[0], item, key) for item in value)
     allowed = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    # type() and not isinstance: True is no number of recurrences.
-    if type(value) not in allowed:
+    if isinstance(value, np.integer):
+        value = int(value)
+    # True is no number of recurrences.
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join(k.__name__ for k in allowed if k is not type(None))
-        raise ConfigError(f"{key} must be of type {names}, got {value!r}")
+        raise ConfigError(f"{key} must be of type {names}, got {shown(value)}")
     return value

@@ -16,6 +16,7 @@ from tl_looped._compat import HookedRootModule, Slice, SliceInput, get_act_name
 from tl_looped.cache import LoopedActivationCache, RunRecord
 from tl_looped.checks import checked, described, whole
 from tl_looped.errors import HookNameError, InputError, InvalidDecompositionError
+from tl_looped.model.axis_slice import AxisSlice
 from tl_looped.model.cells import why_no_direct_paths
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.hook_points import CacheWriter, LoopedHookPoint, Reader
@@ -394,7 +395,8 @@ class HookedLoop(Pool):
         self.is_caching = True
         if device is None and self.cfg.n_devices > 1:
             device = self.cfg.device  # what reads a cache brings its layers together
-        common = (store, Slice.unwrap(pos_slice), device, remove_batch_dim)
+        positions = AxisSlice(pos_slice, "positions", keep=not isinstance(pos_slice, Slice))
+        common = (store, positions, device, remove_batch_dim)
         names = self.names_filter_set(names_filter)
         ordered = [name for name in self.hook_dict if name in names]
         log = self._records[-1].log if self._caches_this_run else None

@@ -97,7 +97,7 @@ def exits(model: LoopedTransformer, input: Any, **kwargs: Any) -> ExitReadout:
 
 
 def _check_width(model: LoopedTransformer, resid: Tensor) -> None:
-    if resid.ndim < 3 or resid.shape[-1] != model.cfg.d_model:
+    if resid.ndim < 3 or resid.shape[-1] != model.cfg.d_model or not resid.numel():
         raise InputError(
             f"a lens reads [..., batch, pos, d_model={model.cfg.d_model}], "
             f"got shape {tuple(resid.shape)}"

@@ -126,7 +126,7 @@ def check_state(name: str, state: Any) -> Any:
     if isinstance(state, (list, np.ndarray)):
         try:
             state = torch.as_tensor(state)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{name} must be numbers in rows of one length: {error}") from error
     if state is None or isinstance(state, Tensor) or (isinstance(state, str) and state == "zeros"):
         return state
