@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tl_looped import LoopedConfig, LoopedTransformer
 from tl_looped.errors import ConfigError, InputError, InvalidDecompositionError
+from tl_looped.interventions import ScaleInjection
 from tl_looped.model.cells import CELLS, Site, StandardCell
 from tl_looped.model.context import LoopRun, Sources
 from tl_looped.model.geometry import LoopGeometry
@@ -111,6 +112,19 @@ class Mixed(StandardCell):
         return self._linear("mix")(super().finish(at, state))
 
 
+class Adding(StandardCell):
+    """The prelude's output is added to every state but the first."""
+
+    def points_before(self) -> dict[str, nn.Module]:
+        return {"hook_injected": LoopedHookPoint()}
+
+    def reads_e(self, first: bool, state_given: bool) -> bool:
+        return not first
+
+    def read(self, at: Site, state: Tensor, e: Tensor | None) -> Tensor:
+        return at.hook_injected(state if e is None else state + e)
+
+
 class Asking(StandardCell):
     """Queries of every core layer are made of the state (the Fully Looped Transformer's)."""
 
@@ -142,7 +156,7 @@ class Streams(StandardCell):
     def derive(self, e: Tensor) -> Tensor:
         return e[..., None, :].expand(*e.shape[:-1], self.n, e.shape[-1])
 
-    def read(self, at: Site, state: Tensor, e: Tensor | None, passes: bool = False) -> Tensor:
+    def read(self, at: Site, state: Tensor, e: Tensor | None) -> Tensor:
         return (self._numbers(at)[0][:, None] * state).sum(-2)
 
     def write(self, at: Site, state: Tensor | None, x: Tensor) -> Tensor:
@@ -168,7 +182,7 @@ class Remembering(StandardCell):
 @pytest.fixture(autouse=True)
 def cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """More cells than there are."""
-    for cell in (Doubled, Leaky, Squared, Mixed, Asking, Streams, Remembering):
+    for cell in (Doubled, Leaky, Squared, Mixed, Adding, Asking, Streams, Remembering):
         monkeypatch.setitem(CELLS, cell.__name__, cell)
 
 
@@ -266,6 +280,27 @@ def test_parameters_of_a_cell_are_the_models_own() -> None:
     assert_same(cache.decompose_resid(looped.loop.n_layers - 1).sum(0), cache["resid_pre", -1])
     logits.sum().backward()
     assert looped.get_parameter("mix.weight").grad is not None
+
+
+@pytest.mark.usefixtures("exact_bridges")
+@torch.no_grad()
+def test_a_cell_that_adds_the_preludes_output() -> None:
+    adding = model("Adding", "norm before the coda", initial_state="prelude")
+    logits, cache = adding.run_with_cache(TOKENS)
+    e = cache["resid_post", 0]
+    assert_same(cache["resid_pre", (0, 0)], e)
+    for r in range(1, R):
+        assert_same(cache["resid_pre", (r, 0)], cache["resid_post", (r - 1, 1)] + e)
+    for layer in ((1, 0), (R - 1, 1)):
+        assert_same(cache.decompose_resid(layer).sum(0), cache["resid_pre", layer])
+    states = cache.stack_recurrences("state_out")
+    assert_same(adding.loop_map(TOKENS).run(R), states)
+    assert_same(adding.to_bridge()(TOKENS), logits)
+    # It injects, though not by the configuration's matrix.
+    with adding.intervening(ScaleInjection(0.5, 2)):
+        _, scaled = adding.run_with_cache(TOKENS)
+    assert_same(scaled["resid_pre", (2, 0)], scaled["resid_post", (1, 1)] + e / 2)
+    assert_same(adding.run_with_cache(TOKENS, initial_state="zeros")[1]["resid_pre", (0, 0)], 0 * e)
 
 
 def test_an_unknown_cell_is_refused_with_those_there_are() -> None:

@@ -107,7 +107,7 @@ class FrozenLoop:
         if op.do is Do.ENTER:
             return lambda x, e, state: cell.derive(x)
         if op.do is Do.READ:
-            return lambda x, e, state: cell.read(at, x, e, passes=step.alone)
+            return lambda x, e, state: cell.read(at, x, None if step.alone else e)
         if op.do is Do.WRITE:
             return lambda x, e, state: cell.write(at, state, x)
         return lambda x, e, state: cell.finish(at, x)

@@ -13,10 +13,11 @@ from tl_looped.checks import Seed, checked, number, whole
 from tl_looped.errors import InputError
 from tl_looped.interventions.selection import Recurrences, members
 from tl_looped.metrics.inputs import at_least_fp32
-from tl_looped.model.config import InitialState, Injection
+from tl_looped.model.cells import injects, refuse_zeros_for_the_prompt
+from tl_looped.model.config import InitialState
 from tl_looped.model.context import LoopRun
 from tl_looped.model.hook_points import LoopedHookPoint
-from tl_looped.model.initial_state import draw_initial_state, refuse_zeros_for_the_prompt
+from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.intervening import Changes, Intervention
 
@@ -199,7 +200,7 @@ class ScaleInjection(Intervention):
 
     def changes(self, model: LoopedTransformer, run: LoopRun) -> Changes:
         """Set the run's factors."""
-        if model.cfg.injection is Injection.NONE:
+        if not injects(model.cfg):
             raise InputError(f"{self}: {model.cfg.model_name} has no injection to scale")
         where = members(self.recurrences, model.loop.R, "recurrence", self)
         first, given = run.program.first, run.initial_state is not None

@@ -197,7 +197,7 @@ class LoopCell:
         return state_given
 
     def reads_e(self, first: bool, state_given: bool) -> bool:
-        """Whether a recurrence reads the prelude's output.
+        """Whether a recurrence reads the prelude's output; :meth:`read` gets None where not.
 
         Args:
             first: The recurrence is the first that acts on the state.
@@ -235,15 +235,13 @@ class LoopCell:
         """The initial state that is made from ``e``."""
         return e
 
-    def read(self, at: Site, state: State, e: Stream | None, passes: bool = False) -> Stream:
+    def read(self, at: Site, state: State, e: Stream | None) -> Stream:
         """The stream that enters the core.
 
         Args:
             at: The recurrence's site.
             state: The state, behind ``hook_state_in``.
-            e: The prelude's output; None if the run does not know it and :meth:`reads_e` is false.
-            passes: The state enters as it is, though the cell reads ``e`` (the first recurrence of
-                a run that starts from it).
+            e: The prelude's output; None in a recurrence that :meth:`reads_e` does not name.
         """
         return state
 
@@ -365,13 +363,12 @@ class StandardCell(LoopCell):
             state = draw_initial_state(run.state_seed, positions, cfg.d_model, scale, cfg.dtype)
         return state.to(e).expand(e.shape)
 
-    def read(self, at: Site, state: State, e: Stream | None, passes: bool = False) -> Stream:
+    def read(self, at: Site, state: State, e: Stream | None) -> Stream:
         """The injection of ``[state, e]``: one product over the concatenation."""
         if not self._injects:
             return state
-        if passes:
+        if e is None:
             return at.hook_injected(state)
-        assert e is not None
         injection = self._linear("injection")
         if self.cfg.n_devices > 1:
             state, e = beside(state, injection.weight), beside(e, injection.weight)
@@ -410,6 +407,21 @@ def cell_class(cfg: LoopedConfig) -> type[LoopCell]:
     if cfg.cell not in CELLS:
         raise ConfigError(f"there is no loop cell {cfg.cell!r}; there are {sorted(CELLS)}")
     return CELLS[cfg.cell]
+
+
+def injects(cfg: LoopedConfig) -> bool:
+    """Whether recurrences read the prelude's output, the first perhaps excepted."""
+    return cell_class(cfg)(cfg, {}).reads_e(first=False, state_given=False)
+
+
+def refuse_zeros_for_the_prompt(cfg: LoopedConfig, what: str) -> None:
+    """Raise where a state of zeros would leave nothing of the prompt, and say nothing about it."""
+    if not injects(cfg):
+        raise InputError(
+            f"{what}: {cfg.model_name} injects nothing, so that the initial state alone carries the"
+            " prompt, and zeros would give every prompt the same logits. For that very run, pass a "
+            "tensor of zeros"
+        )
 
 
 def why_not_additive(cfg: LoopedConfig) -> str | None:

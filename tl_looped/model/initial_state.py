@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_looped.errors import InputError
-from tl_looped.model.config import Injection, LoopedConfig
 
 CUT = 3.0  # standard deviations
 _WORDS_PER_STEP = 4  # Philox4x64 yields four words a counter step
@@ -71,16 +70,6 @@ _uniform_as_operator = torch.library.custom_op(
 @_uniform_as_operator.register_fake
 def _shape_of_uniform(seed: str, start: int, stop: int, d: int) -> Tensor:
     return torch.empty(stop - start, d, dtype=torch.float64)
-
-
-def refuse_zeros_for_the_prompt(cfg: LoopedConfig, what: str) -> None:
-    """Raise where a state of zeros would leave nothing of the prompt, and say nothing about it."""
-    if cfg.injection is Injection.NONE:
-        raise InputError(
-            f"{what}: {cfg.model_name} injects nothing, so that the initial state alone carries the"
-            " prompt, and zeros would give every prompt the same logits. For that very run, pass a "
-            "tensor of zeros"
-        )
 
 
 def draw_initial_state(

@@ -84,7 +84,7 @@ def _read(op: Op, state: State, run: LoopRun, parts: Parts) -> Stream:
     cell, at = parts.cell, parts.sites[op.recurrence]
     state = run.state = at.hook_state_in(state)
     if not cell.reads_e(op.first, run.initial_state is not None):
-        return cell.read(at, state, run.prelude_output, passes=True)
+        return cell.read(at, state, None)
     if run.prelude_output is None:
         raise InputError(
             f"start_at_layer lies in the loop, and recurrence {op.recurrence} injects the "

@@ -13,6 +13,7 @@ from typing import Any
 
 from tl_looped.checks import number, one_of, whole
 from tl_looped.errors import ConfigError
+from tl_looped.model.cells import injects
 from tl_looped.model.config import InitialState, Injection, LoopedConfig
 from tl_looped.training.losses import EveryRecurrence, ExitWeighted, LastState, Loss
 from tl_looped.training.recurrences import Constant, RecurrenceSampler
@@ -185,7 +186,7 @@ class TrainSpec:
         cut = self.backprop_last
         if cut is None or (sampler.most is not None and sampler.most <= cut):
             return
-        if cfg.injection is Injection.NONE:
+        if not injects(cfg):
             raise ConfigError(
                 f"backprop_last={cut} with {sampler} cuts the only path from the loss to the "
                 "prelude and the embedding: without an injection they are read by recurrence 0 "

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from tl_looped.checks import Seed, whole
 from tl_looped.errors import InputError
-from tl_looped.model.cells import Stream
+from tl_looped.model.cells import Stream, refuse_zeros_for_the_prompt
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import LoopRun, RunContext
 from tl_looped.model.exit_rules import ExitRule
 from tl_looped.model.geometry import LayerLike, LoopGeometry
-from tl_looped.model.initial_state import refuse_zeros_for_the_prompt
 from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
 from tl_looped.model.program import Program
 from tl_looped.transformer.prompt import check_rows
