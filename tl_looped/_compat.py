@@ -28,6 +28,10 @@ from transformer_lens.utilities import (
     sample_logits,
 )
 
+if not TYPE_CHECKING:
+    # Slice takes more than its alias says: a Python slice, and None for an open end.
+    SliceInput = SliceInput | slice | tuple[int | None, ...]
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager

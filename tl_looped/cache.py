@@ -116,7 +116,7 @@ class LoopedActivationCache(DecompositionMixin):
         """The model at the run's number of recurrences."""
         if self._model is None or self._model.loop == self.loop:
             return self._model
-        if self._view is None:
+        if self._view is None or not self._view.is_current:
             self._view = self._model.view_at(self.loop.R)
         return self._view
 

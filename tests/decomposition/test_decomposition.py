@@ -265,6 +265,21 @@ def test_raw_writes_are_the_cached_ones(model: LoopedTransformer, tokens: Tensor
 # -- projections, norms, remainders -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wanted", [slice(1, 3), (1, None), (None, 3), (None, None, 2)])
+def test_positions_are_sliced_as_in_transformerlens(tokens: Tensor, wanted: Any) -> None:
+    """With a Python slice, and with open ends."""
+    cache = cached(model_of("pre-injection"), tokens)
+    here = wanted if isinstance(wanted, slice) else slice(*wanted)
+    assert torch.equal(cache.decompose_resid(pos_slice=wanted), cache.decompose_resid()[:, :, here])
+    accumulated = cache.accumulated_resid(pos_slice=wanted)
+    assert torch.equal(accumulated, cache.accumulated_resid()[:, :, here])
+    neurons = cache.stack_neuron_results(2, neuron_slice=wanted)
+    per_layer = cache.model.cfg.d_mlp
+    everything = cache.stack_neuron_results(2).unflatten(0, (-1, per_layer))
+    assert_same(neurons, everything[:, here].flatten(0, 1))
+    assert cache.apply_slice_to_batch_dim(wanted)["embed"].ndim == 3
+
+
 @pytest.mark.parametrize("apply_ln", [False, True])
 def test_pulling_a_direction_back_equals_projecting_the_components(
     model: LoopedTransformer, tokens: Tensor, apply_ln: bool

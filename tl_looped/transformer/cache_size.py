@@ -161,7 +161,7 @@ def twin_sizes(
     model: HookedLoop, batch: int, pos: int, pos_slice: Any, incl_bwd: bool
 ) -> dict[str, int]:
     """Bytes of every activation and its gradient, by canonical name."""
-    twin = type(model)(twin_config(model.cfg))
+    twin = type(model)(twin_config(model.cfg))  # type: ignore[call-arg]
     # A random state is drawn from values, of which there are none here.
     state = "zeros" if twin.cfg.initial_state is InitialState.RANDOM else None
     tokens = torch.zeros(batch, pos, dtype=torch.long, device="meta")

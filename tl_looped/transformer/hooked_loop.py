@@ -95,7 +95,7 @@ class HookedLoop(Pool):
         yield self.hook_embed
         for block in self._block_pool.values():
             yield from block.hook_suffixes.values()
-        for owner in (*self._recurrence_pool, self._ends, self.ln_final, self.unembed):
+        for owner in (*self._recurrence_pool.values(), self._ends, self.ln_final, self.unembed):
             yield from (m for m in owner.modules() if isinstance(m, LoopedHookPoint))
 
     @in_turn

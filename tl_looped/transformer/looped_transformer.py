@@ -77,9 +77,6 @@ class LoopedTransformer(HookedLoop):
             values; empty without one. It is saved with the model.
     """
 
-    interventions: tuple[Intervention, ...] = ()
-    """Those that are active now, outermost first."""
-
     def __init__(self, cfg: LoopedConfig, tokenizer: Any = None) -> None:
         super().__init__()
         # A copy of its own: recurrences, flags and dtype of one model must not reach another.
@@ -89,7 +86,6 @@ class LoopedTransformer(HookedLoop):
         self.tokenizer = tokenizer
         self.generation_config: dict[str, Any] = {}
         tokenizing.settle_bos(self)
-        self.state_seed = 0
         device = torch.device("cpu" if cfg.device is None else cfg.device)
         if torch.get_default_device().type == "meta":  # within torch.device("meta")
             device = torch.device("meta")
@@ -555,6 +551,15 @@ class LoopedTransformer(HookedLoop):
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     # -- interventions ------------------------------------------------------------------------
+
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """Those that are active now, outermost first."""
+        return self._common.interventions
+
+    @interventions.setter
+    def interventions(self, interventions: tuple[Intervention, ...]) -> None:
+        self._common.interventions = interventions
 
     def intervening(
         self, *interventions: Intervention

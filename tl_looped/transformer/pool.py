@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Float
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 from tl_looped._compat import FactoredMatrix, HookedRootModule
 from tl_looped.cache import RunRecord
-from tl_looped.checks import Seed, checked
+from tl_looped.checks import checked
 from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockList, BlockWeights
 from tl_looped.model.cells import LoopCell, Site
@@ -40,6 +41,22 @@ from tl_looped.transformer.selecting import MOST_SELECTIONS, Selection, select
 from tl_looped.transformer.turns import Turns, in_turn
 
 
+@dataclass
+class Common:
+    """What may be set of a model and holds for its views too.
+
+    Attributes:
+        context_level: How many contexts of hooks are open, one within the other; each one's end
+            removes the hooks of its own level.
+        state_seed: Seed of the random initial state where a call gives none.
+        interventions: Those that are active now, outermost first.
+    """
+
+    context_level: int = 0
+    state_seed: int = 0
+    interventions: tuple[Any, ...] = ()
+
+
 @checked
 class Pool(HookedRootModule):
     """Blocks, recurrences and names; :class:`~tl_looped.LoopedTransformer` adds the rest."""
@@ -54,12 +71,34 @@ class Pool(HookedRootModule):
     # one of these and not a run within its hooks.
     _records: list[RunRecord]
     _record: RunRecord | None
-    _is_view = False
+    _base: Pool | None = None  # of a view
+    _common: Common
     embed: Embed
     unembed: Unembed
-    state_seed: Seed
     max_stack_bytes: int = 2**30
     """Largest stack of weights over effective layers, in bytes."""
+
+    def __init__(self) -> None:
+        self.__dict__["_common"] = Common()
+        super().__init__()
+
+    @property
+    def context_level(self) -> int:
+        """As in TransformerLens: how many contexts of hooks are open."""
+        return self._common.context_level
+
+    @context_level.setter
+    def context_level(self, context_level: int) -> None:
+        self._common.context_level = context_level
+
+    @property
+    def state_seed(self) -> int:
+        """Seed of the random initial state where a call gives none."""
+        return self._common.state_seed
+
+    @state_seed.setter
+    def state_seed(self, state_seed: int) -> None:
+        self._common.state_seed = state_seed
 
     def _setup_hooks(self, cfg: LoopedConfig) -> None:
         """Make the global hook points and the pool; the weights must exist already."""
@@ -73,7 +112,7 @@ class Pool(HookedRootModule):
         # that TransformerLens's runtime-checked protocols see from Python 3.12 on.
         self._modules["ln_final"] = HookedStreamNorm(self.final_norm)
         self._block_pool: dict[LayerLocation, Block] = {}
-        self._recurrence_pool: list[Site] = []
+        self._recurrence_pool: dict[int, Site] = {}
         self._joined: Site | None = None
         self._silent: list[Parts] = []  # made once, and shared with views
         self._selections: dict[int, Selection] = {}
@@ -100,7 +139,7 @@ class Pool(HookedRootModule):
         return Parts(
             cell=self.cell,
             blocks=list(self.blocks),
-            sites=self._recurrence_pool,
+            sites=[self._recurrence_pool[r] for r in range(self.loop.R)],
             ends=self._ends,
             joined=self._joined,
             final_norm=self.ln_final,
@@ -178,7 +217,7 @@ class Pool(HookedRootModule):
         loop = self._loop_at(n_recurrences)
         if loop.R == self.loop.R:
             return
-        if self._is_view:
+        if self._base is not None:
             raise InputError(
                 f"this is a view of a model at {self.loop.R} recurrences, such as a cache holds: "
                 "set the number of recurrences of the model itself"
@@ -206,8 +245,9 @@ class Pool(HookedRootModule):
     def view_at(self, n_recurrences: int | None) -> Self:
         """The model at another number of recurrences, while this one stays as it is.
 
-        Weights, hook points, hooks and turns are the same objects; ``loop``, ``blocks``,
-        ``hook_dict`` and ``cfg.n_layers`` are its own. The model itself for its present number.
+        Weights, hook points, hooks, interventions, seed and turns are the same; ``loop``,
+        ``blocks``, ``hook_dict`` and ``cfg`` are its own, with the model's flags of this moment.
+        The model itself for its present number.
 
         Raises:
             RecurrenceCountError: as :meth:`set_recurrences`.
@@ -220,9 +260,19 @@ class Pool(HookedRootModule):
         view.__dict__["_modules"] = dict(self._modules)
         view.cfg = copy(self.cfg)
         view.cfg.n_recurrences, view.cfg.n_layers = loop.R, loop.n_layers
-        view.loop, view._is_view = loop, True
+        view.loop = loop
+        # Past __setattr__, which would make the model a part of its view.
+        view.__dict__["_base"] = self if self._base is None else self._base
         view._select()
         return view
+
+    @property
+    def is_current(self) -> bool:
+        """Whether a view has the flags, dtype and device that its model has now."""
+        if self._base is None:
+            return True
+        its = {"n_recurrences": self.loop.R, "n_layers": self.loop.n_layers}
+        return vars(self.cfg) == vars(self._base.cfg) | its
 
     @contextmanager
     def _at(self, n_recurrences: int | None) -> Iterator[Self]:
@@ -267,7 +317,7 @@ class Pool(HookedRootModule):
     def train(self, mode: bool = True) -> Pool:
         """As in PyTorch, also for blocks beyond the current recurrences."""
         super().train(mode)
-        for module in (*self._block_pool.values(), *self._recurrence_pool):
+        for module in (*self._block_pool.values(), *self._recurrence_pool.values()):
             module.train(mode)
         return self
 
@@ -286,7 +336,8 @@ class Pool(HookedRootModule):
         assert isinstance(stage, nn.ModuleList)
         weights = stage[number]
         assert isinstance(weights, BlockWeights)
-        return Block(self.cfg, weights, location)
+        # The model's own configuration, also if a view makes the block: its flags reach all blocks.
+        return Block(self.cell.cfg, weights, location)
 
     def _select(self) -> None:
         """Bring blocks, recurrences and hook names in line with ``self.loop``."""
@@ -299,7 +350,7 @@ class Pool(HookedRootModule):
         self.hook_dict = selection.hooks
         for name in ("blocks", "recurrence"):  # their members have the right mode already
             self._modules[name].training = self.training  # type: ignore[union-attr]
-        if not self._is_view:
+        if self._base is None:
             self._watch.own_loop = self.loop
 
     @property
@@ -311,6 +362,10 @@ class Pool(HookedRootModule):
 
     @in_turn
     def _set_flag(self, flag: str, on: bool) -> None:
+        if self._base is not None:
+            self._base._set_flag(flag, on)
+            setattr(self.cfg, flag, on)
+            return self._select()
         for block in self._block_pool.values():
             for suffix, gate in GATED_HOOKS.items():
                 point = block.hook_suffixes[suffix]

@@ -67,15 +67,16 @@ def select(model: Pool) -> Selection:
     """The blocks, sites and names at a model's number of recurrences, made where they lack."""
     loop, joined = model.loop, None
     with collector_paused():
-        for r in range(len(model._recurrence_pool), loop.R):
-            site = model.cell.site(r)
-            settle(site, model.training)
-            model._recurrence_pool.append(site)
+        for r in range(loop.R):
+            if r not in model._recurrence_pool:
+                site = model.cell.site(r)
+                settle(site, model.training)
+                model._recurrence_pool.setdefault(r, site)  # as of blocks, the first one stays
         blocks = [model._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
     if model.cell.ends_in_norm and loop.c == 0 and loop.R:
         joined = model.cell.joined(model._recurrence_pool[loop.R - 1], model.ln_final)
         settle(joined, model.training)
-    sites = nn.ModuleList(model._recurrence_pool[: loop.R])
+    sites = nn.ModuleList(model._recurrence_pool[r] for r in range(loop.R))
     return Selection(BlockList(blocks), sites, joined, _named_hooks(model, blocks))
 
 
