@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 from closeness import assert_same
 from conftest import VARIANTS, Golden, exact_config, with_gains
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import ActivationCache
 
 from tl_looped import (
@@ -263,6 +265,37 @@ def test_raw_writes_are_the_cached_ones(model: LoopedTransformer, tokens: Tensor
 
 
 # -- projections, norms, remainders -------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class Wrapped(nn.Module):
+    """In place of a linear map, as an adapter's layer."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.weight = inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("change", ["parametrised", "pruned", "wrapped"])
+def test_an_injection_counts_with_the_weights_that_it_uses(tokens: Tensor, change: str) -> None:
+    model = model_of("pre-injection")
+    before = model(tokens)
+    if change == "parametrised":
+        nn.utils.parametrize.register_parametrization(model.injection, "weight", Twice())
+    elif change == "pruned":
+        nn.utils.prune.l1_unstructured(model.injection, "weight", amount=0.3)
+    else:
+        model.injection = Wrapped(model.injection)
+    assert torch.allclose(model(tokens), before) == (change == "wrapped")
+    cache = cached(model, tokens)
+    assert_same(cache.decompose_resid().sum(0), cache["resid_post", -1])
 
 
 @pytest.mark.parametrize("wanted", [slice(1, 3), (1, None), (None, 3), (None, None, 2)])

@@ -9,6 +9,7 @@ vector-Jacobian product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -62,7 +63,8 @@ class FrozenLoop:
         for name, module in modules.items():
             own = cell.modules[name]
             assert own is not None
-            weights = {key: weight(value) for key, value in own.state_dict().items()}
+            # As they are used: by attribute, where pruned or parametrised ones are made.
+            weights = {key: weight(attrgetter(key)(own)) for key in module.state_dict()}
             module.load_state_dict(weights, assign=True)
         self.cell = type(cell)(cell.cfg, modules)
 

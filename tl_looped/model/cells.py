@@ -26,7 +26,7 @@ not decomposed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -300,10 +300,8 @@ class StandardCell(LoopCell):
             return "the norm before the coda rescales the stream"
         return None if cls is StandardCell else super().why_rescaled(cfg)
 
-    def _linear(self, name: str) -> nn.Linear:
-        module = self.modules[name]
-        assert isinstance(module, nn.Linear)
-        return module
+    def _linear(self, name: str) -> Any:
+        return self.modules[name]  # an nn.Linear, or what was put in its place, such as an adapter
 
     def _norm(self) -> HookedStreamNorm:
         weights = self.modules["final_norm"]
