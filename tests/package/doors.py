@@ -28,6 +28,7 @@ from tl_looped import interventions as iv
 from tl_looped.experiments import Experiment, PromptSet, Run
 from tl_looped.metrics.clusters import FEATURES
 from tl_looped.model.geometry import LayerLocation
+from tl_looped.training import Constant, PoissonLogNormal, Shape, TrainSpec
 
 SECONDS = 4
 """What a call may take: wrong input is refused, not worked through."""
@@ -231,6 +232,10 @@ class World:
             "View": lambda: plan,
             "Resampling": lambda: metrics.Resampling(5),
             "LayerPlan": lambda: layers,
+            "Constant": lambda: Constant(2),
+            "PoissonLogNormal": PoissonLogNormal,
+            "Shape": Shape,
+            "TrainSpec": lambda: TrainSpec(1),
             "Experiment": lambda: Experiment("demo"),
             "Run": lambda: Run(self.folder, True, ""),
             "ExitReadout": lambda: readout,
@@ -377,6 +382,39 @@ class World:
             "experiments.run": {
                 "spec": Experiment("x", prompts=PromptSet("file", "none")),  # refused: no such file
                 "out": self.folder / "run",
+            },
+            "Constant": {"n": 2},
+            "Constant.at": {"seed": 0, "step": 1},
+            "EveryRecurrence": {"weights": (0.5, 1.0)},
+            "ExitWeighted": {},
+            "LastState": {},
+            "PoissonLogNormal": {},
+            "PoissonLogNormal.at": {"seed": 0, "step": 1},
+            "Shape": {},
+            "Shape.config": {"d_vocab": 300, "seed": 0, "exit_gate": False, "device": "cpu"},
+            "TrainSpec": {"steps": 1},
+            "TrainSpec.check": {"cfg": m.cfg},
+            "TrainSpec.rate": {"step": 0},
+            "TrainSpec.sampler_of": {"cfg": m.cfg},
+            "TrainSpec.to_json": {},
+            "training.train": {  # refused: the rows are longer than the context
+                "model": m,
+                "rows": torch.zeros(2, 40, dtype=torch.long),
+                "held_out": torch.zeros(2, 40, dtype=torch.long),
+                "spec": TrainSpec(1),
+                "out": self.folder / "train",
+            },
+            "training.train_on_texts": {  # refused: there is no such corpus
+                "source": "none",
+                "out": self.folder / "train",
+                "shape": Shape(),
+                "spec": TrainSpec(1),
+            },
+            "training.train_model_on_texts": {  # refused: there is no such corpus
+                "model": m,
+                "source": "none",
+                "out": self.folder / "train",
+                "spec": TrainSpec(1),
             },
             "experiments.save_figures": {"drawn": [], "folder": self.folder, "command": "x"},
             **self.measures(core, flat),

@@ -24,6 +24,9 @@ REFUSED = {
     "experiments.run": "DataError",
     "register_adapter": "RegistryError",
     "retrofit": "CheckpointError",
+    "training.train": "DataError",
+    "training.train_model_on_texts": "DataError",
+    "training.train_on_texts": "DataError",
     "unregister_adapter": "RegistryError",
 }
 

@@ -60,14 +60,14 @@ def test_transformers_bars_do_not_pass_through(folder: Path, capfd: Any) -> None
     ("layers", "message"),
     [
         ({"core": []}, r"core=\[\] is empty; the loop needs at least one of the layers 0\.\.6"),
-        ({"core": [6, 7]}, r"core names layer 7, .* has the layers 0\.\.6"),
-        ({"core": [-1]}, r"core names layer -1, .* not from the end"),
-        ({"core": [True]}, "core holds True, which is not an integer"),
-        ({"core": [2.0]}, "core holds 2.0, which is not an integer"),
-        ({"core": ["2"]}, "core holds '2', which is not an integer"),
-        ({"core": "2-4"}, r"core must be a list of layers 0\.\.6, got '2-4'"),
-        ({"core": 3}, r"core must be a list of layers 0\.\.6, got 3"),
-        ({"core": None}, r"core must be a list of layers 0\.\.6, got None"),
+        ({"core": [6, 7]}, r"core .* at most 6, got 7"),
+        ({"core": [-1]}, r"core .* at least 0 .* got -1"),
+        ({"core": [True]}, "core .* got True"),
+        ({"core": [2.0]}, r"core .*\(float\)"),
+        ({"core": ["2"]}, r"core .*\(str\)"),
+        ({"core": "2-4"}, "core .* '2-4'"),
+        ({"core": 3}, "core .* 3"),
+        ({"core": None}, "core .* None"),
         ({"core": [3, 3]}, r"core=\[3, 3\] names layers twice: \[3\]"),
         ({"core": [4, 3]}, r"core=\[4, 3\] is out of order; .* core=\[3, 4\]"),
         (
@@ -82,8 +82,8 @@ def test_transformers_bars_do_not_pass_through(folder: Path, capfd: Any) -> None
             r"core=\[5\] does not come before coda=\[1, 6\]",
         ),
         ({"core": [1, 5], "prelude": [0, 3]}, r"prelude=\[0, 3\] does not come before core"),
-        ({"core": [3], "coda": [7]}, "coda names layer 7"),
-        ({"core": [3], "prelude": [9]}, "prelude names layer 9"),
+        ({"core": [3], "coda": [7]}, "coda .* got 7"),
+        ({"core": [3], "prelude": [9]}, "prelude .* got 9"),
     ],
 )
 def test_wrong_layers_are_named(layers: dict[str, Any], message: str, source: Any) -> None:
@@ -126,7 +126,7 @@ def test_texts_that_name_no_layers_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mode": "loop"}, InputError, r"mode must be one of \['retrofit', 'virtual-loop'\]"),
+        ({"mode": "loop"}, InputError, "mode must be one of 'retrofit', 'virtual-loop'"),
         ({"n_recurrences": 0}, InputError, "n_recurrences must be an integer of at least 1, got 0"),
         ({"n_recurrences": True}, InputError, "n_recurrences must be an integer"),
         ({"dtype": "int8"}, ConfigError, "dtype must be a floating point type"),
@@ -374,7 +374,7 @@ def test_command_replaces_nothing_unasked(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--core", "3-9"], "core names layer 7"),
+        (["--core", "3-9"], "got 7"),
         (["--core", "3-x"], "layers are written like 0-3,7"),
         (["--core", "3", "--recurrences", "0"], "n_recurrences must be an integer of at least 1"),
         (["--core", "3", "--dtype", "int8"], "dtype must be a floating point type"),

@@ -29,7 +29,7 @@ from tl_looped.training.losses import (
 from tl_looped.training.objective import RowsInOrder
 from tl_looped.training.optimizers import MuonWithAdamW, make_optimizer
 from tl_looped.training.recurrences import Constant, PoissonLogNormal, state_seed
-from tl_looped.training.spec import TrainSpec
+from tl_looped.training.spec import Shape, TrainSpec
 from tl_looped.training.trainer import train
 
 TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -368,6 +368,8 @@ def test_every_epoch_holds_every_row_once_in_a_seeded_order() -> None:
         (lambda: EveryRecurrence((1.0, -1.0)), "at least 0"),
         (lambda: ExitWeighted(-0.1), "beta must be"),
         (lambda: TrainSpec(steps=0), "steps must be"),
+        (lambda: Shape(context=0), "context must be"),
+        (lambda: Shape(heads=0), "heads must be"),
         (lambda: TrainSpec(steps=1, backprop_last=0), "backprop_last must be"),
         (lambda: TrainSpec(steps=1, seed=-1), "seed must be"),
         (lambda: TrainSpec(steps=1, learning_rate=float("nan")), "learning_rate must be"),

@@ -19,6 +19,7 @@ from tl_looped.adapters.base import (
     require_equal,
     trained_recurrences_of,
 )
+from tl_looped.checks import one_of
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import TRAINED, InitialState, Injection, LoopedConfig
 
@@ -67,8 +68,7 @@ def raven_config(config: Mapping[str, Any], **family: Any) -> LoopedConfig:
         state_init="like-init", padded_vocab_size=vocab,
     )  # fmt: skip
     mode = given(config, "initial_state_mode", "random")
-    if mode not in _STATE_MODES:
-        raise ConfigError(f"initial_state_mode must be one of {list(_STATE_MODES)}, got {mode!r}")
+    mode = one_of(mode, "initial_state_mode", _STATE_MODES, ConfigError)
     trained = trained_recurrences_of(config, recurrences)
     if TRAINED not in config and trained is not None:
         trained = float(trained)  # the mean of what the authors drew for each step

@@ -40,8 +40,8 @@ def unregister_adapter(name: str) -> None:
     Raises:
         RegistryError: if there is none of that name.
     """
-    if _ADAPTERS.pop(name, None) is None:
-        raise RegistryError(f"no adapter named {name!r}; known: {known_adapters()}")
+    get_adapter(name)
+    del _ADAPTERS[name]
 
 
 @checked

@@ -21,6 +21,7 @@ from typing import Any
 import xarray as xr
 
 from tl_looped._version import __version__
+from tl_looped.checks import whole
 from tl_looped.errors import DataError
 from tl_looped.experiments import store
 from tl_looped.experiments.sealing import read_record, write_record
@@ -131,10 +132,7 @@ class Parts:
     def _number(self, path: Path, key: str) -> int:
         values = read_record(path)
         self._check_mark(values, path)
-        n = values.get(key)
-        if type(n) is not int or n < 1:
-            raise DataError(f"{path} must hold {key}, an integer of at least 1, got {n!r}")
-        return n
+        return whole(values.get(key), f"{key} of {path}", 1, error=DataError)
 
     # -- the parts ------------------------------------------------------------------------------
 

@@ -69,9 +69,7 @@ def members(wanted: Recurrences, n: int, what: str, who: object) -> list[int]:
 
 def one_member(wanted: object, n: int, what: str, who: object) -> int:
     """The one number that is meant among ``n``; errors as :func:`members`."""
-    if wanted is None or isinstance(wanted, (slice, Iterable)):
-        raise InputError(f"{who}: one {what} is an integer, got {wanted!r}")
-    return members(wanted, n, what, who)[0]  # type: ignore[arg-type]
+    return members([wanted], n, what, who)[0]  # type: ignore[list-item]
 
 
 def frozen_after(wanted: object, R: int, who: object) -> int:

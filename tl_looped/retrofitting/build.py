@@ -17,7 +17,7 @@ over from Huginn; with ``[0 | I]`` it has no effect. Layers keep their order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from tl_looped._compat import get_device
 from tl_looped.adapters import Source
 from tl_looped.adapters.mapping import give_values, problems
-from tl_looped.checks import checked
+from tl_looped.checks import checked, one_of, whole
 from tl_looped.errors import CheckpointError, ConfigError, InputError
 from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
 from tl_looped.retrofitting.families import feedforward_sources, looped_config
@@ -54,9 +54,9 @@ class Mode(str, Enum):
 def retrofit(
     model_or_id: Any,
     *,
-    core: Any,
-    prelude: Any = None,
-    coda: Any = None,
+    core: Iterable[int],
+    prelude: Iterable[int] | None = None,
+    coda: Iterable[int] | None = None,
     mode: Mode | str = Mode.RETROFIT,
     n_recurrences: int = 4,
     device: str | torch.device | None = None,
@@ -99,9 +99,8 @@ def retrofit(
         CheckpointError: a checkpoint that cannot be read, or tensors of other shapes or names.
         ConfigError: a family, or a field of its config, that a looped model cannot honour.
     """
-    mode = _checked_mode(mode)
-    if type(n_recurrences) is not int or n_recurrences < 1:
-        raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences!r}")
+    mode = one_of(mode, "mode", Mode)
+    n_recurrences = whole(n_recurrences, "n_recurrences", 1)
     wanted = parse_dtype(torch.float32 if dtype is None else dtype)
     prelude, core, coda = (_as_list(layers) for layers in (prelude, core, coda))
 
@@ -135,13 +134,6 @@ def retrofit(
 def _as_list(layers: Any) -> Any:
     """An iterator is read once, and its layers are looked at twice."""
     return list(layers) if isinstance(layers, Iterator) else layers
-
-
-def _checked_mode(mode: Mode | str) -> Mode:
-    try:
-        return Mode(mode)
-    except ValueError:
-        raise InputError(f"mode must be one of {[m.value for m in Mode]}, got {mode!r}") from None
 
 
 def _parts(

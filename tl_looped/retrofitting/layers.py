@@ -7,12 +7,10 @@ the result would look like a model.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 
 
@@ -96,11 +94,6 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _checked(name: str, layers: Any, n_layers: int) -> tuple[int, ...]:
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
-        raise InputError(
-            f"{name} must be a list of layers {_span(n_layers)}, got {layers!r}; "
-            "tl_looped.retrofitting.parse_layers reads texts such as '0-3,7'"
-        )
     out = tuple(_layer(name, layer, n_layers) for layer in layers)
     if len(set(out)) < len(out):
         twice = sorted({layer for layer in out if out.count(layer) > 1})
@@ -114,18 +107,8 @@ def _checked(name: str, layers: Any, n_layers: int) -> tuple[int, ...]:
 
 
 def _layer(name: str, layer: Any, n_layers: int) -> int:
-    # True is an integer to Python, and would be layer 1.
-    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-        raise InputError(
-            f"{name} holds {layer!r}, which is not an integer; layers are {_span(n_layers)}"
-        )
-    index = operator.index(layer)
-    if not 0 <= index < n_layers:
-        raise InputError(
-            f"{name} names layer {index}, but the feedforward model has the layers "
-            f"{_span(n_layers)}; they are counted from 0, and not from the end"
-        )
-    return index
+    fix = f"the feedforward model has the layers {_span(n_layers)}, counted from 0, not the end"
+    return whole(layer, f"a layer of {name}", 0, n_layers - 1, fix=fix)
 
 
 def _check_apart(plan: LayerPlan) -> None:

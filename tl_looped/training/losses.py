@@ -9,13 +9,14 @@ of them still trains the coda, the head and the gate.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_looped.checks import checked, number
 from tl_looped.errors import ConfigError
 from tl_looped.model.context import LoopRun
 from tl_looped.model.exit_gate import exit_distribution
@@ -28,6 +29,7 @@ class LastState:
     """Cross entropy of the last state's logits."""
 
 
+@checked
 @dataclass(frozen=True)
 class EveryRecurrence:
     """Weighted mean of the cross entropies after every recurrence, ``sum_r w_r L_r / sum_r w_r``.
@@ -37,18 +39,17 @@ class EveryRecurrence:
             Needs a constant number of recurrences.
     """
 
-    weights: tuple[float, ...] | None = None
+    weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.weights is None:
             return
-        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
-        if not all(0 <= w < math.inf for w in self.weights) or not sum(self.weights) > 0:
-            raise ConfigError(
-                f"weights must be finite, at least 0 and not all 0, got {self.weights}"
-            )
+        weights = tuple(number(w, "weights", 0, error=ConfigError) for w in self.weights)
+        number(sum(weights), "sum of weights (not all 0)", above=0, error=ConfigError)
+        object.__setattr__(self, "weights", weights)
 
 
+@checked
 @dataclass(frozen=True)
 class ExitWeighted:
     """Ouro's first-stage loss (Zhu et al. 2025, arXiv 2510.25741, entropy-regularised objective).
@@ -64,8 +65,7 @@ class ExitWeighted:
     beta: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < math.inf:
-            raise ConfigError(f"beta must be a finite number of at least 0, got {self.beta!r}")
+        number(self.beta, "beta", 0, error=ConfigError)
 
 
 Loss = LastState | EveryRecurrence | ExitWeighted

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tl_looped.checks import number, whole
+from tl_looped.checks import checked, number, whole
 from tl_looped.errors import ConfigError
 from tl_looped.model import limits
 
 _STREAM = 2**63  # keys from here on: apart from those of the random initial states
 
 
+@checked
 @dataclass(frozen=True)
 class Constant:
     """The same number of recurrences at every step.
@@ -57,6 +58,7 @@ class Constant:
         return self.n
 
 
+@checked
 @dataclass(frozen=True)
 class PoissonLogNormal:
     """Huginn's distribution (Geiping et al. 2025, arXiv 2502.05171, Section 3.3).
@@ -119,6 +121,8 @@ def state_seed(seed: int, step: int) -> int:
 
 def _uniform(seed: int, step: int) -> tuple[float, float]:
     """Two uniform numbers inside (0, 1) for a seed and a step."""
+    whole(seed, "seed", 0, _STREAM - 1)
+    whole(step, "step")
     raw = np.random.Philox(key=np.array([step, _STREAM | seed], dtype=np.uint64)).random_raw(2)
     first, second = ((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54).tolist()
     return first, second

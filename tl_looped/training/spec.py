@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tl_looped.checks import number, one_of, whole
+from tl_looped.checks import checked, number, one_of, whole
 from tl_looped.errors import ConfigError
 from tl_looped.model.cells import injects
 from tl_looped.model.config import InitialState, Injection, LoopedConfig
@@ -25,8 +25,18 @@ CONTEXT = 256
 LEAST_VOCABULARY = 259
 """Every byte, and BOS, EOS and PAD."""
 MOST_VOCABULARY = 2**20
+_LEAST = {
+    "prelude": 0,
+    "core": 1,
+    "coda": 0,
+    "recurrences": 0,
+    "d_model": 2,
+    "heads": 1,
+    "context": 2,
+}
 
 
+@checked
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a small pre-norm model with tied embeddings and N(0, 0.02²) weights.
@@ -44,7 +54,7 @@ class Shape:
         vocabulary: Tokens of the new tokenizer, 259 (every byte, BOS, EOS and PAD) to 1,048,576.
 
     Raises:
-        ConfigError: for another vocabulary.
+        ConfigError: for another vocabulary, and for sizes that no model has.
     """
 
     prelude: int = 2
@@ -58,6 +68,8 @@ class Shape:
     vocabulary: int = 2048
 
     def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            whole(getattr(self, name), name, least, error=ConfigError)
         whole(self.vocabulary, "vocabulary", LEAST_VOCABULARY, MOST_VOCABULARY, ConfigError)
 
     def config(self, d_vocab: int, seed: int, exit_gate: bool, device: str) -> LoopedConfig:
@@ -66,7 +78,7 @@ class Shape:
         Raises:
             ConfigError: if the sizes do not fit together.
         """
-        if self.heads < 1 or self.d_model % (2 * self.heads):
+        if self.d_model % (2 * self.heads):
             raise ConfigError(
                 f"d_model ({self.d_model}) must be an even multiple of heads ({self.heads})"
             )
@@ -94,6 +106,7 @@ class Shape:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class TrainSpec:
     """Hyperparameters of a run.
@@ -157,6 +170,7 @@ class TrainSpec:
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, then cosine decay."""
+        whole(step, "step")
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)

@@ -8,6 +8,7 @@ import pandas as pd
 from accelerate import PartialState
 from torch import Tensor
 
+from tl_looped.checks import checked, whole
 from tl_looped.errors import TokenizerError
 from tl_looped.files import make_folder
 from tl_looped.progress import NOTICES, Progress
@@ -29,13 +30,14 @@ from tl_looped.transformer import LoopedTransformer
 EVALUATED_ROWS = 16
 
 
+@checked
 def train_on_texts(
     source: str,
-    out: Path,
+    out: str | Path,
     shape: Shape,
     spec: TrainSpec,
     held_out: int = 100,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     device: str = "cpu",
     progress: Progress = NOTICES,
     snapshots: int | None = None,
@@ -63,6 +65,7 @@ def train_on_texts(
         ConfigError: ``out`` holds another run, a model or a tokenizer.
         CheckpointError: ``tokenizer`` holds none.
     """
+    out = Path(out)
     check_vacant(out)
     # One process reads and trains the tokenizer, the others find it.
     with PartialState(cpu=device == "cpu").main_process_first():
@@ -70,7 +73,7 @@ def train_on_texts(
         found = (
             shared_tokenizer(training, shape.vocabulary, make_folder(out) / "tokenizer")
             if tokenizer is None
-            else read_tokenizer(tokenizer)
+            else read_tokenizer(Path(tokenizer))
         )
     rows, held_out_rows = (pack(texts, found, shape.context) for texts in (training, aside))
     gate = isinstance(spec.loss, ExitWeighted)
@@ -80,10 +83,11 @@ def train_on_texts(
     return log, _evaluated(model, held_out_rows, out)
 
 
+@checked
 def train_model_on_texts(
     model: LoopedTransformer,
     source: str,
-    out: Path,
+    out: str | Path,
     spec: TrainSpec,
     context: int | None = None,
     held_out: int = 100,
@@ -113,6 +117,7 @@ def train_model_on_texts(
         ConfigError: ``out`` holds another run, a model or a tokenizer.
         TokenizerError: the model has no tokenizer, or one without EOS.
     """
+    out = Path(out)
     check_vacant(out)
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.eos_token_id is None:
@@ -122,7 +127,7 @@ def train_model_on_texts(
             "yourself and call tl_looped.training.trainer.train"
         )
     training, aside = _corpus(source, held_out, spec)
-    length = min(CONTEXT, model.cfg.n_ctx) if context is None else context
+    length = min(CONTEXT, model.cfg.n_ctx) if context is None else whole(context, "context", 2)
     bos = bool(model.cfg.default_prepend_bos) and tokenizer.bos_token_id is not None
     rows, held_out_rows = (pack(texts, tokenizer, length, bos) for texts in (training, aside))
     log = train(model, rows, held_out_rows, spec, out, progress, snapshots, fresh)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer import Trainer
 
-from tl_looped.checks import whole
+from tl_looped.checks import checked, whole
 from tl_looped.errors import CheckpointError, ConfigError, DataError
 from tl_looped.files import make_folder
 from tl_looped.progress import NOTICES, Progress
@@ -44,6 +44,7 @@ from tl_looped.training.recorder import Recorder
 from tl_looped.training.saved import loading, newest_checkpoint, saving, sealed_checkpoints
 from tl_looped.training.spec import TrainSpec
 from tl_looped.transformer import LoopedTransformer
+from tl_looped.transformer.vocabulary import check_ids
 
 
 class _Trainer(Trainer):
@@ -119,12 +120,13 @@ class _Trainer(Trainer):
             super()._load_rng_state(checkpoint)
 
 
+@checked
 def train(
     model: LoopedTransformer,
     rows: Int[Tensor, "row length"],
     held_out: Int[Tensor, "held_out_row length"],
     spec: TrainSpec,
-    out: Path,
+    out: str | Path,
     progress: Progress = NOTICES,
     snapshots: int | None = None,
     fresh: bool = False,
@@ -166,18 +168,19 @@ def train(
     if snapshots is not None:
         whole(snapshots, "snapshots", 1, error=ConfigError)
     for name, value in (("rows", rows), ("held_out", held_out)):
-        if value.ndim != 2 or len(value) == 0 or value.shape[1] < 2:
+        if len(value) == 0 or value.shape[1] < 2:
             raise DataError(
                 f"{name} must be [row, length] with at least one row of at least two tokens, got "
                 f"shape {tuple(value.shape)}"
             )
+        check_ids(value.long(), model.cfg.d_vocab)
     if rows.shape[1] > model.cfg.n_ctx:
         raise DataError(
             f"rows of {rows.shape[1]} tokens exceed the context of {model.cfg.n_ctx}: give rows "
             "(context=, --context) of no more tokens than that"
         )
     with _kept_generators():
-        return _train(model, rows, held_out, spec, out, progress, snapshots, fresh)
+        return _train(model, rows, held_out, spec, Path(out), progress, snapshots, fresh)
 
 
 def _train(

@@ -80,12 +80,6 @@ def intervening(
     model: LoopedTransformer, interventions: tuple[Intervention, ...]
 ) -> Iterator[LoopedTransformer]:
     """Change every run while the context lasts."""
-    for given in interventions:
-        if not isinstance(given, Intervention):
-            raise InputError(
-                f"an intervention is an object such as interventions.SkipRecurrences(2), got "
-                f"{given!r}"
-            )
     with model.turn.kept():
         yield from _with_interventions(model, interventions)
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_looped.checks import Seed, checked
+from tl_looped.checks import Seed, checked, whole
 from tl_looped.errors import InputError
 from tl_looped.model.block import Block
 from tl_looped.model.cells import Stream
@@ -79,8 +79,7 @@ class LoopMap:
             InputError, RecurrenceCountError: for another number, or one beyond
                 :data:`tl_looped.model.limits.most_layers`.
         """
-        if type(n_recurrences) is not int or n_recurrences < 1:
-            raise InputError(f"n_recurrences must be an integer of at least 1, got {n_recurrences}")
+        whole(n_recurrences, "n_recurrences", 1)
         checked_recurrences(n_recurrences)
         if state is None and self.skips_first_adapter:
             states = [self._recurrence(self.initial_state, first=True)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tl_looped import checkpoints
 from tl_looped._compat import lm_cross_entropy_loss
-from tl_looped.checks import Seed, checked
+from tl_looped.checks import Seed, checked, one_of
 from tl_looped.errors import ConfigError, InputError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.cells import State, Stream, cell_class
@@ -474,8 +474,7 @@ class LoopedTransformer(HookedLoop):
         """
         self._check_borrowed()
         refuse_offloaded(self)
-        if return_type not in _RETURN_TYPES:
-            raise InputError(f"return_type must be one of {_RETURN_TYPES}, got {return_type!r}")
+        one_of(return_type, "return_type", _RETURN_TYPES)
         options = read_options(
             self,
             n_recurrences=n_recurrences,

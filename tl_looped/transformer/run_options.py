@@ -98,14 +98,12 @@ def read_options(
         program=model.program_at(loop.R),
         state_seed=check_seed(model, state_seed),
         initial_state=check_state("initial_state", initial_state),
-        prelude_output=check_state("prelude_output", prelude_output),
+        prelude_output=prelude_output,
         past_kv_cache=past_kv_cache,
         exit_rule=exit_rule,
         start=None if start_at_layer is None else loop.resolve_or_end(start_at_layer),
         stop=None if stop_at_layer is None else loop.resolve_or_end(stop_at_layer),
     )
-    if isinstance(options.prelude_output, str):
-        raise InputError(f"prelude_output must be a tensor, got {prelude_output!r}")
     if isinstance(initial_state, str):
         refuse_zeros_for_the_prompt(model.cfg, f"initial_state={initial_state!r}")
     check_cache(model, past_kv_cache)
@@ -132,24 +130,15 @@ def check_state(name: str, state: Any) -> Any:
     raise InputError(f"{name} must be a tensor or 'zeros', got {state!r}")
 
 
-def check_cache(model: LoopedTransformer, cache: Any) -> None:
+def check_cache(model: LoopedTransformer, cache: LoopedKeyValueCache | None) -> None:
     """Raise if these are not keys and values of this model as it is now."""
-    if cache is None:
-        return
-    if not isinstance(cache, LoopedKeyValueCache):
-        raise InputError(
-            f"past_kv_cache must be a LoopedKeyValueCache, which has a slot for each "
-            f"recurrence and layer, got {type(cache).__name__}: begin with "
-            "past_kv_cache=LoopedKeyValueCache()"
-        )
-    cache.check_owner(model._watch, model.cfg)
+    if cache is not None:
+        cache.check_owner(model._watch, model.cfg)
 
 
-def _check_exit_rule(cfg: LoopedConfig, loop: LoopGeometry, rule: Any) -> None:
+def _check_exit_rule(cfg: LoopedConfig, loop: LoopGeometry, rule: ExitRule | None) -> None:
     if rule is None:
         return
-    if not isinstance(rule, ExitRule):
-        raise InputError(f"exit_rule must be an ExitRule, such as KLDivergence(1e-3), got {rule!r}")
     if rule.needs_gate and not cfg.exit_gate:
         raise InputError(f"{rule} needs an exit gate, {cfg.model_name} has none")
     if loop.R == 0:
