@@ -130,9 +130,9 @@ def enable_boot_transformers() -> None:
     from transformer_lens.factories import architecture_adapter_factory as factory
 
     from tl_looped.bridge.adapter import LoopedArchitectureAdapter
-    from tl_looped.bridge.build import register_adapter
+    from tl_looped.bridge.build import register_bridge_adapter
 
     AutoConfig.register(MODEL_TYPE, LoopedPretrainedConfig, exist_ok=True)
     AutoModelForCausalLM.register(LoopedPretrainedConfig, LoopedForCausalLM, exist_ok=True)
     factory.SUPPORTED_ARCHITECTURES[ARCHITECTURE] = LoopedArchitectureAdapter
-    register_adapter()
+    register_bridge_adapter()

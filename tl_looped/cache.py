@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_looped._compat import Slice, SliceInput, get_act_name
 from tl_looped.checks import Seed, checked, described
-from tl_looped.decomposition import DecompositionMixin
+from tl_looped.decomposition import DecomposingCache
 from tl_looped.decomposition.steps import Target
 from tl_looped.errors import InputError, LayerIndexError, MissingActivationError
 from tl_looped.model.axis_slice import AxisSlice
@@ -55,7 +55,7 @@ class RunRecord:
 
 
 @checked
-class LoopedActivationCache(DecompositionMixin):
+class LoopedActivationCache(DecomposingCache):
     """Activations of one run, addressable by effective layer and by (recurrence, layer).
 
     Args:

@@ -36,7 +36,7 @@ from tl_looped.adapters.mapping import give_values, problems, stored_tensors
 from tl_looped.adapters.native import native_config
 from tl_looped.adapters.stored import (
     Header,
-    Reader,
+    TensorReader,
     read_headers,
     refuse_quantised,
     refuse_sizes,
@@ -154,7 +154,7 @@ class Checkpoint:
             CheckpointError: a weight that is not finite, or a second copy of one that differs.
         """
         cfg = self.config()
-        with Reader(self.headers) as read:
+        with TensorReader(self.headers) as read:
             for extra, original in self.adapter.duplicates(cfg).items():
                 if extra in self.headers and not torch.equal(read(extra), read(original)):
                     raise CheckpointError(

@@ -32,7 +32,7 @@ from tl_looped.paper.section42.cells import (
 )
 from tl_looped.paper.section42.grid import run_grid
 from tl_looped.paper.section42.page import verdict_part
-from tl_looped.paper.section42.tables import grid_tables, is_zero, read_grid_tables, shipped
+from tl_looped.paper.section42.tables import grid_tables, is_zero, read_grid_tables, shipped_grid
 from tl_looped.progress import Progress
 from tl_looped.transformer import LoopedTransformer
 
@@ -312,7 +312,7 @@ def test_tables_are_read_as_they_were_written(
 
 
 def test_the_shipped_grid_is_whole() -> None:
-    tables = shipped()
+    tables = shipped_grid()
     assert len(tables.cells) == len(cells())
     assert tables.about["size"] == asdict(CellSize())
     assert not tables.cells["verdict"].eq("UNDEFINED").any()

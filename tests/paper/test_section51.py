@@ -22,7 +22,7 @@ from tl_looped.experiments.store import read_dataset
 from tl_looped.metrics import mirroring_score
 from tl_looped.metrics.bootstrap import Resampling
 from tl_looped.metrics.depth_curves import mean_curve
-from tl_looped.paper.section51.data import Section51, read_data, shipped, write_data
+from tl_looped.paper.section51.data import Section51, read_data, shipped_models, write_data
 from tl_looped.paper.section51.models import (
     FIGURES_OF,
     Measured,
@@ -354,7 +354,7 @@ def test_unknown_sections_and_absent_runs_are_refused() -> None:
 
 
 def test_shipped_data_say_what_they_are_and_their_statistics_follow() -> None:
-    data = shipped()
+    data = shipped_models()
     assert data.models.configurations[0] == "base4"
     assert data.models.about["prompts"]["set"] == "bundled"
     for name in data.models.looped:

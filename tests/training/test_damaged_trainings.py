@@ -17,7 +17,12 @@ from tl_looped import CheckpointError, ConfigError, DataError, LoopedTransformer
 from tl_looped.progress import Progress
 from tl_looped.training.log import read_log
 from tl_looped.training.record import check_vacant, identity, make_record
-from tl_looped.training.saved import newest_checkpoint, rotate, seal, sealed_checkpoints
+from tl_looped.training.saved import (
+    drop_older_checkpoints,
+    newest_checkpoint,
+    seal,
+    sealed_checkpoints,
+)
 from tl_looped.training.trainer import train
 
 pytestmark = [pytest.mark.once, pytest.mark.full]
@@ -165,7 +170,7 @@ def test_checkpoints_are_kept_by_their_step_whatever_their_times(tmp_path: Path)
     assert sorted(os.listdir(folder)) == ["checkpoint-12", "checkpoint-8"]
     for step in (100, 20, 3):
         fake(tmp_path / "fakes", step)
-    rotate(tmp_path / "fakes")
+    drop_older_checkpoints(tmp_path / "fakes")
     assert sorted(os.listdir(tmp_path / "fakes")) == ["checkpoint-100", "checkpoint-20"]
 
 

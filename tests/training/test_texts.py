@@ -356,7 +356,7 @@ def test_runs_of_section_51_share_rows_and_go_on(tmp_path: Path, monkeypatch) ->
     data = tmp_path / "gsm8k.jsonl"
     lines = [{"question": t, "answer": t} for t in TEXTS]
     data.write_text("\n".join(json.dumps(line) for line in lines))
-    for name, value in {"VOCABULARY": 300, "CONTEXT": 16, "HELD_OUT_PROBLEMS": 10}.items():
+    for name, value in {"_VOCABULARY": 300, "_CONTEXT": 16, "_HELD_OUT_PROBLEMS": 10}.items():
         monkeypatch.setattr(section51, name, value)
     monkeypatch.setattr(section51, "EVALUATED", range(1, 4))
     names, spec = ("no-prelude-coda", "feedforward"), replace(SPEC, steps=2)

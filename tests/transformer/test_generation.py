@@ -432,13 +432,13 @@ def test_rows_that_leave_at_different_recurrences_go_on_as_they_would_alone(
     for threshold in (3.0 ** (1 - n) for n in range(10)):
         rule = KLDivergence(threshold)
         both = generate(tokens, rule)
-        if not torch.equal(both.steps[0], both.steps[1]):
+        if not torch.equal(both.recurrence[0], both.recurrence[1]):
             break
     assert isinstance(both, ExitResult)
-    assert both.steps.shape == (2, 6)
-    assert not torch.equal(both.steps[0], both.steps[1])
-    assert int(both.steps.min()) < 7
+    assert both.recurrence.shape == (2, 6)
+    assert not torch.equal(both.recurrence[0], both.recurrence[1])
+    assert int(both.recurrence.min()) < 7
     for row in range(2):
         alone = generate(tokens[row : row + 1], rule)
         assert torch.equal(alone.output[0], both.output[row])
-        assert torch.equal(alone.recurrence[0], both.steps[row])
+        assert torch.equal(alone.recurrence[0], both.recurrence[row])

@@ -35,7 +35,7 @@ from tl_looped import (
 )
 from tl_looped.cli import app
 from tl_looped.experiments.compare import compare_runs, load_runs
-from tl_looped.experiments.engines import load_engine, tokenize
+from tl_looped.experiments.engines import load_engine, tokens_of_prompts
 from tl_looped.experiments.identity import run_hash
 from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import specification
@@ -586,7 +586,9 @@ def test_a_feedforward_model_reads_conversations_as_its_looped_sister(tmp_path: 
             chat = [BOS, A, B, C] if template is TEMPLATE else [A, B, C]
             spec = Experiment(str(folder), kind="feedforward", prompts=wanted)
             spec, found = resolve(spec)
-            rows, _, _ = tokenize(load_engine(spec, found, "cpu"), load_prompts(wanted), "skip")
+            rows, _, _ = tokens_of_prompts(
+                load_engine(spec, found, "cpu"), load_prompts(wanted), "skip"
+            )
             expected = [chat, [BOS, A, B] if adds else [A, B]]
             assert [row.tolist() for row in rows] == expected, (adds, template)
 

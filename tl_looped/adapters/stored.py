@@ -157,7 +157,7 @@ def refuse_sizes(cfg: LoopedConfig, headers: Mapping[str, Header], name: str) ->
             )
 
 
-class Reader:
+class TensorReader:
     """Tensors of a checkpoint's files, mapped and not copied.
 
     As long as a file is open, all that was read of it counts as memory of the process, which would
@@ -171,7 +171,7 @@ class Reader:
         self._file: Any = None
         self._n_bytes = 0
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> TensorReader:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -27,7 +27,7 @@ def bridge_of(model: Any, loop: LoopGeometry, state_seed: int) -> TransformerBri
         loop: Its geometry, with the number of recurrences to unroll.
         state_seed: Seed of a random initial state.
     """
-    register_adapter()
+    register_bridge_adapter()
     cfg = TransformerBridgeConfig(
         d_model=model.cfg.d_model,
         d_head=model.cfg.d_head,
@@ -44,7 +44,7 @@ def bridge_of(model: Any, loop: LoopGeometry, state_seed: int) -> TransformerBri
     return bridge
 
 
-def register_adapter() -> None:
+def register_bridge_adapter() -> None:
     """Make TransformerLens's factory know the adapter, also where no entry point is installed."""
     ArchitectureAdapterFactory.discover_entry_points()
     ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, LoopedArchitectureAdapter)

@@ -41,7 +41,7 @@ def compare(
         bool, typer.Option(help="Draw Figs 8 and 40: blocks over the feedforward model.")
     ] = True,
 ) -> None:
-    """Runs side by side: curves over depth, mirroring scores, stages as clusters."""
+    """Runs side by side: curves over depth, mirroring scores, clusters of layers."""
     from tl_looped.experiments.compare import compare_runs, load_runs
     from tl_looped.files import make_folder
 

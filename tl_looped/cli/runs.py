@@ -38,7 +38,7 @@ Prompts = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 StateSeed = Annotated[int, typer.Option(help="Seed of a random initial state.")]
-Seed = Annotated[int, typer.Option(help="Seed of the subset.")]
+SubsetSeed = Annotated[int, typer.Option(help="Seed of the subset.")]
 Subset = Annotated[int, typer.Option(help="Number of prompts, chosen by seed; 0 for all.")]
 TooLong = Annotated[
     str, typer.Option(help="What to do with prompts beyond the context: skip or truncate.")
@@ -87,7 +87,7 @@ def analyze(
         str, typer.Option(help="Layers whose MLP output is set to zero: prelude.1,core.2.")
     ] = "",
     subset: Subset = 256,
-    seed: Seed = 0,
+    seed: SubsetSeed = 0,
     state_seed: StateSeed = 0,
     too_long: TooLong = "skip",
     bos: Bos = None,

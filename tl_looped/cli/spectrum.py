@@ -9,7 +9,16 @@ import typer
 
 from tl_looped.cli.console import command_line, console, note
 from tl_looped.cli.execution import run_all
-from tl_looped.cli.runs import BatchSize, Bos, Device, Dtype, Prompts, Seed, StateSeed, TooLong
+from tl_looped.cli.runs import (
+    BatchSize,
+    Bos,
+    Device,
+    Dtype,
+    Prompts,
+    StateSeed,
+    SubsetSeed,
+    TooLong,
+)
 
 
 def spectrum(
@@ -28,7 +37,7 @@ def spectrum(
     subset: Annotated[
         int, typer.Option(help="Number of prompts, chosen by seed; the first 32 get a spectrum.")
     ] = 16,
-    seed: Seed = 0,
+    seed: SubsetSeed = 0,
     state_seed: StateSeed = 0,
     too_long: TooLong = "skip",
     bos: Bos = None,

@@ -133,12 +133,12 @@ def train_section51_command(
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/section51"),
 ) -> None:
     """Train the small models of Section 5.1, three seeds each (about six hours on one core)."""
-    from tl_looped.paper.section51.training import SPEC, run_section51
+    from tl_looped.paper.section51.training import SECTION51_SPEC, run_section51
     from tl_looped.training.log import read_log
 
     with stoppable(_STOPPED), progress_bars(_is_first()) as bars:
         folders = run_section51(
-            data, out, progress=lambda run: bar(bars, run, SPEC.steps, "preparing")
+            data, out, progress=lambda run: bar(bars, run, SECTION51_SPEC.steps, "preparing")
         )
     for folder in folders:
         _write_loss_plot(read_log(folder / "log.csv"), folder, folder.name)
@@ -156,12 +156,12 @@ def train_demo_command(
     """Train the demo model again (about an hour on two cores)."""
     from tl_looped.experiments.bundle import bundle_demo
     from tl_looped.files import make_folder
-    from tl_looped.training.demo import SPEC, train_demo
+    from tl_looped.training.demo import DEMO_SPEC, train_demo
 
     make_folder(out)
     with stoppable(_STOPPED), progress_bars(_is_first()) as bars:
-        train_demo(data, out, SPEC, bar(bars, "training", SPEC.steps, "preparing"))
-    bundle = bundle_demo(out, data, SPEC, out / "bundle")
+        train_demo(data, out, DEMO_SPEC, bar(bars, "training", DEMO_SPEC.steps, "preparing"))
+    bundle = bundle_demo(out, data, DEMO_SPEC, out / "bundle")
     console.print(
         f"The model and its card are in [bold]{escape(str(bundle.resolve()))}[/bold]",
         soft_wrap=True,

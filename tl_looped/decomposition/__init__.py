@@ -1,5 +1,5 @@
 """Exact decomposition of the residual stream of a looped model into what was written to it."""
 
-from tl_looped.decomposition.methods import DecompositionMixin
+from tl_looped.decomposition.methods import DecomposingCache
 
-__all__ = ["DecompositionMixin"]
+__all__ = ["DecomposingCache"]

@@ -13,13 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.decomposition.components import Rows
+from tl_looped.decomposition.components import ComponentRows
 from tl_looped.decomposition.steps import Crossing, NormPlace, Place, Rescale, Step, Write
 from tl_looped.decomposition.writes import Writes
 from tl_looped.model.program import Do
 
 
-def _rows(steps: Sequence[Step], writes: Writes, rows: Rows) -> list[tuple[Step, list[int]]]:
+def _rows(
+    steps: Sequence[Step], writes: Writes, rows: ComponentRows
+) -> list[tuple[Step, list[int]]]:
     """Every step with the rows of the components that it writes."""
     return [
         (s, [rows.of(c) for c in writes.components(s)] if isinstance(s, Write) else [])
@@ -30,7 +32,7 @@ def _rows(steps: Sequence[Step], writes: Writes, rows: Rows) -> list[tuple[Step,
 def carry(
     steps: Sequence[Step],
     writes: Writes,
-    rows: Rows,
+    rows: ComponentRows,
     after_each: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "row *batch_pos d_model"] | None:
     """Every wanted write as it arrives at the end of the steps, summed by row.
@@ -79,7 +81,10 @@ def carry(
 
 
 def project(
-    steps: Sequence[Step], writes: Writes, rows: Rows, onto: Float[Tensor, "... d_model out"]
+    steps: Sequence[Step],
+    writes: Writes,
+    rows: ComponentRows,
+    onto: Float[Tensor, "... d_model out"],
 ) -> Float[Tensor, "row ... out"] | None:
     """Each row of :func:`carry` times ``onto``, by pulling ``onto`` back through the steps.
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from tl_looped._compat import Slice
 from tl_looped.decomposition.carry import carry
 from tl_looped.decomposition.closeness import check_close, rounding, unchecked
-from tl_looped.decomposition.components import Component, Rows
+from tl_looped.decomposition.components import Component, ComponentRows
 from tl_looped.decomposition.steps import NormPlace, Place, Rescale, Step, Target, Write
-from tl_looped.decomposition.writes import Selection, Writes
+from tl_looped.decomposition.writes import Writes, WritesWanted
 from tl_looped.errors import InvalidDecompositionError, MissingActivationError
 
 N_PROBES = 2
@@ -60,7 +60,7 @@ def refuse_edits(cache: Any, names: Iterator[str], what: str) -> None:
         )
 
 
-def where_edits_break(steps: Sequence[Step], selection: Selection, posts: bool) -> Iterator[str]:
+def where_edits_break(steps: Sequence[Step], selection: WritesWanted, posts: bool) -> Iterator[str]:
     """Names at which an edit keeps writes from adding up to the stream at the end of the steps.
 
     Args:
@@ -79,7 +79,7 @@ def where_edits_break(steps: Sequence[Step], selection: Selection, posts: bool) 
             yield from where_parts_break(step, selection, posts)
 
 
-def where_parts_break(write: Write, selection: Selection, posts: bool) -> Iterator[str]:
+def where_parts_break(write: Write, selection: WritesWanted, posts: bool) -> Iterator[str]:
     """The same for the heads or neurons of one layer; nothing if they are not wanted."""
     is_attn = write.kind == "attn_out"
     if (selection.attn if is_attn else selection.mlp) == "parts":
@@ -136,7 +136,7 @@ def check_stream(cache: Any, steps: Sequence[Step], target: Target, positions: S
     end, known = end_of(cache, steps, target), cache.edits is not None
     if end not in cache.cache_dict and known:
         return
-    writes = Writes(cache, Selection(), positions)
+    writes = Writes(cache, WritesWanted(), positions)
     try:
         stream = writes.read(end)
         dtypes = writes.dtypes([end, *writes.names(steps)])
@@ -167,7 +167,7 @@ class _Probes:
     def __init__(self, dtypes: set[torch.dtype]) -> None:
         total = Component("remainder")
         probes = [Component("rounding", index=i) for i in range(N_PROBES)]
-        self.rows = Rows(lambda component: component if component in probes else total)
+        self.rows = ComponentRows(lambda component: component if component in probes else total)
         for row in (total, *probes):
             self.rows.of(row)
         self._dtypes = dtypes

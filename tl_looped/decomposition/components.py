@@ -78,7 +78,7 @@ def grouping(by: str | None) -> Callable[[Component], Component]:
     return group
 
 
-class Rows:
+class ComponentRows:
     """Which row of a stack each component or group of them has, in order of first appearance."""
 
     def __init__(self, group: Callable[[Component], Component]) -> None:

@@ -42,9 +42,9 @@ from tl_looped.decomposition.checks import (
     where_parts_break,
     with_one_scale,
 )
-from tl_looped.decomposition.components import Component, Rows, grouping
+from tl_looped.decomposition.components import Component, ComponentRows, grouping
 from tl_looped.decomposition.steps import Step, Target, Write, stream_steps
-from tl_looped.decomposition.writes import Selection, Writes
+from tl_looped.decomposition.writes import Writes, WritesWanted
 from tl_looped.errors import InputError, InvalidDecompositionError, TLLoopedError
 from tl_looped.model.axis_slice import AxisSlice
 from tl_looped.model.edits import Edits
@@ -68,7 +68,7 @@ class _Options:
 
 
 @checked
-class DecompositionMixin(ActivationCache):
+class DecomposingCache(ActivationCache):
     """Exact ``decompose_resid`` and its kin; see the module's docstring."""
 
     loop: LoopGeometry
@@ -79,7 +79,7 @@ class DecompositionMixin(ActivationCache):
     @torch.no_grad()
     def _decompose(
         self,
-        selection: Selection,
+        selection: WritesWanted,
         target: Target,
         pos_slice: Positions,
         options: _Options,
@@ -93,7 +93,7 @@ class DecompositionMixin(ActivationCache):
                 "behind it is no one sum: decompose a layer in the loop, or run without exit_rule"
             )
         writes = Writes(self, selection, positions, checked=not options.raw)
-        rows = Rows(grouping(options.by))
+        rows = ComponentRows(grouping(options.by))
         steps: list[Step] = list(stream_steps(self.model, self.loop, self.state_given, target))
         end = end_of(self, steps, target)
         if options.raw:
@@ -227,7 +227,7 @@ class DecompositionMixin(ActivationCache):
         """
         if mode not in ("all", "mlp", "attn"):
             raise InputError(f"mode must be 'all', 'mlp' or 'attn', got {mode!r}")
-        selection = Selection(
+        selection = WritesWanted(
             incl_embeds,
             "none" if mode == "mlp" else "whole",
             "none" if mode == "attn" else "whole",
@@ -256,7 +256,7 @@ class DecompositionMixin(ActivationCache):
             ``[component, batch, pos, d_model]``, labels such as ``r3.l1h2``; with the remainder it
             sums to the stream.
         """
-        selection = Selection(embeds=False, attn="parts", mlp="none")
+        selection = WritesWanted(embeds=False, attn="parts", mlp="none")
         options = _Options(by, raw, apply_ln, incl_remainder)
         target = Target.of(layer, False, self.loop)
         return _labelled(self._decompose(selection, target, pos_slice, options), return_labels)
@@ -284,7 +284,7 @@ class DecompositionMixin(ActivationCache):
             by, raw: As in :meth:`decompose_resid`.
         """
         neurons = AxisSlice(neuron_slice, "neurons", keep=True)
-        selection = Selection(embeds=False, attn="none", mlp="parts", neurons=neurons)
+        selection = WritesWanted(embeds=False, attn="none", mlp="parts", neurons=neurons)
         options = _Options(by, raw, apply_ln, incl_remainder)
         target = Target.of(layer, mlp_input, self.loop)
         found = self._decompose(selection, target, pos_slice, options, project_output_onto)
@@ -307,7 +307,7 @@ class DecompositionMixin(ActivationCache):
         In TransformerLens's order: heads, neurons or MLPs, embedding, initial state, bias; groups
         in the order in which they were written. Arguments as in TransformerLens, and as above.
         """
-        selection = Selection(attn="parts", mlp="parts" if expand_neurons else "whole")
+        selection = WritesWanted(attn="parts", mlp="parts" if expand_neurons else "whole")
         target = Target.of(layer, mlp_input, self.loop)
         options = _Options(by, raw, apply_ln)
         stack, components = self._decompose(
@@ -334,7 +334,9 @@ class DecompositionMixin(ActivationCache):
         not checked.
         """
         neurons = AxisSlice(neuron_slice, "neurons")
-        selection = Selection(False, "none", "parts", AxisSlice(neuron_slice, "neurons", keep=True))
+        selection = WritesWanted(
+            False, "none", "parts", AxisSlice(neuron_slice, "neurons", keep=True)
+        )
         writes = Writes(self, selection, AxisSlice(pos_slice, "positions"), checked=not raw)
         write = Write("mlp_out", self.loop.resolve(layer))
         if not raw:

@@ -28,7 +28,7 @@ Part = Literal["none", "whole", "parts"]
 
 
 @dataclass
-class Selection:
+class WritesWanted:
     """Which writes are wanted, and how finely.
 
     Args:
@@ -55,7 +55,7 @@ class Writes:
     """
 
     def __init__(
-        self, cache: Any, selection: Selection, positions: Slice, checked: bool = False
+        self, cache: Any, selection: WritesWanted, positions: Slice, checked: bool = False
     ) -> None:
         self.checked = checked
         self.cache, self.selection, self.positions = cache, selection, positions

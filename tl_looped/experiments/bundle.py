@@ -16,13 +16,12 @@ from tl_looped.experiments.files import write_figure
 from tl_looped.files import make_folder, write_text
 from tl_looped.plots import loss_curve
 from tl_looped.training.corpus import pack, read_problems, split
-from tl_looped.training.demo import CONTEXT, HELD_OUT_PROBLEMS
-from tl_looped.training.evaluation import held_out_loss
+from tl_looped.training.demo import DEMO_CONTEXT, DEMO_HELD_OUT
+from tl_looped.training.evaluation import EVALUATED_ROWS, held_out_loss
 from tl_looped.training.spec import TrainSpec
 from tl_looped.transformer import LoopedTransformer
 
-EVALUATED = (1, 2, 4, 8, 16, 32)
-EVALUATED_ROWS = 16
+_SHOWN = (1, 2, 4, 8, 16, 32)
 
 _CARD = """# Demo model
 
@@ -73,16 +72,16 @@ def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
     Returns:
         ``out``.
     """
-    training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, spec.seed)
+    training, held_out = split(read_problems(data), DEMO_HELD_OUT, spec.seed)
     make_folder(out)
     model = LoopedTransformer.from_pretrained(run / "best", device="cpu")
     log = pd.read_csv(run / "log.csv")
     model.to(torch.bfloat16)
     model.save_pretrained(out)
     model = LoopedTransformer.from_pretrained(out, device="cpu", dtype=torch.float32)
-    rows = pack(held_out, model.tokenizer, CONTEXT)
+    rows = pack(held_out, model.tokenizer, DEMO_CONTEXT)
     losses = []
-    for n in EVALUATED:
+    for n in _SHOWN:
         with model.with_recurrences(n):
             losses.append(held_out_loss(model, rows[:EVALUATED_ROWS], 4))
     caption = f"seed {spec.seed}; held out: {len(held_out)} problems, {len(rows)} rows"
@@ -114,8 +113,8 @@ def bundle_demo(run: Path, data: Path, spec: TrainSpec, out: Path) -> Path:
         best_step=int(best["step"]),
         version=__version__,
         rows=len(rows[:EVALUATED_ROWS]),
-        header=" | ".join(map(str, EVALUATED)),
-        rule="---|" * len(EVALUATED),
+        header=" | ".join(map(str, _SHOWN)),
+        rule="---|" * len(_SHOWN),
         row=" | ".join(f"{loss:.3f}" for loss in losses),
     )
     write_text(card, out / "README.md")

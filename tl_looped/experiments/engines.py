@@ -37,7 +37,7 @@ from tl_looped.metrics import (
     stream_batches,
 )
 from tl_looped.metrics.catalogue import Reads, reads_of, select
-from tl_looped.metrics.collector import Collector, Site
+from tl_looped.metrics.collector import Collector, SeenAt
 from tl_looped.metrics.labels import labelled, run_attributes
 from tl_looped.metrics.spectrum import check_silent, loop_spectrum, without_spectrum
 from tl_looped.model.config import parse_dtype
@@ -138,7 +138,7 @@ def load_engine(
     return LoopedEngine(model, spec)
 
 
-def tokenize(
+def tokens_of_prompts(
     engine: Engine, prompts: ChosenPrompts, too_long: str
 ) -> tuple[list[Row], list[int], int]:
     """Tokens of the prompts that fit the context.
@@ -368,7 +368,7 @@ class FeedforwardEngine(Engine):
             compared = name in collector.needs_reference
             if compared:
                 collector.refer(i, name, x)
-            collector.see(Site.of_layer(loop, i), name, x, compare=compared and name == "pattern")
+            collector.see(SeenAt.of_layer(loop, i), name, x, compare=compared and name == "pattern")
             if name == "pattern":
                 collector.forget(i, name)
             elif compared:
@@ -376,7 +376,7 @@ class FeedforwardEngine(Engine):
 
         self._run(tokens, sorted(collector.reads), look)
         for i, state in states.items():
-            collector.compare(Site.of_layer(loop, i), "resid_post", state)
+            collector.compare(SeenAt.of_layer(loop, i), "resid_post", state)
         n_tokens = torch.full((len(tokens),), tokens.shape[1])
         attributes = run_attributes(self.model, loop)
         data = labelled(collector, n_tokens, self.model.cfg.d_model, attributes)

@@ -11,10 +11,10 @@ import torch
 import xarray as xr
 
 from tl_looped.errors import DataError, InputError
-from tl_looped.experiments.engines import MOST_SPECTRA, PAIRWISE, Engine, tokenize
+from tl_looped.experiments.engines import MOST_SPECTRA, PAIRWISE, Engine, tokens_of_prompts
 from tl_looped.experiments.labelling import merged
 from tl_looped.experiments.parallel import Workers
-from tl_looped.experiments.parts import Parts
+from tl_looped.experiments.parts import BatchParts
 from tl_looped.experiments.prompts import ChosenPrompts
 from tl_looped.experiments.spec import Experiment
 from tl_looped.experiments.stacking import bytes_of_matrices
@@ -42,8 +42,10 @@ class Job:
     ) -> None:
         self.spec, self.engine = spec, engine
         self.workers, self.progress = workers, progress
-        self.rows, self.numbers, self.n_cut = tokenize(engine, prompts, spec.prompts.too_long)
-        self.parts = Parts(folder, digest, len(self.rows))
+        self.rows, self.numbers, self.n_cut = tokens_of_prompts(
+            engine, prompts, spec.prompts.too_long
+        )
+        self.parts = BatchParts(folder, digest, len(self.rows))
         self._check_patterns()
         self._check_memory()
         n_ctx = engine.model.cfg.n_ctx

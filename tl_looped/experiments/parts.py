@@ -30,7 +30,7 @@ _PLAN = "plan.json"
 _OF_A_BATCH = ("prompt", "token")  # dimensions whose length is each batch's own
 
 
-class Parts:
+class BatchParts:
     """The parts of one run.
 
     Args:

@@ -37,7 +37,7 @@ from tl_looped.experiments.prompts import load_prompts
 from tl_looped.experiments.reading import specification
 from tl_looped.experiments.sources import FoundModel, find_model
 from tl_looped.experiments.spec import Experiment
-from tl_looped.experiments.tables import TABLES, table_files, write_tables
+from tl_looped.experiments.tables import TABLES, table_files, write_run_tables
 from tl_looped.files import write_bytes
 from tl_looped.model.bos import bos_sentence
 from tl_looped.progress import SILENT, Progress
@@ -153,7 +153,7 @@ def run_experiment(
         if problem:
             kept = store.set_aside(results)
             progress.say(f"{problem}. It is kept as {kept.name}; the run starts anew")
-        write_bytes(spec.to_toml().encode(), folder / store.SPEC)
+        write_bytes(spec.to_toml().encode(), folder / store.SPEC_FILE)
     engine = load_engine(spec, source, workers.device, model)
     job = Job(spec, engine, prompts, folder, workers, progress, digest)
     job.plan(batch_size)
@@ -171,7 +171,7 @@ def run_experiment(
         data = joined(spec, engine, prompts, parts, job.rows, job.numbers, job.n_cut)
         data = data.assign_attrs(identity)
         # The results come last: a call that finds them need not ask whether the tables are whole.
-        write_tables(data, folder / TABLES)
+        write_run_tables(data, folder / TABLES)
         store.write_dataset(data, results)
     _clean(folder, workers)
     if lock is not None:
@@ -196,9 +196,9 @@ def _found(
                 stored["feedforward"] = spec.feedforward
             text = json.dumps(stored, sort_keys=True, ensure_ascii=False)
             store.write_dataset(data.assign_attrs(spec=text), folder / store.RESULTS)
-            write_bytes(Experiment.from_dict(stored).to_toml().encode(), folder / store.SPEC)
+            write_bytes(Experiment.from_dict(stored).to_toml().encode(), folder / store.SPEC_FILE)
         if not all(path.is_file() for path in table_files(data, folder / TABLES)):
-            write_tables(data, folder / TABLES)
+            write_run_tables(data, folder / TABLES)
     workers.wait()
     return Run(folder, is_new=False, digest=str(data.attrs["hash"]))
 

@@ -28,7 +28,7 @@ FORMAT = 1
 """Version of the result files; another one means that their variables mean something else."""
 
 RESULTS = "results.nc"
-SPEC = "spec.toml"
+SPEC_FILE = "spec.toml"
 PARTS = "parts"
 PART_SUFFIX = ".npz"
 _NAMED = re.compile(r"_r[0-9]+_([0-9a-f]{8})$")

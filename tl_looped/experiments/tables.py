@@ -89,7 +89,7 @@ def _files_of(path: Path) -> list[Path]:
     return [path.with_name(path.name + kind) for kind in (".csv", ".parquet")]
 
 
-def write_tables(data: xr.Dataset, folder: Path) -> list[Path]:
+def write_run_tables(data: xr.Dataset, folder: Path) -> list[Path]:
     """Write all tables of a result.
 
     Raises:

@@ -37,7 +37,7 @@ Pattern = Float[Tensor, "*batch query key"]
 
 
 @dataclass(frozen=True)
-class Rows:
+class PatternRows:
     """A pattern that was checked: in fp32 or fp64, with padding at zero.
 
     Args:
@@ -49,7 +49,7 @@ class Rows:
     real: Bool[Tensor, "*mask query"] | None
 
     @classmethod
-    def of(cls, pattern: Tensor, mask: Tensor | None) -> Rows:
+    def of(cls, pattern: Tensor, mask: Tensor | None) -> PatternRows:
         """Check and prepare a pattern."""
         real = query_mask(pattern, mask)
         return cls(checked_pattern(pattern, real), real)
@@ -87,7 +87,7 @@ def colsum_concentration(
     Returns:
         One value a head; NaN for a single token.
     """
-    rows = Rows.of(pattern, attention_mask)
+    rows = PatternRows.of(pattern, attention_mask)
     return _colsum(rows.received(), rows.n_tokens)
 
 
@@ -127,14 +127,14 @@ def sink_score(
         InputError: if no prompt is longer than ``key``.
     """
     one_of(denominator, "denominator", get_args(Denominator))
-    rows = Rows.of(pattern, attention_mask)
+    rows = PatternRows.of(pattern, attention_mask)
     longest = int(rows.n_tokens.max())
     whole(key, "key", 0, longest - 1, fix="a token of the longest prompt")
     return _sink(rows.received(), rows, key, denominator, above_uniform)
 
 
 def _sink(
-    received: Tensor, rows: Rows, key: int, denominator: str, above_uniform: bool
+    received: Tensor, rows: PatternRows, key: int, denominator: str, above_uniform: bool
 ) -> Float[Tensor, "*batch"]:
     n, real = rows.n_tokens, rows.real
     if real is None:
@@ -203,14 +203,14 @@ def mixing_score(
         One value a head; for a single token 0, but NaN in the forms ``per_row`` and ``log_t``.
     """
     one_of(form, "form", get_args(MixingForm))
-    rows = Rows.of(pattern, attention_mask)
+    rows = PatternRows.of(pattern, attention_mask)
     entropies = rows.entropies()
     if form == "per_row":
         return _mixing_per_row(entropies, rows)
     return mixing_in_form(token_mean(entropies, rows.real), form, rows.n_tokens)
 
 
-def _mixing_per_row(entropies: Tensor, rows: Rows) -> Float[Tensor, "*batch"]:
+def _mixing_per_row(entropies: Tensor, rows: PatternRows) -> Float[Tensor, "*batch"]:
     if rows.real is None:
         position = torch.arange(1, entropies.shape[-1] + 1, device=entropies.device)
     else:
@@ -236,7 +236,7 @@ def mixing_in_form(
     return raw / n if form == "per_token" else raw / n.log()
 
 
-def all_of_pattern(rows: Rows) -> dict[str, Float[Tensor, "*values"]]:
+def all_of_pattern(rows: PatternRows) -> dict[str, Float[Tensor, "*values"]]:
     """Every metric of one pattern at its default arguments, by name.
 
     Sums and entropies are computed once for all of them.
@@ -266,10 +266,10 @@ def attention_distance(
         a, b: Attention patterns of the same sequences.
         attention_mask: ``[..., pos]``, zero at padding.
     """
-    return rows_distance(Rows.of(a, attention_mask), Rows.of(b, attention_mask))
+    return rows_distance(PatternRows.of(a, attention_mask), PatternRows.of(b, attention_mask))
 
 
-def rows_distance(a: Rows, b: Rows) -> Float[Tensor, "*batch"]:
+def rows_distance(a: PatternRows, b: PatternRows) -> Float[Tensor, "*batch"]:
     """As :func:`attention_distance`."""
     same_shape("b", a.wide, b.wide)
     difference = (a.wide - b.wide).flatten(-2)

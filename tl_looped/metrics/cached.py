@@ -21,7 +21,7 @@ from tl_looped.checks import checked, one_of
 from tl_looped.errors import InputError
 from tl_looped.metrics.attention_patterns import distances_of_layers
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, select
-from tl_looped.metrics.collector import STATE_OUT, Collector, Site
+from tl_looped.metrics.collector import STATE_OUT, Collector, SeenAt
 from tl_looped.metrics.inputs import query_mask, token_mask
 from tl_looped.metrics.labels import Arrangement, by_recurrence, labelled
 from tl_looped.metrics.readouts import exit_distribution, kl_between_recurrences, lens_trajectory
@@ -76,7 +76,7 @@ def from_cache(
     if "pattern" in reads:
         _check_causal(view)
     for i in range(view.loop.n_layers):
-        site = Site.of_layer(view.loop, i)
+        site = SeenAt.of_layer(view.loop, i)
         for name in reads:
             collector.see(site, name, view(name, i), compare=True)
         ends = site.recurrence is not None and site.slot == view.loop.k - 1
@@ -84,7 +84,7 @@ def from_cache(
             assert site.recurrence is not None
             after_norm = view.state_out(site.recurrence)
             if after_norm is not None:
-                out = Site(site.recurrence, STATE_OUT, site.recurrence)
+                out = SeenAt(site.recurrence, STATE_OUT, site.recurrence)
                 collector.see(out, "resid_post", after_norm, compare=True)
     length = some.shape[-2]
     n_tokens = torch.full((len(some),), length) if mask is None else mask.sum(-1)

@@ -28,7 +28,7 @@ from tl_looped.errors import InputError
 from tl_looped.metrics.attention_patterns import (
     SINK_THRESHOLD,
     MixingForm,
-    Rows,
+    PatternRows,
     all_of_pattern,
     mixing_in_form,
     rows_distance,
@@ -39,12 +39,12 @@ from tl_looped.metrics.steps import angular_distance, step_geometry
 
 Kind = Literal["layer", "successive", "turn", "adjacent", "fixed_point"]
 Reads = Literal["pattern", "resid_post"]
-Prepared = Rows | Sized
+Prepared = PatternRows | Sized
 
 
 def prepare(reads: Reads, x: Tensor, mask: Tensor | None, skip_first: int = 0) -> Prepared:
     """Check an activation and compute what all its metrics share."""
-    return Rows.of(x, mask) if reads == "pattern" else Sized.of(x, mask, skip_first)
+    return PatternRows.of(x, mask) if reads == "pattern" else Sized.of(x, mask, skip_first)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Family:
+class MetricFamily:
     """Metrics that are computed together.
 
     Args:
@@ -106,6 +106,10 @@ def _to_reference(reference: Any, x: Any) -> dict[str, Tensor]:
     return _named("fixed_point", distances(x, reference, ("abs", "rel", "cosine")))
 
 
+def _rows_apart(name: str) -> Callable[[PatternRows, PatternRows], dict[str, Tensor]]:
+    return lambda a, b: {name: rows_distance(a, b)}
+
+
 def _turn(oldest: Any, previous: Any, x: Any) -> dict[str, Tensor]:
     states = torch.stack([oldest.x, previous.x, x.x])
     steps = step_geometry(states, x.counted)
@@ -136,8 +140,8 @@ def _of_tokens(reference: Any, x: Any) -> dict[str, Tensor]:
     }
 
 
-FAMILIES = (
-    Family("layer", "pattern", all_of_pattern, {
+METRIC_FAMILIES = (
+    MetricFamily("layer", "pattern", all_of_pattern, {
         "colsum_concentration": Output("ColSum concentration (0 even, 1 one key)"),
         "sink_score": Output("attention to the first token, mean over queries"),
         "sink_score_above_uniform": Output("sink score minus that of uniform causal attention"),
@@ -147,44 +151,44 @@ FAMILIES = (
         "mixing_raw": Output("mixing score, mean entropy of a row", "nats"),
         "mixing_per_row": Output("mixing score, entropy of row i over ln i"),
     }),
-    Family("layer", "resid_post", _entropy("nats"), {
+    MetricFamily("layer", "resid_post", _entropy("nats"), {
         "entropy_nats": Output("residual entropy", "nats"),
     }),
-    Family("layer", "resid_post", _entropy("skean"), {
+    MetricFamily("layer", "resid_post", _entropy("skean"), {
         "entropy_skean": Output("residual entropy, centred rows of norm 1", "nats"),
     }),
-    Family("layer", "resid_post", lambda x: _named("residual", magnitudes(x)), {
+    MetricFamily("layer", "resid_post", lambda x: _named("residual", magnitudes(x)), {
         "residual_mean": Output("norm of the residual stream, mean over tokens"),
         "residual_max": Output("norm of the residual stream, largest of the tokens"),
         "residual_first": Output("norm of the residual stream at the first token"),
         "residual_rms": Output("norm of the residual stream over sqrt(d_model)"),
     }),
-    Family("successive", "resid_post", _from_previous, {
+    MetricFamily("successive", "resid_post", _from_previous, {
         "successive_abs": Output("step from the previous recurrence"),
         "successive_rel": Output("step from the previous recurrence, relative to the norm"),
         "successive_cosine": Output("cosine with the previous recurrence"),
         "successive_direction": Output("distance of the unit vectors from the previous recurrence"),
     }),
-    Family("turn", "resid_post", _turn, {
+    MetricFamily("turn", "resid_post", _turn, {
         "step_turning_cosine": Output("cosine of a step and the step before"),
         "step_acceleration": Output("difference of a step and the step before"),
         "step_relative_acceleration": Output("difference of two steps, relative to the norm"),
     }),
-    Family("adjacent", "resid_post", _adjacent, {
+    MetricFamily("adjacent", "resid_post", _adjacent, {
         "angular_distance": Output("angle to the layer before", "half turns"),
     }),
-    Family("successive", "pattern", lambda a, b: {"successive_attention": rows_distance(a, b)}, {
+    MetricFamily("successive", "pattern", _rows_apart("successive_attention"), {
         "successive_attention": Output("Frobenius distance to the previous recurrence's pattern"),
     }),
-    Family("fixed_point", "resid_post", _to_reference, {
+    MetricFamily("fixed_point", "resid_post", _to_reference, {
         "fixed_point_abs": Output("distance to the fixed point"),
         "fixed_point_rel": Output("distance to the fixed point, relative to its norm"),
         "fixed_point_cosine": Output("cosine with the fixed point"),
     }),
-    Family("fixed_point", "pattern", lambda a, b: {"fixed_point_attention": rows_distance(a, b)}, {
+    MetricFamily("fixed_point", "pattern", _rows_apart("fixed_point_attention"), {
         "fixed_point_attention": Output("Frobenius distance to the fixed point's pattern"),
     }),
-    Family("fixed_point", "resid_post", _of_tokens, {
+    MetricFamily("fixed_point", "resid_post", _of_tokens, {
         "token_cosine": Output("cosine of a token's state with its fixed point"),
         "token_distance_similarity": Output("1 - d^2 / 2, d the relative distance to it"),
     }, per_token=True),
@@ -214,12 +218,12 @@ DERIVED = {
 LOWEST_COSINE = "fixed_point_lowest_cosine"
 
 OUTPUTS: dict[str, Output] = {
-    **{name: output for family in FAMILIES for name, output in family.outputs.items()},
+    **{name: output for family in METRIC_FAMILIES for name, output in family.outputs.items()},
     **{name: derived.output for name, derived in DERIVED.items()},
     LOWEST_COSINE: Output("lowest cosine of the first layer's state to any layer's fixed point"),
 }
 
-PER_TOKEN = tuple(name for family in FAMILIES if family.per_token for name in family.outputs)
+PER_TOKEN = tuple(name for family in METRIC_FAMILIES if family.per_token for name in family.outputs)
 
 # By which the paper tells stages of inference apart.
 SIGNATURE = ("sink_rate", "mixing_per_token", "colsum_concentration", "entropy_bits")
@@ -276,5 +280,5 @@ def select(wanted: str | Iterable[str]) -> list[str]:
 def reads_of(names: Iterable[str]) -> set[Reads]:
     """What activations metrics are computed from; ``names`` as :func:`select` gives them."""
     computed = {DERIVED[name].base if name in DERIVED else name for name in names}
-    found: set[Reads] = {f.reads for f in FAMILIES if computed & f.outputs.keys()}
+    found: set[Reads] = {f.reads for f in METRIC_FAMILIES if computed & f.outputs.keys()}
     return found | ({"resid_post"} if LOWEST_COSINE in computed else set())

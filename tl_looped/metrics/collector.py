@@ -17,8 +17,8 @@ from torch import Tensor
 from tl_looped.errors import MissingActivationError
 from tl_looped.metrics.catalogue import (
     DERIVED,
-    FAMILIES,
     LOWEST_COSINE,
+    METRIC_FAMILIES,
     Kind,
     Prepared,
     Reads,
@@ -32,7 +32,7 @@ Slot = int | str
 STATE_OUT = "state_out"
 
 
-class Site(NamedTuple):
+class SeenAt(NamedTuple):
     """Where an activation stands.
 
     Args:
@@ -46,7 +46,7 @@ class Site(NamedTuple):
     recurrence: int | None
 
     @classmethod
-    def of_layer(cls, loop: LoopGeometry, i: int) -> Site:
+    def of_layer(cls, loop: LoopGeometry, i: int) -> SeenAt:
         """The site of effective layer ``i``."""
         place = loop.locate(i)
         return cls(i, None if place.recurrence is None else place.layer, place.recurrence)
@@ -74,7 +74,7 @@ class Collector:
 
     def __post_init__(self) -> None:
         self._computed = {DERIVED[name].base if name in DERIVED else name for name in self.names}
-        self._families = [f for f in FAMILIES if self._computed & f.outputs.keys()]
+        self._families = [f for f in METRIC_FAMILIES if self._computed & f.outputs.keys()]
 
     @property
     def needs_reference(self) -> set[Reads]:
@@ -104,7 +104,7 @@ class Collector:
         self._references.pop((reads, slot), None)
         self._previous.pop((reads, slot), None)
 
-    def see(self, site: Site, reads: Reads, x: Tensor, compare: bool) -> None:
+    def see(self, site: SeenAt, reads: Reads, x: Tensor, compare: bool) -> None:
         """Metrics of a layer, and of its step from the previous recurrence.
 
         Args:
@@ -123,7 +123,7 @@ class Collector:
         if compare:
             self._compare(site, site.slot, reads, prepared)
 
-    def _compute_adjacent(self, site: Site, x: Prepared) -> None:
+    def _compute_adjacent(self, site: SeenAt, x: Prepared) -> None:
         before, self._before = self._before, x
         if not any(family.kind == "adjacent" for family in self._families):
             self._before = None
@@ -132,7 +132,7 @@ class Collector:
         else:
             self._compute("adjacent", site, "resid_post", before, x)
 
-    def _look_back(self, site: Site, slot: Slot, reads: Reads, x: Prepared) -> None:
+    def _look_back(self, site: SeenAt, slot: Slot, reads: Reads, x: Prepared) -> None:
         """Metrics of an activation and of the same at the one or two recurrences before."""
         n = self._n_previous(reads)
         if not n:
@@ -147,12 +147,12 @@ class Collector:
         self._compute("turn", site, reads, *turn, undefined=oldest is None)
         self._previous[reads, slot] = [*earlier, x][-n:]
 
-    def compare(self, site: Site, reads: Reads, x: Tensor) -> None:
+    def compare(self, site: SeenAt, reads: Reads, x: Tensor) -> None:
         """Compare an activation of the core with its fixed point."""
         assert site.slot is not None
         self._compare(site, site.slot, reads, prepare(reads, x, self.mask, self.skip_first))
 
-    def _compare(self, site: Site, slot: Slot, reads: Reads, x: Prepared) -> None:
+    def _compare(self, site: SeenAt, slot: Slot, reads: Reads, x: Prepared) -> None:
         if reads not in self.needs_reference:
             return
         if (reads, slot) not in self._references:
@@ -169,13 +169,13 @@ class Collector:
                 assert isinstance(point, Sized)
                 each.append(distances(x, point, ("cosine",))["cosine"])
             assert site.recurrence is not None
-            of_recurrence = Site(site.recurrence, STATE_OUT, site.recurrence)
+            of_recurrence = SeenAt(site.recurrence, STATE_OUT, site.recurrence)
             self._keep(LOWEST_COSINE, of_recurrence, lowest(torch.stack(each)))
 
     def _compute(
         self,
         kind: Kind,
-        site: Site,
+        site: SeenAt,
         reads: Reads,
         *activations: Prepared,
         undefined: bool = False,
@@ -187,7 +187,7 @@ class Collector:
                         value = torch.full_like(value, math.nan) if undefined else value
                         self._keep(name, site, value)
 
-    def _keep(self, name: str, site: Site, value: Float[Tensor, " prompt *head"]) -> None:
+    def _keep(self, name: str, site: SeenAt, value: Float[Tensor, " prompt *head"]) -> None:
         out = site.slot == STATE_OUT
         rows = self.loop.R if out else self.loop.n_layers
         kept = self.values.get((name, out))

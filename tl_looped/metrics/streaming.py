@@ -31,7 +31,7 @@ from torch import Tensor
 from tl_looped.checks import Seed, at_most_one, checked, one_of, whole
 from tl_looped.errors import InputError
 from tl_looped.metrics.catalogue import DEFAULT_METRICS, Reads, select
-from tl_looped.metrics.collector import STATE_OUT, Collector, Site
+from tl_looped.metrics.collector import STATE_OUT, Collector, SeenAt
 from tl_looped.metrics.labels import Arrangement, by_recurrence, labelled, run_attributes
 from tl_looped.metrics.spill import Spill
 from tl_looped.model.config import InitialState
@@ -40,7 +40,7 @@ from tl_looped.transformer import LoopedTransformer
 
 Keeping = Literal["recompute", "disk"]
 Batching = Literal["length", "padded"]
-Look = Callable[[Site, Reads, Tensor], None]
+Look = Callable[[SeenAt, Reads, Tensor], None]
 
 _HOOKS: dict[Reads, str] = {"resid_post": "hook_resid_post", "pattern": "attn.hook_pattern"}
 
@@ -244,17 +244,17 @@ def _watching(
     """Call ``look`` with every activation that is read, in the order of the forward pass."""
     loop = model.loop
 
-    def reader(site: Site, name: Reads) -> Callable[[Tensor, Any], None]:
+    def reader(site: SeenAt, name: Reads) -> Callable[[Tensor, Any], None]:
         return lambda x, hook: look(site, name, x)
 
     readers: list[tuple[str, Callable[[Tensor, Any], None]]] = [
-        (f"blocks.{i}.{_HOOKS[name]}", reader(Site.of_layer(loop, i), name))
+        (f"blocks.{i}.{_HOOKS[name]}", reader(SeenAt.of_layer(loop, i), name))
         for i in range(loop.n_layers)
         for name in sorted(reads)
     ]
     if model.cfg.loop_norm and "resid_post" in reads:
         readers += [
-            (f"recurrence.{r}.hook_state_out", reader(Site(r, STATE_OUT, r), "resid_post"))
+            (f"recurrence.{r}.hook_state_out", reader(SeenAt(r, STATE_OUT, r), "resid_post"))
             for r in range(loop.R)
         ]
     return model.readers(readers) if readers else nullcontext()
@@ -268,7 +268,7 @@ def _keep_references(
     with model.with_recurrences(options.reference_recurrences):
         last = model.loop.R - 1
 
-        def look(site: Site, reads: Reads, x: Tensor) -> None:
+        def look(site: SeenAt, reads: Reads, x: Tensor) -> None:
             if site.recurrence == last and site.slot is not None and reads in needed:
                 collector.refer(site.slot, reads, x)
 
@@ -282,10 +282,10 @@ def _through_the_disk(
 ) -> None:
     """One run; what is to be compared goes to the disk and comes back."""
     needed, last = collector.needs_reference, model.loop.R - 1
-    kept: list[tuple[Site, Reads]] = []
+    kept: list[tuple[SeenAt, Reads]] = []
     with Spill(options.folder) as spill:
 
-        def look(site: Site, reads: Reads, x: Tensor) -> None:
+        def look(site: SeenAt, reads: Reads, x: Tensor) -> None:
             collector.see(site, reads, x, compare=False)
             if site.slot is None or reads not in needed:
                 return

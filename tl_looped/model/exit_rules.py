@@ -27,7 +27,7 @@ from tl_looped.checks import checked
 from tl_looped.errors import InputError
 from tl_looped.model.exit_gate import exit_distribution
 
-State = Float[Tensor, "batch pos d_model"]
+_State = Float[Tensor, "batch pos d_model"]
 Decision = Bool[Tensor, "batch pos"]
 
 
@@ -41,7 +41,7 @@ class LoopHistory:
         gates: Gate logits of every recurrence, if the model has a gate.
     """
 
-    states: list[State] = field(default_factory=list)
+    states: list[_State] = field(default_factory=list)
     logits: list[Float[Tensor, "batch pos d_vocab"]] = field(default_factory=list)
     gates: list[Float[Tensor, "batch pos"]] = field(default_factory=list)
 
@@ -259,7 +259,7 @@ class ExitTracker:
     ) -> None:
         self.rule, self.last_only, self.real = rule, last_only, real
         self.history = LoopHistory()
-        self.state: State | None = None
+        self.state: _State | None = None
         self.steps: Int[Tensor, "batch pos"] | None = None
         self._streak: Int[Tensor, "batch pos"] | None = None
 
@@ -278,7 +278,7 @@ class ExitTracker:
         self,
         r: int,
         is_last: bool,
-        state: State,
+        state: _State,
         logits: Callable[[], Tensor],
         gate: Float[Tensor, "batch pos 1"] | None,
     ) -> None:

@@ -172,7 +172,7 @@ _SPECS = [
     FigureSpec(8, "ColSum concentration within a block, and feedforward", COLSUM,
                recipes.over_feedforward, _TWO_RUNS, 8),
     FigureSpec(9, "residual magnitudes", ("residual_mean", "residual_max", "residual_first"),
-               recipes.norms, _SIZES, None, "quantiles"),
+               recipes.residual_norms, _SIZES, None, "quantiles"),
     FigureSpec(10, "ColSum concentration of small trained models", COLSUM,
                grid_recipes.small_models, _TRAINED, 4, "sd", many=True),
     FigureSpec(11, "ColSum concentration by recurrence", COLSUM, _by_layer, _SIGNATURE, 128, "sd"),

@@ -287,7 +287,7 @@ def realised(request: Request, data: Runs, extra: Sequence[str] = ()) -> list[Dr
     return [of_panels(request, data, panels, columns, extra, size)]
 
 
-def norms(request: Request, data: Runs) -> list[DrawnFigure]:
+def residual_norms(request: Request, data: Runs) -> list[DrawnFigure]:
     """Grouping N: norms of the residual stream on one logarithmic axis."""
     panel = over_realised_depth(data, request.variables, band_of(request), by_layer=False, log=True)
     return [of_panels(request, data, [panel])]

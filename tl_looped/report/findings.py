@@ -10,7 +10,7 @@ import xarray as xr
 
 from tl_looped.errors import DataError, InputError
 from tl_looped.experiments.reading import is_feedforward, read_results
-from tl_looped.experiments.store import RESULTS, SPEC, find_runs
+from tl_looped.experiments.store import RESULTS, SPEC_FILE, find_runs
 from tl_looped.files import is_folder
 from tl_looped.report import text
 from tl_looped.report.parts import SummaryRow
@@ -76,7 +76,7 @@ def read_findings(folder: Path, feedforward: str | None = None) -> Findings:
 def _run_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if not is_folder(folder):
         raise DataError(f"{folder} is not a folder: give a run's folder, or a folder of runs")
-    specified = {path.parent for path in folder.glob(f"*/{SPEC}")}
+    specified = {path.parent for path in folder.glob(f"*/{SPEC_FILE}")}
     try:
         found = find_runs(folder)
     except DataError as error:

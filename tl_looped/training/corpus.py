@@ -214,10 +214,10 @@ def shared_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> PreTrai
         with saving(partial):
             made.save_pretrained(partial)
             partial.replace(folder)
-    return read_tokenizer(folder)
+    return read_trained_tokenizer(folder)
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def read_trained_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder.
 
     Raises:

@@ -18,10 +18,10 @@ from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import train
 from tl_looped.transformer import LoopedTransformer
 
-VOCABULARY = 2048
-CONTEXT = 256
-HELD_OUT_PROBLEMS = 373
-SPEC = TrainSpec(steps=2200, learning_rate=3e-3)
+_VOCABULARY = 2048
+DEMO_CONTEXT = 256
+DEMO_HELD_OUT = 373
+DEMO_SPEC = TrainSpec(steps=2200, learning_rate=3e-3)
 
 
 def demo_config(d_vocab: int, seed: int) -> LoopedConfig:
@@ -33,7 +33,7 @@ def demo_config(d_vocab: int, seed: int) -> LoopedConfig:
         d_head=32,
         n_heads=4,
         d_mlp=344,
-        n_ctx=CONTEXT,
+        n_ctx=DEMO_CONTEXT,
         d_vocab=d_vocab,
         n_prelude=2,
         n_core=4,
@@ -55,7 +55,7 @@ def demo_config(d_vocab: int, seed: int) -> LoopedConfig:
 def train_demo(
     data: Path,
     out: Path,
-    spec: TrainSpec = SPEC,
+    spec: TrainSpec = DEMO_SPEC,
     progress: Progress = NOTICES,
 ) -> list[dict[str, Any]]:
     """Train the demo model on a jsonl file of problems.
@@ -65,8 +65,8 @@ def train_demo(
     Raises:
         DataError: see :func:`read_problems`.
     """
-    training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, spec.seed)
-    tokenizer = train_tokenizer(training, VOCABULARY)
+    training, held_out = split(read_problems(data), DEMO_HELD_OUT, spec.seed)
+    tokenizer = train_tokenizer(training, _VOCABULARY)
     model = LoopedTransformer.from_config(demo_config(len(tokenizer), spec.seed), tokenizer)
-    rows, held_out_rows = (pack(texts, tokenizer, CONTEXT) for texts in (training, held_out))
+    rows, held_out_rows = (pack(texts, tokenizer, DEMO_CONTEXT) for texts in (training, held_out))
     return train(model, rows, held_out_rows, spec, out, progress)

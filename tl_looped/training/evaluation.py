@@ -14,6 +14,9 @@ from tl_looped.files import write_text
 from tl_looped.transformer import LoopedTransformer
 
 EVALUATED = range(1, 33)
+"""Recurrences of the table beside a trained model."""
+EVALUATED_ROWS = 16
+"""Held-out rows that it is made from."""
 
 
 @torch.no_grad()

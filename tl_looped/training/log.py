@@ -9,7 +9,7 @@ from typing import Any
 
 from tl_looped.errors import DataError
 from tl_looped.files import write_text
-from tl_looped.training.saved import Say, set_aside
+from tl_looped.training.saved import Say, move_aside
 
 LOG = "log.csv"
 Entry = dict[str, Any]
@@ -67,7 +67,7 @@ def resumed_log(out: Path, checkpoint: Path, step: int, writes: bool, say: Say) 
             same = read_log(path) == log
         except DataError as error:
             same = False
-            aside = set_aside(path)
+            aside = move_aside(path)
             say(f"{error}. It is now {aside.name}, and is written anew: {checkpoint.name} holds it")
         if not same:
             write_log(path, log)

@@ -23,8 +23,8 @@ from tl_looped.training.saved import (
     MANIFEST,
     Say,
     digest,
+    move_aside,
     sealed_checkpoints,
-    set_aside,
     write_json,
 )
 from tl_looped.training.spec import TrainSpec
@@ -173,7 +173,7 @@ def _replace_record(path: Path, record: Record, error: Exception, say: Say) -> N
             f"{path} cannot be read ({type(error).__name__}: {error}): restore it, or use another "
             "folder"
         ) from error
-    aside = set_aside(path)
+    aside = move_aside(path)
     say(
         f"{path} cannot be read ({type(error).__name__}). It is now {aside.name}, and is written "
         "anew: the checkpoints are of this run. Nothing is lost"

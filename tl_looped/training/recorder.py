@@ -21,7 +21,7 @@ from tl_looped.progress import Progress, Tick
 from tl_looped.training.evaluation import held_out_loss
 from tl_looped.training.log import LOG, Entry, resumed_log, write_log
 from tl_looped.training.objective import Objective, RowsInOrder
-from tl_looped.training.saved import rotate, saving, seal, sealed_checkpoints
+from tl_looped.training.saved import drop_older_checkpoints, saving, seal, sealed_checkpoints
 
 SNAPSHOTS = "snapshots"
 
@@ -116,7 +116,7 @@ class Recorder(TrainerCallback):
         """Put the log into a checkpoint, seal it, and let go of the oldest one."""
         write_log(checkpoint / LOG, self.log)
         seal(checkpoint, self.run)
-        rotate(checkpoint.parent)
+        drop_older_checkpoints(checkpoint.parent)
 
     def _evaluate(self, step: int, train_loss: float, writes: bool) -> None:
         spec, model = self.objective.spec, self.objective.model

@@ -54,7 +54,7 @@ def seal(checkpoint: Path, run: str) -> None:
     write_json(body | {"sha256": digest(body)}, checkpoint / MANIFEST)
 
 
-def rotate(folder: Path) -> None:
+def drop_older_checkpoints(folder: Path) -> None:
     """Remove all but the newest sealed checkpoints; newest is the one of the highest step."""
     for old in sealed_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)
@@ -104,7 +104,7 @@ def newest_checkpoint(folder: Path, run: str | None = None, say: Say = warn) -> 
     return None
 
 
-def set_aside(path: Path) -> Path:
+def move_aside(path: Path) -> Path:
     """Rename what is damaged or in the way, so that it is kept and not read.
 
     Raises:
@@ -186,7 +186,7 @@ def _clear(folder: Path, say: Say) -> None:
                         f"{path} was interrupted and cannot be removed: {error}"
                     ) from error
         elif _NAME.fullmatch(path.name):
-            say(f"{path} is not the folder of a checkpoint: it is now {set_aside(path).name}")
+            say(f"{path} is not the folder of a checkpoint: it is now {move_aside(path).name}")
 
 
 def _check_run(path: Path, manifest: dict[str, Any], run: str | None, say: Say) -> None:
@@ -205,7 +205,7 @@ def _check_run(path: Path, manifest: dict[str, Any], run: str | None, say: Say) 
 
 
 def _set_aside_damaged(path: Path, problems: list[str], sound: Path, say: Say) -> None:
-    aside = set_aside(path)
+    aside = move_aside(path)
     say(
         f"{path} is damaged: {', '.join(problems)}. It is now {aside.name}. The run goes on from "
         f"{sound.name}: steps {_step(sound) + 1} to {_step(path)} are done again, and nothing else "

@@ -15,19 +15,22 @@ from tl_looped.progress import NOTICES, Progress
 from tl_looped.training.corpus import (
     pack,
     read_texts,
-    read_tokenizer,
+    read_trained_tokenizer,
     shared_tokenizer,
     split,
 )
-from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_table
+from tl_looped.training.evaluation import (
+    EVALUATED,
+    EVALUATED_ROWS,
+    loss_by_recurrences,
+    write_table,
+)
 from tl_looped.training.log import Entry
 from tl_looped.training.losses import ExitWeighted
 from tl_looped.training.record import check_vacant
 from tl_looped.training.spec import CONTEXT, Shape, TrainSpec
 from tl_looped.training.trainer import train
 from tl_looped.transformer import LoopedTransformer
-
-EVALUATED_ROWS = 16
 
 
 @checked
@@ -73,7 +76,7 @@ def train_on_texts(
         found = (
             shared_tokenizer(training, shape.vocabulary, make_folder(out) / "tokenizer")
             if tokenizer is None
-            else read_tokenizer(Path(tokenizer))
+            else read_trained_tokenizer(Path(tokenizer))
         )
     rows, held_out_rows = (pack(texts, found, shape.context) for texts in (training, aside))
     gate = isinstance(spec.loss, ExitWeighted)

@@ -102,7 +102,7 @@ def generate(model: LoopedTransformer, input: Any, n_new: int, options: Generati
     return ExitResult(output, torch.stack(left, 1) if left else job.tokens[:, :0])
 
 
-def stream(
+def generate_stream(
     model: LoopedTransformer, input: Any, n_new: int, n_per_piece: int, options: GenerationOptions
 ) -> Iterator[Any]:
     """The same in pieces; the call is checked now, and runs when the first piece is taken."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
 
 
-def load(
+def load_model(
     cls: type[LoopedTransformer],
     path_or_hub_id: str | Path,
     n_recurrences: int | None,

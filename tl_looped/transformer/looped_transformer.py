@@ -46,7 +46,7 @@ from tl_looped.transformer.intervening import (
     intervening,
     refuse_interventions,
 )
-from tl_looped.transformer.loading import load
+from tl_looped.transformer.loading import load_model
 from tl_looped.transformer.loop_map import LoopMap, loop_map_of
 from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
 from tl_looped.transformer.run_options import RunOptions, begin_run, check_seed, read_options
@@ -157,7 +157,7 @@ class LoopedTransformer(HookedLoop):
             CheckpointError, UnknownArchitectureError: see ``tl_looped.checkpoints``.
             InputError: ``device_map`` names no device for a layer, splits one, or needs a disk.
         """
-        return load(
+        return load_model(
             cls,
             path_or_hub_id,
             n_recurrences,
@@ -772,7 +772,7 @@ class LoopedTransformer(HookedLoop):
             conversation), later ones hold new tokens only. The model may be used between them.
         """
         asked = GenerationOptions(**options)
-        return generation.stream(self, input, max_new_tokens, max_tokens_per_yield, asked)
+        return generation.generate_stream(self, input, max_new_tokens, max_tokens_per_yield, asked)
 
     def stop_tokens(self) -> list[int]:
         """Tokens that end a generated text, unless ``eos_token_id`` says otherwise.

@@ -37,7 +37,7 @@ from tl_looped.model.program import Program
 from tl_looped.model.running import Parts
 from tl_looped.transformer import weights
 from tl_looped.transformer.embeddings import Embed, Unembed
-from tl_looped.transformer.selecting import MOST_SELECTIONS, Selection, select
+from tl_looped.transformer.selecting import MOST_SELECTIONS, SelectedParts, select_parts
 from tl_looped.transformer.turns import Turns, in_turn
 
 
@@ -115,7 +115,7 @@ class Pool(HookedRootModule):
         self._recurrence_pool: dict[int, Site] = {}
         self._joined: Site | None = None
         self._silent: list[Parts] = []  # made once, and shared with views
-        self._selections: dict[int, Selection] = {}
+        self._selections: dict[int, SelectedParts] = {}
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
         self._records, self._record = [], None
         self._watch = Watch()
@@ -345,7 +345,7 @@ class Pool(HookedRootModule):
         if selection is None:
             while len(self._selections) >= MOST_SELECTIONS:
                 self._selections.pop(next(iter(self._selections)))
-            selection = self._selections[self.loop.R] = select(self)
+            selection = self._selections[self.loop.R] = select_parts(self)
         self._modules["blocks"], self._modules["recurrence"], self._joined, _ = selection
         self.hook_dict = selection.hooks
         for name in ("blocks", "recurrence"):  # their members have the right mode already

@@ -54,7 +54,7 @@ class HookDict(dict[str, LoopedHookPoint]):
         return dict.__getitem__(self, resolve_name(name, self.loop, self))
 
 
-class Selection(NamedTuple):
+class SelectedParts(NamedTuple):
     """What of the pool a model of some number of recurrences consists of."""
 
     blocks: BlockList
@@ -63,7 +63,7 @@ class Selection(NamedTuple):
     hooks: HookDict
 
 
-def select(model: Pool) -> Selection:
+def select_parts(model: Pool) -> SelectedParts:
     """The blocks, sites and names at a model's number of recurrences, made where they lack."""
     loop, joined = model.loop, None
     with collector_paused():
@@ -77,7 +77,7 @@ def select(model: Pool) -> Selection:
         joined = model.cell.joined(model._recurrence_pool[loop.R - 1], model.ln_final)
         settle(joined, model.training)
     sites = nn.ModuleList(model._recurrence_pool[r] for r in range(loop.R))
-    return Selection(BlockList(blocks), sites, joined, _named_hooks(model, blocks))
+    return SelectedParts(BlockList(blocks), sites, joined, _named_hooks(model, blocks))
 
 
 def _named_hooks(model: Pool, blocks: list[Block]) -> HookDict:

@@ -42,7 +42,7 @@ from tl_looped.paper.section42.cells import (
 )
 from tl_looped.progress import SILENT, Progress
 
-CELLS = "cells"
+_CELLS = "cells"
 _ABOUT = "grid.json"
 _VERSION = 1
 """Of what a cell's numbers mean."""
@@ -75,7 +75,7 @@ def run_grid(
         raise InputError("wanted: no cell was given, see tl_looped.paper.section42.cells")
     if type(workers) is not int or workers < 1:
         raise InputError(f"workers must be an integer of at least 1, got {workers!r}")
-    folder = make_folder(out / CELLS)
+    folder = make_folder(out / _CELLS)
     lock = lock_folder(folder)
     try:
         _claim(size, out)

@@ -25,7 +25,7 @@ from tl_looped.report.exhibits import named_figures
 from tl_looped.report.page import table_of, write_page
 from tl_looped.report.parts import PagePart, PageTable
 
-PAGE = "section-4.2.html"
+_PAGE = "section-4.2.html"
 FIGURE_OF = {4: (30,), 12: (6, 29), 16: (31,)}
 """Figures of a number of layers."""
 
@@ -131,7 +131,7 @@ def write_section42(tables: GridTables, out: Path) -> Path:
     ]
     make_folder(out)
     title = "Section 4.2: looped models of random weights"
-    return write_page(out / PAGE, title, parts, lead=lead)
+    return write_page(out / _PAGE, title, parts, lead=lead)
 
 
 def _answer(tables: GridTables) -> PagePart:

@@ -97,7 +97,7 @@ def read_grid_tables(folder: Path) -> GridTables:
     return GridTables(**tables, about=about)
 
 
-def shipped() -> GridTables:
+def shipped_grid() -> GridTables:
     """The tables of the whole grid that the package ships."""
     return read_grid_tables(SHIPPED[42])
 

@@ -2,7 +2,7 @@
 
 ``tl_looped/data/section51`` holds everything that the notebook and the page are made of but the
 weights: all curves and losses, all metrics, the statistics, and ``manifest.json``, which says how
-they were made. :func:`write_data` writes such a folder, :func:`shipped` reads it.
+they were made. :func:`write_data` writes such a folder, :func:`shipped_models` reads it.
 """
 
 from __future__ import annotations
@@ -69,6 +69,6 @@ def read_data(folder: Path) -> Section51:
     return Section51(SmallModels(**tables, about=about), Statistics(**statistics))
 
 
-def shipped() -> Section51:
+def shipped_models() -> Section51:
     """The data that the package ships."""
     return read_data(SHIPPED[51])

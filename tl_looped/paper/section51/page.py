@@ -24,7 +24,7 @@ from tl_looped.report.exhibits import named_figures
 from tl_looped.report.page import table_of, write_page
 from tl_looped.report.parts import PagePart
 
-PAGE = "section-5.1.html"
+_PAGE = "section-5.1.html"
 
 
 def draw_section51(
@@ -98,7 +98,7 @@ def write_section51(found: Section51, out: Path) -> Path:
         _counts(found),
     ]
     title = "Section 5.1: small looped models, at the scale of a CPU"
-    return write_page(out / PAGE, title, parts, lead=lead, notice=notice)
+    return write_page(out / _PAGE, title, parts, lead=lead, notice=notice)
 
 
 def _decided(found: Section51) -> PagePart:

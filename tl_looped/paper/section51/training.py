@@ -26,7 +26,12 @@ from tl_looped.errors import ConfigError
 from tl_looped.model.config import Injection, LoopedConfig
 from tl_looped.progress import NOTICES, Progress
 from tl_looped.training.corpus import pack, read_problems, shared_tokenizer, split
-from tl_looped.training.evaluation import EVALUATED, loss_by_recurrences, write_table
+from tl_looped.training.evaluation import (
+    EVALUATED,
+    EVALUATED_ROWS,
+    loss_by_recurrences,
+    write_table,
+)
 from tl_looped.training.record import claim, make_record
 from tl_looped.training.spec import TrainSpec
 from tl_looped.training.trainer import train
@@ -40,13 +45,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "feedforward": {"n_core": 12, "n_prelude": 0, "n_coda": 0, "n_recurrences": 1},
 }
 SEEDS = (0, 1, 2)
-VOCABULARY = 1024
-CONTEXT = 256
-HELD_OUT_PROBLEMS = 373
+_VOCABULARY = 1024
+_CONTEXT = 256
+_HELD_OUT_PROBLEMS = 373
 HELD_OUT_ROWS = 64
-EVALUATED_ROWS = 16
 DATA_SEED = 0
-SPEC = TrainSpec(
+SECTION51_SPEC = TrainSpec(
     steps=1600,
     batch_size=4,
     learning_rate=2e-3,
@@ -76,7 +80,7 @@ def section51_config(name: str, d_vocab: int, seed: int) -> LoopedConfig:
         "d_head": 32,
         "n_heads": 4,
         "d_mlp": 344,
-        "n_ctx": CONTEXT,
+        "n_ctx": _CONTEXT,
         "d_vocab": d_vocab,
         "n_prelude": 2,
         "n_coda": 2,
@@ -95,9 +99,9 @@ def prepare_rows(
     data: Path, out: Path
 ) -> tuple[PreTrainedTokenizerFast, Int[Tensor, "row length"], Int[Tensor, "aside length"]]:
     """Tokenizer (trained once, then read from ``out``), training rows and held-out rows."""
-    training, held_out = split(read_problems(data), HELD_OUT_PROBLEMS, DATA_SEED)
-    tokenizer = shared_tokenizer(training, VOCABULARY, out / "tokenizer")
-    rows, held_out_rows = (pack(texts, tokenizer, CONTEXT) for texts in (training, held_out))
+    training, held_out = split(read_problems(data), _HELD_OUT_PROBLEMS, DATA_SEED)
+    tokenizer = shared_tokenizer(training, _VOCABULARY, out / "tokenizer")
+    rows, held_out_rows = (pack(texts, tokenizer, _CONTEXT) for texts in (training, held_out))
     return tokenizer, rows, held_out_rows
 
 
@@ -106,7 +110,7 @@ def run_section51(
     out: Path,
     names: Sequence[str] = tuple(CONFIGURATIONS),
     seeds: Sequence[int] = SEEDS,
-    spec: TrainSpec = SPEC,
+    spec: TrainSpec = SECTION51_SPEC,
     progress: Callable[[str], Progress] = lambda run: NOTICES,
 ) -> list[Path]:
     """Train all configurations for one seed, then for the next; finished runs are passed over.
@@ -129,7 +133,7 @@ def run_section51(
     Raises:
         ConfigError: a folder holds a run of other settings, finished or not.
     """
-    configs = {(n, s): section51_config(n, VOCABULARY, s) for s in seeds for n in names}
+    configs = {(n, s): section51_config(n, _VOCABULARY, s) for s in seeds for n in names}
     tokenizer, rows, held_out = prepare_rows(data, out)
     folders = []
     for (name, seed), config in configs.items():
