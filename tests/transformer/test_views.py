@@ -115,3 +115,16 @@ def test_seed_and_interventions_hold_for_views_that_were_made_before(
     model.state_seed = 7
     assert torch.equal(view(tokens), model(tokens, n_recurrences=MORE))
     assert not torch.equal(view(tokens), plain)
+
+
+def test_a_view_that_is_converted_converts_the_model(
+    model: LoopedTransformer, tokens: Tensor
+) -> None:
+    expected = model(tokens, n_recurrences=MORE)
+    view = model.view_at(MORE)
+    view.to(torch.float32)
+    assert model.cfg.dtype == view.cfg.dtype == torch.float32
+    view.to(torch.float64)
+    assert model.cfg.dtype == torch.float64
+    # The random state is drawn in the model's precision: what is left are the weights' own digits.
+    assert (model(tokens, n_recurrences=MORE) - expected).abs().max() < 1e-4

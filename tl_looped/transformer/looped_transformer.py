@@ -226,7 +226,9 @@ class LoopedTransformer(HookedLoop):
         # Behind to(), cuda(), half() and their kin: cfg follows the weights, as in TransformerLens.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # And a spread model that goes to one device is gathered there.
-        self._note_devices()
+        for model in (self, self._base):  # of a view, the model itself as well
+            if isinstance(model, LoopedTransformer):
+                model._note_devices()
         return self
 
     def _note_devices(self) -> None:
