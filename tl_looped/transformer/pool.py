@@ -346,7 +346,9 @@ class Pool(HookedRootModule):
             while len(self._selections) >= MOST_SELECTIONS:
                 self._selections.pop(next(iter(self._selections)))
             selection = self._selections[self.loop.R] = select_parts(self)
-        self._modules["blocks"], self._modules["recurrence"], self._joined, _ = selection
+        self._modules["blocks"], self._modules["recurrence"] = selection[:2]
+        # Past __setattr__: its hook points are in the model already.
+        self.__dict__["_joined"] = selection.joined
         self.hook_dict = selection.hooks
         for name in ("blocks", "recurrence"):  # their members have the right mode already
             self._modules[name].training = self.training  # type: ignore[union-attr]
