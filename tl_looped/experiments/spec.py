@@ -332,7 +332,10 @@ def _build(kind: Any, values: Any, where: str) -> Any:
             raise ConfigError(f"unknown key {where}{key}; {hint}")
     if kind is Experiment and "model" not in values:
         raise ConfigError("the experiment names no model")
-    return kind(**values)
+    hints = get_type_hints(kind)
+    return kind(
+        **{name: _value(hints[name], value, where + name) for name, value in values.items()}
+    )
 
 
 def _value(kind: Any, value: Any, key: str) -> Any:
