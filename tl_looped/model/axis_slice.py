@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tl_looped._compat import Slice, SliceInput
+from tl_looped._compat import Slice
 from tl_looped.checks import described
 from tl_looped.errors import InputError
 
@@ -25,7 +25,7 @@ class AxisSlice(Slice):
         InputError: if it is none of these, and when it is applied to an axis that is too short.
     """
 
-    def __init__(self, given: Slice | SliceInput, name: str, keep: bool = False) -> None:
+    def __init__(self, given: Any, name: str, keep: bool = False) -> None:
         self.name = name
         if isinstance(given, Slice):
             self.slice, self.mode = given.slice, given.mode

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.checks import Seed, whole
+from tl_looped.checks import Seed, checked, whole
 from tl_looped.errors import InputError
 from tl_looped.model.cells import Stream, refuse_zeros_for_the_prompt
 from tl_looped.model.config import LoopedConfig
@@ -130,6 +130,7 @@ def check_state(name: str, state: Any) -> Any:
     raise InputError(f"{name} must be a tensor or 'zeros', got {state!r}")
 
 
+@checked
 def check_cache(model: LoopedTransformer, cache: LoopedKeyValueCache | None) -> None:
     """Raise if these are not keys and values of this model as it is now."""
     if cache is not None:
