@@ -121,7 +121,7 @@ def test_experiments_and_training_know_the_limit() -> None:
             Experiment("demo", recurrences=n)
         with pytest.raises(ConfigError):
             Experiment("demo", reference_recurrences=n)
-        # What has more than 64 bits is no number of recurrences at all.
+        # What has more than 64 bits is not a number of recurrences at all.
         with pytest.raises((ConfigError, ArgumentTypeError)):
             Constant(n)
         with pytest.raises(ConfigError):

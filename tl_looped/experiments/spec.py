@@ -348,7 +348,7 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     allowed = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if isinstance(value, np.integer):
         value = int(value)
-    # True is no number of recurrences.
+    # True is not a number of recurrences.
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join(k.__name__ for k in allowed if k is not type(None))
         raise ConfigError(f"{key} must be of type {names}, got {shown(value)}")

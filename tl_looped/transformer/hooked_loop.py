@@ -226,7 +226,7 @@ class HookedLoop(Pool):
                 point.reader = earlier
 
     def _reading_home(self, reader: Reader) -> Reader:
-        """A reader that gets the activations of all layers on one device, also if they are on many.
+        """A reader that gets the activations of all layers on one device, even if they are on many.
 
         It compares activations of different layers, and brings tensors of its own. What writes a
         cache moves them by itself, to where the caller wants them.

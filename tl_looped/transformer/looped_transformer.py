@@ -721,7 +721,7 @@ class LoopedTransformer(HookedLoop):
         Args:
             input: As for the model itself: text, several texts (padded on the left), tokens, or a
                 conversation, or several, for the tokenizer's chat template.
-            max_new_tokens: Most new tokens a row.
+            max_new_tokens: Most new tokens per row.
             stop_at_eos: End a row at a stop token; it is filled up with the first of them.
             eos_token_id: Stop token or tokens, in place of :meth:`stop_tokens`.
             do_sample: Sample; otherwise take the most likely token.

@@ -336,7 +336,7 @@ class Pool(HookedRootModule):
         assert isinstance(stage, nn.ModuleList)
         weights = stage[number]
         assert isinstance(weights, BlockWeights)
-        # The model's own configuration, also if a view makes the block: its flags reach all blocks.
+        # The model's own configuration, even if a view makes the block: its flags reach all blocks.
         return Block(self.cell.cfg, weights, location)
 
     def _select(self) -> None:
