@@ -1,4 +1,4 @@
-"""LoopedTransformer in three storeys, pool, hooked loop and model, and the functions behind it."""
+"""LoopedTransformer in storeys (pool, weights, hooks, model), and the functions behind it."""
 
 from tl_looped.transformer.looped_transformer import LoopedTransformer
 

@@ -1,4 +1,4 @@
-"""The second storey: TransformerLens's hooks and caches, on any spelling of a hook's name.
+"""The third storey: TransformerLens's hooks and caches, on any spelling of a hook's name.
 
 ``reset_hooks`` also reaches the hook points beyond the current number of recurrences.
 """
@@ -27,7 +27,7 @@ from tl_looped.transformer.cache_size import (
     refuse_too_large_cache,
     twin_sizes,
 )
-from tl_looped.transformer.pool import Pool
+from tl_looped.transformer.named_weights import NamedWeights
 from tl_looped.transformer.selecting import collector_paused
 from tl_looped.transformer.turns import in_turn
 
@@ -59,7 +59,7 @@ def _joined(first: Reader | None, second: Reader) -> Reader:
 
 
 @checked
-class HookedLoop(Pool):
+class HookedLoop(NamedWeights):
     """TransformerLens's hook methods, with aliases and names checked before the run."""
 
     # Set by run_with_cache for its own hooks alone: they come last, behind those that edit. Caching

@@ -194,7 +194,7 @@ def check_tokens(model: Pool, tokens: Any) -> Int[Tensor, "batch pos"]:
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.numel() == 0:
         raise InputError(f"there is no token in an input of shape {tuple(tokens.shape)}")
-    return check_ids(tokens, model.cfg.d_vocab).to(model.W_E.device)
+    return check_ids(tokens, model.cfg.d_vocab).to(model.embed.W_E.device)
 
 
 def padding_of(
@@ -254,7 +254,7 @@ def check_mask(
             f"attention_mask must have shape {(batch, length)} like the tokens, "
             f"got {tuple(mask.shape)}"
         )
-    real = real_tokens(mask).to(model.W_E.device)
+    real = real_tokens(mask).to(model.embed.W_E.device)
     if not rows_continue:
         check_rows(real)
     return real

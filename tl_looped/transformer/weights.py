@@ -10,11 +10,12 @@ repeated keys and values and folded gains).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_looped.checks import one_of
 from tl_looped.errors import InputError
@@ -23,13 +24,22 @@ from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLike, LoopGeometry
 
 if TYPE_CHECKING:
-    from tl_looped.transformer.pool import Pool
+    from tl_looped.transformer.named_weights import NamedWeights
 
 
 _STACKED = (
     *("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out"),
     *("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out"),
 )
+
+
+def weight_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every module of weights that hooked modules borrow, with its owner and its name there."""
+    for name in ("final_norm", "prelude", "core", "coda"):
+        top = model.get_submodule(name)
+        yield model, name, top
+        for owner in top.modules():
+            yield from ((owner, name, child) for name, child in owner.named_children())
 
 
 def unique_layer(cfg: LoopedConfig, loop: LoopGeometry, layer: LayerLike) -> int:
@@ -39,7 +49,7 @@ def unique_layer(cfg: LoopedConfig, loop: LoopGeometry, layer: LayerLike) -> int
     return start[stage] + number
 
 
-def unique_blocks(model: Pool) -> list[Block]:
+def unique_blocks(model: NamedWeights) -> list[Block]:
     """One block of each layer with weights of its own: prelude, core, coda."""
     loop = model.loop.with_recurrences(max(1, model.loop.R))
     first = {model.cfg.weights_of(loop.locate(loop.p + i)): i for i in reversed(range(loop.k))}
@@ -49,12 +59,12 @@ def unique_blocks(model: Pool) -> list[Block]:
     return [model._pooled_block(place) for place in places]
 
 
-def unique_stack(model: Pool, name: str) -> Float[Tensor, " unique_layer *shape"]:
+def unique_stack(model: NamedWeights, name: str) -> Float[Tensor, " unique_layer *shape"]:
     """A weight of each layer once."""
     return torch.stack([model._home(_weight(block, name)) for block in unique_blocks(model)])
 
 
-def stack(model: Pool, name: str) -> Float[Tensor, " n_layers *shape"]:
+def stack(model: NamedWeights, name: str) -> Float[Tensor, " n_layers *shape"]:
     """A weight of every effective layer, if ``model.max_stack_bytes`` holds it."""
     blocks = list(model.blocks)
     if not blocks:
@@ -72,7 +82,7 @@ def stack(model: Pool, name: str) -> Float[Tensor, " n_layers *shape"]:
     return torch.stack([model._home(_weight(block, name)) for block in blocks])
 
 
-def fold_gains(model: Pool, folded: bool) -> None:
+def fold_gains(model: NamedWeights, folded: bool) -> None:
     """Show the norms' gains as part of the weights after them, or as their own."""
     for cfg in (model.cfg, model.cell.cfg):  # the model's own, even if a view is folded
         cfg.normalization_type = FOLDED if folded else "RMS"
@@ -81,7 +91,7 @@ def fold_gains(model: Pool, folded: bool) -> None:
         block.fold_norms(folded)
 
 
-def tl_parameters(model: Pool) -> dict[str, Tensor]:
+def tl_parameters(model: NamedWeights) -> dict[str, Tensor]:
     """Weights of every effective layer under TransformerLens's names."""
     out: dict[str, Tensor] = {"embed.W_E": model.W_E}
     by_unique: dict[int, dict[str, Tensor]] = {}

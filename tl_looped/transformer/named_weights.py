@@ -1,0 +1,196 @@
+"""The second storey: weights under TransformerLens's names, and what is computed of them alone."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_looped._compat import FactoredMatrix
+from tl_looped.checks import checked
+from tl_looped.errors import InputError
+from tl_looped.model.block import Block
+from tl_looped.model.geometry import LayerLike
+from tl_looped.transformer import weights
+from tl_looped.transformer.pool import Pool
+
+
+@checked
+class NamedWeights(Pool):
+    """TransformerLens's names of weights over the effective layers."""
+
+    max_stack_bytes: int = 2**30
+    """Largest stack of weights over effective layers, in bytes."""
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Embedding matrix, before the embedding scale."""
+        return self.embed.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding matrix; with the final norm's gain in compatibility mode."""
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Unembedding bias: zero."""
+        return self.unembed.b_U
+
+    @checked
+    def unique_layer(self, layer: LayerLike) -> int:
+        """Row of ``unique_weights`` that an effective layer, or (recurrence, layer), uses."""
+        return weights.unique_layer(self.cfg, self.loop, layer)
+
+    def unique_blocks(self) -> list[Block]:
+        """One block of each layer with weights of its own: prelude, core, coda."""
+        return weights.unique_blocks(self)
+
+    @checked
+    def unique_weights(self, name: str) -> Float[Tensor, " unique_layer *shape"]:
+        """``"W_Q"`` and its kin over the p + k + c layers that have weights of their own."""
+        return weights.unique_stack(self, name)
+
+    @checked
+    def stack_weights(self, name: str) -> Float[Tensor, " n_layers *shape"]:
+        """``"W_Q"`` and its kin over the effective layers, as TransformerLens's tools index them.
+
+        Core weights are copied once per recurrence.
+
+        Raises:
+            InputError: if that takes more than ``max_stack_bytes``.
+        """
+        return weights.stack(self, name)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "n_layers n_heads d_model d_head"]:
+        """Query weights."""
+        return weights.stack(self, "W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "n_layers n_heads d_model d_head"]:
+        """Key weights, repeated for each query head."""
+        return weights.stack(self, "W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "n_layers n_heads d_model d_head"]:
+        """Value weights, repeated for each query head."""
+        return weights.stack(self, "W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "n_layers n_heads d_head d_model"]:
+        """Output weights."""
+        return weights.stack(self, "W_O")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "n_layers d_model d_mlp"]:
+        """Gate weights."""
+        return weights.stack(self, "W_gate")
+
+    @property
+    def W_in(self) -> Float[Tensor, "n_layers d_model d_mlp"]:
+        """Input weights."""
+        return weights.stack(self, "W_in")
+
+    @property
+    def W_out(self) -> Float[Tensor, "n_layers d_mlp d_model"]:
+        """Output weights."""
+        return weights.stack(self, "W_out")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "n_layers n_heads d_head"]:
+        """Query biases."""
+        return weights.stack(self, "b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "n_layers n_heads d_head"]:
+        """Key biases, repeated for each query head."""
+        return weights.stack(self, "b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "n_layers n_heads d_head"]:
+        """Value biases, repeated for each query head."""
+        return weights.stack(self, "b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "n_layers d_model"]:
+        """Output biases: zero."""
+        return weights.stack(self, "b_O")
+
+    @property
+    def b_in(self) -> Float[Tensor, "n_layers d_mlp"]:
+        """Input biases: zero."""
+        return weights.stack(self, "b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "n_layers d_model"]:
+        """Output biases: zero."""
+        return weights.stack(self, "b_out")
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """``W_V @ W_O`` of every head of the effective layers, factored."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """``W_Q @ W_K.T`` of every head of the effective layers, factored; positions left out."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def all_head_labels(self) -> list[str]:
+        """Labels of all heads, as in ``cache.stack_head_results``: ``r3.l1h2``."""
+        places = self.loop.labels()
+        return [f"{place}h{head}" for place in places for head in range(self.cfg.n_heads)]
+
+    @checked
+    def blocks_with(self, submodule: str) -> list[tuple[int, Block]]:
+        """Effective layers, with their index, that have a submodule such as ``"ln1_post"``."""
+        return [(i, block) for i, block in enumerate(self.blocks) if submodule in block._modules]
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Weights of every effective layer under TransformerLens's names."""
+        return weights.tl_parameters(self)
+
+    @checked
+    def accumulated_bias(
+        self, layer: LayerLike, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the output biases up to a layer: zero, the families have none."""
+        self.loop.resolve_or_end(layer)
+        return self.W_E.new_zeros(self.cfg.d_model)
+
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """TransformerLens's switch to folded norms, for tools and notebooks that rely on it.
+
+        With ``fold_ln`` the gains of ``ln1``, ``ln2`` and ``ln_final`` count as part of W_Q, W_K,
+        W_V, W_gate, W_in and W_U: those are given multiplied, the norms called from outside leave
+        them out and report ones, and ``unembed`` called from outside puts them in. It is a matter
+        of what the model shows. The forward pass, every activation (``hook_normalized`` never
+        includes a gain) and what is saved stay bit for bit the same. Post-norms and norms on the
+        stream or the loop have no weights after them to be folded into.
+
+        Centring is not done: RMSNorm does not allow it for writing weights, and centring W_U would
+        shift the logits. Value biases stay where they are.
+
+        Args:
+            disable_warnings: There are none.
+            no_processing: Fold nothing.
+            fold_ln: Fold the gains.
+            center_writing_weights, center_unembed, fold_value_biases: Without effect.
+            refactor_factored_attn_matrices: Not supported.
+        """
+        if refactor_factored_attn_matrices and not no_processing:
+            raise InputError(
+                "refactor_factored_attn_matrices is not supported: rotary queries and keys allow "
+                "no such change of basis"
+            )
+        weights.fold_gains(self, fold_ln and not no_processing)
