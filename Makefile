@@ -8,7 +8,7 @@ VENV_TL3 ?= .venv-tl3
 READY_TL3 := $(VENV_TL3)/.ready
 
 # What runs there: the comparison with HookedTransformer, which 4.0 removed, and the central promises.
-TESTS_TL3 := tests/compat tests/adapters/test_golden_parity.py $(addprefix tests/transformer/test_, \
+TESTS_TL3 := tests/compat tests/surface tests/adapters/test_golden_parity.py $(addprefix tests/transformer/test_, \
 	transformerlens_cache.py transformerlens_patching.py transformerlens_tools.py tokens.py)
 
 # Section 5.1 of finished trainings (tl-looped train-section51), and what is shipped of it.
