@@ -1,9 +1,9 @@
 """What the package takes from TransformerLens, in one place, and PyTorch's Module, typed.
 
-All of these have the same address in TransformerLens 3.5.0 to 4.3.0, so there is no choice to make
-here yet. A version that moves or renames one is dealt with here, and no other module imports from
-``transformer_lens`` (import-linter checks it). ``HookedTransformer``, which 4.0 removed, and what
-came with 4.x (``model_protocol``, most of ``tools``) must not be needed.
+All of these have the same address in TransformerLens 3.5.0 to 4.3.0, so there is no choice of
+import to make here yet. A version that moves or renames one is dealt with here, and no other module
+imports from ``transformer_lens`` (import-linter checks it). ``HookedTransformer``, which 4.0
+removed, and what came with 4.x (``model_protocol``, most of ``tools``) must not be needed.
 
 ``nn.Module`` defines ``__getattr__``, so that to a type checker every name is an attribute of every
 module, and a misspelt one passes. ``Module``, ``Linear``, ``ModuleList``, ``HookPoint`` and
@@ -14,6 +14,7 @@ children and parameters are assigned in ``__init__`` or declared in the body of 
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -27,6 +28,9 @@ from transformer_lens.utilities import (
     lm_cross_entropy_loss,
     sample_logits,
 )
+
+LISTS_BRIDGE_NAMES = int(importlib.metadata.version("transformer-lens").split(".")[0]) >= 4
+"""Whether TransformerLens's tools look for TransformerBridge's hook names in a ``hook_dict``."""
 
 if not TYPE_CHECKING:
     # Slice takes more than its alias says: a Python slice, and None for an open end.
@@ -114,6 +118,7 @@ else:
     Module, Linear, ModuleList = nn.Module, nn.Linear, nn.ModuleList
 
 __all__ = [
+    "LISTS_BRIDGE_NAMES",
     "ActivationCache",
     "FactoredMatrix",
     "HookPoint",

@@ -26,7 +26,7 @@ from tl_looped.errors import InputError, LayerIndexError, MissingActivationError
 from tl_looped.model.axis_slice import AxisSlice
 from tl_looped.model.edits import EditLog, Edits
 from tl_looped.model.geometry import LayerLike, LoopGeometry
-from tl_looped.model.names import canonical_name
+from tl_looped.model.names import WHY_NONE, canonical_name
 
 
 @dataclass
@@ -130,6 +130,8 @@ class LoopedActivationCache(DecomposingCache):
         try:
             return self.cache_dict[name]
         except KeyError:
+            if name in WHY_NONE:
+                raise MissingActivationError(f"there is no {name!r}: {WHY_NONE[name]}") from None
             raise MissingActivationError(
                 f"the cache holds no {name!r} ({len(self)} activations of a run of shape "
                 f"{self.loop}). Was it left out by names_filter, is it behind a flag, or did the "

@@ -60,9 +60,9 @@ MEANING: dict[str, str] = {
     "hook_mlp_in": "residual stream that the MLP reads, before its norm",
     "hook_attn_out": "what attention adds to the stream",
     "hook_mlp_out": "what the MLP adds to the stream",
-    "attn.hook_q_input": "a copy of the stream for each head's queries",
-    "attn.hook_k_input": "a copy of the stream for each head's keys",
-    "attn.hook_v_input": "a copy of the stream for each head's values",
+    "hook_q_input": "a copy of the stream for each head's queries",
+    "hook_k_input": "a copy of the stream for each head's keys",
+    "hook_v_input": "a copy of the stream for each head's values",
     "attn.hook_q": "queries, before the rotation",
     "attn.hook_k": "keys, before the rotation",
     "attn.hook_v": "values",
@@ -133,8 +133,9 @@ def rows(cfg: LoopedConfig) -> list[Row]:
             getattr(model, f"set_{flag}")(True)
         with torch.no_grad():
             _, cache = model.run_with_cache(torch.arange(BATCH * POS).reshape(BATCH, POS))
-        if set(cache) != set(model.hook_dict):
-            raise RuntimeError(f"hooks that do not fire: {set(model.hook_dict) - set(cache)}")
+        known = set(model.hook_dict.canonical)
+        if set(cache) != known:
+            raise RuntimeError(f"hooks that do not fire: {known - set(cache)}")
         new = _kinds({name: tuple(cache[name].shape) for name in cache})
         found = _merged(list(found.values()), new)
     return list(found.values())

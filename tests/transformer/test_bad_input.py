@@ -169,9 +169,9 @@ def test_loop_index_out_of_range_is_refused(
 
 GATED = {
     "attn.hook_result": ("use_attn_result", (2, 3, 4, 32)),
-    "attn.hook_q_input": ("use_split_qkv_input", (2, 3, 4, 32)),
-    "attn.hook_k_input": ("use_split_qkv_input", (2, 3, 4, 32)),
-    "attn.hook_v_input": ("use_split_qkv_input", (2, 3, 4, 32)),
+    "hook_q_input": ("use_split_qkv_input", (2, 3, 4, 32)),
+    "hook_k_input": ("use_split_qkv_input", (2, 3, 4, 32)),
+    "hook_v_input": ("use_split_qkv_input", (2, 3, 4, 32)),
     "hook_attn_in": ("use_attn_in", (2, 3, 4, 32)),
     "hook_mlp_in": ("use_hook_mlp_in", (2, 3, 32)),
 }

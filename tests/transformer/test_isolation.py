@@ -154,7 +154,7 @@ def test_filters_that_select_nothing_are_an_error(variant, tokens) -> None:
 def test_short_names_of_attention_inputs(variant) -> None:
     variant.set_use_split_qkv_input(True)
     assert variant.hook_name(("q_input", (1, 0))) == (
-        f"blocks.{variant.loop.index(1, 0)}.attn.hook_q_input"
+        f"blocks.{variant.loop.index(1, 0)}.hook_q_input"
     )
 
 

@@ -29,7 +29,7 @@ def model() -> LoopedTransformer:
 
 FLAGS = {
     "use_attn_result": "attn.hook_result",
-    "use_split_qkv_input": "attn.hook_q_input",
+    "use_split_qkv_input": "hook_q_input",
     "use_attn_in": "hook_attn_in",
     "use_hook_mlp_in": "hook_mlp_in",
 }

@@ -105,7 +105,7 @@ def where_norm_breaks(cache: Any, target: Target) -> Iterator[str]:
         yield f"{block}.hook_mlp_in"
     else:
         yield f"{block}.hook_attn_in"
-        yield from (f"{block}.attn.hook_{which}_input" for which in "qkv")
+        yield from (f"{block}.hook_{which}_input" for which in "qkv")
 
 
 def where_logits_break(loop: Any) -> Iterator[str]:

@@ -75,6 +75,9 @@ class Attention(QuickModule):
     noted_as = ("hook_z", "input", "output")
     _weights: AttentionWeights
     _norm: HookedRMSNorm | None
+    hook_q_input: LoopedHookPoint  # of the block, for those who look for them here
+    hook_k_input: LoopedHookPoint
+    hook_v_input: LoopedHookPoint
 
     def __init__(
         self,
@@ -89,9 +92,6 @@ class Attention(QuickModule):
         object.__setattr__(self, "_weights", weights)
         object.__setattr__(self, "_norm", norm)
         per_head = PER_HEAD_POS_DIM
-        self.hook_q_input = LoopedHookPoint(per_head)
-        self.hook_k_input = LoopedHookPoint(per_head)
-        self.hook_v_input = LoopedHookPoint(per_head)
         self.hook_q = LoopedHookPoint(per_head)
         self.hook_k = LoopedHookPoint(per_head)
         self.hook_v = LoopedHookPoint(per_head)

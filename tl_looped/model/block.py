@@ -36,9 +36,9 @@ FOLDED = "RMSPre"
 # Hooks that exist only while a flag of the config is on: name within the block -> flag.
 GATED_HOOKS: dict[str, str] = {
     "attn.hook_result": "use_attn_result",
-    "attn.hook_q_input": "use_split_qkv_input",
-    "attn.hook_k_input": "use_split_qkv_input",
-    "attn.hook_v_input": "use_split_qkv_input",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
     "hook_attn_in": "use_attn_in",
     "hook_mlp_in": "use_hook_mlp_in",
 }
@@ -86,17 +86,23 @@ class Block(QuickModule):
         self._post = layout in (NormLayout.POST, NormLayout.SANDWICH)
         self._residual = layout is NormLayout.RESIDUAL
 
-        self.hook_attn_in = LoopedHookPoint(PER_HEAD_POS_DIM)
-        self.hook_mlp_in = LoopedHookPoint()
         self.hook_resid_pre = LoopedHookPoint()
+        self.hook_attn_in = LoopedHookPoint(PER_HEAD_POS_DIM)
+        self.hook_q_input = LoopedHookPoint(PER_HEAD_POS_DIM)
+        self.hook_k_input = LoopedHookPoint(PER_HEAD_POS_DIM)
+        self.hook_v_input = LoopedHookPoint(PER_HEAD_POS_DIM)
         self._add_norm("ln1", self._pre)
         self.attn = Attention(cfg, weights.attn, location, getattr(self, "ln1", None))
+        for name in ("hook_q_input", "hook_k_input", "hook_v_input"):
+            # Past nn.Module.__setattr__: TransformerBridge's place for them, and not a second one.
+            object.__setattr__(self.attn, name, getattr(self, name))
         self._add_norm("ln1_post", self._post)
         self.hook_attn_out = LoopedHookPoint()
         if self._residual:
             self.hook_resid_mid_sum = LoopedHookPoint()
         self._add_norm("ln_mid", self._residual)
         self.hook_resid_mid = LoopedHookPoint()
+        self.hook_mlp_in = LoopedHookPoint()
         self._add_norm("ln2", self._pre)
         self.mlp = MLP(weights.mlp, getattr(self, "ln2", None))
         self._add_norm("ln2_post", self._post)
@@ -227,9 +233,9 @@ class Block(QuickModule):
                 # A key-value head reads the input of the first query head of its group.
                 k_in = v_in = heads[:, :, :: cfg.n_heads // cfg.n_kv_heads]
         else:
-            q_in = self.attn.hook_q_input(_per_head(q_from, cfg.n_heads))
-            k_in = self.attn.hook_k_input(_per_head(kv_from, cfg.n_kv_heads))
-            v_in = self.attn.hook_v_input(_per_head(kv_from, cfg.n_kv_heads))
+            q_in = self.hook_q_input(_per_head(q_from, cfg.n_heads))
+            k_in = self.hook_k_input(_per_head(kv_from, cfg.n_kv_heads))
+            v_in = self.hook_v_input(_per_head(kv_from, cfg.n_kv_heads))
         if self._pre:
             q_in, k_in, v_in = (self.ln1(x) for x in (q_in, k_in, v_in))
         return self.attn.forward_split(q_in, k_in, v_in, run)

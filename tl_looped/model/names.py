@@ -6,13 +6,15 @@ HookPoint, never a second one:
 
 - ``recurrence.{r}.blocks.{l}.…``, ``prelude.{l}.…``, ``coda.{l}.…``
 - ``blocks.(r, l).…``, which is what TransformerLens's ``get_act_name("z", (r, l))`` returns
+- ``blocks.{i}.attn.hook_q_input``, TransformerBridge's name of ``blocks.{i}.hook_q_input``, and so
+  for keys and values
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from tl_looped.errors import GatedHookError, HookNameError
 from tl_looped.model.block import GATED_HOOKS
@@ -22,9 +24,42 @@ _TUPLE = re.compile(r"blocks\.\((-?\d+), ?(-?\d+)\)\.(.+)")
 _RECURRENCE_BLOCK = re.compile(r"recurrence\.(\d+)\.blocks\.(\d+)\.(.+)")
 _STAGE = re.compile(r"(prelude|coda)\.(\d+)\.(.+)")
 _BLOCK = re.compile(r"blocks\.(-?\d+)\.(.+)")
-# get_act_name("q_input", i) leaves the component out.
-_ATTENTION_INPUT = re.compile(r"^(.*[\d)])\.(hook_[qkv]_input)$")
+# TransformerBridge's spelling; get_act_name("q_input", i) leaves the component out.
+_ATTENTION_INPUT = re.compile(r"^(.*[\d)])\.attn\.(hook_[qkv]_input)$")
 _RECURRENCE = re.compile(r"recurrence\.(\d+)\.(.+)")
+
+WHY_NONE: dict[str, str] = {
+    "hook_pos_embed": (
+        "positions are rotations of queries and keys (attn.hook_rot_q, attn.hook_rot_k), and "
+        "nothing is added to the stream for them"
+    ),
+    "hook_tokens": "edit the tokens and run the model on them: a run takes any",
+}
+"""Hooks of HookedTransformer's that no looped model has, and why."""
+
+_BRIDGE_NAMES: dict[str, str] = {
+    "hook_in": "hook_resid_pre",
+    "hook_out": "hook_resid_post",
+    "ln1.hook_in": "hook_resid_pre",
+    "ln2.hook_in": "hook_resid_mid",
+    "attn.q.hook_out": "attn.hook_q",
+    "attn.k.hook_out": "attn.hook_k",
+    "attn.v.hook_out": "attn.hook_v",
+    "attn.o.hook_in": "attn.hook_z",
+    "attn.hook_attn_in": "hook_attn_in",
+    "attn.hook_out": "hook_attn_out",
+    "mlp.gate.hook_out": "mlp.hook_pre",
+    "mlp.in.hook_out": "mlp.hook_pre_linear",
+    "mlp.out.hook_in": "mlp.hook_post",
+    "mlp.hook_out": "hook_mlp_out",
+    "ln1_post.hook_out": "hook_attn_out",
+    "ln2_post.hook_out": "hook_mlp_out",
+    "embed.hook_out": "hook_embed",
+}
+"""TransformerBridge's names, within a block or global, of activations that have others here."""
+
+_POST_NORMS = {"attn.hook_out": "ln1_post", "mlp.hook_out": "ln2_post"}
+"""Sublayers' own outputs, and the norms behind which they are another activation than ours."""
 
 
 def canonical_name(name: str, loop: LoopGeometry) -> str:
@@ -33,7 +68,7 @@ def canonical_name(name: str, loop: LoopGeometry) -> str:
     Raises:
         LayerIndexError: if an alias names a recurrence or layer out of range.
     """
-    name = _ATTENTION_INPUT.sub(r"\1.attn.\2", name)
+    name = _ATTENTION_INPUT.sub(r"\1.\2", name)
     if match := _TUPLE.fullmatch(name):
         return f"blocks.{loop.index(int(match[1]), int(match[2]))}.{match[3]}"
     if match := _RECURRENCE_BLOCK.fullmatch(name):
@@ -84,7 +119,21 @@ def resolve_name(name: str, loop: LoopGeometry, known: Mapping[str, object]) -> 
     raise HookNameError(_unknown(name, canonical, known, ""))
 
 
-def _unknown(name: str, suffix: str, known: Iterable[str], prefix: str) -> str:
+def bridge_spelling(name: str) -> str | None:
+    """TransformerBridge's spelling of a canonical name, if it has another that is an alias here."""
+    match = re.fullmatch(r"(blocks\.\d+)\.(hook_[qkv]_input)", name)
+    return f"{match[1]}.attn.{match[2]}" if match else None
+
+
+def _unknown(name: str, suffix: str, known: Collection[str], prefix: str) -> str:
+    if suffix in WHY_NONE:
+        return f"there is no hook {name!r}: {WHY_NONE[suffix]}"
+    own = _BRIDGE_NAMES.get(suffix)
+    post = _POST_NORMS.get(suffix)
+    if post is not None and f"{prefix}{post}.hook_scale" in known:
+        own = None
+    if own is not None and prefix + own in known:
+        return f"hook {name!r} is TransformerBridge's name: here it is {prefix + own!r}"
     # Comparing within one block keeps this fast at tens of thousands of hooks.
     if prefix:
         candidates = [n.removeprefix(prefix) for n in known if n.startswith(prefix)]

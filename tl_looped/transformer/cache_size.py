@@ -175,12 +175,12 @@ def twin_sizes(
             incl_bwd=incl_bwd,
             force=True,
         )
-    in_twin = dict.fromkeys(twin.hook_dict, 0)
+    in_twin = dict.fromkeys(twin.hook_dict.canonical, 0)
     for key, activation in cache.items():
         in_twin[key.removesuffix("_grad")] += activation.nbytes
     return {
         name: in_twin[twin_name(name, hook, model.loop, twin.loop)]
-        for name, hook in model.hook_dict.items()
+        for name, hook in model.hook_dict.canonical.items()
     }
 
 
@@ -190,7 +190,7 @@ def refuse_too_large_cache(model: HookedLoop, input: Any, kwargs: dict[str, Any]
     if shape is None:
         return
     incl_bwd = kwargs.get("incl_bwd", False)
-    most = most_bytes(model.cfg, len(model.hook_dict) * (1 + incl_bwd), *shape)
+    most = most_bytes(model.cfg, len(model.hook_dict.canonical) * (1 + incl_bwd), *shape)
     if most < ALWAYS_FREE:
         return
     device = torch.device(kwargs.get("device") or model.W_E.device)

@@ -79,7 +79,8 @@ class HookedLoop(NamedWeights):
 
     def _canonical(self, name: Any) -> str:
         # Without the check of types, which would be most of the time of thousands of names.
-        if isinstance(name, str) and name in self.hook_dict:
+        known = self.hook_dict.canonical
+        if isinstance(name, str) and name in known:
             return name
         if not isinstance(name, str):
             if not (isinstance(name, tuple) and len(name) > 1 and isinstance(name[0], str)):
@@ -88,7 +89,7 @@ class HookedLoop(NamedWeights):
                 )
             short, layer, *rest = name
             name = get_act_name(short, self.loop.resolve(layer), *rest)
-        return resolve_name(name, self.loop, self.hook_dict)
+        return resolve_name(name, self.loop, known)
 
     def all_hook_points(self) -> Iterator[LoopedHookPoint]:
         """Every hook point there is, those beyond the current number of recurrences included."""
@@ -141,10 +142,11 @@ class HookedLoop(NamedWeights):
         """Canonical names that a name or a filter function means; none at all is a mistake."""
         if not callable(wanted):
             return [self._canonical(wanted)]
-        names = [name for name in self.hook_dict if wanted(name)]
+        known = self.hook_dict.canonical
+        names = [name for name in known if wanted(name)]
         if not names:
             raise HookNameError(
-                f"the filter function selects none of the {len(self.hook_dict)} hooks. It sees "
+                f"the filter function selects none of the {len(known)} hooks. It sees "
                 "canonical names only, such as 'blocks.0.attn.hook_z' or "
                 "'recurrence.0.hook_state_out', no aliases."
             )
@@ -333,7 +335,7 @@ class HookedLoop(NamedWeights):
     def names_filter_set(self, names_filter: Any) -> set[str]:
         """Canonical names that a ``names_filter`` selects; unknown names are an error."""
         if names_filter is None:
-            return set(self.hook_dict)
+            return set(self.hook_dict.canonical)
         if callable(names_filter):
             return set(self._selected(names_filter))
         if isinstance(names_filter, (str, tuple)):
@@ -346,7 +348,7 @@ class HookedLoop(NamedWeights):
         names: set[str] = set()
         for name in names_filter:
             if isinstance(name, str) and name in PRESETS:
-                names |= {known for known in self.hook_dict if PRESETS[name](known)}
+                names |= {known for known in self.hook_dict.canonical if PRESETS[name](known)}
             else:
                 names.add(self._canonical(name))
         return names
@@ -398,7 +400,7 @@ class HookedLoop(NamedWeights):
         positions = AxisSlice(pos_slice, "positions", keep=not isinstance(pos_slice, Slice))
         common = (store, positions, device, remove_batch_dim)
         names = self.names_filter_set(names_filter)
-        ordered = [name for name in self.hook_dict if name in names]
+        ordered = [name for name in self.hook_dict.canonical if name in names]
         log = self._records[-1].log if self._caches_this_run else None
         writer, grad_writer = CacheWriter(*common, log=log), CacheWriter(*common, "_grad", log)
         fwd = [(name, writer) for name in ordered]

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
+from tl_looped._compat import LISTS_BRIDGE_NAMES
 from tl_looped.model.block import GATED_HOOKS, Block, BlockList
 from tl_looped.model.cells import Site
 from tl_looped.model.geometry import LoopGeometry
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, settle
-from tl_looped.model.names import resolve_name
+from tl_looped.model.names import bridge_spelling, resolve_name
 from tl_looped.model.program import Do
 
 if TYPE_CHECKING:
@@ -44,14 +45,31 @@ MOST_SELECTIONS = 8
 
 
 class HookDict(dict[str, LoopedHookPoint]):
-    """Hook points by canonical name; look-up also takes aliases and explains what is missing."""
+    """Hook points by canonical name; look-up also takes aliases and explains what is missing.
+
+    With TransformerLens 4, whose tools look through ``hook_dict`` for the names that a bridge lists
+    there, a bridge's spelling of split inputs is listed as well.
+    """
 
     def __init__(self, loop: LoopGeometry) -> None:
         super().__init__()
         self.loop = loop
+        self._once: dict[str, LoopedHookPoint] | None = None
+
+    @property
+    def canonical(self) -> dict[str, LoopedHookPoint]:
+        """Every hook point under its canonical name alone."""
+        return self if self._once is None else self._once
+
+    def list_bridge_names(self) -> None:
+        """List TransformerBridge's spellings as well, where they are aliases."""
+        spelled = {bridge_spelling(name): point for name, point in self.items()}
+        spelled.pop(None)
+        self._once = dict(self)
+        self.update({str(alias): point for alias, point in spelled.items()})
 
     def __missing__(self, name: str) -> LoopedHookPoint:
-        return dict.__getitem__(self, resolve_name(name, self.loop, self))
+        return dict.__getitem__(self, resolve_name(name, self.loop, self.canonical))
 
 
 class SelectedParts(NamedTuple):
@@ -114,6 +132,8 @@ def _named_hooks(model: Pool, blocks: list[Block]) -> HookDict:
             prefix = f"recurrence.{op.recurrence}." if in_loop else ""
             for name in site.names[op.do]:
                 add(site._modules[name], prefix + name)
+    if LISTS_BRIDGE_NAMES and model.cfg.use_split_qkv_input:
+        hooks.list_bridge_names()
     return hooks
 
 
