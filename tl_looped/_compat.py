@@ -27,6 +27,7 @@ from transformer_lens.utilities import (
     get_device,
     lm_cross_entropy_loss,
     sample_logits,
+    warn_if_mps,
 )
 
 LISTS_BRIDGE_NAMES = int(importlib.metadata.version("transformer-lens").split(".")[0]) >= 4
@@ -133,4 +134,5 @@ __all__ = [
     "get_device",
     "lm_cross_entropy_loss",
     "sample_logits",
+    "warn_if_mps",
 ]

@@ -432,6 +432,8 @@ class World:
             "chat_text": {"messages": [{"role": "user", "content": "Tom"}]},
             "clear_contexts": {"of": fresh},
             "coda_lens": {"resid": self.out},
+            "cpu": {"of": fresh},
+            "cuda": {"of": fresh, "device": 99},  # refused: there is none of that number
             "describe_bos": {},
             "enable_compatibility_mode": {"of": fresh},
             "estimate_cache_bytes": {},
@@ -449,6 +451,7 @@ class World:
             "logit_lens": {"resid": self.out},
             "loop_map": {"input": t},
             "loss_fn": {"logits": m(t), "tokens": t},
+            "mps": {"of": fresh},  # refused: there is none
             "names_filter_set": {"names_filter": "residual"},
             "readers": {"of": fresh, "readers": [("hook_embed", lambda x, hook: None)]},
             "with_recurrences": {"of": fresh, "n_recurrences": 2},
@@ -465,6 +468,7 @@ class World:
             "stack_weights": {"name": "W_Q"},
             "stop_tokens": {},
             "tl_parameters": {},
+            "to": {"of": fresh, "args": ("cpu",)},
             "to_bridge": {},
             "to_single_str_token": {"int_token": 5},
             "to_single_token": {"string": " has"},

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.once
 # Their valid call is refused: it names what there is not.
 REFUSED = {
     "adapters.find_adapter": "UnknownArchitectureError",
+    "LoopedTransformer.cuda": "InputError",
+    "LoopedTransformer.mps": "InputError",
     "Run.load": "DataError",
     "experiments.compare_runs": "InputError",
     "experiments.load": "DataError",

@@ -122,7 +122,7 @@ class TiedUnembedding(Module):
     """The unembedding of a looped model, which may be its embedding.
 
     Args:
-        owner: Its unembedding, with ``matrix``.
+        owner: Its unembedding, with ``shown``.
     """
 
     _owner: Any
@@ -133,8 +133,8 @@ class TiedUnembedding(Module):
 
     @property
     def weight(self) -> Float[Tensor, "d_vocab d_model"]:
-        """``W_U`` transposed."""
-        matrix: Tensor = self._owner.matrix
+        """``W_U`` transposed, centred if the model's is."""
+        matrix: Tensor = self._owner.shown
         return matrix
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:

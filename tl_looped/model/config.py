@@ -119,6 +119,8 @@ _NOT_SAVED = (
     "n_devices",
     "bos_from",
     "normalization_type",
+    "center_unembed",
+    "skipped_processing",
     "use_attn_result",
     "use_split_qkv_input",
     "use_attn_in",
@@ -183,6 +185,10 @@ class LoopedConfig(TransformerLensConfig):
             what it does itself, and the answer is written here; with neither, nothing is prepended.
         bos_from: Who decided that: ``"config"``, ``"tokenizer"`` or ``"caller"``. A note of the
             model in memory: a saved model is one whose configuration has decided.
+        center_unembed: Whether the model gives its logits, and ``W_U``, without their mean over the
+            vocabulary. The model sets it.
+        skipped_processing: What of TransformerLens's weight processing was asked for when the model
+            was loaded and does not apply to it, such as ``center_writing_weights``.
         use_attn_in: TransformerLens's flag for ``hook_attn_in``.
         use_hook_mlp_in: TransformerLens's flag for ``hook_mlp_in``.
     """
@@ -228,6 +234,8 @@ class LoopedConfig(TransformerLensConfig):
     # TransformerLens's own default prepends, whatever the tokenizer does.
     default_prepend_bos: bool | None = None  # type: ignore[assignment]
     bos_from: str = "config"
+    center_unembed: bool = False
+    skipped_processing: tuple[str, ...] = ()
 
     # The same for every supported family; TransformerLens's tools read these fields.
     normalization_type: str | None = "RMS"

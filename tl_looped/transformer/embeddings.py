@@ -1,4 +1,9 @@
-"""Embedding and unembedding."""
+"""Embedding and unembedding.
+
+A centred unembedding shows W_U without its mean over the vocabulary, and its logits have lost the
+same constant at every token. That is TransformerLens's ``center_unembed``: a matter of what the
+model gives, since the weights stay as they are stored. Probabilities are unchanged.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +49,7 @@ class Unembed(QuickModule):
     def __init__(self, cfg: LoopedConfig, embed: Embed, norm: NormWeights) -> None:
         super().__init__()
         self.cfg = cfg
-        self.folded = False
+        self.folded = self.centered = False
         object.__setattr__(self, "_embed", embed)
         object.__setattr__(self, "_norm", norm)
         self.hook_in = LoopedHookPoint()
@@ -62,9 +67,20 @@ class Unembed(QuickModule):
         return beside(self._norm.w, self.matrix)
 
     @property
+    def shown(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The matrix; a copy without its mean over the vocabulary where it is centred."""
+        return self.matrix - self._mean if self.centered else self.matrix
+
+    @property
+    def _mean(self) -> Float[Tensor, " d_model"]:
+        return self.matrix.mean(0)
+
+    @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """TransformerLens's unembedding matrix: a view, or a copy where the gain is folded in."""
-        return self._gain[:, None] * self.matrix.T if self.folded else self.matrix.T
+        """TransformerLens's unembedding matrix: a view, or a copy where the gain is folded in or it
+        is centred.
+        """
+        return self._gain[:, None] * self.shown.T if self.folded else self.shown.T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
@@ -78,11 +94,15 @@ class Unembed(QuickModule):
         if isinstance(tokens, Tensor):
             tokens = beside(tokens, self.matrix)
         rows = self.matrix[tokens]
+        if self.centered:
+            rows = rows - self._mean
         return rows * self._gain if self.folded else rows
 
     def silent(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Logits of a stream that the final norm's gain has multiplied; no hook fires."""
-        return nn.functional.linear(beside(x, self.matrix), self.matrix)
+        logits = nn.functional.linear(beside(x, self.matrix), self.matrix)
+        # The mean logit is that of the mean row, and costs no pass over the matrix.
+        return logits - logits.mean(-1, keepdim=True) if self.centered else logits
 
     def forward(
         self, x: Float[Tensor, "... d_model"], has_gain: bool = False

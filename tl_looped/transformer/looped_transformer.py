@@ -39,7 +39,6 @@ from tl_looped.transformer import generation, lenses, tokenizing, unrolling
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.exiting import run_with_exits
 from tl_looped.transformer.generation import GenerationOptions
-from tl_looped.transformer.hooked_loop import HookedLoop
 from tl_looped.transformer.intervening import (
     Intervention,
     intervened,
@@ -56,6 +55,7 @@ from tl_looped.transformer.spreading import (
     refuse_dispatched,
     refuse_offloaded,
 )
+from tl_looped.transformer.transformerlens import TransformerLensMethods
 from tl_looped.transformer.turns import in_turn
 from tl_looped.transformer.vocabulary import refuse_larger
 
@@ -63,7 +63,7 @@ _RETURN_TYPES = ("logits", "loss", "both", None)
 
 
 @checked
-class LoopedTransformer(HookedLoop):
+class LoopedTransformer(TransformerLensMethods):
     """A looped transformer with hook points by effective layer and by (recurrence, layer).
 
     Args:
@@ -82,7 +82,8 @@ class LoopedTransformer(HookedLoop):
         # A copy of its own: recurrences, flags and dtype of one model must not reach another.
         self.cfg = cfg = copy(cfg)
         cfg.n_devices = 1
-        cfg.normalization_type = "RMS"  # a new model is not folded, even if the other one was
+        # A new model shows its weights as they are, even if the other one did not.
+        cfg.normalization_type, cfg.center_unembed, cfg.skipped_processing = "RMS", False, ()
         self.tokenizer = tokenizer
         self.generation_config: dict[str, Any] = {}
         tokenizing.settle_bos(self)

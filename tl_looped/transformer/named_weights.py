@@ -158,39 +158,3 @@ class NamedWeights(Pool):
         """Sum of the output biases up to a layer: zero, the families have none."""
         self.loop.resolve_or_end(layer)
         return self.W_E.new_zeros(self.cfg.d_model)
-
-    def enable_compatibility_mode(
-        self,
-        disable_warnings: bool = False,
-        no_processing: bool = False,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        fold_value_biases: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-    ) -> None:
-        """TransformerLens's switch to folded norms, for tools and notebooks that rely on it.
-
-        With ``fold_ln`` the gains of ``ln1``, ``ln2`` and ``ln_final`` count as part of W_Q, W_K,
-        W_V, W_gate, W_in and W_U: those are given multiplied, the norms called from outside leave
-        them out and report ones, and ``unembed`` called from outside puts them in. It is a matter
-        of what the model shows. The forward pass, every activation (``hook_normalized`` never
-        includes a gain) and what is saved stay bit for bit the same. Post-norms and norms on the
-        stream or the loop have no weights after them to be folded into.
-
-        Centring is not done: RMSNorm does not allow it for writing weights, and centring W_U would
-        shift the logits. Value biases stay where they are.
-
-        Args:
-            disable_warnings: There are none.
-            no_processing: Fold nothing.
-            fold_ln: Fold the gains.
-            center_writing_weights, center_unembed, fold_value_biases: Without effect.
-            refactor_factored_attn_matrices: Not supported.
-        """
-        if refactor_factored_attn_matrices and not no_processing:
-            raise InputError(
-                "refactor_factored_attn_matrices is not supported: rotary queries and keys allow "
-                "no such change of basis"
-            )
-        weights.fold_gains(self, fold_ln and not no_processing)

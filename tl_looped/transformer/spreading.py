@@ -114,14 +114,24 @@ def plan_devices(
     return plan
 
 
-def check_devices(devices: Iterable[torch.device]) -> None:
-    """Raise where a device is not one of this machine."""
+def check_devices(devices: Iterable[torch.device], asked_by: str = "device_map") -> None:
+    """Raise where a device is not one of this machine.
+
+    Args:
+        devices: Devices of any kind; those that PyTorch cannot count are left to it.
+        asked_by: Who names them, for the message.
+
+    Raises:
+        InputError: for a GPU that PyTorch does not see.
+    """
     for device in devices:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise InputError(
-                f"device_map names {device}, and PyTorch sees {torch.cuda.device_count()} CUDA "
+                f"{asked_by} names {device}, and PyTorch sees {torch.cuda.device_count()} CUDA "
                 "devices"
             )
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise InputError(f"{asked_by} names {device}, and PyTorch sees no Apple GPU here")
 
 
 def refuse_offloaded(model: nn.Module) -> None:
