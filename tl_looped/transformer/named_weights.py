@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tl_looped._compat import FactoredMatrix
 from tl_looped.checks import checked
-from tl_looped.errors import InputError
 from tl_looped.model.block import Block
 from tl_looped.model.geometry import LayerLike
 from tl_looped.transformer import weights

@@ -27,7 +27,7 @@ from tl_looped.transformer import weights
 
 if TYPE_CHECKING:
     from tl_looped.model.config import LoopedConfig
-    from tl_looped.transformer.pool import Pool
+    from tl_looped.transformer.named_weights import NamedWeights
 
 _LOG = logging.getLogger("tl_looped")
 _SAID: set[str] = set()
@@ -79,7 +79,7 @@ class Processing:
         if self.fold_value_biases:
             refuse_value_biases(cfg)
 
-    def apply(self, model: Pool) -> None:
+    def apply(self, model: NamedWeights) -> None:
         """Show the model's weights so from now on."""
         self.check(model.cfg)
         weights.fold_gains(model, self.fold_ln)
@@ -87,7 +87,7 @@ class Processing:
             center_logits(model, self.center_unembed)
 
 
-def center_logits(model: Pool, centered: bool) -> None:
+def center_logits(model: NamedWeights, centered: bool) -> None:
     """Give ``W_U`` and the logits without their mean over the vocabulary, or as they are."""
     for cfg in (model.cfg, model.cell.cfg):  # the model's own, even if a view is centred
         cfg.center_unembed = centered

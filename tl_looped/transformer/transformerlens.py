@@ -1,4 +1,4 @@
-"""The third storey: TransformerLens's methods that are neither about hooks nor about text or loops.
+"""The storey of TransformerLens's methods that are neither about hooks nor about text or loops.
 
 They move the model, process and load weights. What TransformerLens has and a looped model has not
 is refused by name: see :data:`REFUSED`.
