@@ -219,7 +219,7 @@ def test_weights_by_transformerlens_name_are_the_models(kind: str) -> None:
     model, bridge = pair(kind)
     found, expected = bridge.tl_parameters(), model.tl_parameters()
     assert {n for n in expected if n not in found} <= {n for n in expected if "_post.w" in n} | {
-        n for n in expected if n.rsplit(".", 2)[-2] in ("ln_mid", "ln_out")
+        n for n in expected if n.rsplit(".", 2)[-2] in ("ln_mid", "ln_out", "q_norm", "k_norm")
     }
     for name in expected.keys() & found.keys():
         assert torch.equal(found[name], expected[name]), name

@@ -453,6 +453,7 @@ class World:
             "loss_fn": {"logits": m(t), "tokens": t},
             "mps": {"of": fresh},  # refused: there is none
             "names_filter_set": {"names_filter": "residual"},
+            "parameter_of": {"name": "blocks.1.attn.W_Q"},
             "readers": {"of": fresh, "readers": [("hook_embed", lambda x, hook: None)]},
             "with_recurrences": {"of": fresh, "n_recurrences": 2},
             "remove_all_hook_fns": {"of": fresh},
@@ -467,6 +468,7 @@ class World:
             "set_use_split_qkv_input": {"of": fresh, "use_split_qkv_input": True},
             "stack_weights": {"name": "W_Q"},
             "stop_tokens": {},
+            "tl_named_parameters": {},
             "tl_parameters": {},
             "to": {"of": fresh, "args": ("cpu",)},
             "to_bridge": {},
@@ -479,6 +481,7 @@ class World:
             "tokenize": {"text": self.text},
             "tokens_to_residual_directions": {"tokens": t},
             "train": {"of": fresh},
+            "transformer_lens_names": {"name": "embed.W_E"},
             "unique_blocks": {},
             "unique_layer": {"layer": 1},
             "unique_weights": {"name": "W_Q"},

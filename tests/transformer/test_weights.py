@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from transformer_lens import SVDInterpreter
 
-from tl_looped import InputError, LoopedTransformer
+from tl_looped import InputError, LayerIndexError, LoopedTransformer
 from tl_looped.model.context import RunContext
 
 STACKS = ("W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out", "b_Q", "b_K", "b_V", "b_O")
@@ -76,6 +76,48 @@ def test_labels_and_blocks_with(model: LoopedTransformer, tokens: Tensor) -> Non
         has = name == "attn" or name in model.cfg.norm_layout.norm_names
         assert [i for i, _ in found] == (list(range(model.loop.n_layers)) if has else [])
         assert all(block is model.blocks[i] for i, block in found)
+
+
+# -- TransformerLens's names and the model's ------------------------------------------------------
+
+
+def test_the_map_of_names_leads_to_the_numbers_and_back(model: LoopedTransformer) -> None:
+    own, cfg = dict(model.named_parameters()), model.cfg
+    of_own: dict[str, set[str]] = {name: set() for name in own}
+    for name, weight in model.tl_named_parameters():
+        stored = model.parameter_of(name)
+        if stored is None:
+            assert name.rpartition(".")[2][0] == "b"
+            assert not weight.any()
+            continue
+        of_own[stored.name].add(name)
+        rows = own[stored.name][stored.rows]
+        # Each number of the rows is in the weight, once, or for each query head of a group.
+        repeats = weight.numel() // rows.numel()
+        kinds = ("W_K", "W_V", "b_K", "b_V")
+        assert repeats == (cfg.n_heads // cfg.n_kv_heads if name.endswith(kinds) else 1), name
+        expected = rows.flatten().sort().values.repeat_interleave(repeats)
+        assert torch.equal(weight.flatten().sort().values, expected), name
+    for name, names in of_own.items():
+        assert set(model.transformer_lens_names(name)) == names
+        if name.split(".")[0] in ("core", "prelude", "embed"):
+            assert names, f"{name} has a name in TransformerLens"
+    core = model.transformer_lens_names("core.1.attn.out")
+    assert core == [f"blocks.{model.loop.index(r, 1)}.attn.W_O" for r in range(model.loop.R)]
+    assert model.parameter_of("blocks.-1.mlp.W_out") == model.parameter_of(
+        f"blocks.{model.loop.n_layers - 1}.mlp.W_out"
+    )
+    assert model.parameter_of("blocks.0.attn._W_K") == model.parameter_of("blocks.0.attn.W_K")
+
+
+def test_names_that_there_are_not_are_refused(model: LoopedTransformer) -> None:
+    for name in ("W_Q", "blocks.0.attn.W_X", "blocks.x.attn.W_Q", "blocks.0.ln3.w", "core.0.attn"):
+        with pytest.raises(InputError, match=r"attn\.W_Q"):
+            model.parameter_of(name)
+    with pytest.raises(LayerIndexError):
+        model.parameter_of(f"blocks.{model.loop.n_layers}.attn.W_Q")
+    with pytest.raises(InputError, match=r"core\.0\.attn\.qkv"):
+        model.transformer_lens_names("blocks.0.attn.W_Q")
 
 
 # -- compatibility mode ---------------------------------------------------------------------------

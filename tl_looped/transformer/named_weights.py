@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -9,8 +11,9 @@ from tl_looped._compat import FactoredMatrix
 from tl_looped.checks import checked
 from tl_looped.model.block import Block
 from tl_looped.model.geometry import LayerLike
-from tl_looped.transformer import weights
+from tl_looped.transformer import weight_map, weights
 from tl_looped.transformer.pool import Pool
+from tl_looped.transformer.weight_map import StoredRows
 
 
 @checked
@@ -145,6 +148,48 @@ class NamedWeights(Pool):
     def blocks_with(self, submodule: str) -> list[tuple[int, Block]]:
         """Effective layers, with their index, that have a submodule such as ``"ln1_post"``."""
         return [(i, block) for i, block in enumerate(self.blocks) if submodule in block._modules]
+
+    def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """As in TransformerLens 4: the items of :meth:`tl_parameters`."""
+        return iter(self.tl_parameters().items())
+
+    @checked
+    def parameter_of(self, name: str) -> StoredRows | None:
+        """Where a weight of TransformerLens's name is stored.
+
+        Args:
+            name: Such as ``"blocks.3.attn.W_Q"``, ``"unembed.W_U"``, ``"ln_final.w"``; of keys and
+                values also HookedTransformer's ``"blocks.3.attn._W_K"``.
+
+        Returns:
+            The parameter's name among ``named_parameters()`` and its rows; None for a bias that
+            the model does not have, which is zero. ``tl_looped.transformer.weight_map`` has the
+            whole table.
+
+        Raises:
+            InputError: TransformerLens has no such weight, or the model does not.
+            LayerIndexError: there is no such layer at the present number of recurrences.
+        """
+        return weight_map.parameter_of(self, name)
+
+    @checked
+    def transformer_lens_names(self, name: str) -> list[str]:
+        """TransformerLens's names of all weights that a parameter holds, the inverse of the above.
+
+        Of core layers they name every recurrence, at the present number of them: who edits one
+        edits all.
+
+        Args:
+            name: Name among ``named_parameters()``, such as ``"core.1.attn.qkv"``.
+
+        Returns:
+            The names in the order of the layers; none for what TransformerLens does not have, such
+            as the adapter of an injection.
+
+        Raises:
+            InputError: the model has no such parameter.
+        """
+        return weight_map.transformer_lens_names(self, name)
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Weights of every effective layer under TransformerLens's names."""

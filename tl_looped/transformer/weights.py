@@ -11,6 +11,7 @@ repeated keys and values and folded gains).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,6 +23,7 @@ from tl_looped.errors import InputError
 from tl_looped.model.block import FOLDED, Block
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLike, LoopGeometry
+from tl_looped.transformer.weight_map import of_a_block
 
 if TYPE_CHECKING:
     from tl_looped.transformer.named_weights import NamedWeights
@@ -113,12 +115,9 @@ def _weight(block: Block, name: str) -> Tensor:
 
 
 def _block_parameters(block: Block) -> dict[str, Tensor]:
-    attn = {f"attn.{n}": getattr(block.attn, n) for n in ("W_Q", "W_K", "W_V", "W_O")}
-    biases = {f"attn.{n}": getattr(block.attn, n) for n in ("b_Q", "b_K", "b_V", "b_O")}
-    mlp = {f"mlp.{n}": getattr(block.mlp, n) for n in ("W_gate", "W_in", "W_out", "b_in", "b_out")}
-    norms = {
-        f"{n}.w": getattr(block, n).w
-        for n in block.cfg.norm_layout.norm_names
-        if not getattr(block, n).folded  # as in TransformerLens, a folded norm has no gain
+    norms = {name for name in block.cfg.norm_layout.norm_names if getattr(block, name).folded}
+    return {
+        name: attrgetter(name)(block)
+        for name in of_a_block(block.cfg)
+        if name.removesuffix(".w") not in norms  # as in TransformerLens: a folded norm has no gain
     }
-    return attn | biases | mlp | norms
