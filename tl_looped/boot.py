@@ -61,7 +61,7 @@ class LoopedForCausalLM:
 
     @staticmethod
     def from_pretrained(
-        path_or_hub_id: str,
+        model_name: str,
         *,
         config: Any,
         torch_dtype: torch.dtype | None = None,
@@ -72,7 +72,7 @@ class LoopedForCausalLM:
         """The unrolled model on the CPU.
 
         Args:
-            path_or_hub_id: See :meth:`LoopedTransformer.from_pretrained`.
+            model_name: See :meth:`LoopedTransformer.from_pretrained`.
             config: A :class:`LoopedPretrainedConfig`.
             torch_dtype, dtype: fp32 if both are None.
             revision: Branch, tag or commit on the hub.
@@ -89,7 +89,7 @@ class LoopedForCausalLM:
                 f"{refused} have no effect on a looped model; move it with bridge.to(device)"
             )
         looped = LoopedTransformer.from_pretrained(
-            path_or_hub_id,
+            model_name,
             n_recurrences=config.n_recurrences,
             device="cpu",
             dtype=torch_dtype or dtype,

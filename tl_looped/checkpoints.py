@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ from tl_looped.adapters.stored import (
     tensor_files,
     wrong_dtypes,
 )
-from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
+from tl_looped.checks import described
+from tl_looped.errors import CheckpointError, ConfigError, InputError, TLLoopedError
 from tl_looped.files import is_file, is_folder
 from tl_looped.model.bos import adds_bos
 from tl_looped.model.config import LoopedConfig
@@ -52,10 +53,42 @@ BUNDLED = {
     name: Path(__file__).parent / "data" / name
     for name in ("demo", "demo-base", "demo-bare", "demo-control")
 }
-_ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 _GENERATION = "generation_config.json"
 _NOT_OF_THE_FORMAT = ("dtype", "model_name", "init_mode", "initializer_range", "seed")
 """Fields of the machine, of the name, and of how random weights were once drawn."""
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How the hub is asked, in the words of its client.
+
+    Args:
+        cache_dir: Folder of downloads, in place of its own.
+        token: For private and gated models, in place of the one that is logged in.
+        local_files_only: Take what was downloaded before, and ask nobody.
+        force_download: Download even what is there.
+
+    Raises:
+        InputError: for a value of another kind.
+    """
+
+    cache_dir: str | Path | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    local_files_only: bool = False
+    force_download: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kinds in (
+            ("cache_dir", (str, Path, type(None))),
+            ("token", (str, bool, type(None))),
+            ("local_files_only", (bool,)),
+            ("force_download", (bool,)),
+        ):
+            if not isinstance(getattr(self, name), kinds):
+                what = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+                given = "a secret" if name == "token" else described(getattr(self, name))
+                raise InputError(f"{name} must be {what}, got {given}")
 
 
 @dataclass
@@ -106,7 +139,11 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer with the family's special tokens; None without one."""
-        tokenizer = read_tokenizer(self.folder)
+        return self.tokenizer_of(self.folder)
+
+    def tokenizer_of(self, folder: Path) -> Any:
+        """The tokenizer of another folder, for this family."""
+        tokenizer = read_tokenizer(folder)
         if tokenizer is not None:
             for kind, token in self.adapter.special_tokens(tokenizer).items():
                 setattr(tokenizer, f"{kind}_token", token)
@@ -154,7 +191,7 @@ class Checkpoint:
             CheckpointError: a weight that is not finite, or a second copy of one that differs.
         """
         cfg = self.config()
-        with TensorReader(self.headers) as read:
+        with self.reader() as read:
             for extra, original in self.adapter.duplicates(cfg).items():
                 if extra in self.headers and not torch.equal(read(extra), read(original)):
                     raise CheckpointError(
@@ -163,36 +200,52 @@ class Checkpoint:
                     )
             give_values(model, self.adapter.sources(cfg), read, device, dtype)
 
+    def reader(self) -> AbstractContextManager[Callable[[str], Tensor]]:
+        """What reads the tensors by name, while the context lasts."""
+        return TensorReader(self.headers)
 
-def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> Checkpoint:
+
+def generation_config_of(model: Any) -> dict[str, Any]:
+    """That of a model in memory; empty where transformers made it up from the model's config."""
+    found = getattr(model, "generation_config", None)
+    if found is None or getattr(found, "_from_model_config", False):
+        return {}
+    values: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
+    return values
+
+
+def open_checkpoint(
+    model_name: str | Path, revision: str | None = None, hub: HubOptions | None = None
+) -> Checkpoint:
     """Find a checkpoint and match it with its adapter, without reading any tensor.
 
     Args:
-        path_or_hub_id: A bundled name or an alias, a local folder, or a hub id. A folder that is
+        model_name: A bundled name or an alias, a local folder, or a hub id. A folder that is
             called like an alias is meant by ``./name`` or by a ``Path``.
         revision: Branch, tag or commit, for the hub only.
+        hub: How the hub is asked.
 
     Raises:
         CheckpointError: nothing there, no safetensors, a damaged file.
         UnknownArchitectureError: no adapter recognises it.
     """
-    name = str(path_or_hub_id)
+    name = str(model_name)
     alias = all_aliases().get(name)
-    if isinstance(path_or_hub_id, Path):
+    if isinstance(model_name, Path):
         alias = None
-        if not is_folder(path_or_hub_id):
+        if not is_folder(model_name):
             raise CheckpointError(f"{name} is not a folder; a checkpoint is one with a config.json")
-        folder = path_or_hub_id
+        folder = model_name
     elif name in BUNDLED:
         folder = BUNDLED[name]
     elif alias is not None:
-        folder = download(alias.hub_id, revision)
+        folder = download(alias.hub_id, revision, hub)
     elif is_folder(name):
         folder = Path(name)
     elif is_file(name):
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder with config.json in it")
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = download(name, revision)
+        folder = download(name, revision, hub)
     else:
         known = ", ".join(sorted([*BUNDLED, *all_aliases()]))
         raise CheckpointError(
@@ -207,11 +260,30 @@ def open_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) -> 
     return Checkpoint(folder, name, raw, headers, adapter, recurrences)
 
 
-def download(hub_id: str, revision: str | None) -> Path:
-    """The local copy of a hub checkpoint: config, safetensors and tokenizer, nothing else."""
+def download(
+    hub_id: str,
+    revision: str | None,
+    hub: HubOptions | None = None,
+    patterns: Iterable[str] = ALLOWED,
+) -> Path:
+    """The local copy of a hub checkpoint: config, safetensors and tokenizer, nothing else.
+
+    Args:
+        hub_id: Owner and name.
+        revision: Branch, tag or commit; the main one if None.
+        hub: How the hub is asked.
+        patterns: Of the files' names.
+
+    Raises:
+        CheckpointError: it is not to be had.
+    """
     try:
         found = snapshot_download(
-            hub_id, revision=revision, allow_patterns=_ALLOWED, ignore_patterns=["*/*"]
+            hub_id,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
+            **(asdict(hub) if hub is not None else {}),
         )
         return Path(found)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -440,7 +440,8 @@ class World:
             "exits": {"of": self.gated, "input": t},
             "forward": {"input": t},
             "from_config": {"cfg": m.cfg},
-            "from_pretrained": {"path_or_hub_id": "demo-bare", "device": "cpu"},
+            "from_pretrained": {"model_name": "demo-bare", "device": "cpu"},
+            "from_pretrained_no_processing": {"model_name": "demo-bare"},
             "generate": {"input": t, "max_new_tokens": 2, "verbose": False},
             "generate_stream": {"input": t, "max_new_tokens": 2, "verbose": False},
             "get_caching_hooks": {},
@@ -451,6 +452,7 @@ class World:
             "logit_lens": {"resid": self.out},
             "loop_map": {"input": t},
             "loss_fn": {"logits": m(t), "tokens": t},
+            "move_model_modules_to_device": {"of": fresh},
             "mps": {"of": fresh},  # refused: there is none
             "names_filter_set": {"names_filter": "residual"},
             "parameter_of": {"name": "blocks.1.attn.W_Q"},

@@ -242,7 +242,7 @@ def test_the_command_goes_on_training_a_model(corpus, source, tmp_path, monkeypa
         assert record[name] == rows_digest(rows)
     steps: list[int] = []
     _, table = train_model_on_texts(
-        LoopedTransformer.from_pretrained(source, 3, device="cpu"),
+        LoopedTransformer.from_pretrained(source, n_recurrences=3, device="cpu"),
         str(corpus),
         out,
         TrainSpec(4, 2, warmup=1, evaluate_every=2, loss=ExitWeighted(0.1)),

@@ -100,7 +100,10 @@ def train_command(
             _refuse_sizes(
                 start, [n for n in sizes if n not in _SHOWN] + ["tokenizer"] * bool(tokenizer)
             )
-            model = LoopedTransformer.from_pretrained(start, shape["recurrences"], device=device)
+            recurrences = shape["recurrences"]
+            model = LoopedTransformer.from_pretrained(
+                start, n_recurrences=recurrences, device=device
+            )
             log, _ = train_model_on_texts(
                 model, data, out, run, shape["context"], held_out, *rest, fresh=True
             )

@@ -7,7 +7,6 @@ TransformerLens holds one. Nothing of it is changed or shared: the looped model 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from tl_looped.adapters.rope import refuse_contradictions
 from tl_looped.adapters.stored import read_headers, refuse_quantised, tensor_files, wrong_dtypes
 from tl_looped.checkpoints import (
     download,
+    generation_config_of,
     read_config,
     read_generation_config,
     read_tokenizer,
@@ -114,33 +114,22 @@ def open_feedforward(
     _check_class(model, family, name)
     if tokenizer is None and bridge is not None:
         tokenizer = bridge.tokenizer
-    return Feedforward(model, family, tokenizer, name, _generation_config(model))
-
-
-def _generation_config(model: PreTrainedModel) -> dict[str, Any]:
-    """That of a model in memory; empty where transformers made it up from the model's config."""
-    found = getattr(model, "generation_config", None)
-    if found is None or getattr(found, "_from_model_config", False):
-        return {}
-    values: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
-    return values
+    return Feedforward(model, family, tokenizer, name, generation_config_of(model))
 
 
 def _load(
-    path_or_hub_id: str | Path,
+    model_name: str | Path,
     dtype: torch.dtype,
     tokenizer: Any,
     revision: str | None,
     check_layers: Callable[[int], object],
 ) -> Feedforward:
-    text = str(path_or_hub_id)
+    text = str(model_name)
     if Path(text).is_dir():
         if revision is not None:
             raise CheckpointError(f"revision={revision!r} is for the hub, but {text} is a folder")
         folder = Path(text)
-    elif (
-        isinstance(path_or_hub_id, Path) or text.count("/") != 1 or text.startswith((".", "/", "~"))
-    ):
+    elif isinstance(model_name, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"{text!r} is neither a folder nor a hub id (owner/name)")
     else:
         folder = download(text, revision)

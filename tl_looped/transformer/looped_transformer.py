@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from tl_looped import checkpoints
 from tl_looped._compat import lm_cross_entropy_loss
-from tl_looped.checks import Seed, checked, one_of
-from tl_looped.errors import ConfigError, InputError
+from tl_looped.checks import Seed, checked, one_of, shown
+from tl_looped.errors import ArgumentTypeError, ConfigError, InputError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.cells import State, Stream, cell_class
 from tl_looped.model.config import LoopedConfig
@@ -45,8 +45,10 @@ from tl_looped.transformer.intervening import (
     intervening,
     refuse_interventions,
 )
+from tl_looped.transformer.load_options import LoadOptions, dtype_of, hub_options
 from tl_looped.transformer.loading import load_model
 from tl_looped.transformer.loop_map import LoopMap, loop_map_of
+from tl_looped.transformer.processing import Processing
 from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
 from tl_looped.transformer.run_options import RunOptions, begin_run, check_seed, read_options
 from tl_looped.transformer.spreading import (
@@ -126,21 +128,38 @@ class LoopedTransformer(TransformerLensMethods):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | Path,
+        model_name: str | Path,
+        *positional: Any,
         n_recurrences: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         device_map: DeviceMap | None = None,
         max_memory: dict[int | str, int | str] | None = None,
+        fold_ln: bool = False,
+        center_writing_weights: bool = False,
+        center_unembed: bool = False,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = False,
+        hf_model: Any = None,
+        tokenizer: Any = None,
         default_prepend_bos: bool | None = None,
+        default_padding_side: str | None = None,
+        n_ctx: int | None = None,
+        n_devices: int = 1,
+        move_to_device: bool = True,
+        **from_pretrained_kwargs: Any,
     ) -> LoopedTransformer:
         """Load a checkpoint from a folder, the hub, or the bundle (``"demo"``).
 
+        The weights are unprocessed unless it is asked for; ``HookedTransformer`` folds and centres
+        by default. ``fold_ln=True, center_unembed=True`` gives its numbers.
+
         Args:
-            path_or_hub_id: A local folder, a hub id, or a short alias such as ``"huginn"``,
+            model_name: A local folder, a hub id, or a short alias such as ``"huginn"``,
                 ``"ouro-1.4b"``, ``"recurrent-llama-3.2-r32"``. Only config, safetensors and
                 tokenizer files are read: no remote code, no pickles.
+            *positional: None; what follows the name is given by keyword.
             n_recurrences: Recurrences; the checkpoint's own number if None.
             device: TransformerLens's default device if None. ``"meta"`` loads no values.
             dtype: fp32 if None, as in TransformerLens. A weight that it cannot hold is refused.
@@ -150,24 +169,97 @@ class LoopedTransformer(TransformerLensMethods):
                 to devices. See ``tl_looped.transformer.spreading`` for what that means.
             max_memory: Most bytes of weights per device, as in accelerate:
                 ``{0: "20GiB", 1: "40GiB", "cpu": "60GiB"}``.
+            fold_ln: Show the norms' gains as part of the weights behind them; see
+                :meth:`enable_compatibility_mode`.
+            center_writing_weights: Without effect, as in ``HookedTransformer`` on models with
+                RMSNorm; noted in ``cfg.skipped_processing``.
+            center_unembed: Give ``W_U`` and the logits without their mean over the vocabulary.
+            refactor_factored_attn_matrices: Refused: positions are rotary.
+            fold_value_biases: Without effect; refused for a model with value biases.
+            hf_model: A model of transformers of a looped family, whose weights are copied. Then
+                ``model_name`` says what it is called, and where its tokenizer is.
+            tokenizer: A Hugging Face tokenizer in place of the checkpoint's.
             default_prepend_bos: Whether text gets a BOS token. If None: as the model was saved;
                 otherwise as its authors do by hand (Huginn), or as its tokenizer does by itself.
-                :meth:`describe_bos` says which.
+                :meth:`describe_bos` says which. True is TransformerLens's default.
+            default_padding_side: ``"left"`` or ``"right"``; the tokenizer's own if None.
+            n_ctx: Longest text, in place of the checkpoint's own. It is saved with the model.
+            n_devices: Spread the weights over so many GPUs, the first ones.
+            move_to_device: Whether to load onto ``device``; otherwise the weights stay on the CPU
+                until :meth:`move_model_modules_to_device`.
+            **from_pretrained_kwargs: Of transformers' keywords ``torch_dtype`` (as ``dtype``),
+                ``cache_dir``, ``token``, ``local_files_only`` and ``force_download``. Others are
+                taken where they change nothing here, such as ``trust_remote_code``, and refused by
+                name where they would; see ``tl_looped.transformer.load_options``.
 
         Raises:
             CheckpointError, UnknownArchitectureError: see ``tl_looped.checkpoints``.
-            InputError: ``device_map`` names no device for a layer, splits one, or needs a disk.
+            InputError: ``device_map`` names no device for a layer, splits one, or needs a disk;
+                keywords that exclude each other, or that are refused.
         """
-        return load_model(
-            cls,
-            path_or_hub_id,
-            n_recurrences,
-            device,
-            dtype,
-            revision,
-            device_map,
-            max_memory,
-            default_prepend_bos,
+        if positional:
+            raise ArgumentTypeError(
+                f"from_pretrained takes the model's name alone by position, and then got "
+                f"{', '.join(map(shown, positional))}: give it by keyword, such as "
+                "n_recurrences=4 or fold_ln=False"
+            )
+        processing = Processing(
+            fold_ln,
+            center_writing_weights,
+            center_unembed,
+            fold_value_biases,
+            refactor_factored_attn_matrices,
+        )
+        options = LoadOptions(
+            model_name=model_name,
+            n_recurrences=n_recurrences,
+            device=device,
+            revision=revision,
+            device_map=device_map,
+            max_memory=max_memory,
+            tokenizer=tokenizer,
+            hf_model=hf_model,
+            default_prepend_bos=default_prepend_bos,
+            default_padding_side=default_padding_side,
+            n_ctx=n_ctx,
+            n_devices=n_devices,
+            move_to_device=move_to_device,
+            processing=processing,
+            hub=hub_options(from_pretrained_kwargs),
+            dtype=dtype_of(dtype, from_pretrained_kwargs),
+        )
+        return load_model(cls, options)
+
+    @classmethod
+    def from_pretrained_no_processing(
+        cls,
+        model_name: str | Path,
+        *positional: Any,
+        fold_ln: bool = False,
+        center_writing_weights: bool = False,
+        center_unembed: bool = False,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = False,
+        **options: Any,
+    ) -> LoopedTransformer:
+        """As :meth:`from_pretrained`, which processes nothing by itself either.
+
+        Args:
+            model_name: See :meth:`from_pretrained`; and so are all others.
+            *positional: None.
+            fold_ln, center_writing_weights, center_unembed: See there.
+            refactor_factored_attn_matrices, fold_value_biases: See there.
+            **options: See there.
+        """
+        return cls.from_pretrained(
+            model_name,
+            *positional,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            fold_value_biases=fold_value_biases,
+            **options,
         )
 
     @in_turn

@@ -86,6 +86,12 @@ class Processing:
         if self.center_unembed is not None:
             center_logits(model, self.center_unembed)
 
+    def note(self, cfg: LoopedConfig) -> None:
+        """Write down, and say once, what was asked for and does not apply."""
+        if self.center_writing_weights:
+            cfg.skipped_processing = ("center_writing_weights",)
+            say_once(NO_CENTRED_WRITING)
+
 
 def center_logits(model: NamedWeights, centered: bool) -> None:
     """Give ``W_U`` and the logits without their mean over the vocabulary, or as they are."""

@@ -134,6 +134,21 @@ def check_devices(devices: Iterable[torch.device], asked_by: str = "device_map")
             raise InputError(f"{asked_by} names {device}, and PyTorch sees no Apple GPU here")
 
 
+def memory_of_gpus(n: int) -> dict[int | str, int | str]:
+    """Free bytes of the first n GPUs, and of nothing else, as ``max_memory``.
+
+    Raises:
+        InputError: if PyTorch sees fewer.
+    """
+    seen = torch.cuda.device_count()
+    if n > seen:
+        raise InputError(
+            f"n_devices={n}, and PyTorch sees {seen} CUDA devices: device_map= spreads a model "
+            "over others too, the CPU included"
+        )
+    return {i: torch.cuda.mem_get_info(i)[0] for i in range(n)}
+
+
 def refuse_offloaded(model: nn.Module) -> None:
     """Raise if accelerate has taken the weights away until their own module is called."""
     on_meta = next(model.parameters()).device.type == "meta"

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 @checked
 class TransformerLensMethods(HookedLoop):
-    """Methods of HookedTransformer and TransformerBridge, beside hooks, text and generation."""
+    """Methods of HookedTransformer and TransformerBridge, beside hooks, text and generation.
+
+    Attributes:
+        home_device: Where ``from_pretrained`` was asked to load the weights; None if it was not.
+    """
+
+    home_device: torch.device | None = None
 
     # -- devices and dtypes -------------------------------------------------------------------
 
@@ -63,6 +69,13 @@ class TransformerLensMethods(HookedLoop):
     def mps(self) -> Self:
         """Move the model to Apple's GPU, with TransformerLens's warning; see :meth:`to`."""
         return self.to(torch.device("mps"))
+
+    def move_model_modules_to_device(self) -> None:
+        """Move the weights to where ``from_pretrained(move_to_device=False)`` was asked to load
+        them; a model that is there, or that was not loaded so, stays where it is.
+        """
+        if self.cfg.n_devices == 1 and self.home_device is not None:
+            self.to(self.home_device)
 
     # -- what the weights are shown as --------------------------------------------------------
 
