@@ -33,8 +33,11 @@ class RegistryError(TLLoopedError, ValueError):
     """An adapter that cannot be registered, for instance because its name is taken."""
 
 
-class LayerIndexError(TLLoopedError, IndexError):
-    """A recurrence, a layer in a stage or an effective layer outside the model's range."""
+class LayerIndexError(TLLoopedError, KeyError, IndexError):
+    """A recurrence, a layer in a stage or an effective layer outside the model's range.
+
+    A ``KeyError`` too, as it is of a TransformerLens cache.
+    """
 
 
 class RecurrenceCountError(TLLoopedError, ValueError):
@@ -49,16 +52,22 @@ class GatedHookError(TLLoopedError, ValueError, AssertionError):
     """A hook that exists only while a configuration flag is on, used while it is off."""
 
 
-class InputError(TLLoopedError, ValueError):
-    """Tokens, text, masks or states that the model cannot take."""
+class InputError(TLLoopedError, AssertionError, ValueError):
+    """Tokens, text, masks, states or options that the model cannot take.
+
+    An ``AssertionError`` too: that is how TransformerLens refuses most of them.
+    """
 
 
 class ArgumentTypeError(InputError, TypeError):
     """An argument of a type, a shape or a dtype that the callable's type hint excludes."""
 
 
-class TokenizerError(TLLoopedError, ValueError):
-    """Text was given to a model without a tokenizer, or text that the tokenizer cannot handle."""
+class TokenizerError(TLLoopedError, AssertionError, ValueError):
+    """Text was given to a model without a tokenizer, or text that the tokenizer cannot handle.
+
+    An ``AssertionError`` too, as in TransformerLens.
+    """
 
 
 class SingleTokenError(TokenizerError, InputError, AssertionError):
