@@ -141,6 +141,20 @@ def _of(make: Callable[[], Any], method: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(make(), method)(*args, **kwargs)
 
 
+class Dictionary(torch.nn.Module):
+    """What an autoencoder is to a splice: twice as many features as dimensions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.W = torch.nn.Parameter(torch.eye(width).repeat(2, 1))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.W.T).relu()
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return features @ self.W
+
+
 class World:
     """What valid calls are made of: a (1, 2 x 3, 1) model of 16 dimensions, and what it gives."""
 
@@ -272,6 +286,7 @@ class World:
             "ScaleInjection": {"factor": 0.5},
             "SkipLayers": {"layers": 0},
             "SkipRecurrences": {"recurrences": 1},
+            "Splice": {"sae": Dictionary(16), "layers": 0},
             "SwapLayers": {"first": 0, "second": 1},
             "SwapStates": {"recurrences": 1},
         }

@@ -30,6 +30,7 @@ from tl_looped.interventions.frozen_attention import FreezeAttention
 from tl_looped.interventions.layers import ReorderLayers, SkipLayers, SwapLayers
 from tl_looped.interventions.recurrences import RepeatRecurrence, SkipRecurrences
 from tl_looped.interventions.selection import Recurrences
+from tl_looped.interventions.splicing import Splice
 from tl_looped.interventions.states import (
     AddNoise,
     ReplaceInitialState,
@@ -56,6 +57,7 @@ __all__ = [
     "ScaleInjection",
     "SkipLayers",
     "SkipRecurrences",
+    "Splice",
     "SwapLayers",
     "SwapStates",
     "fixed_point",
