@@ -24,6 +24,7 @@ FAMILY = {
     "TokenizerError": ValueError,
     "SingleTokenError": AssertionError,
     "InvalidDecompositionError": NotImplementedError,
+    "UnsupportedMethodError": NotImplementedError,
     "MissingActivationError": KeyError,
     "DataError": ValueError,
     "DivergedError": ArithmeticError,

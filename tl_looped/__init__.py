@@ -38,6 +38,7 @@ from tl_looped.errors import (
     TLLoopedError,
     TokenizerError,
     UnknownArchitectureError,
+    UnsupportedMethodError,
 )
 from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLayout, RotaryStyle
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
@@ -84,6 +85,7 @@ __all__ = [
     "TLLoopedError",
     "TokenizerError",
     "UnknownArchitectureError",
+    "UnsupportedMethodError",
     "__version__",
     "known_adapters",
     "register_adapter",

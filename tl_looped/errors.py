@@ -78,6 +78,10 @@ class InvalidDecompositionError(TLLoopedError, NotImplementedError):
     """A TransformerLens analysis that assumes a plain additive residual stream."""
 
 
+class UnsupportedMethodError(TLLoopedError, NotImplementedError):
+    """A method of TransformerLens that looped models cannot have."""
+
+
 class MissingActivationError(TLLoopedError, KeyError):
     """An activation that the cache does not hold."""
 

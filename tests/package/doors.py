@@ -29,6 +29,7 @@ from tl_looped.experiments import Experiment, PromptSet, Run
 from tl_looped.metrics.clusters import FEATURES
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.training import Constant, PoissonLogNormal, Shape, TrainSpec
+from tl_looped.transformer.transformerlens import REFUSED as UNSUPPORTED
 
 SECONDS = 4
 """What a call may take: wrong input is refused, not worked through."""
@@ -178,6 +179,11 @@ class World:
         cfg = tl_looped.LoopedConfig(**self.sizes, n_coda=1, n_prelude=1, n_recurrences=3)
         cfg.injection = tl_looped.Injection.LINEAR
         return LoopedTransformer.from_config(cfg, self.tokenizer)
+
+    def with_texts(self) -> LoopedTransformer:
+        model = self.new()
+        model.dataset = [{"text": self.text}]
+        return model
 
     def gated(self) -> LoopedTransformer:
         cfg = tl_looped.LoopedConfig(**self.sizes, n_recurrences=3, exit_gate=True)
@@ -469,6 +475,17 @@ class World:
             "loss_fn": {"logits": m(t), "tokens": t},
             "move_model_modules_to_device": {"of": fresh},
             "mps": {"of": fresh},  # refused: there is none
+            "center_unembed": {"state_dict": m.tl_parameters()},
+            "close": {},
+            "fill_missing_keys": {"state_dict": {}},
+            "fold_layer_norm": {"state_dict": m.tl_parameters()},
+            "fold_value_biases": {"state_dict": m.tl_parameters()},
+            "init_weights": {"of": fresh},
+            "load_and_process_state_dict": {"of": fresh, "state_dict": m.state_dict()},
+            "process_weights": {"of": fresh},
+            "process_weights_": {"of": fresh},
+            "sample_datapoint": {"of": self.with_texts},
+            **{name: {} for name in UNSUPPORTED},
             "names_filter_set": {"names_filter": "residual"},
             "parameter_of": {"name": "blocks.1.attn.W_Q"},
             "readers": {"of": fresh, "readers": [("hook_embed", lambda x, hook: None)]},

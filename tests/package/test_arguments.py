@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-from doors import World, faults, public
+from doors import UNSUPPORTED, World, faults, public
 
 from tl_looped import TLLoopedError
 
@@ -30,6 +30,7 @@ REFUSED = {
     "training.train_model_on_texts": "DataError",
     "training.train_on_texts": "DataError",
     "unregister_adapter": "RegistryError",
+    **{f"LoopedTransformer.{name}": "UnsupportedMethodError" for name in UNSUPPORTED},
 }
 
 

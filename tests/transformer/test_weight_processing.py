@@ -110,3 +110,21 @@ def test_what_a_looped_model_cannot_be_processed_to() -> None:
     without: Any = LoopedTransformer.from_config(exact_config())
     without.enable_compatibility_mode(fold_value_biases=True)
     assert without.cfg.normalization_type == "RMSPre"
+
+
+def test_what_the_defaults_of_each_method_do(tokens: Tensor) -> None:
+    """TransformerLens's defaults, but for the switch that changes nothing else of a run."""
+    for kind, method, folds, centres in (
+        ("pre", "enable_compatibility_mode", True, False),
+        ("pre", "process_weights", True, True),
+        ("pre", "process_weights_", True, True),
+    ):
+        model = with_gains(LoopedTransformer.from_config(exact_config(**VARIANTS[kind])))
+        before = model(tokens)
+        assert getattr(model, method)() is None
+        assert (model.compatibility_mode, model.cfg.center_unembed) == (folds, centres)
+        expected = centered(before) if centres else before
+        assert_same(model(tokens), expected, float(before.abs().max()))
+    biased = LoopedTransformer.from_config(exact_config(v_bias=True))
+    biased.enable_compatibility_mode()
+    assert biased.compatibility_mode

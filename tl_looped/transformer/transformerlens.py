@@ -6,20 +6,50 @@ is refused by name: see :data:`REFUSED`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tl_looped._compat import warn_if_mps
 from tl_looped.checks import checked, described
-from tl_looped.errors import ArgumentTypeError, InputError
+from tl_looped.errors import ArgumentTypeError, InputError, UnsupportedMethodError
+from tl_looped.model.init import init_weights
+from tl_looped.transformer import state_dicts
 from tl_looped.transformer.hooked_loop import HookedLoop
-from tl_looped.transformer.processing import Processing
+from tl_looped.transformer.processing import Processing, refuse_value_biases
 from tl_looped.transformer.spreading import check_devices
+from tl_looped.transformer.turns import in_turn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_LOAD = "LoopedTransformer.from_pretrained(name) loads a looped model"
+_FAMILIES = "tl_looped.adapters.known_adapters() lists the families that are loaded"
+_TEXT_ALONE = "looped models read one text, left to right"
+_TOKENS = "model.to_tokens(texts) makes their tokens"
+
+REFUSED = {
+    "boot_transformers": _LOAD,
+    "boot_native": _LOAD,
+    "boot_tl_legacy": _LOAD,
+    "list_supported_models": _FAMILIES,
+    "check_model_support": _FAMILIES,
+    "load_sample_training_dataset": "no training data of a looped model is a data set of "
+    "TransformerLens's; set model.dataset to texts of your own for sample_datapoint",
+    "center_writing_weights": "RMSNorm does not take the mean out of the stream, so centred "
+    "weights would be those of another model; HookedTransformer skips this on models with RMSNorm",
+    "refactor_factored_attn_matrices": "rotary queries and keys allow no such change of basis; "
+    "TransformerLens refuses it too",
+    "encoder_output": f"{_TEXT_ALONE}, and have no encoder; model.run_with_cache has every stream",
+    "to_sentence_pair_tokens": f"{_TEXT_ALONE}, and know no pairs of sentences; {_TOKENS}",
+    "predict_next_sentence": f"{_TEXT_ALONE}, and have no such head; model(text) predicts tokens",
+    "prepare_multimodal_inputs": f"{_TEXT_ALONE}, and no images or sounds; {_TOKENS}",
+    "diffusion_generate": "looped models are no diffusion models; model.generate samples text",
+}
+"""Methods of HookedTransformer and TransformerBridge that are refused, and what to do instead."""
 
 
 @checked
@@ -28,9 +58,22 @@ class TransformerLensMethods(HookedLoop):
 
     Attributes:
         home_device: Where ``from_pretrained`` was asked to load the weights; None if it was not.
+        dataset: Texts for :meth:`sample_datapoint`: ``{"text": ...}`` by number.
     """
 
     home_device: torch.device | None = None
+    dataset: Any = None
+
+    if TYPE_CHECKING:  # of the storey below, LoopedTransformer
+
+        def to_tokens(  # noqa: D102
+            self,
+            input: Any,
+            prepend_bos: bool | None = None,
+            padding_side: str | None = None,
+            move_to_device: bool = True,
+            truncate: bool = False,
+        ) -> Tensor: ...
 
     # -- devices and dtypes -------------------------------------------------------------------
 
@@ -122,6 +165,203 @@ class TransformerLensMethods(HookedLoop):
             refactor_factored_attn_matrices,
         )
         (Processing() if no_processing else asked).apply(self)
+
+    @property
+    def compatibility_mode(self) -> bool:
+        """Whether gains are shown as part of the weights; TransformerBridge's name for it."""
+        return bool(self.ln_final.folded)
+
+    def process_weights_(
+        self,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """HookedTransformer's processing in place, with its defaults; see :meth:`process_weights`.
+
+        Value biases stay.
+        """
+        Processing(
+            fold_ln,
+            center_writing_weights,
+            center_unembed,
+            False,
+            refactor_factored_attn_matrices,
+        ).apply(self)
+
+    def process_weights(
+        self,
+        verbose: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """TransformerBridge's processing, with its defaults: gains folded, ``W_U`` centred.
+
+        The weights stay as they are stored, and are shown so from now on, until
+        ``enable_compatibility_mode(no_processing=True)``. The logits lose their mean over the
+        vocabulary.
+
+        Args:
+            verbose: Without effect.
+            fold_ln, center_writing_weights: See :meth:`enable_compatibility_mode`.
+            center_unembed, fold_value_biases: See there.
+            refactor_factored_attn_matrices: Not supported.
+
+        Raises:
+            InputError: for the last, and for ``fold_value_biases`` of a model with value biases.
+        """
+        Processing(
+            fold_ln,
+            center_writing_weights,
+            center_unembed,
+            fold_value_biases,
+            refactor_factored_attn_matrices,
+        ).apply(self)
+
+    # -- state dicts under TransformerLens's names --------------------------------------------
+
+    @in_turn
+    def load_and_process_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Load weights under TransformerLens's names, and process what is shown, as it does.
+
+        Args:
+            state_dict: ``blocks.0.attn.W_Q`` and its kin for every effective layer, as
+                ``HookedTransformer.state_dict()`` and :meth:`tl_parameters` give them; or this
+                model's own ``state_dict()``. Weights that recurrences share must be equal.
+            fold_ln, center_writing_weights: See :meth:`process_weights`; ``fold_ln=False,
+                center_unembed=False`` shows the weights as they are.
+            center_unembed, fold_value_biases: See there.
+            refactor_factored_attn_matrices: Not supported.
+
+        Raises:
+            InputError: the state dict does not fit, and then no weight is changed; see
+                ``tl_looped.transformer.state_dicts``. Or as :meth:`process_weights`.
+        """
+        asked = Processing(
+            fold_ln,
+            center_writing_weights,
+            center_unembed,
+            fold_value_biases,
+            refactor_factored_attn_matrices,
+        )
+        asked.check(self.cfg)
+        state_dicts.load(self, state_dict)
+        asked.apply(self)
+
+    def fill_missing_keys(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict under TransformerLens's names, with the model's own for what lacks."""
+        return state_dicts.fill_missing(self, state_dict)
+
+    def fold_layer_norm(
+        self,
+        state_dict: dict[str, Tensor],
+        fold_biases: bool = False,
+        center_weights: bool = False,
+    ) -> dict[str, Tensor]:
+        """A state dict whose gains are multiplied into the weights behind them, and are ones.
+
+        Args:
+            state_dict: Under TransformerLens's names.
+            fold_biases: Without effect: RMSNorm has none.
+            center_weights: Refused. TransformerLens, where it is the default, says to turn it off
+                for RMSNorm, which does not take the mean out.
+        """
+        if center_weights:
+            raise InputError(
+                "center_weights=True is for LayerNorm, which takes the mean out of its input; "
+                "RMSNorm does not, and the weights would be those of another model"
+            )
+        return state_dicts.fold_gains(state_dict)
+
+    def center_unembed(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict whose ``unembed.W_U`` has lost its mean over the vocabulary.
+
+        Of the model's own: ``enable_compatibility_mode(center_unembed=True)``.
+        """
+        return state_dicts.center_unembedding(state_dict)
+
+    def fold_value_biases(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict, of a model without value biases.
+
+        Raises:
+            InputError: the model has some, see ``tl_looped.transformer.processing``.
+        """
+        refuse_value_biases(self.cfg)
+        return dict(state_dict)
+
+    # -- small things -------------------------------------------------------------------------
+
+    @property
+    def n_params_total(self) -> int:
+        """Number of all parameters, those that recurrences share once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @in_turn
+    def init_weights(self) -> None:
+        """Draw all weights anew, from ``cfg.seed`` as ``cfg.init_mode`` says.
+
+        Unlike TransformerLens's, it leaves torch's global generator alone.
+        """
+        init_weights(self, self.cfg)
+        for cfg in (self.cfg, self.cell.cfg):
+            cfg.trained_recurrences = None
+
+    def sample_datapoint(
+        self,
+        tokenize: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> str | Tensor:
+        """A random text of ``model.dataset``, drawn by numpy's global generator.
+
+        Args:
+            tokenize: Give its tokens ``[1, pos]``, cut to the context.
+            prepend_bos, padding_side: For those; see :meth:`to_tokens`.
+
+        Raises:
+            InputError: there is no dataset, or its items have no ``"text"``.
+        """
+        data = self.dataset
+        if data is None or not hasattr(data, "__len__") or not len(data):
+            raise InputError(
+                "model.dataset has no text to sample: set it to a sequence of {'text': ...}, such "
+                "as one of the datasets library. Looped models have none of their own"
+            )
+        item = data[int(np.random.randint(0, len(data)))]
+        if not isinstance(item, Mapping) or not isinstance(item.get("text"), str):
+            raise InputError(f"an item of model.dataset must have a 'text', got {described(item)}")
+        text: str = item["text"]
+        if not tokenize:
+            return text
+        return self.to_tokens(text, prepend_bos, padding_side, truncate=True)
+
+    def close(self) -> None:
+        """Nothing: there is no connection to a model elsewhere."""
+
+
+def _refused(name: str, reason: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedMethodError(f"{name}: {reason}")
+
+    refuse.__name__, refuse.__doc__ = name, f"Refused: {reason}."
+    refuse.__qualname__ = f"TransformerLensMethods.{name}"
+    return refuse
+
+
+for _name, _reason in REFUSED.items():
+    setattr(TransformerLensMethods, _name, _refused(_name, _reason))
 
 
 def _target(
