@@ -10,13 +10,19 @@ from functools import cache
 
 import cli_reference
 import hook_reference
+import surface_reference
 
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?([^<]*)</code>")
 
 
 @cache
 def _generated(what: str) -> str:
-    return {"hooks": hook_reference.markdown, "cli": cli_reference.markdown}[what]()
+    makers = {
+        "hooks": hook_reference.markdown,
+        "cli": cli_reference.markdown,
+        "surface": surface_reference.markdown,
+    }
+    return makers[what]()
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -255,6 +255,6 @@ def test_every_notebook_has_a_line() -> None:
 
 
 def test_the_generated_pages_ask_for_their_text() -> None:
-    for what in ("hooks", "cli"):
-        page = (DOCS / "reference" / f"{what}.md").read_text(encoding="utf-8")
+    for what, name in {"hooks": "hooks", "cli": "cli", "surface": "transformerlens"}.items():
+        page = (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
         assert f"<!-- generated: {what} -->" in page

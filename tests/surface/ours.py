@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,8 +30,11 @@ def faults(theirs: Member, function: Any) -> Iterator[tuple[str | None, str]]:
                 yield one.name, f"no {one.kind}"
             continue
         if one.name not in by_name:
-            taken = "only in **kwargs" if "var_keyword" in kinds else "not taken"
-            yield one.name, taken
+            # What TransformerLens takes by keyword may be handed on; a call is compared for each.
+            if "var_keyword" not in kinds:
+                yield one.name, "not taken"
+            elif one.kind != "keyword_only":
+                yield one.name, "only in **kwargs"
             continue
         ours_at, our = by_name[one.name]
         yield from ((one.name, fault) for fault in _unlike(one, place, our, ours_at))
@@ -50,12 +52,3 @@ def _unlike(theirs: Parameter, place: int, ours: Parameter, ours_at: int) -> Ite
     alike = ours.default == theirs.default or {ours.default, theirs.default} <= set(_EMPTY)
     if theirs.default is not None and not alike:  # what they need, ours may leave out
         yield f"default {ours.default}, not {theirs.default}"
-
-
-def kind_of(value: Any) -> str:
-    """As ``snapshots`` calls it, of an attribute of our class."""
-    if isinstance(value, (classmethod, staticmethod)):
-        return type(value).__name__
-    if inspect.isfunction(value):
-        return "method"
-    return "property" if isinstance(value, property) else "attribute"

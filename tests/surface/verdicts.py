@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,3 +104,15 @@ def _entries(part: str, entries: dict[str, Any]) -> Iterator[tuple[str, dict[str
             if set(one) != _NEEDS[verdict] or not all(one.values()):
                 raise VerdictError(f"{part}, {verdict}: needs {_NEEDS[verdict]}, got {one}")
             yield verdict, one
+
+
+def counted() -> dict[str, Verdict]:
+    """Names that have a verdict of their own, which keywords of a refused method do not."""
+    return {
+        key: one for key, one in verdicts().items() if one.listed or one.verdict in ("same", "open")
+    }
+
+
+def counts(some: Iterable[Verdict]) -> dict[str, int]:
+    """How many names have which verdict."""
+    return dict(Counter(one.verdict for one in some))
