@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from transformer_lens import ActivationCache, FactoredMatrix
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.utilities import (
     Slice,
@@ -130,6 +131,7 @@ __all__ = [
     "Slice",
     "SliceInput",
     "TransformerLensConfig",
+    "TransformerLensKeyValueCache",
     "get_act_name",
     "get_device",
     "lm_cross_entropy_loss",

@@ -467,6 +467,7 @@ class World:
             "generate_stream": {"input": t, "max_new_tokens": 2, "verbose": False},
             "get_caching_hooks": {},
             "get_token_position": {"single_token": " has", "input": self.text},
+            "hf_generate": {"input": t, "max_new_tokens": 2},
             "hook_name": {"name": ("resid_post", 1)},
             "hooks": {"of": fresh, "fwd_hooks": [("hook_embed", lambda x, hook: None)]},
             "intervening": {"of": fresh, "interventions": (iv.SkipLayers(0),)},

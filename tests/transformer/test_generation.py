@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_looped import InputError, LoopedKeyValueCache, LoopedTransformer, TokenizerError
 from tl_looped.exits import ExitAt, ExitResult, KLDivergence
-from tl_looped.transformer.generation import GenerationOptions
+from tl_looped.transformer.generation_options import GenerationOptions
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 GREEDY: dict[str, Any] = {"do_sample": False, "verbose": False, "stop_at_eos": False}
@@ -312,7 +312,7 @@ def test_the_demo_model_writes_the_same_with_and_without_the_cache() -> None:
 
 
 def test_a_stream_takes_the_options_of_generate() -> None:
-    parameters = list(inspect.signature(LoopedTransformer.generate).parameters.values())[3:]
+    parameters = list(inspect.signature(LoopedTransformer.generate).parameters.values())[3:-1]
     streamed = [(option.name, option.default) for option in fields(GenerationOptions)]
     assert streamed == [(option.name, option.default) for option in parameters]
 
@@ -329,7 +329,8 @@ def test_a_stream_gives_the_tokens_of_generate(tokens: Tensor) -> None:
         assert model.loop.R == 4
         torch.rand(3)
         model(tokens)
-    assert [piece.shape[1] for piece in pieces] == [9 + 3, 3, 1]
+    # The prompt's tokens count in the first piece, as in TransformerLens.
+    assert [piece.shape[1] for piece in pieces] == [9 + 1, 3, 3]
     assert torch.equal(torch.cat(pieces, 1), whole)
     with pytest.raises(InputError, match="max_tokens_per_yield"):
         model.generate_stream(tokens, 7, max_tokens_per_yield=0)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_looped.errors import InputError
@@ -116,6 +116,11 @@ class LoopedKeyValueCache:
     def length(self) -> int:
         """Positions held, padding included."""
         return 0 if self.mask is None else self.mask.shape[1]
+
+    @property
+    def previous_attention_mask(self) -> Int[Tensor, "batch pos"]:
+        """TransformerLens's name and type of :attr:`mask`."""
+        return torch.zeros(0, 0, dtype=torch.int) if self.mask is None else self.mask.int()
 
     def freeze(self) -> None:
         """Later runs leave the cache as it is."""

@@ -12,151 +12,175 @@ is a plain forward pass with the rule, in which each position leaves by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_looped.checks import Seed, one_of, whole
-from tl_looped.errors import InputError
-from tl_looped.model.exit_rules import ExitResult, ExitRule
+from tl_looped.checks import described, one_of, whole
+from tl_looped.errors import InputError, TokenizerError
+from tl_looped.model.bos import adds_bos
+from tl_looped.model.exit_rules import ExitResult
 from tl_looped.model.kv_cache import LoopedKeyValueCache
-from tl_looped.transformer.prompt import Prompt, read_prompt
-from tl_looped.transformer.reading import Chats, Tokens, read_input
+from tl_looped.transformer.generation_options import GenerationOptions
+from tl_looped.transformer.prompt import Prompt, check_mask, read_prompt
+from tl_looped.transformer.reading import Chats, Texts, Tokens, read_input
+from tl_looped.transformer.replies import Job, Pieces, activations, whole_output, with_logits
 from tl_looped.transformer.run_options import check_cache, check_state
-from tl_looped.transformer.sampling import Sampler
-from tl_looped.transformer.stopping import Ends, checked_strings, end_of_turn
-from tl_looped.transformer.tokenizing import pad_id
+from tl_looped.transformer.stopping import Ends, checked_criteria, checked_strings, end_of_turn
+from tl_looped.transformer.tokenizing import SIDES, pad_id
 
 if TYPE_CHECKING:
-    from tl_looped.transformer.looped_transformer import LoopedTransformer
+    from tl_looped.transformer.text_loop import TextLoop
+
+_FORMS = ("input", "str", "tokens", "embeds")
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """Everything that ``generate`` and ``generate_stream`` take besides prompt and length.
+def generate(
+    model: TextLoop,
+    input: Any,
+    n_new: int,
+    options: GenerationOptions,
+    fill: int | None = None,
+    as_dict: bool = False,
+) -> Any:
+    """All new tokens of a prompt at once; see :meth:`LoopedTransformer.generate`.
 
-    :meth:`LoopedTransformer.generate` explains them; a test compares its signature with this one.
+    Args:
+        model: The model.
+        input: The prompt.
+        n_new: Most new tokens.
+        options: How.
+        fill: What fills up a row; as ``generate`` has it if None.
+        as_dict: Return transformers' output, even without logits.
     """
-
-    stop_at_eos: bool = True
-    eos_token_id: int | Sequence[int] | None = None
-    do_sample: bool = True
-    top_k: int | None = None
-    top_p: float | None = None
-    temperature: float = 1.0
-    freq_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    use_past_kv_cache: bool = True
-    prepend_bos: bool | None = None
-    return_type: str = "input"
-    verbose: bool = True
-    attention_mask: Any = None
-    n_recurrences: int | None = None
-    initial_state: Any = None
-    state_seed: Seed | None = None
-    seed: int | None = None
-    past_kv_cache: LoopedKeyValueCache | None = None
-    exit_rule: ExitRule | None = None
-    stop_strings: Any = None
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> GenerationOptions:
-        """The options among the arguments of a call."""
-        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
-
-    def sampler(self) -> Sampler:
-        """How tokens are chosen."""
-        return Sampler(**{field.name: getattr(self, field.name) for field in fields(Sampler)})
-
-
-@dataclass
-class _Job:
-    """One call: checked, and in tokens."""
-
-    tokens: Int[Tensor, "batch pos"]
-    mask: Bool[Tensor, "batch pos"]
-    n_new: int
-    ends: Ends
-    fill: int  # what stands after the end of a row
-    cache: LoopedKeyValueCache | None
-    options: GenerationOptions
-    in_text: bool  # what comes out is text
-    many: bool  # ... as a list
-    reply_only: bool
-
-
-def generate(model: LoopedTransformer, input: Any, n_new: int, options: GenerationOptions) -> Any:
-    """All new tokens of a prompt at once; see :meth:`LoopedTransformer.generate`."""
     job = _job(model, input, n_new, options)
+    job.fill = job.fill if fill is None else fill
     steps = list(_new_tokens(model, job))
-    new = torch.stack([token for token, _ in steps], 1) if steps else job.tokens[:, :0]
-    output = _as_asked(model, job, new, with_prompt=not job.reply_only)
-    if options.exit_rule is None:
-        return output
-    left = [cast(Tensor, exit_step) for _, exit_step in steps]
-    return ExitResult(output, torch.stack(left, 1) if left else job.tokens[:, :0])
+    new = torch.stack([step.tokens for step in steps], 1) if steps else job.tokens[:, :0]
+    if options.output_logits or as_dict:
+        logits = [cast(Tensor, step.logits) for step in steps] if options.output_logits else None
+        output = with_logits(job, new, logits)
+    else:
+        output = whole_output(model, job, new)
+    if options.exit_rule is not None:
+        left = [cast(Tensor, step.left) for step in steps]
+        output = ExitResult(output, torch.stack(left, 1) if left else new)
+    more = []
+    if options.return_cache:
+        more.append(activations(model, job, new))
+    if options.return_input_tokens:
+        more.append(job.tokens if job.embeds is None else job.embeds)
+    return (output, *more) if more else output
 
 
 def generate_stream(
-    model: LoopedTransformer, input: Any, n_new: int, n_per_piece: int, options: GenerationOptions
+    model: TextLoop, input: Any, n_new: int, n_per_piece: int, options: GenerationOptions
 ) -> Iterator[Any]:
     """The same in pieces; the call is checked now, and runs when the first piece is taken."""
+    for name in ("output_logits", "return_cache", "return_input_tokens"):
+        if getattr(options, name):
+            raise InputError(f"{name} is for generate: a stream gives prompt and reply alone")
+    if options.return_type == "tensor":  # HookedTransformer's word for it, in streams
+        options = replace(options, return_type="tokens")
     job = _job(model, input, n_new, options)
+    if job.embeds is not None or job.form == "embeds":
+        raise InputError("a stream is of text or tokens: generate takes and gives embeddings")
     return _pieces(model, job, whole(n_per_piece, "max_tokens_per_yield", 1))
 
 
-def _pieces(model: LoopedTransformer, job: _Job, size: int) -> Iterator[Any]:
-    piece: list[Tensor] = []
-    with_prompt, start = not job.reply_only, 0
-    for token, _ in _new_tokens(model, job):
-        piece.append(token)
-        if len(piece) == size:
-            yield _as_asked(model, job, torch.stack(piece, 1), with_prompt, start)
-            piece, with_prompt, start = [], False, start + size
-    if piece:
-        yield _as_asked(model, job, torch.stack(piece, 1), with_prompt, start)
+def hf_generate(model: TextLoop, input: Any, n_new: int, given: Mapping[str, Any]) -> Any:
+    """As transformers would; see :meth:`LoopedTransformer.hf_generate`."""
+    options = dict(given)
+    if (kept := options.pop("past_key_values", None)) is not None:
+        options["past_kv_cache"] = kept
+    if options.pop("use_cache", None) is False:
+        options["use_past_kv_cache"] = False
+    tokenizer = options.pop("tokenizer", None)  # transformers wants it for stop_strings
+    if tokenizer is not None and tokenizer is not model.tokenizer:
+        raise InputError("tokenizer= is another one than model.tokenizer: set_tokenizer() sets it")
+    options.setdefault("verbose", False)
+    asked = GenerationOptions.given(
+        "hf_generate", {**options, "return_type": options.get("return_type") or "input"}
+    )
+    is_text = not isinstance(input, Tensor) and not isinstance(read_input(input), Tokens)
+    if is_text and asked.prepend_bos is None and model.tokenizer is not None:
+        asked = replace(asked, prepend_bos=adds_bos(model.tokenizer))
+    as_dict = asked.output_logits or asked.return_dict_in_generate
+    if is_text and asked.return_type != "tokens":
+        asked, as_dict = replace(asked, output_logits=False), False
+    fill = getattr(model.tokenizer, "eos_token_id", None)
+    return generate(model, input, n_new, asked, fill, as_dict)
+
+
+def _pieces(model: TextLoop, job: Job, size: int) -> Iterator[Any]:
+    pieces = Pieces(model, job)
+    for step in _new_tokens(model, job):
+        pieces.add(step.tokens)
+        if pieces.waiting >= size:
+            yield pieces.take()
+    if pieces.waiting:
+        yield pieces.take()
+    if (rest := pieces.rest()) is not None:
+        yield rest
 
 
 # -- the steps ------------------------------------------------------------------------------------
 
 
-def _new_tokens(model: LoopedTransformer, job: _Job) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The next token of every row, and where its prediction left the loop."""
+class _Step(NamedTuple):
+    """The next token of every row, its logits if asked for, and where it left the loop."""
+
+    tokens: Tensor
+    logits: Tensor | None
+    left: Tensor | None
+
+
+def _new_tokens(model: TextLoop, job: Job) -> Iterator[_Step]:
     options, cache = job.options, job.cache
     tokens, mask, sampler = job.tokens, job.mask, options.sampler()
+    n_embeds = 0 if job.embeds is None else job.embeds.shape[1]
     prefix = 0 if cache is None else cache.length
     progress = tqdm(range(job.n_new), disable=not options.verbose, desc="generating")
     for _ in progress:
-        start = 0 if cache is None else cache.length - prefix
+        done = 0 if cache is None else cache.length - prefix
         with torch.no_grad():
-            logits, left = _step(model, job, tokens[:, start:], mask[:, start:], prefix + start)
-            new = sampler.next_tokens(logits[:, -1], tokens, mask)
+            logits, left = _step(model, job, _unread(model, job, tokens, mask, done), prefix + done)
+            new = sampler.next_tokens(logits[:, -1], tokens, mask[:, n_embeds:])
         new = torch.where(job.ends.done(new.device), job.fill, new)
-        job.ends.note(new)
         tokens = torch.cat((tokens, new[:, None]), 1)
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        job.ends.note(new, job.ends.by_criteria(tokens, logits[:, -1]))
         if cache is not None and options.verbose:
             progress.set_postfix_str(f"KV cache {cache.nbytes / 2**20:.1f} MiB", refresh=False)
-        yield new, left
+        yield _Step(new, logits[:, -1].clone() if options.output_logits else None, left)
         if None not in job.ends.lengths:
             break
 
 
-def _step(
-    model: LoopedTransformer, job: _Job, tokens: Tensor, mask: Tensor, start: int
-) -> tuple[Tensor, Tensor | None]:
+def _unread(model: TextLoop, job: Job, tokens: Tensor, mask: Tensor, done: int) -> Prompt:
+    """What comes behind the columns that are in the cache."""
+    mask = mask[:, done:]
+    if job.embeds is None:
+        return Prompt(tokens[:, done:], mask)
+    n = job.embeds.shape[1]
+    if done >= n:
+        return Prompt(tokens[:, done - n :], mask)
+    return Prompt(tokens, mask, torch.cat((job.embeds[:, done:], model.embed(tokens)), 1))
+
+
+def _step(model: TextLoop, job: Job, prompt: Prompt, start: int) -> tuple[Tensor, Tensor | None]:
     """Logits of new tokens, the first of which has column ``start``."""
     options, state = job.options, job.options.initial_state
     if isinstance(state, Tensor):
-        state = state[:, start : start + tokens.shape[1]]
+        assert prompt.mask is not None
+        state = state[:, start : start + prompt.mask.shape[1]]
     out = model(
-        tokens,
-        attention_mask=mask,
+        prompt,
         n_recurrences=options.n_recurrences,
         initial_state=state,
         state_seed=options.state_seed,
@@ -168,10 +192,10 @@ def _step(
     return out, None
 
 
-# -- before and after -----------------------------------------------------------------------------
+# -- before ---------------------------------------------------------------------------------------
 
 
-def _job(model: LoopedTransformer, input: Any, n_new: int, options: GenerationOptions) -> _Job:
+def _job(model: TextLoop, input: Any, n_new: int, options: GenerationOptions) -> Job:
     """Check a call, and turn its prompt into tokens."""
     n_new = whole(n_new, "max_new_tokens")
     options = replace(
@@ -179,36 +203,78 @@ def _job(model: LoopedTransformer, input: Any, n_new: int, options: GenerationOp
         # A stream goes on as it began, whatever the caller sets in between.
         n_recurrences=model._loop_at(options.n_recurrences).R,
         initial_state=check_state("initial_state", options.initial_state),
-        return_type=one_of(options.return_type, "return_type", ("input", "str", "tokens")),
+        return_type=one_of(options.return_type, "return_type", _FORMS, InputError),
     )
+    if options.padding_side is not None:
+        one_of(options.padding_side, "padding_side", SIDES)
     options.sampler()  # checks its arguments
-    given, strings = read_input(input), checked_strings(options.stop_strings)
-    if model.tokenizer is None:
-        if options.return_type == "str":
-            raise InputError("return_type='str' needs a tokenizer")
-        if strings:
-            raise InputError("stop_strings need a tokenizer, and the model has none")
     cache = _cache(model, options)
-    side = None if isinstance(given, Tokens) else "left"
-    prompt = read_prompt(
-        model, given, options.attention_mask, options.prepend_bos, side, past=cache
-    )
-    tokens, mask = prompt.tokens, _left_padded(prompt)
-    _check_lengths(model, mask, cache, n_new, options.initial_state)
-    stop = _stop_tokens(model, options)
-    in_text = not isinstance(given, Tokens)
-    return _Job(
-        tokens=tokens,
-        mask=mask,
+    embeds = input if isinstance(input, Tensor) and input.is_floating_point() else None
+    given = None if embeds is not None else read_input(input)
+    prompt = _read_embeds(model, embeds, options, cache) if given is None else None
+    if given is not None and prompt is None:
+        prompt = _read(model, given, options, cache)
+    assert prompt is not None
+    form = options.return_type
+    if form == "input":
+        form = "embeds" if given is None else "tokens" if isinstance(given, Tokens) else "str"
+    ends = _ends(model, options, len(prompt.tokens), form, given is None)
+    job = Job(
+        tokens=prompt.tokens,
+        embeds=prompt.embeds,
+        mask=_left_padded(prompt),
         n_new=n_new,
-        ends=Ends(len(tokens), stop, strings, model.tokenizer),
-        fill=stop[0] if stop else pad_id(model),
+        ends=ends,
+        fill=_fill(model, options, ends.tokens),
         cache=cache,
         options=options,
-        in_text=in_text if options.return_type == "input" else options.return_type == "str",
-        many=given.many,
+        form=form,
+        many=given is not None and given.many,
         reply_only=isinstance(given, Chats),
     )
+    _check_lengths(model, job)
+    _check_cached_run(model, job)
+    return job
+
+
+def _read(
+    model: TextLoop,
+    given: Texts | Chats | Tokens,
+    options: GenerationOptions,
+    cache: LoopedKeyValueCache | None,
+) -> Prompt:
+    prepend_bos, side = options.prepend_bos, options.padding_side
+    if not isinstance(given, Tokens):
+        side = "left"
+    if given == Texts([""], many=False) and prepend_bos is None and not (cache and cache.length):
+        if model.tokenizer is not None and model.tokenizer.bos_token_id is None:
+            raise TokenizerError(
+                "without a prompt a text begins with BOS, and the tokenizer has none: give a prompt"
+            )
+        prepend_bos = True
+    if options.attention_mask is not None and isinstance(given, Tokens):
+        side = None  # the mask says where the padding is
+    return read_prompt(model, given, options.attention_mask, prepend_bos, side, past=cache)
+
+
+def _read_embeds(
+    model: TextLoop,
+    embeds: Tensor | None,
+    options: GenerationOptions,
+    cache: LoopedKeyValueCache | None,
+) -> Prompt:
+    """A prompt that is given by its embedding."""
+    width = model.cfg.d_model
+    if embeds is None or embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape:
+        raise InputError(
+            "tokens must be integers of shape [batch, pos], or an embedding [batch, pos, "
+            f"{width}] must be given, got {described(embeds)}"
+        )
+    mask = check_mask(model, options.attention_mask, embeds.shape[0], embeds.shape[1], cache)
+    if mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=model.W_E.device)
+    none = torch.zeros(len(embeds), 0, dtype=torch.long, device=model.W_E.device)
+    return Prompt(none, mask, embeds.to(model.W_E))
 
 
 def _left_padded(prompt: Prompt) -> Bool[Tensor, "batch pos"]:
@@ -220,54 +286,103 @@ def _left_padded(prompt: Prompt) -> Bool[Tensor, "batch pos"]:
     return prompt.mask
 
 
-def _cache(model: LoopedTransformer, options: GenerationOptions) -> LoopedKeyValueCache | None:
-    given = options.past_kv_cache
+def _cache(model: TextLoop, options: GenerationOptions) -> LoopedKeyValueCache | None:
+    given = check_cache(model, options.past_kv_cache)
     if not options.use_past_kv_cache:
         if given is not None:
             raise InputError("past_kv_cache is given, but use_past_kv_cache is False")
         return None
-    check_cache(model, given)
     if given is not None and given.frozen:
         raise InputError("past_kv_cache is frozen, and generation extends it: unfreeze() it")
     return LoopedKeyValueCache() if given is None else given
 
 
-def _check_lengths(
-    model: LoopedTransformer,
-    mask: Bool[Tensor, "batch pos"],
-    cache: LoopedKeyValueCache | None,
-    n_new: int,
-    state: Tensor | str | None,
-) -> None:
+def _check_lengths(model: TextLoop, job: Job) -> None:
     """Raise if the context or a given initial state does not hold prompt and reply."""
-    n_columns = mask.shape[1] + n_new - 1 + (cache.length if cache else 0)
+    # The last token is not run, unless for the activations.
+    n_run = job.n_new if job.options.return_cache else job.n_new - 1
+    cache, state = job.cache, job.options.initial_state
+    n_columns = job.mask.shape[1] + n_run + (cache.length if cache else 0)
     if isinstance(state, Tensor) and (state.ndim != 3 or state.shape[1] < n_columns):
         raise InputError(
             f"initial_state must cover all {n_columns} positions of the generation, "
             f"got shape {tuple(state.shape)}"
         )
-    n_tokens = int(mask.sum(-1).max()) + n_new - 1
+    n_tokens = int(job.mask.sum(-1).max()) + n_run
     if cache is not None and cache.mask is not None:
         n_tokens += int(cache.mask.sum(-1).max())
     if n_tokens > model.cfg.n_ctx:
         raise InputError(
-            f"max_new_tokens={n_new} would run the model on {n_tokens} tokens, its context "
+            f"max_new_tokens={job.n_new} would run the model on {n_tokens} tokens, its context "
             f"holds {model.cfg.n_ctx}"
         )
 
 
-def _stop_tokens(model: LoopedTransformer, options: GenerationOptions) -> list[int]:
+def _check_cached_run(model: TextLoop, job: Job) -> None:
+    """Raise if a run of prompt and reply would not be the generation's own, or cannot be kept."""
+    options = job.options
+    if options.device is not None:
+        try:
+            torch.device(options.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"device is where return_cache keeps activations: {error}") from error
+    if not options.return_cache:
+        return
+    model.view_at(options.n_recurrences).names_filter_set(options.names_filter)
+    differs = {
+        "past_kv_cache": options.past_kv_cache is not None,
+        "exit_rule": options.exit_rule is not None,
+        "an embedding as input": job.embeds is not None,
+    }
+    for what, is_so in differs.items():
+        if is_so:
+            raise InputError(
+                f"return_cache runs the tokens of prompt and reply once more, which with {what} "
+                "is not the run that made them: cache the steps by model.add_caching_hooks()"
+            )
+
+
+# -- the end --------------------------------------------------------------------------------------
+
+
+def _ends(
+    model: TextLoop, options: GenerationOptions, n_rows: int, form: str, from_embeds: bool
+) -> Ends:
+    """When rows end, in tokens."""
+    strings = checked_strings(options.stop_strings)
+    criteria = checked_criteria(options.stopping_criteria)
+    if model.tokenizer is None:
+        if form == "str":
+            raise InputError("return_type='str' needs a tokenizer, and the model has none")
+        if strings:
+            raise InputError("stop_strings need a tokenizer, and the model has none")
+    if from_embeds and criteria:
+        raise InputError("stopping_criteria read the prompt's tokens: an embedding has none")
+    return Ends(n_rows, _stop_tokens(model, options), strings, model.tokenizer, criteria)
+
+
+def _stop_tokens(model: TextLoop, options: GenerationOptions) -> list[int]:
     if not options.stop_at_eos:
         return []
     if options.eos_token_id is not None:
         return _ids(options.eos_token_id)
     found = stop_tokens(model)
-    if not found and model.tokenizer is not None and not options.stop_strings:
+    otherwise = options.stop_strings or options.stopping_criteria
+    if not found and model.tokenizer is not None and not otherwise:
         raise InputError("stop_at_eos=True, but there is no EOS token: pass eos_token_id=")
     return found
 
 
-def stop_tokens(model: LoopedTransformer) -> list[int]:
+def _fill(model: TextLoop, options: GenerationOptions, stop: list[int]) -> int:
+    """What stands after the end of a row, as in TransformerLens."""
+    eos = getattr(model.tokenizer, "eos_token_id", None)
+    if not stop:
+        return pad_id(model)
+    several = options.eos_token_id is not None and len(stop) > 1
+    return int(eos) if several and eos is not None else stop[0]
+
+
+def stop_tokens(model: TextLoop) -> list[int]:
     """Tokens that end a generated text; see :meth:`LoopedTransformer.stop_tokens`."""
     tokenizer = model.tokenizer
     found = [
@@ -284,24 +399,3 @@ def _ids(value: Any) -> list[int]:
         return []
     values = value if isinstance(value, (list, tuple)) else [value]
     return [whole(token, "eos_token_id", least=None) for token in values]
-
-
-def _as_asked(
-    model: LoopedTransformer,
-    job: _Job,
-    new: Int[Tensor, "batch new"],
-    with_prompt: bool,
-    start: int = 0,
-) -> Any:
-    """New tokens, the first of which is number ``start``, with the prompt or without it."""
-    if not job.in_text:
-        return torch.cat((job.tokens, new), 1) if with_prompt else new
-    texts = []
-    for row, reply in enumerate(new.tolist()):
-        length = job.ends.lengths[row]
-        ids = reply if length is None else reply[: max(0, length - start)]
-        if with_prompt:
-            prompt = job.tokens[row][job.mask[row]].tolist()
-            ids = [token for token in prompt if token not in job.ends.special] + ids
-        texts.append(str(model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
-    return texts if job.many or len(texts) > 1 else texts[0]

@@ -8,20 +8,19 @@ layer has hook points of its own. See ``tl_looped.model.names`` for the names.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from tl_looped import checkpoints
-from tl_looped._compat import lm_cross_entropy_loss
 from tl_looped.checks import Seed, checked, one_of, shown
-from tl_looped.errors import ArgumentTypeError, ConfigError, InputError
+from tl_looped.errors import ArgumentTypeError, ConfigError
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.cells import State, Stream, cell_class
 from tl_looped.model.config import LoopedConfig
@@ -31,14 +30,13 @@ from tl_looped.model.exit_rules import ExitResult, ExitRule
 from tl_looped.model.geometry import LayerLike
 from tl_looped.model.init import init_weights
 from tl_looped.model.kv_cache import LoopedKeyValueCache
-from tl_looped.model.masks import real_tokens
 from tl_looped.model.norms import NormWeights
 from tl_looped.model.program import Do
 from tl_looped.model.running import execute
-from tl_looped.transformer import generation, lenses, tokenizing, unrolling
+from tl_looped.transformer import lenses, tokenizing, unrolling
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.exiting import run_with_exits
-from tl_looped.transformer.generation import GenerationOptions
+from tl_looped.transformer.foreign_cache import lent
 from tl_looped.transformer.intervening import (
     Intervention,
     intervened,
@@ -48,9 +46,17 @@ from tl_looped.transformer.intervening import (
 from tl_looped.transformer.load_options import LoadOptions, dtype_of, hub_options
 from tl_looped.transformer.loading import load_model
 from tl_looped.transformer.loop_map import LoopMap, loop_map_of
+from tl_looped.transformer.outputs import RETURN_TYPES, check_labels, next_token_loss, result
 from tl_looped.transformer.processing import Processing
-from tl_looped.transformer.prompt import read_prompt, read_resid, token_rows
-from tl_looped.transformer.run_options import RunOptions, begin_run, check_seed, read_options
+from tl_looped.transformer.prompt import read_prompt, read_resid
+from tl_looped.transformer.run_options import (
+    KeyValueCache,
+    RunOptions,
+    begin_run,
+    check_seed,
+    only_cache,
+    read_options,
+)
 from tl_looped.transformer.spreading import (
     DeviceMap,
     device_map_of,
@@ -59,9 +65,9 @@ from tl_looped.transformer.spreading import (
 )
 from tl_looped.transformer.transformerlens import TransformerLensMethods
 from tl_looped.transformer.turns import in_turn
-from tl_looped.transformer.vocabulary import refuse_larger
+from tl_looped.transformer.unsupported import refuse_others
 
-_RETURN_TYPES = ("logits", "loss", "both", None)
+_FORWARD = ("input", "return_type", "loss_per_token", "past_kv_cache", "n_recurrences", "labels")
 
 
 @checked
@@ -341,175 +347,6 @@ class LoopedTransformer(TransformerLensMethods):
         """Accelerate's ``dispatch_model`` notes here where it has put the modules."""
         refuse_dispatched(self, placed)
 
-    # -- text and tokens ----------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """A Hugging Face tokenizer, or None for a model of token ids only.
-
-        Raises:
-            TokenizerError: when one is set that gives ids without an embedding.
-        """
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        refuse_larger(tokenizer, self.cfg.d_vocab)
-        self._tokenizer = tokenizer
-
-    @checked
-    def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
-        """Use this tokenizer from now on.
-
-        Args:
-            tokenizer: A Hugging Face tokenizer.
-            default_padding_side: ``"left"`` or ``"right"``; the tokenizer's own if None.
-
-        Raises:
-            TokenizerError: if it gives ids for which the model has no embedding.
-        """
-        tokenizing.set_tokenizer(self, tokenizer, default_padding_side)
-
-    @checked
-    def describe_bos(self, prepend_bos: bool | None = None) -> str:
-        """A sentence: whether text gets a BOS token, and who decided it.
-
-        Args:
-            prepend_bos: What the call that is described says, if it says anything.
-        """
-        return tokenizing.describe_bos(self, prepend_bos)
-
-    @checked
-    def tokenize(
-        self,
-        text: Any,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        truncate: bool = False,
-    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-        """Tokens of one or more texts, and the mask of the real ones.
-
-        Args:
-            text: One text or several, padded to the longest, or conversations: see
-                ``tl_looped.transformer.reading``. A conversation is written by :meth:`chat_text`,
-                with the opening of the model's reply, and gets no BOS but the template's own.
-            prepend_bos: Overrides ``cfg.default_prepend_bos``. A text that begins with BOS gets
-                no second one either way.
-            padding_side: ``"left"`` or ``"right"``; the tokenizer's own side if None.
-            truncate: Cut rows to the context length instead of raising.
-
-        Raises:
-            TokenizerError: without a tokenizer, or if a text gives no token at all.
-            InputError: if a text is longer than the context, for what is not text, or an unknown
-                padding_side.
-        """
-        return tokenizing.tokenize(self, text, prepend_bos, padding_side, truncate)
-
-    @checked
-    def to_tokens(
-        self,
-        input: Any,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        move_to_device: bool = True,
-        truncate: bool = False,
-    ) -> Int[Tensor, "batch pos"]:
-        """Tokens of texts or conversations, padded to the longest; see :meth:`tokenize`."""
-        return tokenizing.to_tokens(
-            self, input, prepend_bos, padding_side, move_to_device, truncate
-        )
-
-    @checked
-    def chat_text(self, messages: Any, add_generation_prompt: bool = True) -> str:
-        """A conversation as the tokenizer's chat template writes it, special tokens included.
-
-        Args:
-            messages: ``{"role": ..., "content": ...}`` each.
-            add_generation_prompt: End with the opening of the model's reply.
-
-        Raises:
-            TokenizerError: without a tokenizer, or if it has no chat template, or one that refuses
-                the messages.
-            InputError: if they are not messages.
-        """
-        return tokenizing.chat_text(self, messages, add_generation_prompt)
-
-    @checked
-    def token_rows(
-        self, prompts: Any, attention_mask: Any = None, prepend_bos: bool | None = None
-    ) -> list[Int[Tensor, " pos"]]:
-        """The real tokens of every prompt, without padding.
-
-        Args:
-            prompts: Whatever the model takes (``tl_looped.transformer.reading``); or a list of
-                token sequences of any lengths, which are taken as they are.
-            attention_mask: ``[batch, pos]`` of tokens, zero at padding; read off the pad tokens, as
-                in a run, if None.
-            prepend_bos: See :meth:`to_tokens`.
-
-        Raises:
-            InputError: without any prompt or token, or beyond the context; the prompt's number is
-                given.
-        """
-        return token_rows(self, prompts, attention_mask, prepend_bos)
-
-    @checked
-    def to_string(self, tokens: Any) -> str | list[str]:
-        """Text of one token, of a sequence, or a list of texts of several, of any lengths."""
-        return tokenizing.to_string(self, tokens)
-
-    @checked
-    def to_str_tokens(
-        self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
-    ) -> list[str] | list[list[str]]:
-        """Each token as a string; a list of texts, conversations or token sequences gives a list of
-        such lists, unpadded.
-        """
-        return tokenizing.to_str_tokens(self, input, prepend_bos)
-
-    @checked
-    def to_single_token(self, string: str) -> int:
-        """The id of a text that is exactly one token.
-
-        Raises:
-            SingleTokenError: if it is none or several; the message lists them.
-        """
-        return tokenizing.to_single_token(self, string)
-
-    @checked
-    def to_single_str_token(self, int_token: int) -> str:
-        """The text of one token id."""
-        return tokenizing.to_single_str_token(self, int_token)
-
-    @checked
-    def get_token_position(
-        self,
-        single_token: str | int | Tensor,
-        input: Any,
-        mode: str = "first",
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-    ) -> int:
-        """Position of a token in a text, a conversation or tokens ``[pos]`` or ``[1, pos]``.
-
-        Raises:
-            SingleTokenError: if it does not occur, or if there is more than one sequence.
-            InputError: if ``mode`` is neither ``"first"`` nor ``"last"``.
-        """
-        return tokenizing.get_token_position(self, single_token, input, mode, prepend_bos)
-
-    @checked
-    def tokens_to_residual_directions(
-        self, tokens: str | int | Int[Tensor, "..."]
-    ) -> Float[Tensor, "... d_model"]:
-        """Columns of W_U of the given tokens, as rows.
-
-        As in TransformerLens, a single token gives ``[d_model]``. The final norm's gain is folded
-        in only in compatibility mode; the exact direction of a logit is always
-        ``ln_final.w * W_U[:, token]``.
-        """
-        return tokenizing.tokens_to_residual_directions(self, tokens)
-
     # -- running ------------------------------------------------------------------------------
 
     @in_turn
@@ -522,16 +359,22 @@ class LoopedTransformer(TransformerLensMethods):
         padding_side: str | None = None,
         start_at_layer: LayerLike | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
+        shortformer_pos_embed: None = None,
         attention_mask: Tensor | None = None,
         stop_at_layer: LayerLike | None = None,
+        past_kv_cache: KeyValueCache | None = None,
+        *,
         n_recurrences: int | None = None,
         initial_state: Tensor | str | None = None,
         state_seed: Seed | None = None,
         prelude_output: Float[Tensor, "batch pos d_model"] | None = None,
-        past_kv_cache: LoopedKeyValueCache | None = None,
         exit_rule: ExitRule | None = None,
+        labels: Integer[Tensor, "batch pos"] | None = None,
+        past_key_values: KeyValueCache | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
     ) -> Any:
-        """Run the model.
+        """Run the model. Positions and names are HookedTransformer's, then TransformerBridge's.
 
         Args:
             input: Text, texts, a conversation (messages ``{"role": ..., "content": ...}``), tokens
@@ -539,26 +382,36 @@ class LoopedTransformer(TransformerLensMethods):
                 column or a DataLoader's batch: see ``tl_looped.transformer.reading``. With
                 ``start_at_layer`` the residual stream ``[batch, pos, d_model]`` that it receives
                 (give ``attention_mask`` or ``tokens`` again if the batch is padded).
-            return_type: ``"logits"`` ``[batch, pos, d_vocab]``, ``"loss"``, ``"both"`` or None.
+            return_type: ``"logits"`` ``[batch, pos, d_vocab]``, ``"loss"``, ``"both"`` (an
+                :class:`~tl_looped.transformer.outputs.Output`), ``"logits_and_cache"`` (logits and
+                the :class:`LoopedKeyValueCache` of the run, for ``past_key_values``) or None.
             loss_per_token: The loss of every next token ``[batch, pos - 1]``, not the mean.
             prepend_bos, padding_side: See :meth:`to_tokens`.
             start_at_layer: Start with the input of this effective layer, or (recurrence, layer).
             tokens: The tokens of a residual input, for the loss.
-            attention_mask: ``[batch, pos]`` of the new tokens, zero at padding, on either side.
+            shortformer_pos_embed: None; positions are rotary.
+            attention_mask: ``[batch, pos]`` of the new tokens, zero at padding, on either side;
+                those in the key-value cache may come first.
             stop_at_layer: Return what this layer would have received. ``n_layers`` returns the last
                 block's output.
+            past_kv_cache: Keys and values of the tokens that come before; extended unless it is
+                frozen. Outputs are those of the new tokens. After others, no token is taken for
+                padding without an ``attention_mask``, and text gets no BOS unless asked for.
+                TransformerLens's own is for runs at the number of recurrences that it was made for.
             n_recurrences: Recurrences of this run only.
             initial_state: State of recurrence 0, ``[batch, pos, d_model]``, or ``"zeros"`` (with
                 an injection: without one they would leave nothing of the prompt).
             state_seed: Seed of the random initial state; ``self.state_seed`` if None.
             prelude_output: What is injected, if ``start_at_layer`` skips the prelude.
-            past_kv_cache: Keys and values of the tokens that come before; extended unless it is
-                frozen. Outputs are those of the new tokens. After others, no token is taken for
-                padding without an ``attention_mask``, and text gets no BOS unless asked for.
             exit_rule: Each token leaves the loop when the rule says so, and goes on to the coda
                 with its state at that recurrence. The loop ends when every token has left. Keys and
                 values within the loop are not touched by it; with ``past_kv_cache`` the last
                 position decides for its whole row, as in generation.
+            labels: Targets of the loss in place of the tokens, of the same shape: ids, or -100
+                where none counts. The label of a position is what the one before it predicts.
+            past_key_values: Another name of ``past_kv_cache``.
+            use_cache: Begin a cache for ``"logits_and_cache"`` where none is given; True if None.
+            **others: Arguments of TransformerLens and transformers that have no meaning here.
 
         Returns:
             What ``return_type`` says; with ``exit_rule`` an :class:`ExitResult` of it and of the
@@ -569,7 +422,13 @@ class LoopedTransformer(TransformerLensMethods):
         """
         self._check_borrowed()
         refuse_offloaded(self)
-        one_of(return_type, "return_type", _RETURN_TYPES)
+        if others or shortformer_pos_embed is not None:
+            asked = {"shortformer_pos_embed": shortformer_pos_embed, **others}
+            refuse_others("forward", asked, _FORWARD)
+        one_of(return_type, "return_type", RETURN_TYPES)
+        past_kv_cache = only_cache(past_kv_cache, past_key_values)
+        if past_kv_cache is None and return_type == "logits_and_cache" and use_cache is not False:
+            past_kv_cache = LoopedKeyValueCache()
         options = read_options(
             self,
             n_recurrences=n_recurrences,
@@ -582,8 +441,12 @@ class LoopedTransformer(TransformerLensMethods):
             stop_at_layer=stop_at_layer,
         )
         given = input, tokens, attention_mask, prepend_bos, padding_side
+        asked_for = return_type, loss_per_token, labels
         with self._at(options.n_recurrences) as model:
-            return model._run(options, *given, return_type, loss_per_token)
+            if options.foreign_cache is None:
+                return model._run(options, *given, *asked_for)
+            with lent(model, options.foreign_cache, options) as options:
+                return model._run(options, *given, *asked_for)
 
     def _run(
         self,
@@ -595,14 +458,18 @@ class LoopedTransformer(TransformerLensMethods):
         padding_side: str | None,
         return_type: str | None,
         loss_per_token: bool,
+        labels: Tensor | None,
     ) -> Any:
         """A forward pass at the model's own number of recurrences."""
         text = attention_mask, prepend_bos, padding_side
         if options.start is None:
             prompt = read_prompt(self, input, *text, options.past_kv_cache)
-            x, tokens, mask = self.embed(prompt.tokens), prompt.tokens, prompt.mask
+            x, tokens, mask = prompt.embeds, prompt.tokens, prompt.mask
+            x = self.embed(tokens) if x is None else x
         else:
-            x, tokens, mask = read_resid(self, input, tokens, *text)
+            x, tokens, mask = read_resid(self, input, tokens, *text, options.past_kv_cache)
+        if labels is not None:
+            labels = check_labels(labels, x.shape[0], x.shape[1], self.cfg.d_vocab)
         run, steps = begin_run(self.cfg, x, mask, options), None
         recorded = self._recording() if self._records else nullcontext()
         with recorded, intervened(self, run) if self.interventions else nullcontext():
@@ -619,8 +486,9 @@ class LoopedTransformer(TransformerLensMethods):
         if (kv := run.context.kv) is not None:
             kv.commit(self.loop.R)
             kv.cache.own(self._watch, self.cfg)
-        result = self._result(logits, tokens, mask, return_type, loss_per_token)
-        return result if steps is None else ExitResult(result, steps)
+        cache = options.past_kv_cache
+        asked = result(logits, tokens, mask, labels, return_type, loss_per_token, cache)
+        return asked if steps is None else ExitResult(asked, steps)
 
     def loss_fn(
         self,
@@ -633,16 +501,7 @@ class LoopedTransformer(TransformerLensMethods):
 
         Computed in fp32 or better: in bf16 a loss of 2 to 4 nats is a multiple of 1/64.
         """
-        if attention_mask is not None:
-            attention_mask = real_tokens(attention_mask)
-            if attention_mask.shape != tokens.shape:
-                raise InputError(
-                    f"attention_mask must have the shape of tokens, {tuple(tokens.shape)}, got "
-                    f"{tuple(attention_mask.shape)}"
-                )
-        if logits.dtype not in (torch.float32, torch.float64):
-            logits = logits.float()
-        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+        return next_token_loss(logits, tokens, attention_mask, per_token)
 
     # -- interventions ------------------------------------------------------------------------
 
@@ -778,119 +637,6 @@ class LoopedTransformer(TransformerLensMethods):
             state_seed,
             without_mlp,
         )
-
-    # -- generation ---------------------------------------------------------------------------
-
-    @in_turn
-    @torch.no_grad()
-    @checked
-    def generate(
-        self,
-        input: Any,
-        max_new_tokens: int = 10,
-        stop_at_eos: bool = True,
-        eos_token_id: int | Sequence[int] | None = None,
-        do_sample: bool = True,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        freq_penalty: float = 0.0,
-        repetition_penalty: float = 1.0,
-        use_past_kv_cache: bool = True,
-        prepend_bos: bool | None = None,
-        return_type: str = "input",
-        verbose: bool = True,
-        attention_mask: Any = None,
-        n_recurrences: int | None = None,
-        initial_state: Any = None,
-        state_seed: Seed | None = None,
-        seed: int | None = None,
-        past_kv_cache: LoopedKeyValueCache | None = None,
-        exit_rule: ExitRule | None = None,
-        stop_strings: Any = None,
-    ) -> Any:
-        """Continue one or more prompts.
-
-        Args:
-            input: As for the model itself: text, several texts (padded on the left), tokens, or a
-                conversation, or several, for the tokenizer's chat template.
-            max_new_tokens: Most new tokens per row.
-            stop_at_eos: End a row at a stop token; it is filled up with the first of them.
-            eos_token_id: Stop token or tokens, in place of :meth:`stop_tokens`.
-            do_sample: Sample; otherwise take the most likely token.
-            top_k, top_p, temperature, freq_penalty, repetition_penalty: As in TransformerLens; the
-                penalties count real tokens only.
-            use_past_kv_cache: Keep keys and values of earlier tokens.
-            prepend_bos: Overrides ``cfg.default_prepend_bos`` for text. A chat template brings its
-                own.
-            return_type: ``"input"`` (as the input was), ``"str"`` or ``"tokens"``.
-            verbose: Show progress, and the cache's memory.
-            attention_mask: Mask of a left-padded token batch.
-            n_recurrences: Recurrences of every step.
-            initial_state: ``"zeros"``, or a state for every position up to the last generated.
-            state_seed: Seed of the random initial state.
-            seed: Seed of the sampling; the global generator is left alone if given.
-            past_kv_cache: A cache to use, for instance one that shares slots,
-                ``LoopedKeyValueCache(recurrence_slots=1)``, or one that holds a prefix already.
-            exit_rule: When tokens leave the loop.
-            stop_strings: Text or texts that end a row once its reply contains one; the token that
-                completes it stays. It is filled up as after a stop token, or with padding.
-
-        Returns:
-            Prompt and continuation, as text or as tokens ``[batch, pos]``; of a conversation the
-            reply alone. In text, special tokens of the prompt and the one that ends a row are left
-            out; others of the reply are written, so that no marker vanishes from a text that goes
-            on after it. With ``exit_rule`` an :class:`ExitResult` of that and the recurrence after
-            which each new token's prediction left the loop ``[batch, new]``.
-        """
-        options = GenerationOptions.of(locals())
-        return generation.generate(self, input, max_new_tokens, options)
-
-    @in_turn
-    @checked
-    def generate_stream(
-        self,
-        input: Any,
-        max_new_tokens: int = 10,
-        max_tokens_per_yield: int = 25,
-        **options: Any,
-    ) -> Iterator[Any]:
-        """As :meth:`generate`, piece by piece, in TransformerLens's way.
-
-        Args:
-            input, max_new_tokens: As in :meth:`generate`.
-            max_tokens_per_yield: Most tokens in a piece.
-            **options: As in :meth:`generate`; of an ``exit_rule`` the steps are not returned.
-
-        Yields:
-            Tokens ``[batch, n]``, or texts. The first piece includes the prompt (but for a
-            conversation), later ones hold new tokens only. The model may be used between them.
-        """
-        asked = GenerationOptions(**options)
-        return generation.generate_stream(self, input, max_new_tokens, max_tokens_per_yield, asked)
-
-    def stop_tokens(self) -> list[int]:
-        """Tokens that end a generated text, unless ``eos_token_id`` says otherwise.
-
-        The tokenizer's EOS; those of the checkpoint's ``generation_config.json``; and the special
-        token that the chat template writes after a reply, the end of a turn.
-        """
-        return generation.stop_tokens(self)
-
-    def _result(
-        self,
-        logits: Tensor,
-        tokens: Tensor | None,
-        mask: Tensor | None,
-        return_type: str | None,
-        per_token: bool,
-    ) -> Any:
-        if return_type in (None, "logits"):
-            return logits if return_type else None
-        if tokens is None:
-            raise InputError("a loss needs tokens: pass tokens= with a residual input")
-        loss = self.loss_fn(logits, tokens, mask, per_token)
-        return loss if return_type == "loss" else (logits, loss)
 
     def _note_run(self, run: LoopRun, mask: Tensor | None) -> None:
         """Tell a cache that is being made what run it is of."""

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.checks import one_of
 from tl_looped.errors import InputError
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.model.masks import real_tokens
@@ -27,12 +28,12 @@ from tl_looped.transformer.reading import (
     read_rows,
     read_tokens,
 )
-from tl_looped.transformer.tokenizing import prepends_bos, row_of, texts_of, tokenize
+from tl_looped.transformer.tokenizing import SIDES, prepends_bos, row_of, texts_of, tokenize
 from tl_looped.transformer.vocabulary import check_ids
 
 if TYPE_CHECKING:
-    from tl_looped.transformer.looped_transformer import LoopedTransformer
     from tl_looped.transformer.pool import Pool
+    from tl_looped.transformer.text_loop import TextLoop
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,12 @@ class Prompt:
     Args:
         tokens: Ids within the vocabulary.
         mask: True at real tokens; None where nothing says that there is padding.
+        embeds: The embedding, in place of tokens, of which there are none then.
     """
 
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"] | None
+    embeds: Float[Tensor, "batch pos d_model"] | None = None
 
 
 def read_prompt(
@@ -63,7 +66,8 @@ def read_prompt(
         input: Anything in ``tl_looped.transformer.reading``.
         attention_mask: ``[batch, pos]``, one at real tokens and zero at padding.
         prepend_bos: Whether text gets a BOS token; ``cfg.default_prepend_bos`` if None.
-        padding_side: Side on which text is padded; the tokenizer's own if None.
+        padding_side: Side on which text is padded, the tokenizer's own if None; the only one on
+            which tokens have padding, either one if None.
         past: Keys and values of tokens that come before. After those, no token is taken for padding
             without an ``attention_mask``, text gets no BOS unless asked for, and a row may consist
             of padding.
@@ -72,7 +76,9 @@ def read_prompt(
         InputError: for what is not an input, ids outside the vocabulary, a mask that does not fit,
             or an argument that would have no effect.
     """
-    given, whole = read_input(input), cast("LoopedTransformer", model)
+    if isinstance(input, Prompt):  # read already
+        return input
+    given, whole = read_input(input), cast("TextLoop", model)
     continues = past is not None and past.length > 0
     if continues and prepend_bos is None:
         prepend_bos = False
@@ -81,11 +87,6 @@ def read_prompt(
         tokens, own_mask = tokenize(whole, given, prepend_bos, padding_side, False)
         mask = own_mask if mask is None else mask
     else:
-        if padding_side is not None:
-            raise InputError(
-                f"padding_side={padding_side!r} is for text; the padding of tokens is read from "
-                "them, on either side: pass attention_mask= to say where it is"
-            )
         if given.mask is not None and mask is not None:
             raise InputError(
                 "attention_mask is given twice, as an argument and within the input: leave one out"
@@ -95,9 +96,9 @@ def read_prompt(
         if mask is None and continues:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         elif mask is None:
-            mask = padding_of(whole, tokens, prepend_bos)
+            mask = padding_of(whole, tokens, prepend_bos, padding_side)
     batch, length = tokens.shape
-    return Prompt(tokens, check_mask(model, mask, batch, length, continues))
+    return Prompt(tokens, check_mask(model, mask, batch, length, past))
 
 
 class ResidualInput(NamedTuple):
@@ -109,12 +110,13 @@ class ResidualInput(NamedTuple):
 
 
 def read_resid(
-    model: LoopedTransformer,
+    model: TextLoop,
     resid: Any,
     tokens: Any = None,
     attention_mask: Any = None,
     prepend_bos: bool | None = None,
     padding_side: str | None = None,
+    past: LoopedKeyValueCache | None = None,
 ) -> ResidualInput:
     """The input of a run with ``start_at_layer``.
 
@@ -125,6 +127,7 @@ def read_resid(
         attention_mask: As in :func:`read_prompt`.
         prepend_bos: Whether the tokens begin with a BOS token, if that is also the pad token.
         padding_side: For text alone.
+        past: Keys and values of tokens that come before.
 
     Raises:
         InputError: as :func:`read_prompt`; for a stream of another width.
@@ -140,13 +143,14 @@ def read_resid(
     mask = attention_mask
     if tokens is not None:
         tokens = check_tokens(model, tokens)
-        mask = padding_of(model, tokens, prepend_bos) if mask is None else mask
-    checked = check_mask(model, mask, resid.shape[0], resid.shape[1])
+        if mask is None and not (past is not None and past.length > 0):
+            mask = padding_of(model, tokens, prepend_bos)
+    checked = check_mask(model, mask, resid.shape[0], resid.shape[1], past)
     return ResidualInput(resid.to(model.W_E), tokens, checked)
 
 
 def token_rows(
-    model: LoopedTransformer, prompts: Any, attention_mask: Any, prepend_bos: bool | None
+    model: TextLoop, prompts: Any, attention_mask: Any, prepend_bos: bool | None
 ) -> list[Int[Tensor, " pos"]]:
     """The real tokens of every prompt; see :meth:`LoopedTransformer.token_rows`."""
     given = read_rows(prompts)
@@ -171,7 +175,7 @@ def token_rows(
     return rows
 
 
-def _token_row(model: LoopedTransformer, number: int, row: Any) -> Int[Tensor, " pos"]:
+def _token_row(model: TextLoop, number: int, row: Any) -> Int[Tensor, " pos"]:
     """One sequence of a list of them."""
     try:
         given = read_input(row)
@@ -198,14 +202,20 @@ def check_tokens(model: Pool, tokens: Any) -> Int[Tensor, "batch pos"]:
 
 
 def padding_of(
-    model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], prepend_bos: bool | None
+    model: TextLoop,
+    tokens: Int[Tensor, "batch pos"],
+    prepend_bos: bool | None,
+    side: str | None = None,
 ) -> Bool[Tensor, "batch pos"] | None:
     """Mask of a token batch, read off its pad tokens; None if it has no padding.
 
     A pad token that is neither BOS nor EOS is padding wherever it leads or ends a row. One that
     is also BOS or EOS may be meant, so only leading runs that some rows have and others have
-    not are padding, less the BOS token itself.
+    not are padding, less the BOS token itself. Where the caller says on which side there is
+    padding, all pad tokens that lead, or end, a row are padding, as in TransformerLens.
     """
+    if side is not None:
+        return _padding_on(model, tokens, prepend_bos, one_of(side, "padding_side", SIDES))
     ids = {
         name: getattr(model.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos")
     }
@@ -229,8 +239,34 @@ def padding_of(
     return real
 
 
+def _padding_on(
+    model: TextLoop, tokens: Int[Tensor, "batch pos"], prepend_bos: bool | None, side: str
+) -> Bool[Tensor, "batch pos"] | None:
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    if pad is None:
+        raise InputError(
+            f"padding_side={side!r} of tokens needs a tokenizer with a pad token, off which the "
+            "padding is read: pass attention_mask= to say where it is"
+        )
+    is_pad = tokens == pad
+    ends = is_pad if side == "left" else is_pad.flip(-1)
+    n = ends.long().cumprod(-1).sum(-1, keepdim=True)
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    if side == "right":
+        real = at < tokens.shape[1] - n
+    else:
+        if pad == model.tokenizer.bos_token_id and prepends_bos(model, prepend_bos):
+            n = (n - 1).clamp(min=0)  # the last of them is BOS itself
+        real = at >= n
+    return None if bool(real.all()) else real
+
+
 def check_mask(
-    model: Pool, mask: Any, batch: int, length: int, rows_continue: bool = False
+    model: Pool,
+    mask: Any,
+    batch: int,
+    length: int,
+    past: LoopedKeyValueCache | None = None,
 ) -> Bool[Tensor, "batch pos"] | None:
     """A boolean mask on the embedding's device, with a real token in every row; None stays None.
 
@@ -238,7 +274,8 @@ def check_mask(
         model: Whose device counts.
         mask: One at real tokens and zero at padding, a tensor or rows of numbers.
         batch, length: Its shape.
-        rows_continue: Tokens come before these, so that a row may consist of padding.
+        past: Keys and values of tokens that come before, so that a row may consist of padding. The
+            mask may begin with theirs.
     """
     if mask is None:
         return None
@@ -249,13 +286,22 @@ def check_mask(
             f"attention_mask must be 1 at real tokens and 0 at padding, a tensor or rows of "
             f"numbers of shape {(batch, length)}, got {mask!r}"
         ) from error
-    if tuple(mask.shape) != (batch, length):
+    n_past = 0 if past is None else past.length
+    if tuple(mask.shape) not in ((batch, length), (batch, n_past + length)):
         raise InputError(
             f"attention_mask must have shape {(batch, length)} like the tokens, "
             f"got {tuple(mask.shape)}"
         )
     real = real_tokens(mask).to(model.embed.W_E.device)
-    if not rows_continue:
+    if mask.shape[1] > length:
+        assert past is not None
+        if not torch.equal(real[:, :n_past], cast(Tensor, past.mask).to(real.device)):
+            raise InputError(
+                f"the first {n_past} columns of attention_mask are of cached tokens, and differ "
+                "from past_kv_cache.mask: give the mask of the new tokens alone"
+            )
+        real = real[:, n_past:]
+    if n_past == 0:
         check_rows(real)
     return real
 

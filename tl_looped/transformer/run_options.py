@@ -7,15 +7,16 @@ fits it to the prompt's batch and positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_looped.checks import Seed, checked, whole
-from tl_looped.errors import InputError
+from tl_looped._compat import TransformerLensKeyValueCache
+from tl_looped.checks import Seed, described, whole
+from tl_looped.errors import ArgumentTypeError, InputError
 from tl_looped.model.cells import Stream, refuse_zeros_for_the_prompt
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import LoopRun, RunContext
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from tl_looped.transformer.pool import Pool
 
 
+KeyValueCache: TypeAlias = LoopedKeyValueCache | TransformerLensKeyValueCache
+
+
 @dataclass(frozen=True, eq=False)
 class RunOptions:
     """What a forward pass is told besides its prompt, checked.
@@ -40,6 +44,7 @@ class RunOptions:
         initial_state: State of recurrence 0, or ``"zeros"``; None draws or derives it.
         prelude_output: What is injected, where the run starts after the prelude.
         past_kv_cache: Keys and values of earlier tokens.
+        foreign_cache: The same in TransformerLens's own cache.
         exit_rule: When tokens leave the loop.
         start: Effective layer whose input is given; None starts from tokens.
         stop: Effective layer whose input is returned; None runs to the logits.
@@ -50,6 +55,7 @@ class RunOptions:
     initial_state: Tensor | str | None = None
     prelude_output: Tensor | None = None
     past_kv_cache: LoopedKeyValueCache | None = None
+    foreign_cache: TransformerLensKeyValueCache | None = None
     exit_rule: ExitRule | None = None
     start: int | None = None
     stop: int | None = None
@@ -63,6 +69,11 @@ class RunOptions:
     def n_recurrences(self) -> int:
         """Recurrences of the run."""
         return self.loop.R
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the run goes on from keys and values, or begins a cache of them."""
+        return self.past_kv_cache is not None or self.foreign_cache is not None
 
     @property
     def runs_prelude(self) -> bool:
@@ -82,7 +93,7 @@ def read_options(
     initial_state: Any = None,
     state_seed: Seed | None = None,
     prelude_output: Tensor | None = None,
-    past_kv_cache: LoopedKeyValueCache | None = None,
+    past_kv_cache: KeyValueCache | None = None,
     exit_rule: ExitRule | None = None,
     start_at_layer: LayerLike | None = None,
     stop_at_layer: LayerLike | None = None,
@@ -94,19 +105,21 @@ def read_options(
         InputError: for wrong types, and for arguments that the run would not read.
     """
     loop = model._loop_at(n_recurrences)
+    foreign = past_kv_cache if isinstance(past_kv_cache, TransformerLensKeyValueCache) else None
+    own = None if foreign is not None else check_cache(model, past_kv_cache)
     options = RunOptions(
         program=model.program_at(loop.R),
         state_seed=check_seed(model, state_seed),
         initial_state=check_state("initial_state", initial_state),
         prelude_output=prelude_output,
-        past_kv_cache=past_kv_cache,
+        past_kv_cache=own,
+        foreign_cache=foreign,
         exit_rule=exit_rule,
         start=None if start_at_layer is None else loop.resolve_or_end(start_at_layer),
         stop=None if stop_at_layer is None else loop.resolve_or_end(stop_at_layer),
     )
     if isinstance(initial_state, str):
         refuse_zeros_for_the_prompt(model.cfg, f"initial_state={initial_state!r}")
-    check_cache(model, past_kv_cache)
     _check_exit_rule(model.cfg, loop, exit_rule)
     _check_part(options, state_seed)
     return options
@@ -130,11 +143,34 @@ def check_state(name: str, state: Any) -> Any:
     raise InputError(f"{name} must be a tensor or 'zeros', got {state!r}")
 
 
-@checked
-def check_cache(model: LoopedTransformer, cache: LoopedKeyValueCache | None) -> None:
-    """Raise if these are not keys and values of this model as it is now."""
-    if cache is not None:
-        cache.check_owner(model._watch, model.cfg)
+def check_cache(model: Pool, cache: Any) -> LoopedKeyValueCache | None:
+    """A cache of this model's keys and values as it is now, or None.
+
+    Raises:
+        InputError: if it is another one's, or none of this package.
+    """
+    if cache is None:
+        return None
+    if not isinstance(cache, LoopedKeyValueCache):
+        raise ArgumentTypeError(
+            f"past_kv_cache must be a LoopedKeyValueCache, got {described(cache)}: begin with "
+            "past_kv_cache=LoopedKeyValueCache(), which runs extend"
+        )
+    cache.check_owner(model._watch, model.cfg)
+    return cache
+
+
+def only_cache(past_kv_cache: Any, past_key_values: Any) -> Any:
+    """The cache of a run, under TransformerLens's name or transformers'.
+
+    Raises:
+        InputError: if there are two.
+    """
+    if past_key_values is None:
+        return past_kv_cache
+    if past_kv_cache is not None and past_kv_cache is not past_key_values:
+        raise InputError("past_kv_cache and past_key_values are one argument: give one of them")
+    return past_key_values
 
 
 def _check_exit_rule(cfg: LoopedConfig, loop: LoopGeometry, rule: ExitRule | None) -> None:
@@ -163,13 +199,20 @@ def _check_part(options: RunOptions, state_seed: Seed | None) -> None:
             f"{start} and stop_at_layer={stop} the run does not enter the loop (at layer "
             f"{options.loop.p})"
         )
+    if options.foreign_cache is not None and options.exit_rule is not None:
+        raise InputError(
+            "TransformerLensKeyValueCache has no place for tokens that leave the loop early: use "
+            "past_kv_cache=LoopedKeyValueCache() with exit_rule"
+        )
     if start is None and stop is None:
         return
-    for name in ("past_kv_cache", "exit_rule"):
-        if getattr(options, name) is not None:
-            raise InputError(
-                f"{name} is for whole runs: leave out start_at_layer and stop_at_layer"
-            )
+    if options.exit_rule is not None:
+        raise InputError("exit_rule is for whole runs: leave out start_at_layer and stop_at_layer")
+    if options.has_cache and not (start in (None, 0) and stop is None):
+        raise InputError(
+            "past_kv_cache needs every layer's keys and values: leave out stop_at_layer, and "
+            "start_at_layer unless it is 0"
+        )
 
 
 def begin_run(

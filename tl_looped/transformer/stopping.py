@@ -10,13 +10,15 @@ the prompt ends with does not count.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.errors import InputError
+from tl_looped.checks import described
+from tl_looped.errors import ArgumentTypeError, InputError
 
 _REPLY = "Xylophone"
 
@@ -62,6 +64,22 @@ def checked_strings(given: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
+def checked_criteria(given: Any) -> tuple[Any, ...]:
+    """One or several of transformers' ``StoppingCriteria``, or their kin, as a tuple.
+
+    Raises:
+        ArgumentTypeError: for what cannot be called.
+    """
+    criteria = given if isinstance(given, (list, tuple)) else (given,) if given is not None else ()
+    for criterion in criteria:
+        if not callable(criterion):
+            raise ArgumentTypeError(
+                "stopping_criteria must be one of transformers' StoppingCriteria, or several, got "
+                f"{described(criterion)}"
+            )
+    return tuple(criteria)
+
+
 class Ends:
     """Where each row's reply ends.
 
@@ -70,14 +88,21 @@ class Ends:
         tokens: Ids that end a row; a special one is not part of its text.
         strings: Texts that end a row, and are part of it.
         tokenizer: None without one.
+        criteria: Called with all tokens and the newest logits; they say which rows end.
 
     Attributes:
         lengths: Tokens of each row's reply that are text; None of a row that goes on.
     """
 
     def __init__(
-        self, n_rows: int, tokens: list[int], strings: tuple[str, ...], tokenizer: Any
+        self,
+        n_rows: int,
+        tokens: list[int],
+        strings: tuple[str, ...],
+        tokenizer: Any,
+        criteria: tuple[Any, ...] = (),
     ) -> None:
+        self.criteria = criteria
         self.tokens, self.strings, self.tokenizer = tokens, strings, tokenizer
         self.special = set() if tokenizer is None else special_ids(tokenizer)
         self.lengths: list[int | None] = [None] * n_rows
@@ -87,9 +112,9 @@ class Ends:
         """Which rows have ended."""
         return torch.tensor([length is not None for length in self.lengths], device=device)
 
-    def note(self, new: Int[Tensor, " batch"]) -> None:
-        """Take in the next token of every row."""
-        if not self.tokens and not self.strings:
+    def note(self, new: Int[Tensor, " batch"], stopped: Sequence[bool] | None = None) -> None:
+        """Take in the next token of every row, and which rows end with it for other reasons."""
+        if not self.tokens and not self.strings and not stopped:
             return
         for row, token in enumerate(new.tolist()):
             reply = self._replies[row]
@@ -99,8 +124,26 @@ class Ends:
                 self.lengths[row] = len(reply) + (token not in self.special)
                 continue
             reply.append(token)
-            if self.strings and self._contains_one(reply):
+            if (stopped and stopped[row]) or (self.strings and self._contains_one(reply)):
                 self.lengths[row] = len(reply)
+
+    def by_criteria(
+        self, tokens: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch d_vocab"]
+    ) -> list[bool] | None:
+        """Which rows the criteria end, given all tokens and the logits that the last are from."""
+        if not self.criteria:
+            return None
+        n = len(tokens)
+        stopped = torch.zeros(n, dtype=torch.bool)
+        for criterion in self.criteria:
+            said = torch.as_tensor(criterion(tokens, logits)).to("cpu", torch.bool)
+            if said.shape not in ((), (n,)):
+                raise InputError(
+                    f"{type(criterion).__name__} in stopping_criteria returned shape "
+                    f"{tuple(said.shape)}: one truth value for each of the {n} rows is wanted"
+                )
+            stopped |= said
+        return cast(list[bool], stopped.tolist())
 
     def _contains_one(self, reply: list[int]) -> bool:
         text = self.tokenizer.decode(reply, clean_up_tokenization_spaces=False)

@@ -34,10 +34,10 @@ from tl_looped.transformer.text_length import checked_lengths
 from tl_looped.transformer.vocabulary import check_ids
 
 if TYPE_CHECKING:
-    from tl_looped.transformer.looped_transformer import LoopedTransformer
+    from tl_looped.transformer.text_loop import TextLoop
 
 
-_SIDES = ("left", "right")
+SIDES = ("left", "right")
 
 
 def written(
@@ -61,12 +61,10 @@ def written(
     return str(text)
 
 
-def set_tokenizer(
-    model: LoopedTransformer, tokenizer: Any, default_padding_side: str | None
-) -> None:
+def set_tokenizer(model: TextLoop, tokenizer: Any, default_padding_side: str | None) -> None:
     """Use this tokenizer from now on."""
     if default_padding_side is not None:
-        one_of(default_padding_side, "default_padding_side", _SIDES)
+        one_of(default_padding_side, "default_padding_side", SIDES)
     is_one = hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")
     if not is_one and not (tokenizer is None and default_padding_side is None):
         raise TokenizerError(f"tokenizer must be Hugging Face's, got {described(tokenizer)}")
@@ -79,7 +77,7 @@ def set_tokenizer(
         tokenizer.padding_side = default_padding_side
 
 
-def need_tokenizer(model: LoopedTransformer) -> Any:
+def need_tokenizer(model: TextLoop) -> Any:
     """The tokenizer, without which there is no text."""
     if model.tokenizer is None:
         raise TokenizerError(
@@ -89,14 +87,14 @@ def need_tokenizer(model: LoopedTransformer) -> Any:
     return model.tokenizer
 
 
-def settle_bos(model: LoopedTransformer) -> None:
+def settle_bos(model: TextLoop) -> None:
     """Ask the tokenizer for its habit, if there is one and the configuration does not say."""
     if model.tokenizer is not None and model.cfg.default_prepend_bos is None:
         model.cfg.default_prepend_bos = adds_bos(model.tokenizer)
         model.cfg.bos_from = "tokenizer"
 
 
-def prepends_bos(model: LoopedTransformer, prepend_bos: bool | None) -> bool:
+def prepends_bos(model: TextLoop, prepend_bos: bool | None) -> bool:
     """Whether a text of this call gets a BOS token."""
     if prepend_bos is not None:
         return prepend_bos
@@ -104,7 +102,7 @@ def prepends_bos(model: LoopedTransformer, prepend_bos: bool | None) -> bool:
     return bool(model.cfg.default_prepend_bos)
 
 
-def _bos_decided_by(model: LoopedTransformer, tokenizer: Any) -> str:
+def _bos_decided_by(model: TextLoop, tokenizer: Any) -> str:
     """``cfg.bos_from``; ``"caller"`` where the field was changed by hand after loading."""
     if model.cfg.bos_from != "tokenizer" or tokenizer is None:
         return model.cfg.bos_from
@@ -112,7 +110,7 @@ def _bos_decided_by(model: LoopedTransformer, tokenizer: Any) -> str:
     return "tokenizer" if unchanged else "caller"
 
 
-def describe_bos(model: LoopedTransformer, prepend_bos: bool | None) -> str:
+def describe_bos(model: TextLoop, prepend_bos: bool | None) -> str:
     """A sentence: whether text gets a BOS token, and who decided it."""
     if model.tokenizer is None:
         return "there is no tokenizer, so no text is read"
@@ -121,14 +119,14 @@ def describe_bos(model: LoopedTransformer, prepend_bos: bool | None) -> str:
     return bos_sentence(model.tokenizer, prepends, decided_by)
 
 
-def _bos_id(model: LoopedTransformer) -> int:
+def _bos_id(model: TextLoop) -> int:
     bos = need_tokenizer(model).bos_token_id
     if bos is None:
         raise TokenizerError("prepend_bos=True, but the tokenizer has no BOS token")
     return int(bos)
 
 
-def pad_id(model: LoopedTransformer) -> int:
+def pad_id(model: TextLoop) -> int:
     """The token that fills up the rows of a batch."""
     for name in ("pad_token_id", "eos_token_id"):
         found = getattr(model.tokenizer, name, None)
@@ -138,7 +136,7 @@ def pad_id(model: LoopedTransformer) -> int:
 
 
 def tokenize(
-    model: LoopedTransformer,
+    model: TextLoop,
     text: Any,
     prepend_bos: bool | None,
     padding_side: str | None,
@@ -149,7 +147,7 @@ def tokenize(
     tokenizer = need_tokenizer(model)
     prepend_bos = prepends_bos(model, prepend_bos)
     side = padding_side or getattr(tokenizer, "padding_side", None) or "right"
-    one_of(side, "padding_side", _SIDES)
+    one_of(side, "padding_side", SIDES)
     fitting = checked_lengths(tokenizer, texts, None if truncate else model.cfg.n_ctx)
     rows = [tokenizer.encode(t, add_special_tokens=False) for t in fitting]
     if prepend_bos:
@@ -173,13 +171,13 @@ def tokenize(
     return tokens.to(model.W_E.device), mask.to(model.W_E.device)
 
 
-def row_of(model: LoopedTransformer, text: str, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
+def row_of(model: TextLoop, text: str, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
     """Tokens of one text."""
     return tokenize(model, text, prepend_bos, None, False)[0][0]
 
 
 def texts_of(
-    model: LoopedTransformer, given: Given, prepend_bos: bool | None
+    model: TextLoop, given: Given, prepend_bos: bool | None
 ) -> tuple[list[str], bool | None]:
     """The texts of an input, and whether they get BOS: a chat template writes its own."""
     if isinstance(given, Tokens):
@@ -199,7 +197,7 @@ def texts_of(
     return given.texts, prepend_bos
 
 
-def chat_text(model: LoopedTransformer, messages: Any, add_generation_prompt: bool) -> str:
+def chat_text(model: TextLoop, messages: Any, add_generation_prompt: bool) -> str:
     """A conversation as the tokenizer's chat template writes it, special tokens included."""
     tokenizer, given = need_tokenizer(model), read_input(messages)
     if not isinstance(given, Chats) or given.many:
@@ -208,7 +206,7 @@ def chat_text(model: LoopedTransformer, messages: Any, add_generation_prompt: bo
 
 
 def to_tokens(
-    model: LoopedTransformer,
+    model: TextLoop,
     input: Any,
     prepend_bos: bool | None,
     padding_side: str | None,
@@ -226,7 +224,7 @@ def to_tokens(
     return tokens if move_to_device else tokens.cpu()
 
 
-def to_string(model: LoopedTransformer, tokens: Any) -> str | list[str]:
+def to_string(model: TextLoop, tokens: Any) -> str | list[str]:
     """Text of one token, of a sequence, or a list of texts of several, of any lengths."""
     tokenizer = need_tokenizer(model)
     if isinstance(tokens, (int, np.integer)):
@@ -248,7 +246,7 @@ def to_string(model: LoopedTransformer, tokens: Any) -> str | list[str]:
 
 
 def to_str_tokens(
-    model: LoopedTransformer, input: Any, prepend_bos: bool | None
+    model: TextLoop, input: Any, prepend_bos: bool | None
 ) -> list[str] | list[list[str]]:
     """Each token as a string, for each text or sequence."""
     given = read_rows(input)
@@ -262,11 +260,11 @@ def to_str_tokens(
     return found if given.many else found[0]
 
 
-def _strings(model: LoopedTransformer, ids: Int[Tensor, " pos"]) -> list[str]:
+def _strings(model: TextLoop, ids: Int[Tensor, " pos"]) -> list[str]:
     return [str(to_string(model, token)) for token in ids]
 
 
-def _one_sequence(model: LoopedTransformer, method: str, given: Tokens) -> Int[Tensor, " pos"]:
+def _one_sequence(model: TextLoop, method: str, given: Tokens) -> Int[Tensor, " pos"]:
     """The only row of tokens."""
     ids = given.tokens
     if ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
@@ -274,7 +272,7 @@ def _one_sequence(model: LoopedTransformer, method: str, given: Tokens) -> Int[T
     return ids.reshape(-1)
 
 
-def to_single_token(model: LoopedTransformer, string: str) -> int:
+def to_single_token(model: TextLoop, string: str) -> int:
     """The id of a text that is exactly one token."""
     ids = row_of(model, string, False)
     if len(ids) != 1:
@@ -284,13 +282,13 @@ def to_single_token(model: LoopedTransformer, string: str) -> int:
     return int(ids[0])
 
 
-def to_single_str_token(model: LoopedTransformer, int_token: int) -> str:
+def to_single_str_token(model: TextLoop, int_token: int) -> str:
     """The text of one token id."""
     return str(to_string(model, torch.tensor([int_token])))
 
 
 def get_token_position(
-    model: LoopedTransformer,
+    model: TextLoop,
     single_token: str | int | Tensor,
     input: Any,
     mode: str,
@@ -313,7 +311,7 @@ def get_token_position(
 
 
 def tokens_to_residual_directions(
-    model: LoopedTransformer, tokens: str | int | Int[Tensor, "..."]
+    model: TextLoop, tokens: str | int | Int[Tensor, "..."]
 ) -> Float[Tensor, "... d_model"]:
     """Columns of W_U of the given tokens, as rows."""
     if isinstance(tokens, str):

@@ -18,9 +18,9 @@ from tl_looped.checks import checked, described
 from tl_looped.errors import ArgumentTypeError, InputError, UnsupportedMethodError
 from tl_looped.model.init import init_weights
 from tl_looped.transformer import state_dicts
-from tl_looped.transformer.hooked_loop import HookedLoop
 from tl_looped.transformer.processing import Processing, refuse_value_biases
 from tl_looped.transformer.spreading import check_devices
+from tl_looped.transformer.text_loop import TextLoop
 from tl_looped.transformer.turns import in_turn
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ REFUSED = {
 
 
 @checked
-class TransformerLensMethods(HookedLoop):
+class TransformerLensMethods(TextLoop):
     """Methods of HookedTransformer and TransformerBridge, beside hooks, text and generation.
 
     Attributes:
