@@ -64,17 +64,6 @@ class TransformerLensMethods(TextLoop):
     home_device: torch.device | None = None
     dataset: Any = None
 
-    if TYPE_CHECKING:  # of the storey below, LoopedTransformer
-
-        def to_tokens(  # noqa: D102
-            self,
-            input: Any,
-            prepend_bos: bool | None = None,
-            padding_side: str | None = None,
-            move_to_device: bool = True,
-            truncate: bool = False,
-        ) -> Tensor: ...
-
     # -- devices and dtypes -------------------------------------------------------------------
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> Self:
