@@ -60,6 +60,7 @@ RESULTS = {
 # The runs of a model, for the package itself and for training loops:
 INNER = {
     *("random_initial_state", "read_out", "start_run", "unroll", "view_at", "check_owner", "own"),
+    *("belong_to", "note", "settle", "is_layer_norm_activation"),
     *("slot", "program_at"),
 }
 
@@ -320,8 +321,12 @@ class World:
             "LoopGeometry.resolve_or_end": {"layer": (0, 1)},
             "LoopGeometry.with_recurrences": {"R": 2},
             "LoopedConfig": dict(self.sizes),
+            "LoopedConfig.from_dict": {"config_dict": m.cfg.to_dict()},
             "LoopedConfig.from_json": {"values": m.cfg.to_json()},
+            "LoopedConfig.set_seed_everywhere": {"seed": 3},
+            "LoopedConfig.to_dict": {},
             "LoopedConfig.to_json": {},
+            "LoopedConfig.unwrap": {"config": m.cfg},
             "LoopedConfig.weights_of": {"place": LayerLocation("core", 0, 1)},
             "LoopedKeyValueCache": {},
             "LoopedKeyValueCache.freeze": {},
@@ -497,6 +502,10 @@ class World:
             "save_pretrained": {"folder": self.folder / "saved"},
             "set_recurrences": {"of": fresh, "n_recurrences": 2},
             "set_tokenizer": {"of": fresh, "tokenizer": self.tokenizer},
+            "set_ungroup_grouped_query_attention": {
+                "of": fresh,
+                "ungroup_grouped_query_attention": True,
+            },
             "set_use_attn_in": {"of": fresh, "use_attn_in": True},
             "set_use_attn_result": {"of": fresh, "use_attn_result": True},
             "set_use_hook_mlp_in": {"of": fresh, "use_hook_mlp_in": True},

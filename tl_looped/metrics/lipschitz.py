@@ -195,7 +195,6 @@ def attention_lipschitz_from_cache(
     attention_mask = mask_of_cache(cache, attention_mask)
     now = recurrence % cache.loop.R
     block = cache.model.blocks[cache.loop.index(now, layer)]
-    repeats = block.cfg.n_heads // block.cfg.n_kv_heads
 
     def activations(r: int) -> tuple[Tensor, Tensor, Tensor]:
         place = f"blocks.{cache.loop.index(r, layer)}."
@@ -204,8 +203,8 @@ def attention_lipschitz_from_cache(
             x = cache[f"{place}ln1.hook_normalized"] * block.ln1.w
         else:
             x = cache[f"{place}hook_resid_pre"]
-        keys = cache[f"{place}attn.hook_rot_k"].repeat_interleave(repeats, -2)
-        return x, cache[f"{place}attn.hook_rot_q"], keys
+        queries, keys = (cache[f"{place}attn.hook_rot_{which}"] for which in "qk")
+        return x, queries, keys.repeat_interleave(queries.shape[-2] // keys.shape[-2], -2)
 
     (x, q, k), (x_before, q_before, k_before) = activations(now), activations(now - 1)
     weights = block.attn.W_Q.to(x.device), block.attn.W_K.to(x.device)

@@ -139,8 +139,8 @@ class Attention(QuickModule):
     def forward_split(
         self,
         q_input: Float[Tensor, "batch pos n_heads d_model"],
-        k_input: Float[Tensor, "batch pos n_kv_heads d_model"],
-        v_input: Float[Tensor, "batch pos n_kv_heads d_model"],
+        k_input: Float[Tensor, "batch pos kv_head d_model"],
+        v_input: Float[Tensor, "batch pos kv_head d_model"],
         run: RunContext,
     ) -> Float[Tensor, "batch pos d_model"]:
         """As :meth:`forward`, each head with an input of its own."""
@@ -148,7 +148,7 @@ class Attention(QuickModule):
             gain = self._norm.with_folded_gain
             q_input, k_input, v_input = gain(q_input), gain(k_input), gain(v_input)
         q, k, v = (
-            torch.einsum("bthd,hkd->bthk", inputs, self._weights.head_weights(which))
+            torch.einsum("bthd,hkd->bthk", inputs, self._weights_for(which, inputs.shape[2]))
             for inputs, which in ((q_input, "q"), (k_input, "k"), (v_input, "v"))
         )
         return self.attend(q, k, v, run)
@@ -156,8 +156,8 @@ class Attention(QuickModule):
     def attend(
         self,
         q: Float[Tensor, "batch pos n_heads d_head"],
-        k: Float[Tensor, "batch pos n_kv_heads d_head"],
-        v: Float[Tensor, "batch pos n_kv_heads d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        v: Float[Tensor, "batch pos kv_head d_head"],
         run: RunContext,
     ) -> Float[Tensor, "batch pos d_model"]:
         """From raw queries, keys and values to the attention output.
@@ -165,24 +165,44 @@ class Attention(QuickModule):
         Hooks see the new tokens' own queries, keys and values; scores and pattern have the keys of
         earlier tokens too, if there is a key-value cache.
         """
-        weights = self._weights
-        if self.cfg.qk_bias:
-            q, k = q + weights.q_bias, k + weights.k_bias
-        if self.cfg.v_bias:
-            v = v + weights.v_bias
+        weights, cfg = self._weights, self.cfg
+        if cfg.ungroup_grouped_query_attention:
+            q, k, v = self._ungrouped(q, k, v)
+        else:
+            if cfg.qk_bias:
+                q, k = q + weights.q_bias, k + weights.k_bias
+            if cfg.v_bias:
+                v = v + weights.v_bias
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        if self.cfg.qk_norm_per_head:
+        if cfg.qk_norm_per_head:
             q, k = self.q_norm(q), self.k_norm(k)
-        elif self.cfg.qk_norm:
+        elif cfg.qk_norm:
             q = self.q_norm(q.flatten(-2)).unflatten(-1, q.shape[-2:])
             k = self.k_norm(k.flatten(-2)).unflatten(-1, k.shape[-2:])
         q = self.hook_rot_q(rotate(q, run.rotation))
         k = self.hook_rot_k(rotate(k, run.rotation))
         k, v = run.with_past(self.location, k, v)
         z = self.hook_z(self._mix(q, k, v, run))
-        if self.cfg.use_attn_result:
+        if cfg.use_attn_result:
             return self.hook_result(torch.einsum("bthk,hkd->bthd", z, self.W_O)).sum(-2)
         return F.linear(z.flatten(-2), parameter(weights, "out"))
+
+    def _ungrouped(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With keys and values for each query head, and the biases."""
+        weights, cfg = self._weights, self.cfg
+        repeats = weights.n_heads // weights.n_kv_heads
+        if k.shape[2] < weights.n_heads:  # split inputs are one a query head already
+            k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+        if cfg.qk_bias:
+            q, k = q + weights.q_bias, k + weights.k_bias.repeat_interleave(repeats, 0)
+        if cfg.v_bias:
+            v = v + weights.v_bias.repeat_interleave(repeats, 0)
+        return q, k, v
+
+    def _weights_for(self, which: str, n: int) -> Float[Tensor, "n d_head d_model"]:
+        """Weights of the heads of so many inputs; more than there are share their group's."""
+        heads = self._weights.head_weights(which)
+        return heads if heads.shape[0] == n else heads.repeat_interleave(n // heads.shape[0], 0)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, run: RunContext) -> Tensor:
         """Values averaged by the attention pattern, ``[batch, pos, n_heads, d_head]``."""

@@ -229,13 +229,13 @@ class Block(QuickModule):
                 )
             heads = self.hook_attn_in(_per_head(q_from, cfg.n_heads))
             q_in, k_in, v_in = heads, heads, heads
-            if cfg.n_kv_heads != cfg.n_heads:
+            if cfg.n_hooked_kv_heads != cfg.n_heads:
                 # A key-value head reads the input of the first query head of its group.
                 k_in = v_in = heads[:, :, :: cfg.n_heads // cfg.n_kv_heads]
         else:
             q_in = self.hook_q_input(_per_head(q_from, cfg.n_heads))
-            k_in = self.hook_k_input(_per_head(kv_from, cfg.n_kv_heads))
-            v_in = self.hook_v_input(_per_head(kv_from, cfg.n_kv_heads))
+            k_in = self.hook_k_input(_per_head(kv_from, cfg.n_hooked_kv_heads))
+            v_in = self.hook_v_input(_per_head(kv_from, cfg.n_hooked_kv_heads))
         if self._pre:
             q_in, k_in, v_in = (self.ln1(x) for x in (q_in, k_in, v_in))
         return self.attn.forward_split(q_in, k_in, v_in, run)

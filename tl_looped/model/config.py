@@ -9,10 +9,12 @@ TransformerLens's where TransformerLens has one; ``n_layers`` is the number of *
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from tl_looped._compat import TransformerLensConfig
@@ -21,6 +23,8 @@ from tl_looped.errors import ConfigError
 from tl_looped.model import limits
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.limits import MOST_UNITS
+from tl_looped.model.owned import FLAGS, OwnedFields
+from tl_looped.model.tl_fields import FIXED, NOTES
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -121,17 +125,14 @@ _NOT_SAVED = (
     "normalization_type",
     "center_unembed",
     "skipped_processing",
-    "use_attn_result",
-    "use_split_qkv_input",
-    "use_attn_in",
-    "use_hook_mlp_in",
+    *FLAGS,
 )
 _SINCE = ("cell", "core_layers")
 """Fields that older files lack, and that are saved where they say something."""
 
 
 @dataclass(kw_only=True)
-class LoopedConfig(TransformerLensConfig):
+class LoopedConfig(OwnedFields):
     """Everything that determines a looped transformer, weights aside.
 
     Args:
@@ -191,6 +192,14 @@ class LoopedConfig(TransformerLensConfig):
             was loaded and does not apply to it, such as ``center_writing_weights``.
         use_attn_in: TransformerLens's flag for ``hook_attn_in``.
         use_hook_mlp_in: TransformerLens's flag for ``hook_mlp_in``.
+        ungroup_grouped_query_attention: TransformerLens's flag for keys and values of each query
+            head.
+
+    A model has a copy of its own, ``model.cfg``. Setting a flag there, or ``n_recurrences``, does
+    what the model's ``set_...`` does; a field from which modules or weights were made is refused.
+    Copies of it belong to no model. TransformerLens's other fields (``attn_scale``,
+    ``window_size``, ``n_params``, ...) can be read, with the values that are right here; see
+    ``tl_looped.model.tl_fields``.
     """
 
     n_layers: int = -1
@@ -226,6 +235,7 @@ class LoopedConfig(TransformerLensConfig):
     seed: int = 0
     use_attn_in: bool = False
     use_hook_mlp_in: bool = False
+    ungroup_grouped_query_attention: bool = False
 
     n_key_value_heads: int | None = None
     device: str | None = None
@@ -251,18 +261,42 @@ class LoopedConfig(TransformerLensConfig):
             as_many = bool(self.n_key_value_heads == self.n_heads)
         except (ValueError, ArithmeticError, TypeError, RuntimeError) as error:
             raise ConfigError(f"inconsistent sizes: {error}") from error
-        for name, enum in _ENUMS.items():
-            setattr(self, name, _as_enum(enum, name, getattr(self, name)))
         if as_many:
             self.n_key_value_heads = None  # TransformerLens: None means one per query head
         self.device = str(self.device)
+        self.settle()
+
+    def settle(self) -> None:
+        """Check all fields, as they are now, and what follows from them.
+
+        Raises:
+            ConfigError: for one that is out of range, or contradicts another.
+        """
+        for name, enum in _ENUMS.items():
+            self.note(**{name: _as_enum(enum, name, getattr(self, name))})
         self._validate()
-        self.n_layers = self.n_prelude + self.n_core * self.n_recurrences + self.n_coda
+        n_layers = self.n_prelude + self.n_core * self.n_recurrences + self.n_coda
+        self.note(n_layers=n_layers)
 
     @property
     def n_kv_heads(self) -> int:
         """Number of key and value heads (``n_key_value_heads``, or ``n_heads`` if that is None)."""
         return self.n_key_value_heads or self.n_heads
+
+    @property
+    def n_hooked_kv_heads(self) -> int:
+        """Heads of keys and values at their hooks: ``n_heads`` if the groups are ungrouped."""
+        return self.n_heads if self.ungroup_grouped_query_attention else self.n_kv_heads
+
+    @property
+    def why_not_ungrouped(self) -> str | None:
+        """Why query heads cannot have keys of their own, or None if they can."""
+        if self.qk_norm and not self.qk_norm_per_head and self.n_kv_heads < self.n_heads:
+            return (
+                "ungroup_grouped_query_attention needs keys that are normalised head by head, if "
+                "at all, and here one norm is over the keys of all heads (qk_norm)"
+            )
+        return None
 
     @property
     def n_core_weights(self) -> int:
@@ -297,7 +331,7 @@ class LoopedConfig(TransformerLensConfig):
             if name == "n_key_value_heads" and value is None:
                 continue
             most = MOST_UNITS if name in _UNITS else None
-            setattr(self, name, whole(value, name, least, most, error=ConfigError))
+            self.note(**{name: whole(value, name, least, most, error=ConfigError)})
         layers = self.n_prelude + self.n_core * self.n_recurrences + self.n_coda
         if max(layers, self.n_core) > limits.most_layers:
             raise ConfigError(
@@ -307,14 +341,14 @@ class LoopedConfig(TransformerLensConfig):
             )
         self._validate_core_layers()
         for name, smallest in _NUMBERS.items():
-            setattr(self, name, _number(name, getattr(self, name), smallest))
-        for name in _SWITCHES:
+            self.note(**{name: _number(name, getattr(self, name), smallest)})
+        for name in (*_SWITCHES, *FLAGS):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("architecture", "model_name"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}")
-        self.seed = whole(self.seed, "seed", None, error=ConfigError)
+        self.note(seed=whole(self.seed, "seed", None, error=ConfigError))
         if not _is_trained_number(self.trained_recurrences):
             raise ConfigError(
                 "trained_recurrences must be a finite number above 0, or None for a model "
@@ -351,6 +385,12 @@ class LoopedConfig(TransformerLensConfig):
         one_of(self.init_mode, "init_mode", ("normal", "fan_in"), ConfigError)
         one_of(self.act_fn, "act_fn", ("silu",), ConfigError)
         one_of(self.gated_mlp, "gated_mlp", (True,), ConfigError)
+        if self.use_attn_in and self.use_split_qkv_input:
+            raise ConfigError(
+                "use_split_qkv_input and use_attn_in exclude each other: turn one off"
+            )
+        if self.ungroup_grouped_query_attention and (why := self.why_not_ungrouped) is not None:
+            raise ConfigError(why)
         if not isinstance(self.source_layers, (dict, type(None))):
             raise ConfigError(f"source_layers must be a dict or None, got {self.source_layers!r}")
         self._validate_rope()
@@ -382,8 +422,7 @@ class LoopedConfig(TransformerLensConfig):
         if unknown:
             raise ConfigError(f"rope_scaling of type {self.rope_type!r} has no {unknown}")
         if self.rope_type == "default":
-            self.rope_scaling = None
-            return
+            return self.note(rope_scaling=None)
         missing = [key for key in keys if key not in self.rope_scaling]
         if missing:
             raise ConfigError(f"rope_scaling lacks {missing}")
@@ -418,6 +457,44 @@ class LoopedConfig(TransformerLensConfig):
                 value = str(value).removeprefix("torch.")
             out[field.name] = value
         return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, TransformerLens's that are fixed or follow from others included."""
+        return vars(self) | {name: getattr(self, name) for name in sorted({*FIXED, *NOTES})}
+
+    @classmethod
+    @checked
+    def from_dict(cls, config_dict: dict[str, Any]) -> LoopedConfig:
+        """Inverse of :meth:`to_dict`; not every field need be there.
+
+        Raises:
+            ConfigError: an unknown field, or one that has another value in every such model.
+        """
+        theirs = {*FIXED, *NOTES}
+        own = {name: value for name, value in config_dict.items() if name not in theirs}
+        cfg = cls.from_json(own)
+        for name in theirs & set(config_dict):
+            setattr(cfg, name, config_dict[name])
+        return cfg
+
+    @classmethod
+    @checked
+    def unwrap(cls, config: dict[str, Any] | TransformerLensConfig) -> LoopedConfig:
+        """As in TransformerLens: a configuration as it is, or one made of a dict of its fields.
+
+        Raises:
+            ConfigError: of another kind of model, which lacks what makes a loop.
+        """
+        if isinstance(config, LoopedConfig):
+            return config
+        return cls.from_dict(config if isinstance(config, dict) else config.to_dict())
+
+    @checked
+    def set_seed_everywhere(self, seed: int) -> None:
+        """As in TransformerLens: seed Python's, NumPy's and PyTorch's global generators."""
+        random.seed(seed)
+        np.random.seed(whole(seed, "seed", 0, 2**32 - 1, error=ConfigError))
+        torch.manual_seed(seed)
 
     @classmethod
     @checked

@@ -119,8 +119,8 @@ class RunContext:
     def with_past(
         self,
         place: LayerLocation,
-        k: Float[Tensor, "batch pos n_kv_heads d_head"],
-        v: Float[Tensor, "batch pos n_kv_heads d_head"],
+        k: Float[Tensor, "batch pos n_kv d_head"],
+        v: Float[Tensor, "batch pos n_kv d_head"],
     ) -> tuple[Float[Tensor, "batch key n_kv d_head"], Float[Tensor, "batch key n_kv d_head"]]:
         """Keys and values of earlier and new tokens at a layer."""
         if self.kv is None:

@@ -152,7 +152,7 @@ class LoopedKeyValueCache:
 
 
 def _made_with(cfg: LoopedConfig) -> dict[str, Any]:
-    names = ("n_prelude", "n_core", "n_coda", "n_kv_heads", "d_head", "dtype", "device")
+    names = ("n_prelude", "n_core", "n_coda", "n_hooked_kv_heads", "d_head", "dtype", "device")
     return {name: getattr(cfg, name) for name in names}
 
 

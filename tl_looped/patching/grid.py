@@ -136,7 +136,7 @@ def make_grid(
     if heads is not None and axes.head is None:
         raise InputError(f"activation {activation!r} has no heads: leave heads out")
     what = "the grid"
-    n_heads = model.cfg.n_kv_heads if name.endswith(_KEYS) else model.cfg.n_heads
+    n_heads = model.cfg.n_hooked_kv_heads if name.endswith(_KEYS) else model.cfg.n_heads
     grid = PatchGrid(
         activation,
         layer_type,

@@ -119,6 +119,7 @@ class Pool(HookedRootModule):
         self._borrowed = list(weight_modules(self))
         self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
         self._select()
+        self._claim_config()
 
     @property
     def program(self) -> Program:
@@ -220,7 +221,7 @@ class Pool(HookedRootModule):
                 "set the number of recurrences of the model itself"
             )
         self.loop = loop
-        self.cfg.n_recurrences, self.cfg.n_layers = loop.R, loop.n_layers
+        self.cfg.note(n_recurrences=loop.R, n_layers=loop.n_layers)
         self._select()
 
     @contextmanager
@@ -256,10 +257,11 @@ class Pool(HookedRootModule):
         view.__dict__.update(self.__dict__)
         view.__dict__["_modules"] = dict(self._modules)
         view.cfg = copy(self.cfg)
-        view.cfg.n_recurrences, view.cfg.n_layers = loop.R, loop.n_layers
+        view.cfg.note(n_recurrences=loop.R, n_layers=loop.n_layers)
         view.loop = loop
         # Past __setattr__, which would make the model a part of its view.
-        view.__dict__["_base"] = self if self._base is None else self._base
+        base = view.__dict__["_base"] = self if self._base is None else self._base
+        view.cfg.belong_to(view, base)
         view._select()
         return view
 
@@ -287,7 +289,17 @@ class Pool(HookedRootModule):
             new = type(self).__new__(type(self))
             memo[id(self)] = new
             new.__dict__.update(deepcopy(self.__dict__, memo))
+            new._claim_config()
         return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in PyTorch, behind pickling; copies of a configuration belong to no model."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._claim_config()
+
+    def _claim_config(self) -> None:
+        """Setting a flag of ``cfg`` is setting it of this model."""
+        self.cfg.belong_to(*(one for one in (self, self._base) if one is not None))
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -363,7 +375,7 @@ class Pool(HookedRootModule):
     def _set_flag(self, flag: str, on: bool) -> None:
         if self._base is not None:
             self._base._set_flag(flag, on)
-            setattr(self.cfg, flag, on)
+            self.cfg.note(**{flag: on})
             return self._select()
         for block in self._block_pool.values():
             for suffix, gate in GATED_HOOKS.items():
@@ -373,7 +385,7 @@ class Pool(HookedRootModule):
                         f"{point.name} has hooks that would never fire with {flag} off: "
                         "call reset_hooks() first"
                     )
-        setattr(self.cfg, flag, on)
+        self.cfg.note(**{flag: on})
         self._block_names.clear()
         self._selections.clear()
         self._select()
@@ -397,6 +409,19 @@ class Pool(HookedRootModule):
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """Hook the residual stream that enters each MLP, before its norm, ``hook_mlp_in``."""
         self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Give each query head keys and values of its own, copies of its group's, to hook.
+
+        Hooks of keys and values, and of their split inputs, then have ``n_heads`` heads. Without
+        grouped-query attention nothing changes.
+
+        Raises:
+            InputError: one norm is over the keys of all heads (``cfg.qk_norm``).
+        """
+        if ungroup_grouped_query_attention and (why := self.cfg.why_not_ungrouped) is not None:
+            raise InputError(why)
+        self._set_flag("ungroup_grouped_query_attention", ungroup_grouped_query_attention)
 
     @property
     def blocks(self) -> BlockList:

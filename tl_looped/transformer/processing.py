@@ -96,7 +96,7 @@ class Processing:
 def center_logits(model: NamedWeights, centered: bool) -> None:
     """Give ``W_U`` and the logits without their mean over the vocabulary, or as they are."""
     for cfg in (model.cfg, model.cell.cfg):  # the model's own, even if a view is centred
-        cfg.center_unembed = centered
+        cfg.note(center_unembed=centered)
     model.unembed.centered = centered
 
 

@@ -87,7 +87,7 @@ def stack(model: NamedWeights, name: str) -> Float[Tensor, " n_layers *shape"]:
 def fold_gains(model: NamedWeights, folded: bool) -> None:
     """Show the norms' gains as part of the weights after them, or as their own."""
     for cfg in (model.cfg, model.cell.cfg):  # the model's own, even if a view is folded
-        cfg.normalization_type = FOLDED if folded else "RMS"
+        cfg.note(normalization_type=FOLDED if folded else "RMS")
     model.ln_final.folded = model.unembed.folded = folded
     for block in model._block_pool.values():
         block.fold_norms(folded)
