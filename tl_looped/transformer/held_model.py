@@ -86,7 +86,6 @@ def hold_model(model_name: str | Path, model: Any, hub: HubOptions) -> HeldModel
             "load it on one device, without device_map"
         )
     raw: dict[str, Any] = config.to_dict()
-    raw.setdefault("architectures", None)
     headers = {
         name: Header(Path(), tuple(tensor.shape), _STORED.get(tensor.dtype, str(tensor.dtype)))
         for name, tensor in tensors.items()

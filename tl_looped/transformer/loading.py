@@ -9,6 +9,7 @@ import torch
 from tl_looped import checkpoints
 from tl_looped._compat import get_device
 from tl_looped.checkpoints import Checkpoint
+from tl_looped.checks import one_of
 from tl_looped.errors import InputError
 from tl_looped.model.config import LoopedConfig
 from tl_looped.transformer.held_model import hold_model
@@ -72,13 +73,21 @@ def _set_context(cfg: LoopedConfig, n_ctx: int) -> None:
 
 
 def _settle_tokenizer(model: LoopedTransformer, options: LoadOptions) -> None:
-    side = options.default_padding_side
     if options.tokenizer is not None:
-        model.set_tokenizer(options.tokenizer, side)
-    elif side is not None and model.tokenizer is not None:
-        model.tokenizer.padding_side = side
-    elif side is not None:
+        model.set_tokenizer(options.tokenizer, options.default_padding_side)
+    else:
+        settle_padding_side(model, options.default_padding_side)
+
+
+def settle_padding_side(model: LoopedTransformer, side: str | None) -> None:
+    """Pad on this side from now on; without a tokenizer, say that this changes nothing."""
+    if side is None:
+        return
+    one_of(side, "default_padding_side", ("left", "right"))
+    if model.tokenizer is None:
         say_once(f"default_padding_side={side!r} changes nothing: there is no tokenizer")
+    else:
+        model.tokenizer.padding_side = side
 
 
 def _place(
@@ -99,5 +108,5 @@ def _place(
         here = target if options.move_to_device else torch.device("cpu")
         if target.type != "meta":
             source.load_into(model, here, dtype)
-        model.home_device = target
+        model.home_device = None if options.move_to_device else target
     model._note_devices()

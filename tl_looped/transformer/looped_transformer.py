@@ -44,7 +44,7 @@ from tl_looped.transformer.intervening import (
     refuse_interventions,
 )
 from tl_looped.transformer.load_options import LoadOptions, dtype_of, hub_options
-from tl_looped.transformer.loading import load_model
+from tl_looped.transformer.loading import load_model, settle_padding_side
 from tl_looped.transformer.loop_map import LoopMap, loop_map_of
 from tl_looped.transformer.outputs import RETURN_TYPES, check_labels, next_token_loss, result
 from tl_looped.transformer.processing import Processing
@@ -77,6 +77,9 @@ class LoopedTransformer(TransformerLensMethods):
     Args:
         cfg: Its shape and switches.
         tokenizer: A Hugging Face tokenizer, or None for a model of token ids only.
+        move_to_device: Whether to make the weights on ``cfg.device``; otherwise they are on the
+            CPU until :meth:`move_model_modules_to_device`.
+        default_padding_side: ``"left"`` or ``"right"``; the tokenizer's own if None.
 
     Attributes:
         loop: Geometry: ``p``, ``k``, ``c``, ``R``, ``index(r, l)``, ``locate(i)``.
@@ -85,7 +88,13 @@ class LoopedTransformer(TransformerLensMethods):
             values; empty without one. It is saved with the model.
     """
 
-    def __init__(self, cfg: LoopedConfig, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        cfg: LoopedConfig,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        default_padding_side: str | None = None,
+    ) -> None:
         super().__init__()
         # A copy of its own: recurrences, flags and dtype of one model must not reach another.
         self.cfg = cfg = copy(cfg)
@@ -96,7 +105,11 @@ class LoopedTransformer(TransformerLensMethods):
         self.tokenizer = tokenizer
         self.generation_config: dict[str, Any] = {}
         tokenizing.settle_bos(self)
+        settle_padding_side(self, default_padding_side)
         device = torch.device("cpu" if cfg.device is None else cfg.device)
+        if not move_to_device:
+            self.home_device, device = device, torch.device("cpu")
+            cfg.device = str(device)
         if torch.get_default_device().type == "meta":  # within torch.device("meta")
             device = torch.device("meta")
             cfg.device = str(device)

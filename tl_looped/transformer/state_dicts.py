@@ -92,7 +92,7 @@ class _Found:
         if not torch.equal(earlier, value.to(earlier)):
             raise InputError(
                 f"{first} and {name} differ, and in this model they are one weight, {stored.name}"
-                f"{_written(stored.rows)}. {_why_one(self.model.cfg, stored.name)}"
+                f"{_written(stored.rows)}. {_why_one(self.model, stored.name)}"
             )
 
     def complete(self) -> dict[str, Tensor]:
@@ -171,13 +171,16 @@ def _written(rows: slice) -> str:
     return "" if rows.start is None else f"[{rows.start}:{rows.stop}]"
 
 
-def _why_one(cfg: LoopedConfig, parameter: str) -> str:
+def _why_one(model: NamedWeights, parameter: str) -> str:
     if parameter == "embed.W_E":
         return (
             "Its unembedding is its embedding (tie_embeddings): a state dict with folded or "
             "centred W_U is another model's"
         )
-    return "A loop runs with the same weights in every recurrence"
+    return (
+        f"A loop runs with the same weights in every recurrence; the model is at {model.loop.R} of "
+        "them, and set_recurrences changes that"
+    )
 
 
 # -- TransformerLens's processing, of a state dict ------------------------------------------------

@@ -57,7 +57,8 @@ class TransformerLensMethods(TextLoop):
     """Methods of HookedTransformer and TransformerBridge, beside hooks, text and generation.
 
     Attributes:
-        home_device: Where ``from_pretrained`` was asked to load the weights; None if it was not.
+        home_device: Where weights belong that ``move_to_device=False`` left on the CPU, until they
+            are moved.
         dataset: Texts for :meth:`sample_datapoint`: ``{"text": ...}`` by number.
     """
 
@@ -86,6 +87,8 @@ class TransformerLensMethods(TextLoop):
             if dtype is not None:
                 print("Changing model dtype to", dtype)
         super().to(*args, **kwargs)
+        if device is not None:
+            self.home_device = None
         return self
 
     def cuda(self, device: int | str | torch.device | None = None) -> Self:
@@ -103,10 +106,11 @@ class TransformerLensMethods(TextLoop):
         return self.to(torch.device("mps"))
 
     def move_model_modules_to_device(self) -> None:
-        """Move the weights to where ``from_pretrained(move_to_device=False)`` was asked to load
-        them; a model that is there, or that was not loaded so, stays where it is.
+        """Move the weights that ``move_to_device=False`` left on the CPU to the model's device.
+
+        Any other model stays where it is.
         """
-        if self.cfg.n_devices == 1 and self.home_device is not None:
+        if self.home_device is not None:
             self.to(self.home_device)
 
     # -- what the weights are shown as --------------------------------------------------------
