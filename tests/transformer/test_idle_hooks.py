@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from conftest import exact_config
+from conftest import VARIANTS, exact_config
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
@@ -216,3 +217,46 @@ def test_caching_hooks_of_a_user_keep_their_place_among_the_others(
     with plain.hooks(fwd_hooks=hooks):
         _, inner = plain.run_with_cache(tokens)
     assert torch.equal(outer["hook_embed"], inner["hook_embed"])
+
+
+# -- the end of a hooked run looks at hooked points alone ---------------------------------------
+
+
+def copies(model: LoopedTransformer) -> dict[str, LoopedTransformer]:
+    return {
+        "itself": model,
+        "deep copy": deepcopy(model),
+        "pickled": pickle.loads(pickle.dumps(model)),
+        "view": model.view_at(6),
+    }
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_reset_hooks_reaches_every_hook_point(name: str) -> None:
+    made = LoopedTransformer.from_config(exact_config(**VARIANTS[name]))
+    made.set_recurrences(6)
+    made.set_recurrences(2)  # some are beyond the present recurrences, some a flag keeps unnamed
+    for kind, model in copies(made).items():
+        points = list(model.all_hook_points())
+        for point in points:
+            point.add_hook(lambda x, hook: None, level=3)
+            point.add_hook(lambda x, hook: None, dir="bwd")
+            point.add_hook(lambda x, hook: None, is_permanent=True)
+        for level, left in ((3, (1, 1)), (None, (1, 0))):
+            model.remove_all_hook_fns(level=level)
+            assert {(len(p.fwd_hooks), len(p.bwd_hooks)) for p in points} == {left}, kind
+        model.reset_hooks(including_permanent=True)
+        assert not any(p.fwd_hooks or p._forward_hooks for p in points), kind
+
+
+@pytest.mark.once
+def test_what_is_hooked_is_forgotten_when_it_is_not(model: LoopedTransformer) -> None:
+    hooked, tokens = model._watch.hooked, torch.tensor([[1, 2]])
+    model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.hook_resid_mid", lambda x, hook: None)])
+    assert not hooked
+    handle = model.hook_dict["blocks.3.hook_resid_mid"].add_hook(lambda x, hook: None)
+    assert len(hooked) == 1
+    handle.hook.remove()
+    model.reset_hooks()
+    assert not hooked

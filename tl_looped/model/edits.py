@@ -76,12 +76,16 @@ class Watch:
         loop: Geometry of the present run, if that is not the model's own.
         own_loop: The model's own.
         is_intervened: Whether interventions change the present run.
+        hooked: Hook points that have TransformerLens's hooks, or had them a while ago.
     """
 
     log: EditLog | None = None
     loop: LoopGeometry | None = None
     own_loop: LoopGeometry | None = None
     is_intervened = False
+
+    def __init__(self) -> None:
+        self.hooked: set[Any] = set()
 
 
 UNWATCHED = Watch()

@@ -158,6 +158,12 @@ class LoopedHookPoint(Arming, HookPoint):
     # attributes, which is most of the time it takes to make and name 27,000 of them.
     __setattr__ = object.__setattr__  # type: ignore[assignment]
 
+    def add_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; the model remembers that it has hooks to remove here."""
+        if self.watch is not UNWATCHED:
+            self.watch.hooked.add(self)
+        return super().add_hook(*args, **kwargs)
+
     @property
     def is_active(self) -> bool:
         """Whether anything at all listens: TransformerLens hooks, raw torch hooks or a cache."""
@@ -302,8 +308,8 @@ def place(module: nn.Module, location: LayerLocation) -> None:
             child.location = location
 
 
-def settle(module: nn.Module, training: bool) -> None:
-    """Make a new tree of modules quick to run: its mode, and its members within easy reach.
+def settle(module: nn.Module, training: bool, watch: Watch) -> None:
+    """Make a new tree of modules a model's own: its mode, its watch, its members within easy reach.
 
     ``nn.Module`` finds a member (``self.attn``) only after Python has failed to find an attribute
     of that name, which takes longer than an idle hook. As plain attributes they are found at once.
@@ -313,6 +319,8 @@ def settle(module: nn.Module, training: bool) -> None:
         own = child.__dict__
         own["training"] = training
         own.update(child._modules)
+        if isinstance(child, LoopedHookPoint):
+            child.watch = watch
 
 
 def _tree(module: nn.Module) -> Iterator[nn.Module]:

@@ -107,9 +107,12 @@ class HookedLoop(NamedWeights):
         level: int | None = None,
     ) -> None:
         """As in TransformerLens, also on hook points beyond the current recurrences."""
-        for hook in self.all_hook_points():
-            if hook.fwd_hooks or hook.bwd_hooks:
-                hook.remove_hooks(direction, including_permanent, level)
+        # Of those that have any: a run with one hook must not look at all 27,000 at its end.
+        hooked = self._watch.hooked
+        for hook in tuple(hooked):
+            hook.remove_hooks(direction, including_permanent, level)
+            if not (hook.fwd_hooks or hook.bwd_hooks):
+                hooked.discard(hook)
 
     @in_turn
     def clear_contexts(self) -> None:

@@ -27,7 +27,7 @@ from tl_looped.model.block import GATED_HOOKS, Block, BlockList, BlockWeights
 from tl_looped.model.cells import LoopCell, Site
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.devices import beside
-from tl_looped.model.edits import Watch
+from tl_looped.model.edits import UNWATCHED, Watch
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
 from tl_looped.model.hook_points import LoopedHookPoint, settle
 from tl_looped.model.limits import checked_recurrences
@@ -116,6 +116,10 @@ class Pool(HookedRootModule):
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
         self._records, self._record = [], None
         self._watch = Watch()
+        for owner in (self.hook_embed, self._ends, self.ln_final, self.unembed):
+            for module in owner.modules():
+                if isinstance(module, LoopedHookPoint):
+                    module.watch = self._watch
         self._borrowed = list(weight_modules(self))
         self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
         self._select()
@@ -158,7 +162,7 @@ class Pool(HookedRootModule):
         site, ends = self.cell.site(0), self.cell.ends()
         blocks = [self._new_block(loop.locate(i)) for i in range(loop.n_layers)]
         for module in (*blocks, norm, site, ends):
-            settle(module, self.training)
+            settle(module, self.training, UNWATCHED)
         return Parts(
             cell=self.cell,
             blocks=blocks,
@@ -334,7 +338,7 @@ class Pool(HookedRootModule):
         block = self._block_pool.get(location)
         if block is None:
             block = self._new_block(location)
-            settle(block, self.training)
+            settle(block, self.training, self._watch)
             # The first one stays: a cache may be read in one thread and a model run in another.
             block = self._block_pool.setdefault(location, block)
         return block

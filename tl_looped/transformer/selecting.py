@@ -88,12 +88,12 @@ def select_parts(model: Pool) -> SelectedParts:
         for r in range(loop.R):
             if r not in model._recurrence_pool:
                 site = model.cell.site(r)
-                settle(site, model.training)
+                settle(site, model.training, model._watch)
                 model._recurrence_pool.setdefault(r, site)  # as of blocks, the first one stays
         blocks = [model._pooled_block(loop.locate(i)) for i in range(loop.n_layers)]
     if model.cell.ends_in_norm and loop.c == 0 and loop.R:
         joined = model.cell.joined(model._recurrence_pool[loop.R - 1], model.ln_final)
-        settle(joined, model.training)
+        settle(joined, model.training, model._watch)
     sites = nn.ModuleList(model._recurrence_pool[r] for r in range(loop.R))
     return SelectedParts(BlockList(blocks), sites, joined, _named_hooks(model, blocks))
 
@@ -106,7 +106,7 @@ def _named_hooks(model: Pool, blocks: list[Block]) -> HookDict:
         assert module is not None
         for name, child in module.named_modules(prefix=prefix):
             if isinstance(child, LoopedHookPoint):
-                child.name, child.watch = name, model._watch
+                _own(model, child, name)
                 hooks[name] = child
 
     def add_block(i: int) -> None:
@@ -137,6 +137,12 @@ def _named_hooks(model: Pool, blocks: list[Block]) -> HookDict:
     return hooks
 
 
+def _own(model: Pool, point: LoopedHookPoint, name: str) -> None:
+    point.name, point.watch = name, model._watch
+    if point.fwd_hooks or point.bwd_hooks:  # a point that a user put there, with its hooks
+        model._watch.hooked.add(point)
+
+
 def _name_block(model: Pool, i: int, block: Block) -> dict[str, LoopedHookPoint]:
     """Name the hooks of effective layer ``i``; those that the flags leave in use, by name."""
     named = {
@@ -145,7 +151,7 @@ def _name_block(model: Pool, i: int, block: Block) -> dict[str, LoopedHookPoint]
         if suffix not in GATED_HOOKS or getattr(model.cfg, GATED_HOOKS[suffix])
     }
     for name, hook in named.items():
-        hook.name, hook.watch = name, model._watch
+        _own(model, hook, name)
     per_head = model.cfg.use_split_qkv_input or model.cfg.use_attn_in
     for suffix in ("ln1.hook_scale", "ln1.hook_normalized"):
         if suffix in block.hook_suffixes:
