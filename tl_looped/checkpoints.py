@@ -43,8 +43,7 @@ from tl_looped.adapters.stored import (
     tensor_files,
     wrong_dtypes,
 )
-from tl_looped.checks import described
-from tl_looped.errors import CheckpointError, ConfigError, InputError, TLLoopedError
+from tl_looped.errors import CheckpointError, ConfigError, TLLoopedError
 from tl_looped.files import is_file, is_folder
 from tl_looped.model.bos import adds_bos
 from tl_looped.model.config import LoopedConfig
@@ -68,27 +67,12 @@ class HubOptions:
         token: For private and gated models, in place of the one that is logged in.
         local_files_only: Take what was downloaded before, and ask nobody.
         force_download: Download even what is there.
-
-    Raises:
-        InputError: for a value of another kind.
     """
 
     cache_dir: str | Path | None = None
     token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
     force_download: bool = False
-
-    def __post_init__(self) -> None:
-        for name, kinds in (
-            ("cache_dir", (str, Path, type(None))),
-            ("token", (str, bool, type(None))),
-            ("local_files_only", (bool,)),
-            ("force_download", (bool,)),
-        ):
-            if not isinstance(getattr(self, name), kinds):
-                what = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-                given = "a secret" if name == "token" else described(getattr(self, name))
-                raise InputError(f"{name} must be {what}, got {given}")
 
 
 @dataclass

@@ -366,7 +366,7 @@ def test_the_hubs_keywords_reach_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (found,) = asked
     assert {name: found[name] for name in how} == how
     assert found["revision"] == "v2"
-    with refused(InputError, "local_files_only"):
+    with refused(ArgumentTypeError, "local_files_only must be bool", "'yes'"):
         load("owner/name", local_files_only="yes")
     with pytest.raises(InputError) as caught:
         load("owner/name", token=["hf_secret"])

@@ -12,7 +12,7 @@ from conftest import TINY, VARIANTS, exact_config, with_gains
 from refusals import refused
 from torch import Tensor
 
-from tl_looped import InputError, LayerIndexError, LoopedConfig, LoopedTransformer
+from tl_looped import InputError, LayerIndexError, LoopedTransformer
 from tl_looped.errors import UnsupportedMethodError
 from tl_looped.transformer.transformerlens import REFUSED
 
@@ -193,9 +193,8 @@ def test_folded_gains_of_a_norm_that_stands_in_two_places() -> None:
 
 
 def test_a_model_without_values() -> None:
-    cfg = LoopedConfig(**TINY)
     with torch.device("meta"):
-        model = LoopedTransformer.from_config(cfg)
+        model = LoopedTransformer.from_config(TINY)
     with refused(InputError, "meta"):
         model.load_and_process_state_dict({})
 

@@ -9,14 +9,14 @@ refused with the reason. None is passed over in silence.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tl_looped.checkpoints import HubOptions
-from tl_looped.checks import one_of, shown, whole
+from tl_looped.checks import described, one_of, shown, whole
 from tl_looped.errors import ArgumentTypeError, InputError
 from tl_looped.model.config import parse_dtype
 from tl_looped.transformer.processing import Processing, say_once
@@ -75,7 +75,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Keywords of TransformerLens and transformers -> the values that change nothing, and why not."""
 
-_TAKEN = ("trust_remote_code", "torch_dtype", *(field.name for field in fields(HubOptions)))
+_HUB: dict[str, tuple[type, ...]] = {
+    "cache_dir": (str, Path, type(None)),
+    "token": (str, bool, type(None)),
+    "local_files_only": (bool,),
+    "force_download": (bool,),
+}
+"""Fields of :class:`HubOptions` -> what they may be."""
+
+_TAKEN = ("trust_remote_code", "torch_dtype", *_HUB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,5 +196,16 @@ def hub_options(keywords: Mapping[str, Any]) -> HubOptions:
             raise InputError(f"from_pretrained cannot have {name}={shown(value)}: {reason}")
     if keywords.get("trust_remote_code"):
         say_once(f"trust_remote_code=True changes nothing: {_NO_CODE}")
-    names = [field.name for field in fields(HubOptions)]
-    return HubOptions(**{name: keywords[name] for name in names if name in keywords})
+    asked = {name: keywords[name] for name in _HUB if name in keywords}
+    for name, value in asked.items():
+        if not isinstance(value, _HUB[name]):
+            what = " or ".join(
+                "None" if kind is type(None) else kind.__name__ for kind in _HUB[name]
+            )
+            given = "something else" if name == "token" else described(value)  # a secret
+            raise ArgumentTypeError(f"{name} must be {what}, got {given}")
+    return HubOptions(**asked)
+
+
+def _kind_name(kind: type) -> str:
+    return "None" if kind is type(None) else kind.__name__
