@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from functools import cache
 from typing import Any
@@ -349,3 +350,25 @@ def test_a_bridges_configuration_is_the_models() -> None:
     assert (cfg.eps, cfg.rotary_base, cfg.d_vocab_out) == (1e-5, 500000.0, 97)
     # TransformerLens refuses models whose block hooks fire more than once a run.
     assert getattr(cfg, "total_ut_steps", 1) == 1
+    assert (cfg.attn_scale, cfg.normalization_type) == (model.cfg.d_head**0.5, "RMS")
+    assert cfg.n_params == model.view_at(2).cfg.n_params
+    assert cfg.n_layers == model.view_at(2).cfg.n_layers
+
+
+KEPT = {"window_size": 128, "attn_scale": 1.0, "eps": 1e-3, "n_layers": 3, "d_model": 8}
+KEPT |= {"parallel_attn_mlp": True, "rotary_base": 1, "use_normalization_before_and_after": True}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_bridges_configuration_refuses_what_no_run_would_honour(name: str) -> None:
+    bridge = make("pre").to_bridge(2)
+    before = getattr(bridge.cfg, name)
+    with refused(ConfigError, name, repr(KEPT[name]), repr(before)):
+        setattr(bridge.cfg, name, KEPT[name])
+    setattr(bridge.cfg, name, before)
+    assert getattr(bridge.cfg, name) == before
+    alone = copy.copy(bridge.cfg)
+    setattr(alone, name, KEPT[name])
+    assert (getattr(alone, name), getattr(bridge.cfg, name)) == (KEPT[name], before)
+    bridge.cfg.use_attn_result = True
+    assert "blocks.0.attn.hook_result" in bridge.run_with_cache(torch.tensor([[1, 2]]))[1]

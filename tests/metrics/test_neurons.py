@@ -317,6 +317,6 @@ def test_a_looped_model_run_once_is_a_feedforward_model() -> None:
 
 def test_feedforward_models_that_cannot_be_read() -> None:
     model = make("pre").to_bridge(n_recurrences=1)
-    model.cfg.rmsnorm_uses_offset = True
+    vars(model.cfg)["rmsnorm_uses_offset"] = True  # of another family; a looped one refuses it
     with pytest.raises(InputError, match="as an offset from one"):
         prediction_suppression(model)

@@ -28,7 +28,7 @@ from tl_looped import (
     NormLayout,
     RotaryStyle,
 )
-from tl_looped.model.tl_fields import FIXED, NOTES
+from tl_looped.model.tl_fields import FIXED
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 FLAGS = {
@@ -92,9 +92,29 @@ def test_llama_3_scaling_is_transformerlenss_by_parts() -> None:
 
 def test_what_is_saved_has_none_of_them() -> None:
     cfg = exact_config()
-    assert not (FIXED | set(NOTES)) & set(cfg.to_json())
-    assert not (FIXED | set(NOTES)) & {field.name for field in fields(cfg)}
+    assert not FIXED & set(cfg.to_json())
+    assert not FIXED & {field.name for field in fields(cfg)}
     assert LoopedConfig.from_json(cfg.to_json()) == cfg
+
+
+def test_what_is_said_of_the_tokenizer_is_the_tokenizers() -> None:
+    model = LoopedTransformer.from_pretrained("demo", device="cpu")
+    for tokenizer in (model.tokenizer, None):
+        model.tokenizer = tokenizer
+        habits = (model.cfg.tokenizer_prepends_bos, model.cfg.tokenizer_appends_eos)
+        if tokenizer is None:
+            assert (*habits, model.cfg.tokenizer_name) == (None, None, None)
+            continue
+        ids = tokenizer.encode("word")
+        assert habits == (ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id)
+        assert model.cfg.tokenizer_name == tokenizer.name_or_path
+        for side in ("left", "right"):
+            model.set_tokenizer(tokenizer, side)
+            assert model.cfg.default_padding_side == side
+        assert LoopedConfig.from_dict(model.cfg.to_dict()) == model.cfg
+        assert copy.copy(model.cfg).tokenizer_name is None
+    with refused(ConfigError, "tokenizer_name", "set_tokenizer"):
+        model.cfg.tokenizer_name = "gpt2"
 
 
 # -- setting --------------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from tl_looped.bridge.cache import LoopedBridgeCache
+from tl_looped.bridge.config import LoopedBridgeConfig, copy_config
 from tl_looped.bridge.unrolled import UnrolledModel
 from tl_looped.errors import InvalidDecompositionError
-from tl_looped.model.config import LoopedConfig, NormLayout, RotaryStyle
+from tl_looped.model.config import LoopedConfig, NormLayout
 from tl_looped.model.masks import real_tokens
 
 
@@ -87,7 +88,7 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
 
     def prepare_model(self, hf_model: UnrolledModel) -> None:
         """Take the configuration and the component mapping from the model."""
-        _copy_config(hf_model, self.cfg)
+        copy_config(hf_model, self.cfg)
         submodules = self._block_parts(hf_model.looped_cfg)
         aliases: dict[str, Any] = {"hook_resid_mid": "resid_mid.hook_out"}
         if hf_model.has_boundaries:
@@ -113,6 +114,7 @@ class LoopedArchitectureAdapter(ArchitectureAdapter):
         offer no choice of class; this is the one call in which an adapter sees it.
         """
         bridge.__class__ = LoopedBridge
+        bridge.cfg.__class__ = LoopedBridgeConfig
 
     def _norm(self, name: str) -> RMSNormalizationBridge:
         return RMSNormalizationBridge(name=name, config=self.cfg)
@@ -139,22 +141,3 @@ def _attn_out_alias(cfg: LoopedConfig) -> dict[str, Any]:
         return {}  # TransformerLens already leads it to ln1_post.
     owner = "ln_mid" if cfg.norm_layout is NormLayout.RESIDUAL else "boundary"
     return {"hook_attn_out": [f"{owner}.(rescales earlier writes)", "attn.hook_out"]}
-
-
-def _copy_config(model: UnrolledModel, target: TransformerBridgeConfig) -> None:
-    """Give a bridge's configuration everything that the model's own determines."""
-    cfg = model.looped_cfg
-    same = (
-        "d_model", "d_head", "n_heads", "n_key_value_heads", "d_mlp", "d_vocab", "n_ctx", "eps",
-        "act_fn", "rotary_base", "initializer_range", "uses_rms_norm",
-        "final_rms", "positional_embedding_type", "gated_mlp", "model_name", "norm_layout",
-    )  # fmt: skip
-    for name in same:
-        setattr(target, name, getattr(cfg, name))
-    target.default_prepend_bos = bool(cfg.default_prepend_bos)  # None without a tokenizer
-    target.n_layers = model.loop.n_layers
-    target.d_vocab_out = cfg.d_vocab
-    target.attn_only = False
-    target.rotary_dim = cfg.d_head
-    target.tie_word_embeddings = cfg.tie_embeddings
-    target.rotary_interleaved_cos_sin = cfg.rotary_style is RotaryStyle.INTERLEAVED

@@ -22,6 +22,15 @@ def adds_bos(tokenizer: Any) -> bool:
     return bool(tokenizer.encode(_PLAIN)[:1] == [bos] != bare[:1])
 
 
+def adds_eos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its EOS token behind a plain text, asked of the tokenizer itself."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return False
+    bare = tokenizer.encode(_PLAIN, add_special_tokens=False)
+    return bool(tokenizer.encode(_PLAIN)[-1:] == [eos] != bare[-1:])
+
+
 def with_bos(ids: list[int], bos: int) -> list[int]:
     """The tokens of a text behind one BOS token, which may be there already."""
     return ids if ids[:1] == [bos] else [bos, *ids]

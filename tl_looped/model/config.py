@@ -24,7 +24,7 @@ from tl_looped.model import limits
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.limits import MOST_UNITS
 from tl_looped.model.owned import FLAGS, OwnedFields
-from tl_looped.model.tl_fields import FIXED, NOTES
+from tl_looped.model.tl_fields import FIXED, OF_TOKENIZER
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -460,20 +460,22 @@ class LoopedConfig(OwnedFields):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, TransformerLens's that are fixed or follow from others included."""
-        return vars(self) | {name: getattr(self, name) for name in sorted({*FIXED, *NOTES})}
+        return vars(self) | {name: getattr(self, name) for name in ("init_weights", *sorted(FIXED))}
 
     @classmethod
     @checked
     def from_dict(cls, config_dict: dict[str, Any]) -> LoopedConfig:
         """Inverse of :meth:`to_dict`; not every field need be there.
 
+        What it says of a tokenizer is left out: a model is given its tokenizer.
+
         Raises:
             ConfigError: an unknown field, or one that has another value in every such model.
         """
-        theirs = {*FIXED, *NOTES}
+        theirs = FIXED | {"init_weights"}
         own = {name: value for name, value in config_dict.items() if name not in theirs}
         cfg = cls.from_json(own)
-        for name in theirs & set(config_dict):
+        for name in (theirs - set(OF_TOKENIZER)) & set(config_dict):
             setattr(cfg, name, config_dict[name])
         return cfg
 

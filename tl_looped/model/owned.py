@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from tl_looped.errors import ConfigError
-from tl_looped.model.tl_fields import FIXED, NOTES, OWN_FIXED, TransformerLensFields, why_fixed
+from tl_looped.model.bos import adds_bos, adds_eos
+from tl_looped.model.tl_fields import FIXED, OWN_FIXED, TransformerLensFields, why_fixed
 
 FLAGS = (
     "use_attn_result",
@@ -29,7 +30,7 @@ _FREE = (
     "architecture", "model_name", "source_layers", "trained_recurrences", "seed", "init_mode",
     "initializer_range", "default_prepend_bos", "bos_from", "exit_threshold", "n_ctx",
     "rotary_style", "rotary_base", "rope_scaling", "rotary_in_fp32", "initial_state",
-    "initial_state_std", "skipped_processing", *NOTES,
+    "initial_state_std", "skipped_processing", "init_weights",
 )  # fmt: skip
 """Fields that are read at every run, or are notes: a model's own may be set."""
 _OF_THE_CELL = ("initial_state", "initial_state_std")
@@ -65,6 +66,30 @@ class OwnedFields(TransformerLensFields):
         """The model, or None; of a view that is gone, the model that it was a view of."""
         references = getattr(self, "_owners", ())
         return next((owner for one in references if (owner := one()) is not None), None)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self._owner, "tokenizer", None)
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """Where the model's tokenizer is from; None without a model or a tokenizer."""
+        return getattr(self._tokenizer, "name_or_path", None) or None
+
+    @property
+    def tokenizer_prepends_bos(self) -> bool | None:
+        """Whether it puts BOS before a text by itself; None without a model or a tokenizer."""
+        return None if self._tokenizer is None else adds_bos(self._tokenizer)
+
+    @property
+    def tokenizer_appends_eos(self) -> bool | None:
+        """Whether it puts EOS behind a text by itself; None without a model or a tokenizer."""
+        return None if self._tokenizer is None else adds_eos(self._tokenizer)
+
+    @property
+    def default_padding_side(self) -> str | None:
+        """The side on which it pads; None without a model or a tokenizer."""
+        return getattr(self._tokenizer, "padding_side", None)
 
     def note(self, **changes: Any) -> None:
         """Take what the model has made true already."""

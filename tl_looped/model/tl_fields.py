@@ -21,14 +21,13 @@ _HF_NAMES = {
 }
 """By family, the class that its checkpoints name."""
 
-NOTES = (
-    "init_weights",
+OF_TOKENIZER = (
     "tokenizer_name",
     "tokenizer_prepends_bos",
     "tokenizer_appends_eos",
     "default_padding_side",
 )
-"""What TransformerLens notes in a configuration of a tokenizer, and of how weights came about."""
+"""What TransformerLens notes of a tokenizer in a configuration; see ``OwnedFields``."""
 
 
 class TransformerLensFields(TransformerLensConfig):
@@ -101,11 +100,7 @@ class TransformerLensFields(TransformerLensConfig):
     vision_num_heads: int | None = None
     mm_tokens_per_image: int | None = None
 
-    # Notes of the model's tokenizer, which sets them, and of how weights came about.
-    tokenizer_name: str | None = None
-    tokenizer_prepends_bos: bool | None = None
-    tokenizer_appends_eos: bool | None = None
-    default_padding_side: str | None = None
+    # Whether weights were drawn at random, in TransformerLens. A note, which may be set.
     init_weights = True
 
     @property
@@ -221,6 +216,7 @@ _COMPUTED_FROM: dict[str, str] = {
     "original_architecture": "architecture",
     "n_params": "the sizes and n_recurrences",
 }
+_COMPUTED_FROM |= dict.fromkeys(OF_TOKENIZER, "the model's tokenizer (model.set_tokenizer)")
 
 OWN_FIXED: dict[str, Any] = {
     "attn_only": False,
@@ -236,8 +232,8 @@ OWN_FIXED: dict[str, Any] = {
 FIXED = frozenset(
     name
     for name, value in vars(TransformerLensFields).items()
-    if not (name.startswith("_") or callable(value) or name in NOTES)
-)
+    if not (name.startswith("_") or callable(value) or name == "init_weights")
+) | set(OF_TOKENIZER)
 """Names of all that cannot be chosen, but for ``OWN_FIXED``."""
 
 
