@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from closeness import SAMPLES
 from test_against_transformers import LLAMA3_ROPE, SHAPE, SIZES, write_retrofit
-from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tl_looped import LoopedConfig, LoopedTransformer
 
@@ -100,16 +98,6 @@ def make_pair(kind: str, loop: str, folder: Path) -> Pair:
     looped = LoopedTransformer.from_pretrained(folder, device="cpu", dtype=torch.float64)
     assert looped.loop.R == 1
     return Pair(hooked.eval(), without_injection(looped) if loop == "native" else looped)
-
-
-def letters(folder: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer of single letters; TransformerLens wants one that it can load again."""
-    vocab = {t: i for i, t in enumerate(["<s>", "</s>", "<pad>", *" abcdefghijklmnopqrstuvwxyz."])}
-    characters = Tokenizer(models.BPE(vocab, merges=[]))
-    characters.decoder = decoders.Fuse()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=characters, **special).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def some_tokens(rows: int = 2, positions: int = 11, seed: int = 0) -> Tensor:

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hooked import letters
+from calls import N_LAYERS, SIZES, STAGES
+from letters import letters
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_looped import LoopedConfig, LoopedTransformer
 
-STAGES = {"prelude": 1, "core": 2, "coda": 1}
-N_LAYERS = sum(STAGES.values())
-SIZES = {"d_model": 24, "d_head": 6, "n_heads": 4, "d_mlp": 32, "d_vocab": 31, "n_ctx": 64}
-SIZES |= {"eps": 1e-5}
+EPS = 1e-5
 # Key-value heads, whether W_U is W_E, biases of queries, keys and values, pairs of rotary angles,
 # and whether the final norm has no gain: then W_U is the same with and without it.
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,7 +40,8 @@ def hooked_twin(
     kv: int, tied: bool, bias: bool, adjacent: bool, gain_of_one: bool
 ) -> HookedTransformer:
     cfg = HookedTransformerConfig(
-        **SIZES, n_layers=N_LAYERS, n_key_value_heads=None if kv == SIZES["n_heads"] else kv,
+        **SIZES, eps=EPS, n_layers=N_LAYERS,
+        n_key_value_heads=None if kv == SIZES["n_heads"] else kv,
         act_fn="silu", gated_mlp=True, normalization_type="RMS", final_rms=True,
         positional_embedding_type="rotary", rotary_dim=int(SIZES["d_head"]), rotary_base=10000,
         rotary_adjacent_pairs=adjacent, tie_word_embeddings=tied, dtype=torch.float64,
@@ -60,7 +59,7 @@ def hooked_twin(
         elif short.startswith("b_"):
             weight.data = 0.2 * noise * (bias and short in ("b_Q", "b_K", "b_V"))
         else:
-            weight.data = 0.3 * noise
+            weight.data = 0.2 * noise
     if tied:
         model.unembed.W_U.data = model.embed.W_E.data.T.clone()
     return model.eval()
@@ -70,7 +69,7 @@ def looped_twin(
     hooked: HookedTransformer, kv: int, tied: bool, bias: bool, adjacent: bool, gain_of_one: bool
 ) -> LoopedTransformer:
     cfg = LoopedConfig(
-        **SIZES, **{f"n_{stage}": n for stage, n in STAGES.items()}, n_key_value_heads=kv,
+        **SIZES, eps=EPS, **{f"n_{stage}": n for stage, n in STAGES.items()}, n_key_value_heads=kv,
         tie_embeddings=tied, qk_bias=bias, v_bias=bias, dtype=torch.float64, device="cpu",
         rotary_style="interleaved" if adjacent else "half",
     )  # fmt: skip

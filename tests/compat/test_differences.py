@@ -28,6 +28,8 @@ def test_the_tokenizer_is_the_one_that_was_given(twins: Twins) -> None:
     bos = twins.looped.tokenizer.bos_token_id
     assert twins.hooked.tokenizer.encode("a")[0] == bos
     assert bos not in twins.looped.tokenizer.encode("a")
+    prepends = [m.cfg.tokenizer_prepends_bos for m in (twins.hooked, twins.looped)]
+    assert prepends == [True, None]
 
 
 def test_text_that_is_too_long_is_not_cut_unasked(twins: Twins) -> None:
@@ -68,7 +70,7 @@ def test_the_gain_of_the_final_norm_counts_in_logits(twins: Twins) -> None:
         attributions.append((found, logits[torch.arange(2), -1, answers]))
     (theirs, logits), (ours, same_logits) = attributions
     torch.testing.assert_close(ours, same_logits)
-    assert (theirs - logits).abs().max() > 0.1
+    assert (theirs - logits).abs().max() > 0.01
 
 
 def test_padding_on_the_right_is_no_text(twins: Twins) -> None:
@@ -81,3 +83,23 @@ def test_padding_on_the_right_is_no_text(twins: Twins) -> None:
     counted = twins.hooked(tokens, attention_mask=mask.int(), return_type="loss")
     torch.testing.assert_close(ours, counted)
     assert (theirs - counted).abs() > 1e-3
+
+
+def test_the_configuration_says_how_weights_are_drawn_here_and_which_norm(twins: Twins) -> None:
+    theirs, ours = twins.hooked.cfg, twins.looped.cfg
+    assert (theirs.init_mode, ours.init_mode) == ("gpt2", "normal")
+    assert (theirs.initializer_range, ours.initializer_range) == (0.8 / 24**0.5, 0.02)
+    # HookedTransformer goes by normalization_type alone, TransformerBridge by this field too.
+    assert (theirs.normalization_type, ours.normalization_type) == ("RMS", "RMS")
+    assert (theirs.uses_rms_norm, ours.uses_rms_norm) == (False, True)
+
+
+def test_weights_that_are_not_there_are_not_counted(twins: Twins) -> None:
+    zero = sum(
+        weight.numel()
+        for name, weight in twins.hooked.named_parameters()
+        if twins.looped.parameter_of(name) is None
+    )
+    assert zero > 0
+    # HookedTransformer counts grouped keys and values too.
+    assert twins.looped.n_params_total == twins.hooked.n_params_total - zero

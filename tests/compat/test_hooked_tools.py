@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from closeness import rounding_of_vectors
-from hooked import CASES, CLOSE, LAYERS, LOOPS, Pair, letters, make_pair, metric, some_tokens
+from hooked import CASES, CLOSE, LAYERS, LOOPS, Pair, make_pair, metric, some_tokens
+from letters import letters
 from torch import Tensor
 from transformer_lens import SVDInterpreter, patching
 from transformer_lens.head_detector import detect_head

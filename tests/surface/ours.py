@@ -18,8 +18,8 @@ _VARIADIC = ("var_positional", "var_keyword")
 _EMPTY = ("()", "[]")
 
 
-def faults(theirs: Member, function: Any) -> Iterator[tuple[str | None, str]]:
-    """Keywords of a method that ours does not take as theirs does, and how; None: the whole."""
+def faults(theirs: Member, function: Any) -> Iterator[tuple[str, str]]:
+    """Keywords of a method that ours does not take as theirs does, and how."""
     ours = parameters_of(function)
     by_name = {one.name: (place, one) for place, one in enumerate(ours)}
     kinds = {one.kind for one in ours}
@@ -40,7 +40,7 @@ def faults(theirs: Member, function: Any) -> Iterator[tuple[str | None, str]]:
         yield from ((one.name, fault) for fault in _unlike(one, place, our, ours_at))
     for our in ours:
         if our.name not in known and our.default is None and our.kind not in _VARIADIC:
-            yield None, f"{our.name} has no default"
+            yield our.name, "has no default"
 
 
 def _unlike(theirs: Parameter, place: int, ours: Parameter, ours_at: int) -> Iterator[str]:

@@ -92,7 +92,7 @@ WORKS = keyed("same", keywords=False) + keyed("different", keywords=False)
 def test_what_is_the_same_or_different_exists(key: str, objects: dict[str, Any]) -> None:
     one, theirs = ALL[key], {source.member.kind in METHODS for source in judged(ALL[key])}
     owner = objects[one.name.area]
-    if not theirs and not hasattr(owner, one.name.member):
+    if one.name.area == "cache" and not theirs and not hasattr(owner, one.name.member):
         pytest.skip(f"of TransformerLens {one.name.sources[0].release} alone")
     value = getattr(owner, one.name.member)
     if one.verdict == "same" and theirs:
@@ -108,7 +108,7 @@ def test_a_method_takes_transformerlenss_arguments(key: str) -> None:
         for source in judged(one)
         if source.member.kind in METHODS and callable(ours)
         for keyword, fault in faults(source.member, ours)
-        if ALL.get(f"{key}({keyword})", one).verdict == "same"
+        if not key.endswith("__init__") and ALL.get(f"{key}({keyword})", one).verdict == "same"
     }
     assert sorted(found) == []
 

@@ -345,7 +345,7 @@ class TransformerLensMethods(TextLoop):
 
 
 def _refused(name: str, reason: str) -> Callable[..., NoReturn]:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedMethodError(f"{name}: {reason}")
 
     refuse.__name__, refuse.__doc__ = name, f"Refused: {reason}."

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from calls import TEXT, TOKENS, Z1, Call, halved, seeded
-from plain import N_LAYERS
+from calls import N_LAYERS, TEXT, TOKENS, Z1, Call, halved, seeded
 
 
 def without_tokenizer(call: Call) -> Call:

@@ -7,17 +7,24 @@ compared. What a call leaves behind in the model is cleaned up by the test.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from comparing import shared
-from plain import N_LAYERS, SIZES
 from torch import Tensor
 
 Call = Callable[[Any], Any]
+STAGES = {"prelude": 1, "core": 2, "coda": 1}
+N_LAYERS = sum(STAGES.values())
+SIZES = {"d_model": 24, "d_head": 6, "n_heads": 4, "d_mlp": 32, "d_vocab": 31, "n_ctx": 64}
 TEXT, TEXTS = "the mat is flat.", ["a cat.", "the mat is flat."]
 TOKENS = torch.randint(3, int(SIZES["d_vocab"]), (2, 7), generator=torch.Generator().manual_seed(3))
 ONE = TOKENS[:1]
+ONTO = torch.randn(
+    int(SIZES["d_model"]), 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+)
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 
 
@@ -80,6 +87,16 @@ def in_contexts(m: Any) -> list[Tensor]:
             out.append(m(TOKENS))
         out.append(m(TOKENS))
     return [*out, m(TOKENS)]
+
+
+def kept(m: Any) -> list[Tensor]:
+    """Logits behind a context that leaves its hooks, and behind one that takes its own away."""
+    with m.hooks(fwd_hooks=[(Z1, halved)], bwd_hooks=[], reset_hooks_end=False):
+        pass
+    left = m(TOKENS)
+    with m.hooks(fwd_hooks=[(MLP2, doubled)], reset_hooks_end=True, clear_contexts=True):
+        pass
+    return [left, m(TOKENS)]
 
 
 def with_flag(m: Any, flag: str, name: str) -> Any:
@@ -170,6 +187,7 @@ HOOKS: dict[str, list[Call]] = {
     ],
     "model.hooks": [
         in_contexts,
+        kept,
         lambda m: gradients(m, [Z1, MLP2, RESID]),
         lambda m: gradients(m, [Z1], reset_hooks_end=True, clear_contexts=False),
         lambda m: gradients(m, ["hook_embed"], fwd_hooks=[(Z1, halved)]),
@@ -211,7 +229,7 @@ HOOKS: dict[str, list[Call]] = {
     ],
     "model.check_hooks_to_add": [
         lambda m: m.check_hooks_to_add(
-            m.hook_dict[Z1],
+            hook_point=m.hook_dict[Z1],
             hook_point_name=Z1,
             hook=halved,
             dir="fwd",
@@ -429,7 +447,7 @@ GENERATION: dict[str, list[Call]] = {
         lambda m: m.generate(input=ONE, max_new_tokens=2, do_sample=False, verbose=True),
     ],
     "model.generate_stream": [
-        lambda m: streamed(m),
+        lambda m: streamed(m, max_new_tokens=5, max_tokens_per_yield=3),
         lambda m: streamed(m, do_sample=False, stop_at_eos=False),
         lambda m: streamed(m, input=TEXT, return_type="str", prepend_bos=False),
         lambda m: streamed(m, top_k=4, top_p=0.9, temperature=0.8, freq_penalty=0.5),
@@ -459,6 +477,83 @@ GENERATION: dict[str, list[Call]] = {
     ],
 }
 
+
+def named(m: Any) -> dict[str, Tensor]:
+    """Weights under TransformerLens's names, as a state dict of HookedTransformer has them."""
+    own = m.tl_parameters() if hasattr(m, "tl_parameters") else dict(m.named_parameters())
+    return {name: weight.detach().clone() for name, weight in own.items()}
+
+
+def some(state: dict[str, Tensor]) -> list[Tensor]:
+    return [state[name] for name in ("blocks.1.attn.W_Q", "blocks.1.mlp.W_gate", "unembed.W_U")]
+
+
+def processed(m: Any, **options: Any) -> list[Tensor]:
+    """Logits and weights of a copy whose weights were processed."""
+    m = deepcopy(m)
+    m.process_weights_(**options)
+    return [m(TOKENS), m.W_Q, m.W_in, m.W_U]
+
+
+def loaded(m: Any, **options: Any) -> list[Tensor]:
+    """The same of a copy into which another state dict was loaded."""
+    m = deepcopy(m)
+    state = {name: weight * 0.5 for name, weight in named(m).items()}
+    m.load_and_process_state_dict(state_dict=state, **options)
+    return [m(TOKENS), m.W_Q, m.W_in, m.W_U]
+
+
+def sampled(m: Any, **options: Any) -> Any:
+    m.dataset = [{"text": text} for text in (*TEXTS, "the end.")]
+    np.random.seed(5)
+    return m.sample_datapoint(**options)
+
+
+PROCESSING: dict[str, list[Call]] = {
+    "model.process_weights_": [
+        lambda m: processed(m),
+        lambda m: processed(m, fold_ln=True, center_unembed=False),
+        lambda m: processed(
+            m,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=True,
+            refactor_factored_attn_matrices=False,
+        ),
+    ],
+    "model.load_and_process_state_dict": [
+        lambda m: loaded(m, fold_value_biases=False),
+        lambda m: loaded(
+            m,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
+            refactor_factored_attn_matrices=False,
+        ),
+    ],
+    "model.fill_missing_keys": [
+        lambda m: some(m.fill_missing_keys({"unembed.W_U": named(m)["unembed.W_U"]})),
+        lambda m: some(m.fill_missing_keys(state_dict={})),
+    ],
+    "model.fold_layer_norm": [
+        lambda m: some(
+            m.fold_layer_norm(state_dict=named(m), fold_biases=False, center_weights=False)
+        ),
+    ],
+    "model.fold_value_biases": [lambda m: some(m.fold_value_biases(state_dict=named(m)))],
+    "model.center_unembed": [lambda m: some(m.center_unembed(state_dict=named(m)))],
+    "model.dataset": [lambda m: (setattr(m, "dataset", [{"text": "a"}]), len(m.dataset))[1]],
+    "model.sample_datapoint": [
+        lambda m: sampled(m),
+        lambda m: sampled(m, tokenize=True, prepend_bos=False, padding_side="right"),
+    ],
+    "model.set_ungroup_grouped_query_attention": [
+        lambda m: with_flag(m, "ungroup_grouped_query_attention", "blocks.1.attn.hook_k"),
+        lambda m: m.set_ungroup_grouped_query_attention(ungroup_grouped_query_attention=False),
+    ],
+}
+
 WEIGHTS = ["W_E", "W_U", "W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_gate"]
 WEIGHTS += ["b_U", "b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "QK", "OV"]
 
@@ -478,12 +573,10 @@ WEIGHT_CALLS: dict[str, list[Call]] = {f"model.{name}": [reading(name)] for name
         lambda m: m.all_composition_scores(mode="K"),
         lambda m: m.all_composition_scores("V"),
     ],
-    "model.n_params_total": [lambda m: m.n_params_total],
     "model.cpu": [lambda m: m.cpu()(TOKENS)],
     "model.to": [
         lambda m: m.to("cpu")(TOKENS),
-        lambda m: m.to(device_or_dtype=torch.float64, print_details=False)(TOKENS),
-        lambda m: m.to("cpu", False)(TOKENS),
+        lambda m: m.to(torch.float64, print_details=False)(TOKENS),
     ],
     "model.move_model_modules_to_device": [lambda m: m.move_model_modules_to_device()],
 }
@@ -495,6 +588,7 @@ MODEL: dict[str, list[Call]] = {
     **TEXT_CALLS,
     **GENERATION,
     **WEIGHT_CALLS,
+    **PROCESSING,
 }
 
 
@@ -505,7 +599,6 @@ def of_cache(name: str, *options: dict[str, Any]) -> list[Call]:
     return [call(given) for given in options]
 
 
-LABELS = {"return_labels": True}
 CACHE: dict[str, list[Call]] = {
     "cache.__getitem__": [
         lambda c: c[Z1],
@@ -563,10 +656,12 @@ CACHE: dict[str, list[Call]] = {
     ),
     "cache.get_neuron_results": of_cache(
         "get_neuron_results", {"layer": 1}, {"layer": 1, "neuron_slice": (0, 5), "pos_slice": -1},
+        {"layer": 1, "project_output_onto": ONTO},
     ),
     "cache.stack_neuron_results": of_cache(
         "stack_neuron_results", {"layer": 2}, {"layer": -1, "neuron_slice": (0, 3)},
         {"layer": 2, "pos_slice": -1, "incl_remainder": True, "apply_ln": True},
+        {"layer": 2, "project_output_onto": ONTO},
     ),
     "cache.apply_ln_to_stack": [
         lambda c: c.apply_ln_to_stack(c.decompose_resid(layer=2), layer=2),
@@ -579,5 +674,6 @@ CACHE: dict[str, list[Call]] = {
     "cache.get_full_resid_decomposition": of_cache(
         "get_full_resid_decomposition", {"expand_neurons": False}, {"layer": 2, "pos_slice": -1},
         {"layer": 1, "mlp_input": True, "apply_ln": True, "expand_neurons": True},
+        {"layer": 2, "project_output_onto": ONTO},
     ),
 }  # fmt: skip
