@@ -13,6 +13,7 @@ import pytest
 import torch
 from closeness import assert_same
 from conftest import CASES, GOLDEN, Golden, exact_config, with_gains
+from pretend import pretended_devices
 from refusals import refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -229,6 +230,16 @@ def test_weights_that_stay_where_they_are_loaded() -> None:
     ):
         assert stays.move_model_modules_to_device() is None
         assert stays.cfg.device == str(stays.W_E.device) == "cpu"
+
+
+def test_weights_go_where_they_were_asked_for_when_they_are_moved() -> None:
+    with pretended_devices():
+        model = load("demo-bare", device="lazy:0", move_to_device=False)
+        assert {str(p.device) for p in model.parameters()} == {"cpu"}
+        assert model.cfg.device == "cpu"
+        model.move_model_modules_to_device()
+        assert {str(p.device) for p in model.parameters()} == {"lazy:0"}
+        assert model.cfg.device == "lazy:0"
 
 
 def test_a_new_models_side_of_padding(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
