@@ -259,6 +259,7 @@ N_DEVICES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "none": ({"n_devices": 0}, ("n_devices", "at least 1")),
     "and a map": ({"n_devices": 2, "device_map": "auto"}, ("n_devices=2", "device_map='auto'")),
     "and another device": ({"n_devices": 2, "device": "cpu"}, ("n_devices=2", "'cpu'")),
+    "and no device": ({"n_devices": 2, "device": "nowhere"}, ("n_devices=2", "'nowhere'")),
     "and no move": ({"n_devices": 2, "move_to_device": False}, ("move_to_device=False",)),
     "a map and no move": (
         {"device_map": "cpu", "move_to_device": False},

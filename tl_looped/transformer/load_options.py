@@ -143,7 +143,7 @@ class LoadOptions:
                 f"n_devices={n} and device_map={self.device_map!r} exclude each other: one spreads "
                 "over the first n GPUs, the other as it says"
             )
-        if self.device is not None and torch.device(self.device).type != "cuda":
+        if self.device is not None and not str(self.device).startswith("cuda"):
             raise InputError(
                 f"n_devices={n} spreads over GPUs, and device is {str(self.device)!r}: "
                 "device_map= names other devices"

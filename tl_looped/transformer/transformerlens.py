@@ -115,6 +115,7 @@ class TransformerLensMethods(TextLoop):
 
     # -- what the weights are shown as --------------------------------------------------------
 
+    @in_turn
     def enable_compatibility_mode(
         self,
         disable_warnings: bool = False,
@@ -164,6 +165,7 @@ class TransformerLensMethods(TextLoop):
         """Whether gains are shown as part of the weights; TransformerBridge's name for it."""
         return bool(self.ln_final.folded)
 
+    @in_turn
     def process_weights_(
         self,
         fold_ln: bool = True,
@@ -183,6 +185,7 @@ class TransformerLensMethods(TextLoop):
             refactor_factored_attn_matrices,
         ).apply(self)
 
+    @in_turn
     def process_weights(
         self,
         verbose: bool = False,
