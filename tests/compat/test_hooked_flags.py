@@ -136,3 +136,26 @@ def test_the_gradient_of_the_weights_is_the_same_ungrouped(pair: Pair, flags: No
     assert max(grad.abs().max() for grad in grads[0]) > 0
     for before, now in zip(*grads, strict=True):
         torch.testing.assert_close(now, before, **CLOSE)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_block_and_its_attention_called_alone_give_the_same(pair: Pair, padded: bool) -> None:
+    tokens = some_tokens()
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[0, :3] = 0
+    _, cache = pair.hooked.run_with_cache(tokens)
+    for layer in (0, 3, LAYERS - 1):
+        pre = cache["resid_pre", layer]
+        theirs, ours = (model.blocks[layer] for model in (pair.hooked, pair.looped))
+        real = mask.bool()
+        with torch.no_grad():
+            expected = theirs(pre, attention_mask=mask if padded else None)
+            found = ours(pre, attention_mask=mask if padded else None)
+            torch.testing.assert_close(found[real], expected[real], **CLOSE)
+            x = ours.ln1(pre)
+            torch.testing.assert_close(x, theirs.ln1(pre), **CLOSE)
+            inputs = (x, x.flip(-1), x * 2)
+            torch.testing.assert_close(ours.attn(*inputs), theirs.attn(*inputs), **CLOSE)
+            torch.testing.assert_close(ours.mlp(x), theirs.mlp(x), **CLOSE)
+    assert (found - cache["resid_pre", 0]).abs().max() > 0.1

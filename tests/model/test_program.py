@@ -450,3 +450,13 @@ def test_a_run_of_another_number_leaves_the_model_as_it_is() -> None:
         f"blocks.{looped.loop.with_recurrences(n).n_layers - 1}.hook_resid_post"
         for n in (1, R, R + 2)
     ]
+
+
+@pytest.mark.parametrize("cell", ["Asking", "Remembering"])
+def test_a_core_layer_that_gets_more_than_the_stream_is_not_called_alone(cell: str) -> None:
+    looped = model(cell, "injection")
+    stream = looped.run_with_cache(TOKENS)[1]["resid_pre", (0, 1)]
+    with pytest.raises(InputError, match=cell):
+        looped.blocks[looped.loop.index(0, 1)](stream)
+    first, cache = looped.blocks[0], looped.run_with_cache(TOKENS)[1]
+    assert_same(first(cache["resid_pre", 0]), cache["resid_post", 0])

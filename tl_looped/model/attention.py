@@ -9,6 +9,7 @@ While nothing listens to scores or pattern, PyTorch's fused attention computes z
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped._compat import FactoredMatrix, Module
+from tl_looped.errors import InputError
 from tl_looped.model.config import LoopedConfig
-from tl_looped.model.context import RunContext
+from tl_looped.model.context import RunContext, check_stream
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule, parameter
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
@@ -60,6 +62,14 @@ class AttentionWeights(Module):
         rows = self.qkv[start * self.d_head : (start + n) * self.d_head]
         heads: Tensor = rows.unflatten(0, (n, self.d_head))
         return heads
+
+
+_REFUSED = {
+    "past_kv_cache_entry": "run the model with past_kv_cache=",
+    "additive_attention_mask": "edit attn.hook_attn_scores instead",
+    "position_bias": "positions are rotations of queries and keys",
+}
+"""Arguments of TransformerLens's attention that are refused, and what there is instead."""
 
 
 class Attention(QuickModule):
@@ -107,16 +117,84 @@ class Attention(QuickModule):
         self.hook_result = LoopedHookPoint(per_head)
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], run: RunContext
+        self,
+        query_input: Any,
+        key_input: RunContext | Any = None,
+        value_input: Any = None,
+        past_kv_cache_entry: Any = None,
+        additive_attention_mask: Any = None,
+        attention_mask: Tensor | None = None,
+        position_bias: Any = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Attention output of a (normalised) input, before any post-norm."""
-        weights = self._weights
+        """Attention output of (normalised) inputs, before any post-norm.
+
+        Within a run it gets one input, and the run's context in the place of a second. Called by
+        itself, as TransformerLens's code calls it, it gets the inputs of queries, keys and values,
+        one for all heads or one each; positions count from each row's first real token.
+
+        Args:
+            query_input: What queries are made of, ``[batch, pos, d_model]``, or
+                ``[batch, pos, head, d_model]`` with one for each head.
+            key_input: What keys are made of, of as many positions; or the context of the run that
+                calls it, in which ``query_input`` makes all of them.
+            value_input: What values are made of.
+            past_kv_cache_entry: Refused: run the model with ``past_kv_cache``.
+            additive_attention_mask: Refused: hook ``hook_attn_scores``.
+            attention_mask: ``[batch, pos]``, zero at padding.
+            position_bias: Refused: positions are rotations.
+
+        Raises:
+            InputError: for what is refused, and inputs of other shapes.
+        """
+        if type(key_input) is not RunContext:
+            refused = past_kv_cache_entry, additive_attention_mask, position_bias
+            inputs = query_input, key_input, value_input
+            return self._alone(inputs, attention_mask, dict(zip(_REFUSED, refused, strict=True)))
+        weights, x = self._weights, query_input
         if self._norm is not None:
             x = self._norm.with_folded_gain(x)
         n_q, n_kv, d = weights.n_heads, weights.n_kv_heads, weights.d_head
         heads = F.linear(x, parameter(weights, "qkv")).unflatten(-1, (-1, d))
         q, k, v = heads.split_with_sizes((n_q, n_kv, n_kv), 2)
-        return self.attend(q, k, v, run)
+        return self.attend(q, k, v, key_input)
+
+    def _alone(
+        self, inputs: tuple[Any, ...], attention_mask: Any, refused: dict[str, Any]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """As called by TransformerLens's users, outside a run."""
+        for name, given in refused.items():
+            if given is not None:
+                raise InputError(f"attention takes no {name}: {_REFUSED[name]}")
+        cfg, n = self.cfg, self.cfg.n_hooked_kv_heads
+        names = "query_input", "key_input", "value_input"
+        for name, given, heads in zip(names, inputs, (cfg.n_heads, n, n), strict=True):
+            check_stream(cfg, name, given, heads)
+        if len({given.shape[:2] for given in inputs}) > 1:
+            shapes = ", ".join(str(tuple(given.shape)) for given in inputs)
+            raise InputError(f"inputs of attention must have the same batch and pos, got {shapes}")
+        run = RunContext.alone(cfg, inputs[0], attention_mask)
+        q, k, v = inputs
+        if q.ndim == k.ndim == v.ndim == 3:
+            if q is k is v:
+                return self.forward(q, run)
+            return self.attend(*self._projected(q, k, v), run)
+        q, k, v = (
+            given if given.ndim == 4 else given[:, :, None].expand(-1, -1, heads, -1)
+            for given, heads in ((q, cfg.n_heads), (k, n), (v, n))
+        )
+        return self.forward_split(q, k, v, run)
+
+    def _projected(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each of an input of its own."""
+        weights, d = self._weights, self._weights.d_head
+        sizes = (weights.n_heads * d, weights.n_kv_heads * d, weights.n_kv_heads * d)
+        matrices = parameter(weights, "qkv").split_with_sizes(sizes)
+        gain = (lambda x: x) if self._norm is None else self._norm.with_folded_gain
+        q, k, v = (
+            F.linear(gain(x), matrix).unflatten(-1, (-1, d))
+            for x, matrix in zip(inputs, matrices, strict=True)
+        )
+        return q, k, v
 
     def forward_from(
         self,

@@ -14,17 +14,17 @@ output, ``hook_resid_mid_sum = resid_pre + attn_out``, ``hook_resid_mid = ln_mid
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped._compat import Module, ModuleList
-from tl_looped.errors import GatedHookError
+from tl_looped.errors import GatedHookError, InputError
 from tl_looped.model.attention import Attention, AttentionWeights
 from tl_looped.model.cells import cell_class
 from tl_looped.model.config import LoopedConfig, NormLayout
-from tl_looped.model.context import NO_SOURCES, RunContext, Sources
+from tl_looped.model.context import NO_SOURCES, RunContext, Sources, check_stream
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule, place
 from tl_looped.model.mlp import MLP, MLPWeights
@@ -167,22 +167,39 @@ class Block(QuickModule):
 
     def forward(
         self,
-        resid_pre: Float[Tensor, "batch pos d_model"],
-        run: RunContext,
-        sources: Sources = NO_SOURCES,
+        resid_pre: Any,
+        run: RunContext | Tensor | None = None,
+        sources: Sources | None = NO_SOURCES,
+        attention_mask: Tensor | None = None,
+        past_kv_cache_entry: Any = None,
+        shortformer_pos_embed: Any = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this layer, on the device of its weights.
 
+        Called by itself, as TransformerLens's code calls it, it gets a stream whose positions count
+        from each row's first real token.
+
         Args:
-            resid_pre: The stream.
-            run: Positions, rotation and mask.
+            resid_pre: The stream, ``[batch, pos, d_model]``.
+            run: Positions, rotation and mask of the run that calls it; None by itself.
             sources: What queries, and keys and values, are made of, if not of the stream.
+            attention_mask: ``[batch, pos]``, zero at padding, without a run.
+            past_kv_cache_entry: Refused: run the model with ``past_kv_cache``.
+            shortformer_pos_embed: Refused: positions are rotations.
+
+        Raises:
+            InputError: for what is refused, and a stream of another shape; by itself, a core layer
+                that gets more than a stream from its cell.
         """
+        if type(run) is not RunContext:
+            # TransformerLens's second argument is shortformer_pos_embed.
+            refused = past_kv_cache_entry, shortformer_pos_embed if run is None else run
+            run, sources = self._context(resid_pre, attention_mask, *refused), NO_SOURCES
         if run.spread:
             device = self.weights.attn.qkv.device
             resid_pre, run = resid_pre.to(device), run.at(device)
         resid_pre = self.hook_resid_pre(resid_pre)
-        attn_out = self._attention(resid_pre, run, sources)
+        attn_out = self._attention(resid_pre, run, sources or NO_SOURCES)
         if self._post:
             attn_out = self.ln1_post(attn_out)
         resid_mid = resid_pre + self.hook_attn_out(attn_out)
@@ -200,6 +217,28 @@ class Block(QuickModule):
         if self._residual:
             resid_post = self.ln_out(self.hook_resid_post_sum(resid_post))
         return self.hook_resid_post(resid_post)
+
+    def _context(
+        self, resid_pre: Any, attention_mask: Any, past_kv_cache_entry: Any, shortformer: Any
+    ) -> RunContext:
+        """Of a call by itself."""
+        if past_kv_cache_entry is not None:
+            raise InputError(
+                "a block takes no past_kv_cache_entry: run the model with past_kv_cache="
+            )
+        if shortformer is not None:
+            raise InputError(
+                "a block takes no shortformer_pos_embed: positions are rotations of queries and "
+                "keys"
+            )
+        cell = cell_class(self.cfg)
+        if cell.shapes_layers and self.location.stage == "core":
+            raise InputError(
+                f"a core layer of a {self.cfg.cell!r} loop gets more from it than a stream: run "
+                "the model, with start_at_layer= and stop_at_layer="
+            )
+        check_stream(self.cfg, "resid_pre", resid_pre)
+        return RunContext.alone(self.cfg, resid_pre, attention_mask)
 
     def _attention(
         self, resid_pre: Float[Tensor, "batch pos d_model"], run: RunContext, sources: Sources

@@ -9,9 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped.checks import described
+from tl_looped.errors import InputError
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.model.kv_cache import KVRun
+from tl_looped.model.masks import real_tokens
 from tl_looped.model.program import Program
 from tl_looped.model.rotary import Rotation, rotation
 
@@ -92,6 +95,27 @@ class RunContext:
         rotated = rotation(cfg, positions, dtype)
         return cls(rotated, positions, allowed, no_key, kv, spread=spread)
 
+    @classmethod
+    def alone(cls, cfg: LoopedConfig, x: Float[Tensor, "batch pos ..."], mask: Any) -> RunContext:
+        """Context of a layer that is called by itself, on a whole stream from its first position.
+
+        Args:
+            cfg: The model's configuration.
+            x: The stream.
+            mask: ``[batch, pos]``, zero at padding; None if nothing is padded.
+
+        Raises:
+            InputError: a mask of another shape or with other values.
+        """
+        if mask is not None:
+            mask = real_tokens(mask).to(x.device)
+            if mask.shape != x.shape[:2]:
+                raise InputError(
+                    f"attention_mask must have shape [batch, pos] = {tuple(x.shape[:2])}, got "
+                    f"{tuple(mask.shape)}"
+                )
+        return cls.build(cfg, x.shape[1], mask, x.device, x.dtype)
+
     def at(self, device: torch.device) -> RunContext:
         """The same on another device, copied there once; the keys and values are the same."""
         if device == self.positions.device:
@@ -158,6 +182,31 @@ class LoopRun:
     enters_loop: bool = True
     trains_gate: bool = False
     changed: set[str] = field(default_factory=set)
+
+
+def check_stream(cfg: LoopedConfig, name: str, x: Any, n_heads: int | None = None) -> None:
+    """Raise unless ``x`` is a stream, or one for each head where ``n_heads`` says how many.
+
+    Args:
+        cfg: The model's configuration.
+        name: The argument's name, for the message.
+        x: What was given.
+        n_heads: Heads that may have streams of their own.
+
+    Raises:
+        InputError: for anything else, and for more positions than the context holds.
+    """
+    shapes = [(cfg.d_model,)] if n_heads is None else [(cfg.d_model,), (n_heads, cfg.d_model)]
+    fits = isinstance(x, Tensor) and x.is_floating_point() and tuple(x.shape[2:]) in shapes
+    if not fits or 0 in x.shape:
+        each = "" if n_heads is None else f" or [batch, pos, {n_heads}, {cfg.d_model}]"
+        raise InputError(
+            f"{name} must be a stream [batch, pos, {cfg.d_model}]{each}, got {described(x)}"
+        )
+    if x.shape[1] > cfg.n_ctx:
+        raise InputError(
+            f"{name} has {x.shape[1]} positions, which is longer than the context of {cfg.n_ctx}"
+        )
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query key"]:
