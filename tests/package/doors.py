@@ -475,6 +475,7 @@ class World:
             "hf_generate": {"input": t, "max_new_tokens": 2},
             "hook_name": {"name": ("resid_post", 1)},
             "hooks": {"of": fresh, "fwd_hooks": [("hook_embed", lambda x, hook: None)]},
+            "input_to_embed": {"input": t},
             "intervening": {"of": fresh, "interventions": (iv.SkipLayers(0),)},
             "logit_lens": {"resid": self.out},
             "loop_map": {"input": t},

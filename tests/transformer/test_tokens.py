@@ -95,6 +95,8 @@ def test_text_beyond_the_context_is_refused_or_cut(model) -> None:
         (lambda m: m.to_tokens([]), InputError, "no text"),
         (lambda m: m.to_tokens("a", padding_side="top"), InputError, "padding_side .*'top'"),
         (lambda m: m.to_single_token("on"), SingleTokenError, r"\['o', 'n'\]"),
+        (lambda m: m.to_single_token(""), SingleTokenError, r"\[\]"),
+        (lambda m: m.to_single_token("a" * 30), SingleTokenError, "16 more"),
         (lambda m: m.get_token_position("x", "on the"), SingleTokenError, "'x'"),
         (lambda m: m.get_token_position("o", "on", mode="middle"), InputError, "mode .*'middle'"),
         (lambda m: m.get_token_position("o", m.to_tokens(["on", "no"])), SingleTokenError, "seq"),
@@ -135,6 +137,9 @@ def test_tokens_come_back_as_strings(model, id_of) -> None:
     assert model.to_string([id_of("o"), id_of("n")]) == "on"
     assert model.to_string(id_of("Ġthe")) == " the"
     assert model.to_single_str_token(model.to_single_token(" the")) == " the"
+    assert model.to_str_tokens("", prepend_bos=False) == []
+    assert model.to_str_tokens(["", "a"]) == [["<s>"], ["<s>", "a"]]
+    assert model.to_str_tokens([]) == model.to_str_tokens(torch.zeros(1, 0).long()) == []
     text = "naïve 東京"
     assert model.to_string(model.to_tokens(text, prepend_bos=False)[0]) == text
 

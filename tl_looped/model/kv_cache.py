@@ -120,7 +120,7 @@ class LoopedKeyValueCache:
     @property
     def previous_attention_mask(self) -> Int[Tensor, "batch pos"]:
         """TransformerLens's name and type of :attr:`mask`."""
-        return torch.zeros(0, 0, dtype=torch.int) if self.mask is None else self.mask.int()
+        return torch.zeros(0, 0, dtype=torch.long) if self.mask is None else self.mask.long()
 
     def freeze(self) -> None:
         """Later runs leave the cache as it is."""

@@ -55,7 +55,7 @@ def lent(
         values = ours.entries[model.loop.locate(layer)][1]
         entry.append(keys[layer], values[:, n_past:])
     assert ours.mask is not None
-    cache.append_attention_mask(ours.mask[:, n_past:].int())
+    cache.append_attention_mask(ours.mask[:, n_past:].long())
 
 
 def _as_ours(model: HookedLoop, cache: TransformerLensKeyValueCache) -> LoopedKeyValueCache:

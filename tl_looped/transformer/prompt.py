@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_looped._compat import TransformerLensKeyValueCache
 from tl_looped.checks import one_of
 from tl_looped.errors import InputError
 from tl_looped.model.kv_cache import LoopedKeyValueCache
@@ -46,7 +47,7 @@ class Prompt:
         embeds: The embedding, in place of tokens, of which there are none then.
     """
 
-    tokens: Int[Tensor, "batch pos"]
+    tokens: Int[Tensor, "batch ids"]
     mask: Bool[Tensor, "batch pos"] | None
     embeds: Float[Tensor, "batch pos d_model"] | None = None
 
@@ -99,6 +100,31 @@ def read_prompt(
             mask = padding_of(whole, tokens, prepend_bos, padding_side)
     batch, length = tokens.shape
     return Prompt(tokens, check_mask(model, mask, batch, length, past))
+
+
+def start_of_run(
+    model: TextLoop,
+    input: Any,
+    prepend_bos: bool | None,
+    padding_side: str | None,
+    attention_mask: Any,
+    past: LoopedKeyValueCache | TransformerLensKeyValueCache | None,
+) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    """See :meth:`LoopedTransformer.input_to_embed`."""
+    if isinstance(past, TransformerLensKeyValueCache):
+        past, theirs = LoopedKeyValueCache(), past
+        past.mask = theirs.previous_attention_mask.bool()
+    prompt = read_prompt(model, input, attention_mask, prepend_bos, padding_side, past)
+    mask = prompt.mask
+    if past is not None and past.mask is not None:
+        new = torch.ones_like(prompt.tokens, dtype=torch.bool) if mask is None else mask
+        mask = torch.cat((past.mask.to(new.device), new), 1)
+    elif attention_mask is None and getattr(model.tokenizer, "padding_side", None) != "left":
+        mask = None if mask is None or bool(mask.all()) else mask
+    elif mask is None:
+        mask = torch.ones_like(prompt.tokens, dtype=torch.bool)
+    resid = model(prompt, stop_at_layer=0)
+    return resid, prompt.tokens, None, None if mask is None else mask.to(prompt.tokens.dtype)
 
 
 class ResidualInput(NamedTuple):

@@ -38,7 +38,7 @@ class Job:
         reply_only: The prompt is left out.
     """
 
-    tokens: Int[Tensor, "batch pos"]
+    tokens: Int[Tensor, "batch ids"]
     embeds: Float[Tensor, "batch pos d_model"] | None
     mask: Bool[Tensor, "batch pos"]
     n_new: int

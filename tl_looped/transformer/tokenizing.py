@@ -11,6 +11,7 @@ pad token is also BOS or EOS, only leading ones that some rows have and others h
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_looped.checks import described, one_of, whole
+from tl_looped.checks import described, one_of, shown, whole
 from tl_looped.errors import InputError, SingleTokenError, TokenizerError
 from tl_looped.model.bos import adds_bos, bos_sentence, with_bos
 from tl_looped.transformer.reading import (
     Chats,
     Given,
     Rows,
+    Texts,
     Tokens,
     integers,
     read_input,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from tl_looped.transformer.text_loop import TextLoop
 
 
+_SHOWN = 8  # tokens in an error
 SIDES = ("left", "right")
 
 
@@ -145,22 +148,12 @@ def tokenize(
     """Tokens of one or more texts, and the mask of the real ones."""
     texts, prepend_bos = texts_of(model, read_input(text), prepend_bos)
     tokenizer = need_tokenizer(model)
-    prepend_bos = prepends_bos(model, prepend_bos)
     side = padding_side or getattr(tokenizer, "padding_side", None) or "right"
     one_of(side, "padding_side", SIDES)
-    fitting = checked_lengths(tokenizer, texts, None if truncate else model.cfg.n_ctx)
-    rows = [tokenizer.encode(t, add_special_tokens=False) for t in fitting]
-    if prepend_bos:
-        rows = [with_bos(row, _bos_id(model)) for row in rows]
+    rows = _rows(model, texts, prepend_bos, truncate)
     for i, row in enumerate(rows):
         if not row:
             raise TokenizerError(f"text {i} ({texts[i]!r}) gives no token; prepend_bos=True?")
-        if len(row) > model.cfg.n_ctx and not truncate:
-            raise InputError(
-                f"text {i} has {len(row)} tokens, the context holds {model.cfg.n_ctx}: "
-                "shorten it, or cut it with to_tokens(..., truncate=True)"
-            )
-    rows = [row[: model.cfg.n_ctx] for row in rows]
     length = max(map(len, rows))
     tokens = torch.full((len(rows), length), pad_id(model))
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -169,6 +162,24 @@ def tokenize(
         tokens[i, where] = torch.tensor(row)
         mask[i, where] = True
     return tokens.to(model.W_E.device), mask.to(model.W_E.device)
+
+
+def _rows(
+    model: TextLoop, texts: list[str], prepend_bos: bool | None, truncate: bool
+) -> list[list[int]]:
+    """Tokens of every text; some may have none."""
+    tokenizer, n_ctx = need_tokenizer(model), model.cfg.n_ctx
+    fitting = checked_lengths(tokenizer, texts, None if truncate else n_ctx)
+    rows = [tokenizer.encode(t, add_special_tokens=False) for t in fitting]
+    if prepends_bos(model, prepend_bos):
+        rows = [with_bos(row, _bos_id(model)) for row in rows]
+    for i, row in enumerate(rows):
+        if len(row) > n_ctx and not truncate:
+            raise InputError(
+                f"text {i} has {len(row)} tokens, the context holds {n_ctx}: "
+                "shorten it, or cut it with to_tokens(..., truncate=True)"
+            )
+    return [row[:n_ctx] for row in rows]
 
 
 def row_of(model: TextLoop, text: str, prepend_bos: bool | None) -> Int[Tensor, " pos"]:
@@ -249,6 +260,8 @@ def to_str_tokens(
     model: TextLoop, input: Any, prepend_bos: bool | None
 ) -> list[str] | list[list[str]]:
     """Each token as a string, for each text or sequence."""
+    if isinstance(input, (list, tuple)) and not input:
+        return []
     given = read_rows(input)
     if isinstance(given, Rows):
         return [cast(list[str], to_str_tokens(model, row, prepend_bos)) for row in given.rows]
@@ -256,11 +269,11 @@ def to_str_tokens(
         squeezed = Tokens(given.tokens.squeeze(), None, given.many)
         return _strings(model, _one_sequence(model, "to_str_tokens", squeezed))
     texts, prepend_bos = texts_of(model, given, prepend_bos)
-    found = [_strings(model, row_of(model, text, prepend_bos)) for text in texts]
+    found = [_strings(model, row) for row in _rows(model, texts, prepend_bos, False)]
     return found if given.many else found[0]
 
 
-def _strings(model: TextLoop, ids: Int[Tensor, " pos"]) -> list[str]:
+def _strings(model: TextLoop, ids: Iterable[Any]) -> list[str]:
     return [str(to_string(model, token)) for token in ids]
 
 
@@ -274,12 +287,12 @@ def _one_sequence(model: TextLoop, method: str, given: Tokens) -> Int[Tensor, " 
 
 def to_single_token(model: TextLoop, string: str) -> int:
     """The id of a text that is exactly one token."""
-    ids = row_of(model, string, False)
+    (ids,) = _rows(model, texts_of(model, Texts([string], many=False), False)[0], False, True)
     if len(ids) != 1:
-        raise SingleTokenError(
-            f"{string!r} is not a single token but {to_str_tokens(model, string, False)}"
-        )
-    return int(ids[0])
+        tokens = ", ".join(map(repr, _strings(model, ids[:_SHOWN])))
+        more = f", and {len(ids) - _SHOWN} more" * (len(ids) > _SHOWN)
+        raise SingleTokenError(f"{shown(string)} is not a single token but [{tokens}{more}]")
+    return ids[0]
 
 
 def to_single_str_token(model: TextLoop, int_token: int) -> str:

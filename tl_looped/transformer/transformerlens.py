@@ -19,6 +19,8 @@ from tl_looped.errors import ArgumentTypeError, InputError, UnsupportedMethodErr
 from tl_looped.model.init import init_weights
 from tl_looped.transformer import state_dicts
 from tl_looped.transformer.processing import Processing, refuse_value_biases
+from tl_looped.transformer.prompt import start_of_run
+from tl_looped.transformer.run_options import KeyValueCache
 from tl_looped.transformer.spreading import check_devices
 from tl_looped.transformer.text_loop import TextLoop
 from tl_looped.transformer.turns import in_turn
@@ -342,6 +344,37 @@ class TransformerLensMethods(TextLoop):
         if not tokenize:
             return text
         return self.to_tokens(text, prepend_bos, padding_side, truncate=True)
+
+    # -- what a run starts with ---------------------------------------------------------------
+
+    @in_turn
+    def input_to_embed(
+        self,
+        input: Any,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Any = None,
+        past_kv_cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        """The embedding, as ``hook_embed`` leaves it, and what a run from there wants to know.
+
+        ``self(embed, start_at_layer=0, attention_mask=mask, past_kv_cache=...)`` goes on, in models
+        with a prelude: without one the loop begins before the first layer, and ``self(input)`` is
+        the way. A key-value cache is left as it is: the run extends it.
+
+        Args:
+            input: As for the model; and so are the arguments below.
+            prepend_bos: Overrides ``cfg.default_prepend_bos`` for text.
+            padding_side: For text, or for the padding of tokens.
+            attention_mask: ``[batch, pos]``, zero at padding.
+            past_kv_cache: Keys and values of the tokens that come before.
+
+        Returns:
+            The embedding ``[batch, pos, d_model]``; tokens ``[batch, pos]``; None in place of a
+            shortformer embedding; and the mask of past and new tokens, None if there is no padding
+            and TransformerLens gives none either.
+        """
+        return start_of_run(self, input, prepend_bos, padding_side, attention_mask, past_kv_cache)
 
     def close(self) -> None:
         """Nothing: there is no connection to a model elsewhere."""
