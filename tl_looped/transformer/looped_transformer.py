@@ -479,8 +479,9 @@ class LoopedTransformer(TransformerLensMethods):
         text = attention_mask, prepend_bos, padding_side
         if options.start is None:
             prompt = read_prompt(self, input, *text, options.past_kv_cache)
-            x, tokens, mask = prompt.embeds, prompt.tokens, prompt.mask
-            x = self.embed(tokens) if x is None else x
+            x, tokens, mask = prompt.embeds, None, prompt.mask
+            if x is None:
+                x, tokens = self.embed(prompt.tokens), prompt.tokens
         else:
             x, tokens, mask = read_resid(self, input, tokens, *text, options.past_kv_cache)
         if labels is not None:
