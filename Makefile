@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 # A second environment, with the oldest TransformerLens that is supported.
 VENV_TL3 ?= .venv-tl3
 READY_TL3 := $(VENV_TL3)/.ready
+# A third one, with libraries made for HookedTransformer.
+VENV_OUTSIDE ?= .venv-outside
+READY_OUTSIDE := $(VENV_OUTSIDE)/.ready
 
 # What runs there: the comparison with HookedTransformer, which 4.0 removed, and the central promises.
 TESTS_TL3 := tests/compat tests/surface tests/adapters/test_golden_parity.py $(addprefix tests/transformer/test_, \
@@ -15,7 +18,7 @@ TESTS_TL3 := tests/compat tests/surface tests/adapters/test_golden_parity.py $(a
 RUNS51 ?= runs/section51
 OUT51 ?= reproduction-section51
 
-.PHONY: demo test test-all test-lanes lane-default lane-compatible lane-no-mkldnn lane-threads compat docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
+.PHONY: demo test test-all test-lanes lane-default lane-compatible lane-no-mkldnn lane-threads compat outside docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -99,6 +102,21 @@ $(READY_TL3): pyproject.toml constraints.txt constraints-tl3.txt
 compat: $(READY_TL3)
 	OMP_NUM_THREADS=1 $(VENV_TL3)/bin/python -m pytest -n 2 --dist worksteal -q $(TESTS_TL3)
 
+$(READY_OUTSIDE): pyproject.toml constraints.txt constraints-tl3.txt constraints-outside.txt
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(VENV_OUTSIDE)
+	grep -v '^transformer-lens==' constraints.txt > $(VENV_OUTSIDE)/constraints.txt
+	$(VENV_OUTSIDE)/bin/pip install --quiet --constraint $(VENV_OUTSIDE)/constraints.txt \
+		--constraint constraints-tl3.txt --constraint constraints-outside.txt \
+		--editable '.[dev]' sae-lens neuronscope-cli statsmodels
+	$(VENV_OUTSIDE)/bin/pip install --quiet --no-deps --constraint constraints-outside.txt \
+		steering-vectors transformerlens-fdr
+	touch $(READY_OUTSIDE)
+
+# Outside code as it is, and the pages about it: half a minute, and some for the environment.
+outside: $(READY_OUTSIDE)
+	OMP_NUM_THREADS=1 $(VENV_OUTSIDE)/bin/python -m pytest -q $(UNCHECKED) tests/outside
+
 # The site, into site/; any warning stops it. No network is needed.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -119,4 +137,4 @@ layers: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) $(VENV_TL3) demo-report site
+	rm -rf $(VENV) $(VENV_TL3) $(VENV_OUTSIDE) demo-report site

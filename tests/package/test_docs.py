@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import typer
+from pages import DOCS, assert_alike, blocks, run_page
 
 import tl_looped
 from tl_looped import LoopedTransformer, TLLoopedError, errors, metrics
@@ -20,30 +21,7 @@ from tl_looped.model.block import GATED_HOOKS
 
 pytestmark = pytest.mark.once
 
-DOCS = Path(__file__).parents[2] / "docs"
 RUN = ["index.md", "tutorial.md", *(f"howto/{page.name}" for page in DOCS.glob("howto/*.md"))]
-
-
-class Block(NamedTuple):
-    """Code of a page. One with a title is of another package or machine, and is only compiled."""
-
-    title: str
-    code: str
-    text: str | None
-
-
-def blocks(page: str) -> list[Block]:
-    pattern = r'```python(?: title="(.*?)")?\n(.*?)```\n(?:\s*```text\n(.*?)\n```)?'
-    found = re.findall(pattern, (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
-    return [Block(title, code, text or None) for title, code, text in found]
-
-
-def assert_alike(found: str, shown: str) -> None:
-    """Equal but for the last digits of numbers, which differ between machines."""
-    number = r"-?\d+\.\d+"
-    assert re.sub(number, "#", found) == re.sub(number, "#", shown)
-    for a, b in zip(re.findall(number, found), re.findall(number, shown), strict=True):
-        assert float(a) == pytest.approx(float(b), abs=0.02), (found, shown)
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +37,7 @@ def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names: dict[str, Any] = {}
-    for title, code, text in blocks(page):
-        program = compile(code, page, "exec")
-        if title:
-            continue
-        exec(program, names)
-        assert_alike(capsys.readouterr().out.strip("\n"), text or "")
+    names = run_page(page, capsys)
     assert names or page == "howto/traps.md"
 
 
