@@ -26,7 +26,14 @@ from tl_looped.model.cells import cell_class
 from tl_looped.model.config import LoopedConfig, NormLayout
 from tl_looped.model.context import NO_SOURCES, RunContext, Sources, check_stream
 from tl_looped.model.geometry import LayerLocation
-from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule, place
+from tl_looped.model.hook_points import (
+    PER_HEAD_POS_DIM,
+    LoopedHookPoint,
+    QuickModule,
+    find_hooks,
+    hook_points_of,
+    place,
+)
 from tl_looped.model.mlp import MLP, MLPWeights
 from tl_looped.model.norms import HookedRMSNorm, NormWeights
 
@@ -93,9 +100,7 @@ class Block(QuickModule):
         self.hook_v_input = LoopedHookPoint(PER_HEAD_POS_DIM)
         self._add_norm("ln1", self._pre)
         self.attn = Attention(cfg, weights.attn, location, getattr(self, "ln1", None))
-        for name in ("hook_q_input", "hook_k_input", "hook_v_input"):
-            # Past nn.Module.__setattr__: TransformerBridge's place for them, and not a second one.
-            object.__setattr__(self.attn, name, getattr(self, name))
+        self._show_inputs()
         self._add_norm("ln1_post", self._post)
         self.hook_attn_out = LoopedHookPoint()
         if self._residual:
@@ -114,11 +119,22 @@ class Block(QuickModule):
         self.fold_norms(cfg.normalization_type == FOLDED)
         place(self, location)
         # Name within the block -> hook point, in the order of the forward pass.
-        self.hook_suffixes: dict[str, LoopedHookPoint] = {
-            name: module
-            for name, module in self.named_modules()
-            if isinstance(module, LoopedHookPoint)
-        }
+        self.hook_suffixes = hook_points_of(self)
+
+    def _show_inputs(self) -> None:
+        """Let attention have the split inputs as well, TransformerBridge's place for them."""
+        for name in ("hook_q_input", "hook_k_input", "hook_v_input"):
+            # Past nn.Module.__setattr__: they are in the model once.
+            object.__setattr__(self.attn, name, self._modules[name])
+
+    def find_hooks(self, place: str) -> None:
+        """Take hook points that stand in the place of earlier ones for the block's own.
+
+        Raises:
+            InputError: if something else stands there.
+        """
+        find_hooks(self, self.hook_suffixes, place)
+        self._show_inputs()
 
     def fold_norms(self, folded: bool) -> None:
         """Whether the gains of the norms at the sublayers' inputs count as part of the weights."""

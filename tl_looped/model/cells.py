@@ -38,7 +38,12 @@ from tl_looped.model.config import InitialState, Injection, LoopedConfig, NormLa
 from tl_looped.model.context import LoopRun, Sources
 from tl_looped.model.devices import beside
 from tl_looped.model.geometry import LayerLocation
-from tl_looped.model.hook_points import LoopedHookPoint, has_torch_hooks
+from tl_looped.model.hook_points import (
+    LoopedHookPoint,
+    find_hooks,
+    has_torch_hooks,
+    hook_points_of,
+)
 from tl_looped.model.initial_state import draw_initial_state
 from tl_looped.model.norms import HookedRMSNorm, HookedStreamNorm, NormWeights
 from tl_looped.model.program import Do
@@ -85,6 +90,15 @@ class Site(Module):
                 if isinstance(module, LoopedHookPoint):
                     # The loop's hooks belong to a recurrence but to no layer; -1 says so.
                     module.location = LayerLocation("core", recurrence, -1)
+        self.points = hook_points_of(self)
+
+    def find_hooks(self, place: str) -> None:
+        """Take hook points that stand in the place of earlier ones for the site's own.
+
+        Raises:
+            InputError: if something else stands there.
+        """
+        find_hooks(self, self.points, place)
 
     def replacing(self, name: str, point: nn.Module) -> Site:
         """The same hook points, but for one."""

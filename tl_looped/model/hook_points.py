@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 from torch.utils.hooks import RemovableHandle
 
 from tl_looped._compat import HookPoint, Module, Slice
+from tl_looped.errors import InputError
 from tl_looped.model.edits import UNWATCHED, EditLog, Watch, watched_call
 from tl_looped.model.geometry import LayerLocation
 
@@ -205,6 +206,65 @@ class LoopedHookPoint(Arming, HookPoint):
         return x.clone() if len(self._forward_hooks) > readers else x
 
 
+def adopt(point: HookPoint, like: LoopedHookPoint, where: str) -> LoopedHookPoint:
+    """Make a hook point that takes another one's place what that one was; its hooks stay.
+
+    Args:
+        point: A new hook point, TransformerLens's or ours, which becomes ours in place: whoever
+            made it goes on to hook it.
+        like: The one in whose place it is.
+        where: Its place, for the message.
+
+    Raises:
+        InputError: for a class of its own, which may do anything.
+    """
+    own = point.__dict__
+    if type(point) is HookPoint:
+        own.pop("name", None)
+        point.__class__ = LoopedHookPoint
+    if not isinstance(point, LoopedHookPoint):
+        raise InputError(
+            f"{where} was replaced by a {type(point).__name__}: a hook point here is "
+            "TransformerLens's HookPoint or a LoopedHookPoint, with hooks for what is to be done"
+        )
+    same = ("location", "watch", "_name", "training", "reader")
+    own.update({name: like.__dict__.get(name) for name in same}, pos_dim=like.pos_dim, armed=True)
+    return point
+
+
+def hook_points_of(module: nn.Module) -> dict[str, LoopedHookPoint]:
+    """Hook points below a module, by their names there."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, LoopedHookPoint)}
+
+
+def find_hooks(module: nn.Module, known: dict[str, LoopedHookPoint], place: str) -> None:
+    """Look up the hook points below a module anew, and let new ones be what those before were.
+
+    Args:
+        module: Where to look.
+        known: Those that were there, by their names there; brought up to date.
+        place: The module's name, for messages.
+
+    Raises:
+        InputError: if something else stands in the place of one.
+    """
+    for path, before in known.items():
+        above, _, name = path.rpartition(".")
+        owner = module.get_submodule(above)
+        found = owner._modules.get(name)
+        if found is before:
+            continue
+        where = f"{place}.{path}".lstrip(".")
+        if not isinstance(found, HookPoint):
+            what = "removed" if found is None else f"replaced by a {type(found).__name__}"
+            raise InputError(
+                f"{where} was {what}, but a run needs a hook point there: to let an activation "
+                "pass through a module, hook it, or use interventions.Splice"
+            )
+        known[path] = adopt(found, before, where)
+        owner.__dict__[name] = known[path]  # within easy reach, see `settle`
+
+
 class QuickModule(Arming, Module):
     """A module whose call goes straight to ``forward`` while no torch hook is attached to it.
 
@@ -222,6 +282,14 @@ class QuickModule(Arming, Module):
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["armed"] = False
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """As in PyTorch; a plain HookPoint in the place of one of ours takes on what it was."""
+            if isinstance(value, HookPoint) and name in self._modules:
+                adopt(value, self._modules[name], name)
+            super().__setattr__(name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in PyTorch."""

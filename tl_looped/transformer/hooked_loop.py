@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,7 +15,13 @@ from torch import Tensor
 from tl_looped._compat import HookedRootModule, Slice, SliceInput, get_act_name
 from tl_looped.cache import LoopedActivationCache, RunRecord
 from tl_looped.checks import checked, described, whole
-from tl_looped.errors import HookNameError, InputError, InvalidDecompositionError
+from tl_looped.errors import (
+    GatedHookError,
+    HookNameError,
+    InputError,
+    InvalidDecompositionError,
+    LayerIndexError,
+)
 from tl_looped.model.axis_slice import AxisSlice
 from tl_looped.model.cells import why_no_direct_paths
 from tl_looped.model.geometry import LayerLike
@@ -98,6 +104,30 @@ class HookedLoop(NamedWeights):
             yield from block.hook_suffixes.values()
         for owner in (*self._recurrence_pool.values(), self._ends, self.ln_final, self.unembed):
             yield from (m for m in owner.modules() if isinstance(m, LoopedHookPoint))
+
+    def hook_points(self) -> Collection[LoopedHookPoint]:
+        """Those that exist at the current number of recurrences, each once."""
+        return self.hook_dict.canonical.values()
+
+    def block_hooks(self, layer_idx: LayerLike) -> list[str]:
+        """Sorted names of a layer's hooks, without ``blocks.{i}.``.
+
+        Args:
+            layer_idx: An effective layer, or (recurrence, layer).
+
+        Raises:
+            LayerIndexError: if there is no such layer.
+        """
+        prefix = f"blocks.{self.loop.resolve(layer_idx)}."
+        names = self.hook_dict.canonical
+        return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+    def get_hook_point(self, hook_name: str) -> LoopedHookPoint | None:
+        """The hook point of a name or an alias, or None if there is none now."""
+        try:
+            return self.hook_dict[hook_name]
+        except (HookNameError, GatedHookError, LayerIndexError):
+            return None
 
     @in_turn
     def remove_all_hook_fns(

@@ -29,7 +29,7 @@ from tl_looped.model.config import LoopedConfig
 from tl_looped.model.devices import beside
 from tl_looped.model.edits import UNWATCHED, Watch
 from tl_looped.model.geometry import LayerLocation, LoopGeometry
-from tl_looped.model.hook_points import LoopedHookPoint, settle
+from tl_looped.model.hook_points import LoopedHookPoint, find_hooks, hook_points_of, settle
 from tl_looped.model.limits import checked_recurrences
 from tl_looped.model.norms import HookedRMSNorm, HookedStreamNorm, NormWeights
 from tl_looped.model.program import Program
@@ -48,11 +48,13 @@ class Common:
         context_level: How many contexts of hooks are open, one within the other; each one's end
             removes the hooks of its own level.
         state_seed: Seed of the random initial state where a call gives none.
+        setups: How often hook points were read anew.
         interventions: Those that are active now, outermost first.
     """
 
     context_level: int = 0
     state_seed: int = 0
+    setups: int = 0
     interventions: tuple[Any, ...] = ()
 
 
@@ -114,6 +116,12 @@ class Pool(HookedRootModule):
         self._silent: list[Parts] = []  # made once, and shared with views
         self._selections: dict[int, SelectedParts] = {}
         self._block_names: dict[tuple[int, LayerLocation], dict[str, LoopedHookPoint]] = {}
+        ends = [name for name, _ in self._ends.named_children()]
+        self._single_hooks = {
+            name: point
+            for name, point in hook_points_of(self).items()
+            if name.partition(".")[0] in ("hook_embed", "ln_final", "unembed", *ends)
+        }
         self._records, self._record = [], None
         self._watch = Watch()
         for owner in (self.hook_embed, self._ends, self.ln_final, self.unembed):
@@ -275,7 +283,8 @@ class Pool(HookedRootModule):
         if self._base is None:
             return True
         its = {"n_recurrences": self.loop.R, "n_layers": self.loop.n_layers}
-        return vars(self.cfg) == vars(self._base.cfg) | its
+        its_hooks = self._setups == self._common.setups
+        return its_hooks and vars(self.cfg) == vars(self._base.cfg) | its
 
     @contextmanager
     def _at(self, n_recurrences: int | None) -> Iterator[Self]:
@@ -362,11 +371,44 @@ class Pool(HookedRootModule):
         self._modules["blocks"], self._modules["recurrence"] = selection[:2]
         # Past __setattr__: its hook points are in the model already.
         self.__dict__["_joined"] = selection.joined
-        self.hook_dict = selection.hooks
+        self.hook_dict, self._setups = selection.hooks, self._common.setups
         for name in ("blocks", "recurrence"):  # their members have the right mode already
             self._modules[name].training = self.training  # type: ignore[union-attr]
         if self._base is None:
             self._watch.own_loop = self.loop
+
+    @in_turn
+    def setup(self) -> None:
+        """Read the hook points anew, as in TransformerLens, after some were replaced.
+
+        A HookPoint that stands where one was (``model.blocks[0].hook_resid_pre = HookPoint()``)
+        becomes that one, with its own hooks; runs use it from the moment it stands there. Hook
+        points in other places are no part of a run, and are not listed.
+
+        Raises:
+            InputError: something else stands in the place of a hook point, or a block in another's.
+        """
+        if self._base is not None:
+            self._base.setup()
+            return self._select()
+        for i, block in enumerate(self.blocks):
+            if self._block_pool.get(self.loop.locate(i)) is not block:
+                raise InputError(
+                    f"blocks.{i} was replaced by another module, but the blocks of other numbers of"
+                    " recurrences stay: hook it, or use model.intervening(...)"
+                )
+        names = {block.location: f"blocks.{i}" for i, block in enumerate(self.blocks)}
+        for location, block in self._block_pool.items():
+            block.find_hooks(names.get(location, location.label))
+        for r, site in self._recurrence_pool.items():
+            site.find_hooks(f"recurrence.{r}")
+        find_hooks(self, self._single_hooks, "")
+        for name, _ in list(self._ends.named_children()):
+            self._ends.add_module(name, self._modules[name])
+        self._block_names.clear()
+        self._selections.clear()
+        self._common.setups += 1
+        self._select()
 
     @property
     def mod_dict(self) -> dict[str, nn.Module]:
