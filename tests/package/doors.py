@@ -475,6 +475,8 @@ class World:
             "get_hook_point": {"hook_name": "hook_embed"},
             "hook_points": {},
             "setup": {"of": fresh},
+            "get_pos_offset": {"past_kv_cache": None, "batch_size": 2},
+            "get_residual": {"embed": m.embed(t)},
             "get_token_position": {"single_token": " has", "input": self.text},
             "hf_generate": {"input": t, "max_new_tokens": 2},
             "hook_name": {"name": ("resid_post", 1)},
