@@ -40,7 +40,8 @@ INSIDE = {"cli", "decomposition", "paper", "plots", "report", "transformer"}
 PROTOCOL = {"changes", "wants", "measure", "place"}
 ADAPTER = {m for m in vars(tl_looped.Adapter) if not m.startswith("_")}
 # What is called with what the package gives it: its errors are the caller's own.
-FUNCTIONS = {"hook", "name", "names_filter", "patching_metric", "step"}
+FUNCTIONS = {"features", "hook", "name", "names_filter", "patching_metric", "step"}
+FUNCTIONS |= {"stopping_criteria"}
 # What the package makes, and hands out:
 RESULTS = {
     *("Run", "AttentionLipschitz", "AttentionView", "BootstrapCI", "Changes", "ConvergenceResult"),

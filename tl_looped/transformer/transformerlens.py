@@ -95,9 +95,8 @@ class TransformerLensMethods(TextLoop):
 
     def cuda(self, device: int | str | torch.device | None = None) -> Self:
         """Move the model to a GPU, the current one if None; see :meth:`to`."""
-        return self.to(
-            torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
-        )
+        numbered = not isinstance(device, (str, torch.device, type(None)))
+        return self.to(f"cuda:{device}" if numbered else device or "cuda")
 
     def cpu(self) -> Self:
         """Move the model to the CPU; see :meth:`to`."""
