@@ -40,7 +40,8 @@ INSIDE = {"cli", "decomposition", "paper", "plots", "report", "transformer"}
 PROTOCOL = {"changes", "wants", "measure", "place"}
 ADAPTER = {m for m in vars(tl_looped.Adapter) if not m.startswith("_")}
 # What is called with what the package gives it: its errors are the caller's own.
-FUNCTIONS = {"hook", "name", "names_filter", "patching_metric", "step"}
+FUNCTIONS = {"features", "hook", "name", "names_filter", "patching_metric", "step"}
+FUNCTIONS |= {"stopping_criteria"}
 # What the package makes, and hands out:
 RESULTS = {
     *("Run", "AttentionLipschitz", "AttentionView", "BootstrapCI", "Changes", "ConvergenceResult"),
@@ -475,6 +476,8 @@ class World:
             "get_hook_point": {"hook_name": "hook_embed"},
             "hook_points": {},
             "setup": {"of": fresh},
+            "get_pos_offset": {"past_kv_cache": None, "batch_size": 2},
+            "get_residual": {"embed": m.embed(t)},
             "get_token_position": {"single_token": " has", "input": self.text},
             "hf_generate": {"input": t, "max_new_tokens": 2},
             "hook_name": {"name": ("resid_post", 1)},

@@ -302,6 +302,9 @@ def test_a_device_that_is_not_there(device: Any) -> None:
     for move in (lambda: model.to(device), lambda: model.cuda(99), lambda: model.cuda(device)):
         with refused(InputError, "cuda:99"):
             move()
+    for what in (True, -1):
+        with refused(ArgumentTypeError, f"cuda:{what}"):
+            model.cuda(what)
     if not torch.backends.mps.is_available():
         with refused(InputError, "Apple"):
             model.mps()

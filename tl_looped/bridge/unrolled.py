@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tl_looped._compat import Module
 from tl_looped.bridge.tied import TiedEmbedding, TiedLinear, TiedNorm, TiedUnembedding
 from tl_looped.errors import InputError
-from tl_looped.model.attention import AttentionWeights
+from tl_looped.model.attention_weights import AttentionWeights
 from tl_looped.model.block import BlockWeights
 from tl_looped.model.cells import why_not_additive
 from tl_looped.model.config import LoopedConfig

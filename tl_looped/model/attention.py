@@ -14,55 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from tl_looped._compat import FactoredMatrix, Module
 from tl_looped.errors import InputError
+from tl_looped.model.attention_weights import AttentionWeights, NamedAttention
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.context import RunContext, check_stream
 from tl_looped.model.geometry import LayerLocation
-from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, QuickModule, parameter
-from tl_looped.model.norms import HookedRMSNorm, NormWeights
+from tl_looped.model.hook_points import PER_HEAD_POS_DIM, LoopedHookPoint, parameter
+from tl_looped.model.norms import HookedRMSNorm
 from tl_looped.model.rotary import rotate
-
-
-class AttentionWeights(Module):
-    """Parameters of an attention layer, stored as the checkpoints multiply them.
-
-    Attributes:
-        qkv: ``[(n_heads + 2 n_kv_heads) d_head, d_model]``, rows in order q, k, v.
-        out: ``[d_model, n_heads d_head]``.
-        q_bias, k_bias: ``[heads, d_head]``, only with ``cfg.qk_bias``.
-        v_bias: ``[n_kv_heads, d_head]``, only with ``cfg.v_bias``.
-        q_norm, k_norm: RMSNorm over all heads together, or over each with
-            ``cfg.qk_norm_per_head``; only with ``cfg.qk_norm``.
-    """
-
-    def __init__(self, cfg: LoopedConfig) -> None:
-        super().__init__()
-        self.n_heads, self.n_kv_heads, self.d_head = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
-        q_size, kv_size = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
-        dtype = cfg.dtype
-        self.qkv = nn.Parameter(torch.empty(q_size + 2 * kv_size, cfg.d_model, dtype=dtype))
-        self.out = nn.Parameter(torch.empty(cfg.d_model, q_size, dtype=dtype))
-        if cfg.qk_bias:
-            self.q_bias = nn.Parameter(torch.zeros(self.n_heads, self.d_head, dtype=dtype))
-            self.k_bias = nn.Parameter(torch.zeros(self.n_kv_heads, self.d_head, dtype=dtype))
-        if cfg.v_bias:
-            self.v_bias = nn.Parameter(torch.zeros(self.n_kv_heads, self.d_head, dtype=dtype))
-        if cfg.qk_norm:
-            sizes = (self.d_head,) * 2 if cfg.qk_norm_per_head else (q_size, kv_size)
-            self.q_norm = NormWeights(sizes[0], cfg.eps, dtype)
-            self.k_norm = NormWeights(sizes[1], cfg.eps, dtype)
-
-    def head_weights(self, which: str) -> Float[Tensor, "head d_head d_model"]:
-        """Rows of ``qkv`` that make the ``"q"``, ``"k"`` or ``"v"`` heads, as a view."""
-        q, kv = self.n_heads, self.n_kv_heads
-        start, n = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}[which]
-        rows = self.qkv[start * self.d_head : (start + n) * self.d_head]
-        heads: Tensor = rows.unflatten(0, (n, self.d_head))
-        return heads
-
 
 _REFUSED = {
     "past_kv_cache_entry": "run the model with past_kv_cache=",
@@ -72,7 +33,7 @@ _REFUSED = {
 """Arguments of TransformerLens's attention that are refused, and what there is instead."""
 
 
-class Attention(QuickModule):
+class Attention(NamedAttention):
     """Hooked attention on borrowed weights.
 
     Args:
@@ -262,7 +223,8 @@ class Attention(QuickModule):
         k, v = run.with_past(self.location, k, v)
         z = self.hook_z(self._mix(q, k, v, run))
         if cfg.use_attn_result:
-            return self.hook_result(torch.einsum("bthk,hkd->bthd", z, self.W_O)).sum(-2)
+            W_O = weights.out_heads(parameter(weights, "out"))
+            return self.hook_result(torch.einsum("bthk,hkd->bthd", z, W_O)).sum(-2)
         return F.linear(z.flatten(-2), parameter(weights, "out"))
 
     def _ungrouped(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,81 +261,6 @@ class Attention(QuickModule):
         # A query that may attend to nothing gives NaN.
         pattern = self.hook_pattern(pattern.nan_to_num(nan=0.0))
         return (pattern @ v).transpose(1, 2)
-
-    # TransformerLens's weights. Views of the stored matrices, but for W_K and W_V under
-    # grouped-query attention, where TransformerLens repeats them for each query head.
-
-    def _folded(self, W: Float[Tensor, "n_heads d_model d_head"]) -> Tensor:
-        return W if self._norm is None else self._norm.fold_into(W)
-
-    def _repeated(self, which: str) -> Float[Tensor, "n_heads d_head d_model"]:
-        heads = self._weights.head_weights(which)
-        repeats = self._weights.n_heads // heads.shape[0]
-        return heads if repeats == 1 else heads.repeat_interleave(repeats, 0)
-
-    @property
-    def W_Q(self) -> Float[Tensor, "n_heads d_model d_head"]:
-        """Query weights."""
-        return self._folded(self._weights.head_weights("q").transpose(1, 2))
-
-    @property
-    def W_K(self) -> Float[Tensor, "n_heads d_model d_head"]:
-        """Key weights, repeated for each query head."""
-        return self._folded(self._repeated("k").transpose(1, 2))
-
-    @property
-    def W_V(self) -> Float[Tensor, "n_heads d_model d_head"]:
-        """Value weights, repeated for each query head."""
-        return self._folded(self._repeated("v").transpose(1, 2))
-
-    @property
-    def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
-        """Output weights."""
-        weights = self._weights
-        heads: Tensor = weights.out.unflatten(1, (weights.n_heads, weights.d_head))
-        return heads.permute(1, 2, 0)
-
-    @property
-    def OV(self) -> FactoredMatrix:
-        """``W_V @ W_O`` of every head, factored."""
-        return FactoredMatrix(self.W_V, self.W_O)
-
-    @property
-    def QK(self) -> FactoredMatrix:
-        """``W_Q @ W_K.T`` of every head, factored; positions left out."""
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
-
-    @property
-    def b_Q(self) -> Float[Tensor, "n_heads d_head"]:
-        """Query bias, zero where the model has none."""
-        return self._weights.q_bias if self.cfg.qk_bias else self._zeros()
-
-    @property
-    def b_K(self) -> Float[Tensor, "n_heads d_head"]:
-        """Key bias, zero where the model has none, repeated for each query head."""
-        if not self.cfg.qk_bias:
-            return self._zeros()
-        return self._for_query_heads(self._weights.k_bias)
-
-    @property
-    def b_V(self) -> Float[Tensor, "n_heads d_head"]:
-        """Value bias, zero where the model has none, repeated for each query head."""
-        if not self.cfg.v_bias:
-            return self._zeros()
-        return self._for_query_heads(self._weights.v_bias)
-
-    @property
-    def b_O(self) -> Float[Tensor, " d_model"]:
-        """Output bias: zero."""
-        return self._weights.out.new_zeros(self.cfg.d_model)
-
-    def _for_query_heads(
-        self, x: Float[Tensor, "n_kv_heads d_head"]
-    ) -> Float[Tensor, "n_heads d_head"]:
-        return x.repeat_interleave(self.cfg.n_heads // self.cfg.n_kv_heads, 0)
-
-    def _zeros(self) -> Float[Tensor, "n_heads d_head"]:
-        return self._weights.out.new_zeros(self.cfg.n_heads, self.cfg.d_head)
 
 
 def _fused(

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from tl_looped._compat import Module, ModuleList
 from tl_looped.errors import GatedHookError, InputError
-from tl_looped.model.attention import Attention, AttentionWeights
+from tl_looped.model.attention import Attention
+from tl_looped.model.attention_weights import AttentionWeights
 from tl_looped.model.cells import cell_class
 from tl_looped.model.config import LoopedConfig, NormLayout
 from tl_looped.model.context import NO_SOURCES, RunContext, Sources, check_stream

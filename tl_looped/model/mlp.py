@@ -6,18 +6,29 @@ linear branch, ``hook_post`` their product, the neurons' activations.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped._compat import Module
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.hook_points import LoopedHookPoint, QuickModule, parameter
 from tl_looped.model.norms import HookedRMSNorm
+from tl_looped.model.shown import ShowsWeights, assign, show
+from tl_looped.model.weight_sources import (
+    Constant,
+    Names,
+    Rows,
+    Source,
+    StoredWeights,
+    called,
+    no_bias,
+)
 
 
-class MLPWeights(Module):
+class MLPWeights(StoredWeights):
     """Parameters of an MLP, stored as the checkpoints multiply them.
 
     Attributes:
@@ -33,7 +44,7 @@ class MLPWeights(Module):
         self.down = nn.Parameter(torch.empty(cfg.d_model, self.d_mlp, dtype=cfg.dtype))
 
 
-class MLP(QuickModule):
+class MLP(ShowsWeights, QuickModule):
     """Hooked MLP on borrowed weights.
 
     Args:
@@ -62,30 +73,69 @@ class MLP(QuickModule):
         gate, up = self.hook_pre(gate), self.hook_pre_linear(up)
         return F.linear(self.hook_post(F.silu(gate) * up), parameter(weights, "down"))
 
-    def _folded(self, W: Float[Tensor, "d_model d_mlp"]) -> Float[Tensor, "d_model d_mlp"]:
-        return W if self._norm is None else self._norm.fold_into(W)
+    def source(self, name: str) -> Source:
+        """Where a weight of TransformerLens's name is stored."""
+        weights, d_mlp = self._weights, self._weights.d_mlp
+        if name == "W_out":
+            return Rows(weights, "down", self._named(name, "down"), _turned)
+        if name in ("W_gate", "W_in"):
+            rows = slice(0, d_mlp) if name == "W_gate" else slice(d_mlp, 2 * d_mlp)
+            norm = self._norm
+            gain = norm.weights if norm is not None and norm.folded else None
+            stored, arrange = self._named(name, "gate_up"), partial(_turned, rows=rows)
+            return Rows(weights, "gate_up", stored, arrange, gain=gain)
+        size, hook = (d_mlp, "mlp.hook_pre_linear") if name == "b_in" else (0, "hook_mlp_out")
+        zeros = weights.down.new_zeros(size or weights.down.shape[0])
+        return Constant(zeros, self._named(name, None), no_bias(hook))
+
+    def _named(self, weight: str, stored: str | None) -> partial[Names]:
+        return partial(called, self.hook_post, weight, self._weights, stored)
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """Gate weights."""
-        return self._folded(self._weights.gate_up[: self._weights.d_mlp].T)
+        return show(self.source("W_gate"))
+
+    @W_gate.setter
+    def W_gate(self, value: Tensor) -> None:
+        assign(self.source("W_gate"), value)
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """Weights of the linear branch."""
-        return self._folded(self._weights.gate_up[self._weights.d_mlp :].T)
+        return show(self.source("W_in"))
+
+    @W_in.setter
+    def W_in(self, value: Tensor) -> None:
+        assign(self.source("W_in"), value)
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights; row i is neuron i's write direction."""
-        return self._weights.down.T
+        return show(self.source("W_out"))
+
+    @W_out.setter
+    def W_out(self, value: Tensor) -> None:
+        assign(self.source("W_out"), value)
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
         """Input bias: zero."""
-        return self._weights.down.new_zeros(self._weights.d_mlp)
+        return show(self.source("b_in"))
+
+    @b_in.setter
+    def b_in(self, value: Tensor) -> None:
+        assign(self.source("b_in"), value)
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias: zero."""
-        return self._weights.down.new_zeros(self._weights.down.shape[0])
+        return show(self.source("b_out"))
+
+    @b_out.setter
+    def b_out(self, value: Tensor) -> None:
+        assign(self.source("b_out"), value)
+
+
+def _turned(matrix: Tensor, rows: slice = slice(None)) -> Tensor:
+    return matrix[rows].T

@@ -8,16 +8,30 @@ own code does.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_looped._compat import Module
 from tl_looped.model.devices import beside
 from tl_looped.model.hook_points import LoopedHookPoint, QuickModule, parameter
+from tl_looped.model.shown import ShowsWeights, assign, show
+from tl_looped.model.weight_sources import (
+    Constant,
+    Rows,
+    Source,
+    StoredWeights,
+    called,
+)
+
+FOLDED_GAIN = (
+    "is one: the gain is folded into the weights behind the norm (compatibility mode). Edit those, "
+    "or unfold it first: enable_compatibility_mode(fold_ln=False)"
+)
 
 
-class NormWeights(Module):
+class NormWeights(StoredWeights):
     """The gain of an RMSNorm over ``d`` features."""
 
     def __init__(self, d: int, eps: float, dtype: torch.dtype) -> None:
@@ -43,7 +57,7 @@ def rms_norm(x: Float[Tensor, "... d"], weights: NormWeights) -> Float[Tensor, "
     return (x.to(scale.dtype) / scale).to(x.dtype) * weights.w
 
 
-class HookedRMSNorm(QuickModule):
+class HookedRMSNorm(ShowsWeights, QuickModule):
     """RMSNorm with hook points, on borrowed weights."""
 
     noted_as = ("hook_scale", "hook_normalized", "hook_normalized")
@@ -62,11 +76,21 @@ class HookedRMSNorm(QuickModule):
     @property
     def w(self) -> Float[Tensor, " d"]:
         """The gain; ones where it is folded into the weights behind the norm."""
-        return torch.ones_like(self.weights.w) if self.folded else self.weights.w
+        return show(self.source("w")) if self.folded else self.weights.w
 
-    def fold_into(self, W: Float[Tensor, "*any d out"]) -> Float[Tensor, "*any d out"]:
-        """Weights behind the norm, times its gain where that is folded."""
-        return self.weights.w[:, None] * W if self.folded else W
+    @w.setter
+    def w(self, value: Tensor) -> None:
+        assign(self.source("w"), value)
+
+    def source(self, name: str) -> Source:
+        """Where the gain is stored."""
+        if not self.folded:
+            named = partial(called, self.hook_scale, name, self.weights, "w")
+            return Rows(self.weights, "w", named, torch.Tensor.detach)
+        ones = torch.ones_like(self.weights.w, requires_grad=False)
+        return Constant(
+            ones, partial(called, self.hook_scale, name, self.weights, None), FOLDED_GAIN
+        )
 
     def with_folded_gain(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """What the norm gave, with its gain where that is folded."""

@@ -11,14 +11,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_looped._compat import Module
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.devices import beside
 from tl_looped.model.hook_points import LoopedHookPoint, QuickModule
 from tl_looped.model.norms import NormWeights
+from tl_looped.model.shown import ShowsWeights, assign, show
+from tl_looped.model.weight_sources import (
+    Constant,
+    Names,
+    Rows,
+    Source,
+    StoredWeights,
+    no_bias,
+)
 
 
-class Embed(Module):
+class Embed(StoredWeights):
     """Token embedding, scaled."""
 
     def __init__(self, cfg: LoopedConfig) -> None:
@@ -32,7 +40,7 @@ class Embed(Module):
         return embedded if self.scale == 1.0 else embedded * self.scale
 
 
-class Unembed(QuickModule):
+class Unembed(ShowsWeights, QuickModule):
     """Map from the normalised stream to logits; shares the embedding's matrix if tied.
 
     Args:
@@ -75,17 +83,36 @@ class Unembed(QuickModule):
     def _mean(self) -> Float[Tensor, " d_model"]:
         return self.matrix.mean(0)
 
+    def source(self, name: str) -> Source:
+        """Where a weight of TransformerLens's name is stored."""
+        if name == "b_U":
+            zeros = self.matrix.new_zeros(self.cfg.d_vocab)
+            no_names = Names("unembed.b_U", None, ())
+            return Constant(zeros, lambda: no_names, no_bias("unembed.hook_out"))
+        tied = self.cfg.tie_embeddings
+        owner, own = (self._embed, "W_E") if tied else (self, "weight")
+        shared = ("embed.W_E", "unembed.W_U") if tied else ("unembed.W_U",)
+        names = Names("unembed.W_U", "embed.W_E" if tied else "unembed.weight", shared)
+        gain = self._norm if self.folded else None
+        return Rows(owner, own, lambda: names, torch.Tensor.t, gain=gain, centered=self.centered)
+
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """TransformerLens's unembedding matrix: a view, or a copy where the gain is folded in or it
-        is centred.
-        """
-        return self._gain[:, None] * self.shown.T if self.folded else self.shown.T
+        """TransformerLens's unembedding matrix, with a folded gain, and centred if that is on."""
+        return show(self.source("W_U"))
+
+    @W_U.setter
+    def W_U(self, value: Tensor) -> None:
+        assign(self.source("W_U"), value)
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """Unembedding bias: zero."""
-        return self.matrix.new_zeros(self.cfg.d_vocab)
+        return show(self.source("b_U"))
+
+    @b_U.setter
+    def b_U(self, value: Tensor) -> None:
+        assign(self.source("b_U"), value)
 
     def directions(
         self, tokens: int | Int[Tensor, "*any"]

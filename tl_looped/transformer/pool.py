@@ -37,7 +37,7 @@ from tl_looped.model.running import Parts
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.selecting import MOST_SELECTIONS, SelectedParts, select_parts
 from tl_looped.transformer.turns import Turns, in_turn
-from tl_looped.transformer.weights import weight_modules
+from tl_looped.transformer.weights import note_places, weight_modules
 
 
 @dataclass
@@ -129,6 +129,7 @@ class Pool(HookedRootModule):
                 if isinstance(module, LoopedHookPoint):
                     module.watch = self._watch
         self._borrowed = list(weight_modules(self))
+        note_places(self)
         self.loop = LoopGeometry(cfg.n_prelude, cfg.n_core, cfg.n_coda, cfg.n_recurrences)
         self._select()
         self._claim_config()

@@ -95,9 +95,8 @@ class TransformerLensMethods(TextLoop):
 
     def cuda(self, device: int | str | torch.device | None = None) -> Self:
         """Move the model to a GPU, the current one if None; see :meth:`to`."""
-        return self.to(
-            torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
-        )
+        numbered = not isinstance(device, (str, torch.device, type(None)))
+        return self.to(f"cuda:{device}" if numbered else device or "cuda")
 
     def cpu(self) -> Self:
         """Move the model to the CPU; see :meth:`to`."""
@@ -375,6 +374,45 @@ class TransformerLensMethods(TextLoop):
             and TransformerLens gives none either.
         """
         return start_of_run(self, input, prepend_bos, padding_side, attention_mask, past_kv_cache)
+
+    def get_pos_offset(self, past_kv_cache: KeyValueCache | None, batch_size: int) -> int:
+        """Columns that come before new ones: those of a key-value cache, padding included.
+
+        Args:
+            past_kv_cache: Keys and values of earlier tokens, or None.
+            batch_size: Rows of the new tokens.
+
+        Raises:
+            InputError: if the cache has other rows.
+        """
+        if past_kv_cache is None:
+            return 0
+        held = past_kv_cache.previous_attention_mask
+        if held.numel() and len(held) != batch_size:
+            raise InputError(
+                f"past_kv_cache holds {len(held)} rows, the input has batch_size={batch_size}"
+            )
+        return held.shape[1]
+
+    def get_residual(
+        self,
+        embed: Tensor,
+        pos_offset: int = 0,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        return_shortformer_pos_embed: bool = True,
+        device: Any = None,
+    ) -> Tensor | tuple[Tensor, None]:
+        """The stream that begins with an embedding: itself, as in all models with rotary positions.
+
+        Args:
+            embed: The embedding ``[batch, pos, d_model]``.
+            pos_offset, prepend_bos, attention_mask, tokens, device: Without meaning for them.
+            return_shortformer_pos_embed: Return also what there is in place of a shortformer
+                embedding, None.
+        """
+        return (embed, None) if return_shortformer_pos_embed else embed
 
     def close(self) -> None:
         """Nothing: there is no connection to a model elsewhere."""

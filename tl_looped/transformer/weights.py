@@ -12,21 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_looped.checks import one_of
 from tl_looped.errors import InputError
+from tl_looped.model.attention import Attention
 from tl_looped.model.block import FOLDED, Block
 from tl_looped.model.config import LoopedConfig
-from tl_looped.model.geometry import LayerLike, LoopGeometry
+from tl_looped.model.geometry import LayerLike, LayerLocation, LoopGeometry
+from tl_looped.model.mlp import MLP
+from tl_looped.model.shown import ShownWeight, show
+from tl_looped.model.weight_sources import (
+    Stack,
+    StoredWeights,
+)
 from tl_looped.transformer.weight_map import of_a_block
 
 if TYPE_CHECKING:
     from tl_looped.transformer.named_weights import NamedWeights
+    from tl_looped.transformer.pool import Pool
 
 
 _STACKED = (
@@ -42,6 +49,20 @@ def weight_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module
         yield model, name, top
         for owner in top.modules():
             yield from ((owner, name, child) for name, child in owner.named_children())
+
+
+def note_places(model: Pool) -> None:
+    """Tell every module of weights its name, and which layers of its stage use it."""
+    cfg = model.cfg
+    sizes = {"prelude": cfg.n_prelude, "core": cfg.n_core, "coda": cfg.n_coda}
+    for path, module in model.named_modules():
+        if isinstance(module, StoredWeights):
+            module.path = path
+            stage, _, rest = path.partition(".")
+            if stage in sizes:
+                source = (stage, int(rest.split(".")[0]))
+                places = [LayerLocation(stage, None, i) for i in range(sizes[stage])]
+                module.layers = tuple(p.layer for p in places if cfg.weights_of(p) == source)
 
 
 def unique_layer(cfg: LoopedConfig, loop: LoopGeometry, layer: LayerLike) -> int:
@@ -63,7 +84,7 @@ def unique_blocks(model: NamedWeights) -> list[Block]:
 
 def unique_stack(model: NamedWeights, name: str) -> Float[Tensor, " unique_layer *shape"]:
     """A weight of each layer once."""
-    return torch.stack([model._home(_weight(block, name)) for block in unique_blocks(model)])
+    return _stack(model, name, unique_blocks(model))
 
 
 def stack(model: NamedWeights, name: str) -> Float[Tensor, " n_layers *shape"]:
@@ -71,7 +92,7 @@ def stack(model: NamedWeights, name: str) -> Float[Tensor, " n_layers *shape"]:
     blocks = list(model.blocks)
     if not blocks:
         return unique_stack(model, name)[:0]
-    one = _weight(blocks[0], name)
+    one = getattr(_owner(blocks[0], name), name)
     size = len(blocks) * one.numel() * one.element_size()
     if size > model.max_stack_bytes:
         raise InputError(
@@ -81,7 +102,7 @@ def stack(model: NamedWeights, name: str) -> Float[Tensor, " n_layers *shape"]:
             f"weights of their own, unique_layer(i) gives a layer's row, and "
             "blocks[i] has the weights of one layer without a copy."
         )
-    return torch.stack([model._home(_weight(block, name)) for block in blocks])
+    return _stack(model, name, blocks)
 
 
 def fold_gains(model: NamedWeights, folded: bool) -> None:
@@ -108,10 +129,13 @@ def tl_parameters(model: NamedWeights) -> dict[str, Tensor]:
     return out
 
 
-def _weight(block: Block, name: str) -> Tensor:
+def _stack(model: NamedWeights, name: str, blocks: list[Block]) -> ShownWeight:
+    return show(Stack(name, [_owner(block, name).source(name) for block in blocks], model._home))
+
+
+def _owner(block: Block, name: str) -> Attention | MLP:
     one_of(name, "name", _STACKED)
-    owner = block.attn if hasattr(type(block.attn), name) else block.mlp
-    return cast(Tensor, getattr(owner, name))
+    return block.attn if hasattr(type(block.attn), name) else block.mlp
 
 
 def _block_parameters(block: Block) -> dict[str, Tensor]:

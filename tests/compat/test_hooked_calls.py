@@ -99,6 +99,13 @@ def test_a_run_from_its_embedding_goes_on_from_a_cache(twins: Twins) -> None:
         found.append((mask, resid))
         if model is twins.looped:
             found.append(model(resid, start_at_layer=0, attention_mask=mask, past_kv_cache=cache))
+        # A run extends the cache; this was the first of two runs with HookedTransformer.
+        assert model.get_pos_offset(cache, 2) == (5 if model is twins.hooked else 8)
+        assert model.get_pos_offset(None, 2) == 0
+        with pytest.raises(AssertionError):
+            model.get_pos_offset(cache, 3)
+        assert model.get_residual(resid, 5) == (resid, None)
+        assert model.get_residual(resid, 5, return_shortformer_pos_embed=False) is resid
     (their_mask, their_resid), (mask, resid), logits = found
     assert torch.equal(mask, their_mask)
     assert torch.equal(resid, their_resid)
