@@ -256,7 +256,9 @@ _LEGEND = (
     "positions. With `past_kv_cache`, `pos` and `query` are the new tokens and `key` is all of "
     "them. A method turns each flag on, `model.set_use_attn_result(True)`. While heads have inputs "
     "of their own (`use_attn_in`, `use_split_qkv_input`), `ln1` runs for queries, keys and values "
-    "in turn, and its hooks have a dimension more, the head's."
+    "in turn, and its hooks have a dimension more, the head's; `blocks.{i}.attn.hook_q_input`, "
+    "TransformerBridge's spelling, is an alias. With `ungroup_grouped_query_attention` keys and "
+    "values have as many heads as queries."
 )
 
 

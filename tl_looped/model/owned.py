@@ -137,7 +137,7 @@ class OwnedFields(TransformerLensFields):
                 self.note(**before)
                 raise
         made_of = (
-            f"the model was made from {getattr(self, name)!r}. A copy of the configuration may have"
+            f"the model was made with {getattr(self, name)!r}. A copy of the configuration may have"
             f" another, dataclasses.replace(model.cfg, {name}=...), and a model be made of that"
         )
         how = _HOW_TO_SET.get(name, made_of)

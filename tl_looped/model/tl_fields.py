@@ -244,4 +244,4 @@ def why_fixed(name: str, only: Any) -> str:
         return f"it follows from {source}, which makes it {only!r}"
     if name == "use_hook_tokens":
         return f"it is {only!r}, there is no hook_tokens: edit tokens and run the model on them"
-    return f"it is {only!r} in every looped model, which knows no other"
+    return f"it is {only!r} in every looped model, and no run would honour another value"
