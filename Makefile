@@ -108,9 +108,9 @@ $(READY_OUTSIDE): pyproject.toml constraints.txt constraints-tl3.txt constraints
 	grep -v '^transformer-lens==' constraints.txt > $(VENV_OUTSIDE)/constraints.txt
 	$(VENV_OUTSIDE)/bin/pip install --quiet --constraint $(VENV_OUTSIDE)/constraints.txt \
 		--constraint constraints-tl3.txt --constraint constraints-outside.txt \
-		--editable '.[dev]' sae-lens neuronscope-cli statsmodels
+		--editable '.[dev]' sae-lens neuronscope-cli statsmodels attrs blobfile ordered-set
 	$(VENV_OUTSIDE)/bin/pip install --quiet --no-deps --constraint constraints-outside.txt \
-		steering-vectors transformerlens-fdr
+		auto-circuit steering-vectors transformerlens-fdr
 	touch $(READY_OUTSIDE)
 
 # Outside code as it is, and the pages about it: half a minute, and some for the environment.
