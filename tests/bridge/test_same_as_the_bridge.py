@@ -18,7 +18,7 @@ from letters import letters
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from tl_looped import LoopedConfig, LoopedTransformer
+from tl_looped import InputError, LoopedConfig, LoopedTransformer
 
 pytestmark = pytest.mark.usefixtures("exact_bridges")
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "grouped": {"n_key_value_heads": 2}}
@@ -122,3 +122,26 @@ def test_grouped_keys_are_repeated_for_query_heads_here(tmp_path: Path) -> None:
         with pytest.raises(AttributeError):
             getattr(bridge, name)
         assert not getattr(model, name).any()
+
+
+def test_what_a_bridge_says_of_its_layers(both: Any) -> None:
+    model, bridge = both
+    layers = list(range(model.loop.n_layers))
+    for of in (model, bridge):
+        assert of.composition_layer_indices() == layers
+        assert [set(kind.split("+")) >= {"attn", "mlp"} for kind in of.layer_types()] == [True] * 4
+        assert set(of.block_submodules(1)) >= {"attn", "mlp", "ln1", "ln2"}
+    for name in ("QK_for_attn_layers", "OV_for_attn_layers"):
+        ours, theirs = getattr(model, name)(), getattr(bridge, name)()
+        assert ours[0] == theirs[0] == layers
+        assert_alike(ours[1], theirs[1], name)
+    for path in ("attn.W_O", "mlp.W_in", "ln2.w"):
+        given = (path.split(".")[0], path, torch.neg)
+        assert_alike(*(list(of.stack_params_for(*given)) for of in (model, bridge)), path)
+    with pytest.raises(InputError, match="ln3"):
+        model.stack_params_for("ln3", "ln3.w")
+    with pytest.raises(InputError, match="W_X"):
+        model.stack_params_for("attn", "attn.W_X")
+    ours, theirs = model.get_params(), bridge.get_params()
+    for name in ("blocks.2.attn.W_Q", "blocks.0.mlp.W_out", "unembed.W_U", "embed.W_E"):
+        assert_alike(ours[name], theirs[name], name)

@@ -414,6 +414,22 @@ TEXT_CALLS: dict[str, list[Call]] = {
         )[:2],
         lambda m: m.input_to_embed(TOKENS, attention_mask=MASK),
     ],
+    "model.get_pos_offset": [
+        lambda m: m.get_pos_offset(None, 2),
+        lambda m: m.get_pos_offset(past_kv_cache=None, batch_size=2),
+    ],
+    "model.get_residual": [
+        lambda m: m.get_residual(m.embed(TOKENS), 0),
+        lambda m: m.get_residual(
+            embed=m.embed(TOKENS),
+            pos_offset=0,
+            prepend_bos=None,
+            attention_mask=None,
+            tokens=TOKENS,
+            return_shortformer_pos_embed=False,
+            device=None,
+        ),
+    ],
     "model.set_tokenizer": [
         lambda m: m.set_tokenizer(m.tokenizer, default_padding_side="right"),
         lambda m: m.set_tokenizer(tokenizer=m.tokenizer),

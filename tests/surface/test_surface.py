@@ -16,7 +16,7 @@ import torch
 from ours import CLASSES, faults
 from refused_calls import REFUSED
 from snapshots import SNAPSHOTS, Name, installed, path_of, snapshot, version, walk
-from verdicts import Verdict, verdicts
+from verdicts import VERDICTS, Verdict, counted, counts, verdicts
 
 from tl_looped import LoopedTransformer, TLLoopedError
 
@@ -147,3 +147,11 @@ def test_what_differs_names_a_test() -> None:
 def functions(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {one.name for one in tree.body if isinstance(one, ast.FunctionDef)}
+
+
+def test_the_readme_says_how_many_names_have_which_verdict() -> None:
+    found = counts(counted().values())
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    told = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS[:4])
+    assert f"of {sum(found.values())} public names of TransformerLens" in said
+    assert told in said

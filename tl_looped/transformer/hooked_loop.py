@@ -122,6 +122,23 @@ class HookedLoop(NamedWeights):
         names = self.hook_dict.canonical
         return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
+    def block_submodules(self, layer_idx: LayerLike) -> list[str]:
+        """Names of a layer's parts that are no hook points: ``attn``, ``mlp`` and its norms.
+
+        Args:
+            layer_idx: An effective layer, or (recurrence, layer).
+
+        Raises:
+            LayerIndexError: if there is no such layer.
+        """
+        block = self.blocks[self.loop.resolve(layer_idx)]
+        children = block.named_children()
+        return [name for name, part in children if not isinstance(part, LoopedHookPoint)]
+
+    def layer_types(self) -> list[str]:
+        """What each effective layer is: ``"attn+mlp"``, the norms left out."""
+        return ["attn+mlp"] * self.loop.n_layers
+
     def get_hook_point(self, hook_name: str) -> LoopedHookPoint | None:
         """The hook point of a name or an alias, or None if there is none now."""
         try:

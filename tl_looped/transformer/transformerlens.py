@@ -7,15 +7,17 @@ is refused by name: see :data:`REFUSED`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tl_looped._compat import warn_if_mps
+from tl_looped._compat import FactoredMatrix, warn_if_mps
 from tl_looped.checks import checked, described
 from tl_looped.errors import ArgumentTypeError, InputError, UnsupportedMethodError
+from tl_looped.model.block import Block
 from tl_looped.model.init import init_weights
 from tl_looped.transformer import state_dicts
 from tl_looped.transformer.processing import Processing, refuse_value_biases
@@ -416,6 +418,69 @@ class TransformerLensMethods(TextLoop):
 
     def close(self) -> None:
         """Nothing: there is no connection to a model elsewhere."""
+
+    # -- weights of the layers that have some, as TransformerBridge asks for them ---------------
+
+    def get_params(self) -> dict[str, Tensor]:
+        """:meth:`tl_parameters`."""
+        return self.tl_parameters()
+
+    def composition_layer_indices(self) -> list[int]:
+        """The layers that have attention: all effective ones."""
+        return list(range(self.loop.n_layers))
+
+    def QK_for_attn_layers(self) -> tuple[list[int], FactoredMatrix]:
+        """The layers that have attention, and :attr:`QK` of them."""
+        return self.composition_layer_indices(), self.QK
+
+    def OV_for_attn_layers(self) -> tuple[list[int], FactoredMatrix]:
+        """The layers that have attention, and :attr:`OV` of them."""
+        return self.composition_layer_indices(), self.OV
+
+    def stack_params_for(
+        self,
+        submodule: str,
+        attr_path: str,
+        reshape_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[list[int], Tensor]:
+        """The effective layers that have a submodule, and a weight of each, stacked.
+
+        Args:
+            submodule: Such as ``"attn"`` or ``"ln1_post"``.
+            attr_path: The weight, from the block on: ``"attn.W_Q"``, ``"ln1.w"``.
+            reshape_fn: Called with each weight before they are stacked.
+
+        Raises:
+            InputError: no layer has such a part or such a weight, or the stack would take more than
+                ``model.max_stack_bytes``.
+        """
+        found = self.blocks_with(submodule)
+        if not found:
+            raise InputError(
+                f"no layer has a submodule {submodule!r}: they have {self.block_submodules(0)}"
+            )
+        shown = [self._weight_of(i, block, attr_path) for i, block in found]
+        size = sum(weight.numel() * weight.element_size() for weight in shown)
+        if size > self.max_stack_bytes:
+            raise InputError(
+                f"{attr_path} of {len(shown)} layers would take {size / 2**30:.2f} GiB, more than "
+                f"model.max_stack_bytes ({self.max_stack_bytes / 2**30:.2f} GiB)"
+            )
+        if reshape_fn is not None:
+            shown = [reshape_fn(weight) for weight in shown]
+        return [i for i, _ in found], torch.stack([w.to(shown[0].device) for w in shown])
+
+    def _weight_of(self, i: int, block: Block, attr_path: str) -> Tensor:
+        try:
+            weight = attrgetter(attr_path)(block)
+        except AttributeError:
+            weight = None
+        if not isinstance(weight, Tensor):
+            raise InputError(
+                f"blocks[{i}] has no weight {attr_path!r}: give its path from the block on, such "
+                "as 'attn.W_Q' or 'ln1.w'"
+            )
+        return weight
 
 
 def _refused(name: str, reason: str) -> Callable[..., NoReturn]:
