@@ -43,13 +43,13 @@ def markdown() -> str:
 def _summary(found: dict[str, Verdict]) -> Iterator[str]:
     """Counts by area and verdict."""
     verdicts = ["same", *HEADINGS]
-    yield "| in place of | " + " | ".join(verdicts) + " |"
+    yield "| | " + " | ".join(verdicts) + " |"
     yield "|---|" + "--:|" * len(verdicts)
-    for area, (_, theirs) in AREAS.items():
+    for area in AREAS:
         of_area = counts(one for one in found.values() if one.name.area == area)
-        yield f"| {theirs} | " + " | ".join(str(of_area.get(v, 0)) for v in verdicts) + " |"
+        yield f"| {area} | " + " | ".join(str(of_area.get(v, 0)) for v in verdicts) + " |"
     total = counts(found.values())
-    yield "| together | " + " | ".join(str(total.get(v, 0)) for v in verdicts) + " |"
+    yield "| all | " + " | ".join(str(total.get(v, 0)) for v in verdicts) + " |"
 
 
 def _reasons(some: Iterable[Verdict]) -> Iterator[str]:
@@ -57,9 +57,9 @@ def _reasons(some: Iterable[Verdict]) -> Iterator[str]:
     by_reason: dict[tuple[str, str], list[Verdict]] = {}
     for one in some:
         by_reason.setdefault((one.why, one.test), []).append(one)
-    for (why, test), names in by_reason.items():
+    for (why, test), names in sorted(by_reason.items(), key=lambda item: item[1][0].place):
         held = f" ([test]({_BLOB}{test.split('::')[0]}))" if test else ""
-        yield f"- {_names(names)}: {why}{held}"
+        yield f"- {_names(names)}<br>{why}{held}"
 
 
 def _same(some: list[Verdict]) -> Iterator[str]:
@@ -69,9 +69,8 @@ def _same(some: list[Verdict]) -> Iterator[str]:
         yield f'??? note "{part} ({len(here)})"'
         for one in here:
             if one.name.keyword is None:
-                words = [w for w in here if w.name.member == one.name.member and w.name.keyword]
-                taken = f" ({', '.join(f'`{w.name.keyword}`' for w in words)})" if words else ""
-                yield f"    - `{one.name.member}`{taken}"
+                words = [w.name.keyword for w in here if w.name.member == one.name.member]
+                yield f"    - `{one.name.member}`" + _keywords([word for word in words if word])
         alone = [o for o in here if o.name.keyword and not _has_member(o, here)]
         if alone:
             yield f"    - {_names(alone)}"
@@ -83,8 +82,15 @@ def _has_member(word: Verdict, here: list[Verdict]) -> bool:
 
 
 def _names(some: Iterable[Verdict]) -> str:
-    """Names, and the one version that has them if only one does."""
+    """Names, keywords behind their method, and the one version that has them if only one does."""
     some = list(some)
+    words: dict[str, list[str]] = {}
+    for one in some:
+        words.setdefault(one.name.member, []).extend([one.name.keyword] if one.name.keyword else [])
+    listed = ", ".join(f"`{member}`" + _keywords(found) for member, found in words.items())
     versions = {tuple(source.release[:3] for source in one.name.sources) for one in some}
-    listed = ", ".join(f"`{one.name.short}`" for one in some)
-    return listed + (f" ({versions.pop()[0]})" if {len(v) for v in versions} == {1} else "")
+    return listed + (f" (in {versions.pop()[0]})" if {len(v) for v in versions} == {1} else "")
+
+
+def _keywords(words: list[str]) -> str:
+    return f" ({', '.join(f'`{word}`' for word in words)})" if words else ""

@@ -35,6 +35,7 @@ class Verdict:
         why: The reason, of all but "same".
         test: A test id, of "different".
         listed: Whether the table names it; a keyword may follow its method.
+        place: Where in the table.
     """
 
     name: Name
@@ -42,6 +43,7 @@ class Verdict:
     part: str
     why: str = ""
     test: str = ""
+    place: int = 0
     listed: bool = True
 
 
@@ -51,6 +53,7 @@ class _Entry:
     part: str
     why: str = ""
     test: str = ""
+    place: int = 0
 
 
 def verdicts() -> dict[str, Verdict]:
@@ -76,7 +79,7 @@ def _of_the_method(entry: _Entry | None) -> _Entry | None:
     """A keyword that is not listed: one of a method that works is the same."""
     if entry is None or entry.verdict != "different":
         return entry
-    return _Entry("same", entry.part)
+    return _Entry("same", entry.part, place=entry.place)
 
 
 def _listed() -> Iterator[tuple[str, _Entry]]:
@@ -90,7 +93,8 @@ def _listed() -> Iterator[tuple[str, _Entry]]:
                     if key in seen:
                         raise VerdictError(f"two verdicts of {key}")
                     seen.add(key)
-                    yield key, _Entry(verdict, part, one.get("why", ""), one.get("test", ""))
+                    why, test = one.get("why", ""), one.get("test", "")
+                    yield key, _Entry(verdict, part, why, test, len(seen))
 
 
 def _entries(part: str, entries: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
