@@ -194,7 +194,8 @@ class Block(QuickModule):
         """The residual stream after this layer, on the device of its weights.
 
         Called by itself, as TransformerLens's code calls it, it gets a stream whose positions count
-        from each row's first real token.
+        from each row's first real token. Hooks fire; interventions are of runs of the model, and
+        change nothing here.
 
         Args:
             resid_pre: The stream, ``[batch, pos, d_model]``.

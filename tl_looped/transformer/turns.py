@@ -15,8 +15,8 @@ token, so several streams of one model go on side by side. Runs of separate mode
 copy of a model (``copy.deepcopy``, pickling) has turns of its own. A process that was forked while
 another thread had the turn has a model in the middle of that thread's run, and is refused.
 
-Not guarded: changes of weights, devices and modes, and the model's attributes (``model.loop``,
-``model.blocks``), which show what is true at that moment.
+Not guarded: changes of weights, devices and modes, calls of single blocks, and the model's
+attributes (``model.loop``, ``model.blocks``), which show what is true at that moment.
 """
 
 from __future__ import annotations
