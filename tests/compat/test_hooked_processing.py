@@ -43,7 +43,8 @@ def hooked_of(kind: str, source: Any, **asked: bool) -> HookedTransformer:
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     stacks = {name: getattr(model, name) for name in (*STACKS, "b_in", "b_out")}
-    return stacks | {name: getattr(model, name) for name in ("W_E", "W_U", "b_U")}
+    # Detached: PyTorch compares no parameter with another kind of tensor.
+    return stacks | {name: getattr(model, name).detach() for name in ("W_E", "W_U", "b_U")}
 
 
 @pytest.mark.parametrize("what", ASKED)
