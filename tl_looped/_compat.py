@@ -24,6 +24,7 @@ from transformer_lens.config import TransformerLensConfig
 from transformer_lens.utilities import (
     Slice,
     SliceInput,
+    composition_scores,
     get_act_name,
     get_device,
     lm_cross_entropy_loss,
@@ -132,6 +133,7 @@ __all__ = [
     "SliceInput",
     "TransformerLensConfig",
     "TransformerLensKeyValueCache",
+    "composition_scores",
     "get_act_name",
     "get_device",
     "lm_cross_entropy_loss",

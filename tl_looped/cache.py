@@ -21,6 +21,7 @@ from torch import Tensor
 from tl_looped._compat import Slice, SliceInput, get_act_name
 from tl_looped.checks import Seed, checked, described
 from tl_looped.decomposition import DecomposingCache
+from tl_looped.decomposition.labels import LabelForm, label_form, layer_label
 from tl_looped.decomposition.steps import Target
 from tl_looped.errors import InputError, LayerIndexError, MissingActivationError
 from tl_looped.model.axis_slice import AxisSlice
@@ -201,25 +202,28 @@ class LoopedActivationCache(DecomposingCache):
         pos_slice: Slice | SliceInput = None,
         mlp_input: bool = False,
         return_labels: bool = False,
+        labels: LabelForm | None = None,
     ) -> Any:
         """As in TransformerLens: the stream at every layer, as it was there.
 
         ``layer`` may be (recurrence, layer). Labels name it: ``r3.l1.pre``, ``prelude.0.mid``,
-        ``final_post``.
+        ``final_post``; or as ``labels`` says, see ``tl_looped.decomposition.labels``. Where that is
+        given, they are returned.
         """
         # Behind the last layer there is no MLP; TransformerLens ignores mlp_input there.
         end = Target.of(layer, False, self.loop).layer
         positions = AxisSlice(pos_slice, "positions")
-        stack, labels = super().accumulated_resid(
+        form = label_form(self.model.cfg, labels)
+        stack, names = super().accumulated_resid(
             end, incl_mid, apply_ln, positions, mlp_input, return_labels=True
         )
-        if not return_labels:
+        if not return_labels and labels is None:
             return stack
-        return stack, [self._place_label(label) for label in labels]
-
-    def _place_label(self, label: str) -> str:
-        layer, where = label.split("_")
-        return label if layer == "final" else f"{self.loop.locate(int(layer)).label}.{where}"
+        parts = [name.split("_") for name in names]
+        return stack, [
+            "final_post" if layer == "final" else layer_label(self.loop, int(layer), form, where)
+            for layer, where in parts
+        ]
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> LoopedActivationCache:
         """As in TransformerLens; the result keeps the run's geometry, seed, mask and edits."""

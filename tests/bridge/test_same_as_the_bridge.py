@@ -99,6 +99,14 @@ def test_a_call_of_the_model_gives_the_same(both: Any, key: str, i: int) -> None
     assert_alike(*by_our_names(ours, theirs), key)
 
 
+def test_composition_scores_are_the_bridges(both: Any) -> None:
+    for mode in "QKV":
+        ours, theirs = (model.all_composition_scores(mode) for model in both)
+        assert_alike(ours.scores, theirs.scores, mode)
+        assert ours.layer_indices == theirs.layer_indices
+        assert both[0].all_head_labels(labels="transformer_lens") == theirs.head_labels
+
+
 BY_NAME = ("__iter__", "keys", "values", "items", "cache_dict")
 
 

@@ -25,7 +25,7 @@ ONLY = {
     "model.set_use_attn_in": ["full", "tied"],
     "model.fold_value_biases": ["full"],
 }
-OPEN = {"model.all_composition_scores": (0, 1, 2), "no composition mode": (0,)}
+OPEN: dict[str, tuple[int, ...]] = {}
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -120,6 +120,7 @@ def test_the_accumulated_stream_is_the_same(pair: Pair) -> None:
             expected, wanted = theirs.accumulated_resid(layer, return_labels=True, **options)
             assert labels == in_the_loop(pair, wanted)
             torch.testing.assert_close(mine, expected, **CLOSE)
+            assert ours.accumulated_resid(layer, labels="transformer_lens", **options)[1] == wanted
 
 
 def test_stacks_and_slices_of_a_cache_are_the_same(pair: Pair) -> None:
@@ -161,6 +162,7 @@ def test_a_decomposition_has_the_same_parts(plain: Pair, method: str, apply_ln: 
         (mine, labels), (expected, wanted) = (getattr(c, method)(**options) for c in (ours, theirs))
         assert labels == in_the_loop(plain, wanted)
         torch.testing.assert_close(mine, expected, **CLOSE)
+        assert getattr(ours, method)(labels="transformer_lens", **options)[1] == wanted
 
 
 def test_logit_attributions_are_the_same(plain: Pair) -> None:

@@ -454,6 +454,7 @@ class World:
             "accumulated_bias": {"layer": 1},
             "add_caching_hooks": {"of": fresh},
             "add_hook": {"of": fresh, "name": "hook_embed", "hook": lambda x, hook: None},
+            "all_composition_scores": {"mode": "Q"},
             "all_hook_points": {},
             "blocks_with": {"submodule": "attn"},
             "chat_text": {"messages": [{"role": "user", "content": "Tom"}]},

@@ -78,6 +78,31 @@ def test_labels_and_blocks_with(model: LoopedTransformer, tokens: Tensor) -> Non
         assert all(block is model.blocks[i] for i, block in found)
 
 
+@pytest.mark.parametrize("folded", [False, True])
+def test_composition_scores_are_those_of_the_products(
+    model: LoopedTransformer, folded: bool
+) -> None:
+    model.enable_compatibility_mode(fold_ln=folded)
+    model.set_recurrences(2)
+    n, OV, QK = model.loop.n_layers, model.OV.AB, model.QK.AB
+    for mode, right in (("Q", QK), ("K", QK.mT), ("V", OV)):
+        scores = model.all_composition_scores(mode)
+        assert scores.shape == (n, 4, n, 4)
+        for i, j in ((0, 1), (0, n - 1), (n - 3, n - 2)):
+            product = OV[i, 1] @ right[j, 2]
+            assert_same(scores[i, 1, j, 2], product.norm() / OV[i, 1].norm() / right[j, 2].norm())
+            assert not scores[j, :, i].any()
+            assert not scores[i, :, i].any()
+        assert scores.head_labels == model.all_head_labels
+        assert scores.layer_indices == list(range(n))
+        assert type(scores.scores) is type(scores * 2) is Tensor
+    with pytest.raises(InputError, match="'Q', 'K', 'V'"):
+        model.all_composition_scores("OV")
+    model.max_stack_bytes = (n * 4) ** 2 * 8 - 1
+    with pytest.raises(InputError, match="max_stack_bytes"):
+        model.all_composition_scores("Q")
+
+
 # -- TransformerLens's names and the model's ------------------------------------------------------
 
 

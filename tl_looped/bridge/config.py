@@ -60,5 +60,5 @@ def copy_config(model: UnrolledModel, target: TransformerBridgeConfig) -> None:
         if hasattr(cfg, name):
             setattr(target, name, getattr(cfg, name))
     # TransformerLens's bridge has no such fields, and tools ask for them.
-    target.norm_layout = cfg.norm_layout
+    target.norm_layout, target.has_loop = cfg.norm_layout, cfg.has_loop
     target.default_prepend_bos = bool(cfg.default_prepend_bos)  # None without a tokenizer

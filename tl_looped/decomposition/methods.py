@@ -7,8 +7,9 @@ to the true stream, and attributions to the true logit.
 
 Choices: components are computed in fp32 or better, whatever the model's dtype, and carry no
 gradient. ``raw=True`` gives the writes as they were added, not carried. Labels name (recurrence,
-layer): ``r3.l1.attn_out``, ``r3.l1h2``, ``prelude.0n17``, ``coda.1.mlp_out``. ``by=`` sums groups,
-see ``tl_looped.decomposition.components.grouping``. As in TransformerLens, ``layer=None``, ``-1``
+layer): ``r3.l1.attn_out``, ``r3.l1h2``, ``prelude.0n17``, ``coda.1.mlp_out``; TransformerLens's own
+of models without a loop or with ``labels="transformer_lens"``. ``by=`` sums groups, see
+``tl_looped.decomposition.components.grouping``. As in TransformerLens, ``layer=None``, ``-1``
 and ``n_layers`` mean the input of the final norm; a layer may also be (recurrence, layer), and what
 is decomposed is what that layer receives, injection included.
 
@@ -43,6 +44,12 @@ from tl_looped.decomposition.checks import (
     with_one_scale,
 )
 from tl_looped.decomposition.components import Component, ComponentRows, grouping
+from tl_looped.decomposition.labels import (
+    LabelForm,
+    component_label,
+    label_form,
+    refuse_grouped,
+)
 from tl_looped.decomposition.steps import Step, Target, Write, stream_steps
 from tl_looped.decomposition.writes import Writes, WritesWanted
 from tl_looped.errors import InputError, InvalidDecompositionError, TLLoopedError
@@ -65,6 +72,10 @@ class _Options:
     raw: bool
     apply_ln: bool
     incl_remainder: bool = False
+    labels: LabelForm | None = None
+
+    def __post_init__(self) -> None:
+        refuse_grouped(self.by, self.labels)
 
 
 @checked
@@ -194,6 +205,16 @@ class DecomposingCache(ActivationCache):
         with _fitting("residual_stack", stack):
             return ActivationCache.apply_ln_to_stack(single, stack, *at, **where)
 
+    def _labelled(
+        self, found: tuple[Stack, list[Component]], return_labels: bool, options: _Options
+    ) -> Labelled:
+        """The stack, with the labels of its components if they are asked for."""
+        stack, components = found
+        if not return_labels and options.labels is None:
+            return stack
+        form = "looped" if options.by else label_form(self.model.cfg, options.labels)
+        return stack, [component_label(self.loop, component, form) for component in components]
+
     # -- TransformerLens's methods ---------------------------------------------------------------
 
     def decompose_resid(
@@ -207,6 +228,7 @@ class DecomposingCache(ActivationCache):
         return_labels: bool = False,
         by: str | None = None,
         raw: bool = False,
+        labels: LabelForm | None = None,
     ) -> Labelled:
         """Sublayers, the embedding and the initial state as they arrive at a layer.
 
@@ -216,6 +238,8 @@ class DecomposingCache(ActivationCache):
             by: Sum over groups: ``"recurrence"``, ``"layer"``, ``"effective_layer"`` or ``"head"``
                 (which here sums each sublayer over the recurrences).
             raw: The writes as they were added, not carried.
+            labels: How labels are written, see ``tl_looped.decomposition.labels``. Where it is
+                given, they are returned.
 
         Returns:
             ``[component, batch, pos, d_model]``, which sums to the stream (divided by the norm's
@@ -233,8 +257,10 @@ class DecomposingCache(ActivationCache):
             "none" if mode == "attn" else "whole",
         )
         target = Target.of(layer, mlp_input, self.loop)
-        options = _Options(by, raw, apply_ln)
-        return _labelled(self._decompose(selection, target, pos_slice, options), return_labels)
+        options = _Options(by, raw, apply_ln, labels=labels)
+        return self._labelled(
+            self._decompose(selection, target, pos_slice, options), return_labels, options
+        )
 
     def stack_head_results(
         self,
@@ -245,21 +271,24 @@ class DecomposingCache(ActivationCache):
         apply_ln: bool = False,
         by: str | None = None,
         raw: bool = False,
+        labels: LabelForm | None = None,
     ) -> Labelled:
         """Every head's write as it arrives at a layer.
 
         Args:
             layer, return_labels, incl_remainder, pos_slice, apply_ln: As in TransformerLens.
-            by, raw: As in :meth:`decompose_resid`.
+            by, raw, labels: As in :meth:`decompose_resid`.
 
         Returns:
             ``[component, batch, pos, d_model]``, labels such as ``r3.l1h2``; with the remainder it
             sums to the stream.
         """
         selection = WritesWanted(embeds=False, attn="parts", mlp="none")
-        options = _Options(by, raw, apply_ln, incl_remainder)
+        options = _Options(by, raw, apply_ln, incl_remainder, labels)
         target = Target.of(layer, False, self.loop)
-        return _labelled(self._decompose(selection, target, pos_slice, options), return_labels)
+        return self._labelled(
+            self._decompose(selection, target, pos_slice, options), return_labels, options
+        )
 
     def stack_neuron_results(
         self,
@@ -273,6 +302,7 @@ class DecomposingCache(ActivationCache):
         mlp_input: bool = False,
         by: str | None = None,
         raw: bool = False,
+        labels: LabelForm | None = None,
     ) -> Labelled:
         """Every neuron's write as it arrives at a layer.
 
@@ -281,14 +311,14 @@ class DecomposingCache(ActivationCache):
                 in TransformerLens.
             project_output_onto: ``[d_model]`` or ``[d_model, out]``; the result's last dimension
                 becomes ``out``, and no array of neurons by d_model is made.
-            by, raw: As in :meth:`decompose_resid`.
+            by, raw, labels: As in :meth:`decompose_resid`.
         """
         neurons = AxisSlice(neuron_slice, "neurons", keep=True)
         selection = WritesWanted(embeds=False, attn="none", mlp="parts", neurons=neurons)
-        options = _Options(by, raw, apply_ln, incl_remainder)
+        options = _Options(by, raw, apply_ln, incl_remainder, labels)
         target = Target.of(layer, mlp_input, self.loop)
         found = self._decompose(selection, target, pos_slice, options, project_output_onto)
-        return _labelled(found, return_labels)
+        return self._labelled(found, return_labels, options)
 
     def get_full_resid_decomposition(
         self,
@@ -301,6 +331,7 @@ class DecomposingCache(ActivationCache):
         project_output_onto: Direction | None = None,
         by: str | None = None,
         raw: bool = False,
+        labels: LabelForm | None = None,
     ) -> Labelled:
         """Every head, neuron (or MLP), the embedding, the initial state and the biases (zero).
 
@@ -309,7 +340,7 @@ class DecomposingCache(ActivationCache):
         """
         selection = WritesWanted(attn="parts", mlp="parts" if expand_neurons else "whole")
         target = Target.of(layer, mlp_input, self.loop)
-        options = _Options(by, raw, apply_ln)
+        options = _Options(by, raw, apply_ln, labels=labels)
         stack, components = self._decompose(
             selection, target, pos_slice, options, project_output_onto
         )
@@ -317,7 +348,7 @@ class DecomposingCache(ActivationCache):
             order = sorted(range(len(components)), key=lambda i: _ORDER[components[i].kind])
             stack, components = stack[order], [components[i] for i in order]
         stack = torch.cat((stack, torch.zeros_like(stack[:1])))
-        return _labelled((stack, [*components, Component("bias")]), return_labels)
+        return self._labelled((stack, [*components, Component("bias")]), return_labels, options)
 
     def get_neuron_results(
         self,
@@ -394,8 +425,3 @@ def _fitting(names: str, stack: Tensor) -> Iterator[None]:
         raise InputError(
             f"{names} must fit together and into the run, of {described(stack)}: {error}"
         ) from error
-
-
-def _labelled(found: tuple[Stack, list[Component]], return_labels: bool) -> Labelled:
-    stack, components = found
-    return (stack, [component.label for component in components]) if return_labels else stack

@@ -311,6 +311,18 @@ class LoopedConfig(OwnedFields):
         return place.stage, place.layer
 
     @property
+    def has_loop(self) -> bool:
+        """Whether the model is more than a feedforward one that could be repeated.
+
+        One without is all core and was trained to run it once, and nothing else makes a difference
+        between a recurrence and a layer: the controls of looped models are such. It depends on how
+        the model was made, never on the number of recurrences. A model of which it is not known how
+        it was trained has a loop.
+        """
+        marks = self.injection is not Injection.NONE or self.loop_norm or self.exit_gate
+        return marks or self.n_prelude + self.n_coda > 0 or self.trained_recurrences != 1
+
+    @property
     def min_recurrences(self) -> int:
         """Fewest recurrences that give a defined output.
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tl_looped._compat import FactoredMatrix
 from tl_looped.checks import checked
+from tl_looped.decomposition.labels import HeadLabels
 from tl_looped.model.block import Block
 from tl_looped.model.geometry import LayerLike
-from tl_looped.transformer import weight_map, weights
+from tl_looped.transformer import composition, weight_map, weights
 from tl_looped.transformer.pool import Pool
 from tl_looped.transformer.weight_map import StoredRows
 
@@ -139,10 +140,40 @@ class NamedWeights(Pool):
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
     @property
-    def all_head_labels(self) -> list[str]:
-        """Labels of all heads, as in ``cache.stack_head_results``: ``r3.l1h2``."""
-        places = self.loop.labels()
-        return [f"{place}h{head}" for place in places for head in range(self.cfg.n_heads)]
+    def all_head_labels(self) -> HeadLabels:
+        """Labels of all heads, as in ``cache.stack_head_results``: ``r3.l1h2``, or ``L7H2``.
+
+        A list, as in TransformerLens 4, and a method, as in 3: ``all_head_labels()``,
+        ``all_head_labels(labels="transformer_lens")``. See ``tl_looped.decomposition.labels``.
+        """
+        return HeadLabels(self.loop, self.cfg.n_heads, self.cfg)
+
+    @property
+    def attn_head_labels(self) -> HeadLabels:
+        """As in TransformerLens 4, those of the layers that have attention: all."""
+        return self.all_head_labels
+
+    @checked
+    def all_composition_scores(
+        self, mode: str
+    ) -> Float[Tensor, "n_layers n_heads n_layers n_heads"]:
+        """Composition scores of all pairs of heads, as in TransformerLens, by effective layer.
+
+        In compatibility mode the gains of the norms count, as in a folded HookedTransformer. Norms
+        on the stream, and the injection, stand between the layers of a loop, and no score knows
+        of them.
+
+        Args:
+            mode: What the later head composes with: ``"Q"``, ``"K"`` or ``"V"``.
+
+        Returns:
+            Zero unless the second layer is later. It has ``layer_indices``, ``head_labels`` and
+            ``scores``, as in TransformerLens 4.
+
+        Raises:
+            InputError: another mode, or more than ``max_stack_bytes``.
+        """
+        return composition.all_composition_scores(self, mode)
 
     @checked
     def blocks_with(self, submodule: str) -> list[tuple[int, Block]]:
