@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -79,6 +80,20 @@ def test_to_tokens_pads_on_the_side_asked_for(model, id_of) -> None:
     assert model.to_tokens(["on", "a"], padding_side="left").tolist() == [long, [PAD, *short]]
     _, mask = model.tokenize(["on", "a"], padding_side="left")
     assert mask.tolist() == [[True, True, True], [False, True, True]]
+
+
+def test_defaults_of_text_are_those_of_the_configuration_and_the_tokenizer(model) -> None:
+    fits = LoopedTransformer.from_config(exact_config(d_vocab=len(model.tokenizer)))
+    fits.set_tokenizer(deepcopy(model.tokenizer), default_padding_side="left")
+    assert fits.tokenizer.padding_side == "left"
+    assert fits.cfg.default_prepend_bos is False
+    rows = model.to_tokens(["on", "a"], prepend_bos=False, padding_side="left")
+    assert torch.equal(fits.to_tokens(["on", "a"]), rows)
+    fits.cfg.default_prepend_bos = True
+    fits.tokenizer.padding_side = "right"
+    assert torch.equal(fits.to_tokens(["on", "a"]), model.to_tokens(["on", "a"]))
+    assert fits.to_str_tokens("a") == ["<s>", "a"]
+    assert fits.get_token_position("a", "a") == 1
 
 
 def test_text_beyond_the_context_is_refused_or_cut(model) -> None:

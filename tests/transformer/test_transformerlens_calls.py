@@ -84,6 +84,22 @@ def test_transformerlenss_cache_is_for_the_recurrences_that_it_was_made_for(
     assert past.previous_attention_mask.shape == (2, 9)
 
 
+def test_activations_and_gradients_beside_transformerlenss_cache(tokens: Tensor) -> None:
+    model = small(**VARIANTS["pre-injection"])
+    found = []
+    for past in (theirs(model), LoopedKeyValueCache()):
+        with torch.enable_grad():
+            model(tokens[:, :4], past_kv_cache=past)
+            loss, cache = model.run_with_cache(
+                tokens[:, 4:], return_type="loss", past_kv_cache=past, incl_bwd=True
+            )
+        found.append((loss.detach(), cache["k", 3], cache["blocks.2.attn.hook_z_grad"], cache["pattern", 5]))
+        model.zero_grad()
+    for first, second in zip(*found, strict=True):
+        assert_same(first, second)
+    assert found[0][3].shape[-1] == 9
+
+
 def test_a_cache_in_another_dtype_is_refused(tokens: Tensor) -> None:
     model = small()
     past = theirs(model)
@@ -181,6 +197,7 @@ def test_labels_that_are_none_are_refused(labels: Tensor, what: str, tokens: Ten
         {"decoder_input": torch.zeros(1)},
         {"one_zero_attention_mask": torch.ones(1, 9)},
         {"return_dict": True},
+        {"use_past_kv_cache": True},
         {"past_kv_caches": None},
     ],
 )

@@ -28,6 +28,7 @@ _REASONS: dict[str, tuple[str, tuple[Any, ...]]] = {
         "positions are counted from each row's first real token: give attention_mask",
         (),
     ),
+    "use_past_kv_cache": ("return_type='logits_and_cache' makes a key-value cache", (False,)),
     "cache_position": ("a key-value cache knows its length", ()),
     "one_zero_attention_mask": ("give attention_mask", ()),
     "decoder_input": (_NO_ENCODER, ()),
