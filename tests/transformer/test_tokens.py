@@ -11,6 +11,7 @@ from closeness import assert_same
 from conftest import exact_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformer_lens.utilities.tokenize_utils import get_attention_mask
 from transformers import PreTrainedTokenizerFast
 
 from tl_looped import (
@@ -22,6 +23,7 @@ from tl_looped import (
     TokenizerError,
 )
 from tl_looped.model.config import InitialState
+from tl_looped.transformer.prompt import padding_of
 
 pytestmark = pytest.mark.once
 
@@ -197,6 +199,33 @@ def test_token_batches_padded_on_the_left_are_masked(model) -> None:
     tokens, mask = model.tokenize(TEXTS, padding_side="left")
     masked = model(tokens, attention_mask=mask)
     assert_same(model(tokens)[mask], masked[mask])
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.parametrize("pad", ["<pad>", "<s>", "</s>"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_one_side_is_what_transformerlens_takes_for_it(
+    model, side: str, pad: str, prepend_bos: bool
+) -> None:
+    tokenizer = deepcopy(model.tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = pad, side
+    p, a = tokenizer.pad_token_id, 9
+    tokens = torch.tensor([[p, p, p, a, p], [p, a, p, a, a], [a, a, a, p, p], [BOS, a, a, a, a]])
+    expected = get_attention_mask(tokenizer, tokens, prepend_bos).bool()
+    before, model.tokenizer = model.tokenizer, tokenizer
+    try:
+        found = padding_of(model, tokens, prepend_bos, side)
+        assert torch.equal(found, expected)
+        assert padding_of(model, tokens[:, 1:2].clamp(min=a), prepend_bos, side) is None
+        logits = model(tokens, padding_side=side, prepend_bos=prepend_bos)
+        assert_same(logits[expected], model(tokens, attention_mask=expected)[expected])
+        with pytest.raises(InputError, match="padding_side"):
+            model(tokens, padding_side="top")
+        tokenizer.pad_token = None
+        with pytest.raises(InputError, match="attention_mask="):
+            model(tokens, padding_side=side)
+    finally:
+        model.tokenizer = before
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

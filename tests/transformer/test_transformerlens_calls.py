@@ -93,7 +93,9 @@ def test_activations_and_gradients_beside_transformerlenss_cache(tokens: Tensor)
             loss, cache = model.run_with_cache(
                 tokens[:, 4:], return_type="loss", past_kv_cache=past, incl_bwd=True
             )
-        found.append((loss.detach(), cache["k", 3], cache["blocks.2.attn.hook_z_grad"], cache["pattern", 5]))
+        found.append(
+            (loss.detach(), cache["k", 3], cache["blocks.2.attn.hook_z_grad"], cache["pattern", 5])
+        )
         model.zero_grad()
     for first, second in zip(*found, strict=True):
         assert_same(first, second)
