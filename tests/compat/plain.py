@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_looped import LoopedConfig, LoopedTransformer
+from tl_looped.model.config import RotaryStyle
 
 EPS = 1e-5
 # Key-value heads, whether W_U is W_E, biases of queries, keys and values, pairs of rotary angles,
@@ -71,7 +72,7 @@ def looped_twin(
     cfg = LoopedConfig(
         **SIZES, eps=EPS, **{f"n_{stage}": n for stage, n in STAGES.items()}, n_key_value_heads=kv,
         tie_embeddings=tied, qk_bias=bias, v_bias=bias, dtype=torch.float64, device="cpu",
-        rotary_style="interleaved" if adjacent else "half",
+        rotary_style=RotaryStyle.INTERLEAVED if adjacent else RotaryStyle.HALF,
     )  # fmt: skip
     model = LoopedTransformer.from_config(cfg)
     assert model.loop.R == 1

@@ -25,7 +25,6 @@ ONLY = {
     "model.set_use_attn_in": ["full", "tied"],
     "model.fold_value_biases": ["full"],
 }
-OPEN: dict[str, tuple[int, ...]] = {}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -48,16 +47,12 @@ def done(call: Call, model: Any, subject: Any = None) -> Any:
 
 def numbered(calls: dict[str, list[Call]]) -> list[Any]:
     return [
-        pytest.param(kind, key, i, id=f"{kind}-{key.split('.')[1]}-{i}", marks=_marks(key, i))
+        pytest.param(kind, key, i, id=f"{kind}-{key.split('.')[1]}-{i}")
         for kind in KINDS
         for key in calls
         for i in range(len(calls[key]))
         if kind in ONLY.get(key, KINDS)
     ]
-
-
-def _marks(key: str, i: int) -> Any:
-    return pytest.mark.xfail(strict=False) if i in OPEN.get(key, ()) else ()
 
 
 @pytest.mark.parametrize(("twins", "key", "i"), numbered(MODEL), indirect=["twins"])
@@ -76,7 +71,7 @@ def test_a_call_of_the_cache_gives_the_same(twins: Twins, key: str, i: int) -> N
     assert_alike(results[1], results[0], key)
 
 
-@pytest.mark.parametrize("mistake", [pytest.param(x, marks=_marks(x, 0)) for x in MISTAKES])
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_raises_an_error_of_the_same_family(twins: Twins, mistake: str) -> None:
     caught = []
     for model in (twins.hooked, twins.looped):

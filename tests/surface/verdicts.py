@@ -15,9 +15,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-VERDICTS = ("same", "different", "refused", "missing", "open")
+VERDICTS = ("same", "different", "refused", "missing")
 _NEEDS = {"different": {"names", "why", "test"}, "refused": {"names", "why"}}
-_NEEDS["missing"] = _NEEDS["open"] = _NEEDS["refused"]
+_NEEDS["missing"] = _NEEDS["refused"]
 
 
 class VerdictError(Exception):
@@ -112,9 +112,7 @@ def _entries(part: str, entries: dict[str, Any]) -> Iterator[tuple[str, dict[str
 
 def counted() -> dict[str, Verdict]:
     """Names that have a verdict of their own, which keywords of a refused method do not."""
-    return {
-        key: one for key, one in verdicts().items() if one.listed or one.verdict in ("same", "open")
-    }
+    return {key: one for key, one in verdicts().items() if one.listed or one.verdict == "same"}
 
 
 def counts(some: Iterable[Verdict]) -> dict[str, int]:
