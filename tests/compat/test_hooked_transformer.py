@@ -122,6 +122,27 @@ def test_gradients_of_weights_with_the_same_layout_are_the_same(pair: Pair, toke
         model.zero_grad()
 
 
+def test_gradients_of_all_weights_are_the_same_by_name(pair: Pair, tokens: Tensor) -> None:
+    for model in (pair.hooked, pair.looped):
+        model.zero_grad()
+        model(tokens, return_type="loss").backward()
+    repeats = pair.looped.cfg.n_heads // pair.looped.cfg.n_kv_heads
+    for ours, theirs in zip(pair.looped.blocks, pair.hooked.blocks, strict=True):
+        stored = "" if repeats == 1 else "_"
+        for name in ("W_Q", "W_O", f"{stored}W_K", f"{stored}W_V"):
+            found, expected = getattr(ours.attn, name).grad, getattr(theirs.attn, name).grad
+            assert expected.abs().max() > 0
+            torch.testing.assert_close(found, expected, **CLOSE)
+        for name in ("W_K", "W_V"):
+            every, once = getattr(ours.attn, name).grad, getattr(ours.attn, f"_{name}").grad
+            assert torch.equal(every, once.repeat_interleave(repeats, 0))
+        for name in ("W_in", "W_gate", "W_out"):
+            found, expected = getattr(ours.mlp, name).grad, getattr(theirs.mlp, name).grad
+            torch.testing.assert_close(found, expected, **CLOSE)
+    for model in (pair.hooked, pair.looped):
+        model.zero_grad()
+
+
 def assert_same_behind_flag(pair: Pair, tokens: Tensor, flag: str) -> None:
     plain, caches = pair.hooked(tokens), []
     for model in (pair.hooked, pair.looped):

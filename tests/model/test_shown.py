@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_same
-from conftest import VARIANTS, exact_config, random_config, with_gains
+from conftest import VARIANTS, Golden, exact_config, random_config, with_gains
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -170,6 +170,28 @@ def test_an_edit_is_an_edit_of_what_is_stored(model: LoopedTransformer, edit: st
         restore(model, before)
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@torch.no_grad()
+def test_edits_of_a_published_format_have_their_effect(golden: Golden, folded: bool) -> None:
+    model = golden.load(dtype=torch.float64)
+    model.enable_compatibility_mode(fold_ln=folded)
+    run = {name: value.double() for name, value in golden.run.items()} | {"n_recurrences": 2}
+    before, logits, i = state(model), model(golden.tokens, **run), model.loop.index(0, 0)
+    for within in MATRICES:
+        name = f"blocks.{i}.{within}"
+        weight = shown(model, name)
+        weight[..., ::2] = 0.25
+        changed = model(golden.tokens, **run)
+        restore(model, rebuilt(model, name, plain(weight), before))
+        assert (changed - logits).abs().max() > 1e-6, name
+        assert_same(changed, model(golden.tokens, **run))
+        restore(model, before)
+    for name in NO_BIAS:
+        if model.parameter_of(f"blocks.{i}.{name}") is None:
+            with pytest.raises(InputError, match="no such bias"):
+                shown(model, f"blocks.{i}.{name}").add_(1.0)
+
+
 @torch.no_grad()
 def test_the_model_runs_with_an_edit_and_every_recurrence_has_it(model: LoopedTransformer) -> None:
     before, logits = state(model), model(TOKENS)
@@ -303,8 +325,11 @@ def test_stacks_over_layers_say_which_weight_to_edit(model: LoopedTransformer) -
     with torch.no_grad():
         own[0] = 0.0
     assert type(own) is Tensor
-    with pytest.raises((InputError, AttributeError, KeyError)):
-        model.W_Q = own
+    for name in ("W_Q", "b_out", "W_E", "W_U"):
+        with pytest.raises(InputError, match=r"blocks\[i\]"):
+            setattr(model, name, nn.Parameter(own))
+        with pytest.raises(AttributeError):
+            setattr(model, name, own)
 
 
 def test_a_gain_of_zero_refuses_what_cannot_be_shown() -> None:

@@ -58,10 +58,15 @@ class ShowsWeights(Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in PyTorch; of a weight that is shown, its values are stored."""
         shown = getattr(type(self), name, None)
-        if isinstance(shown, property) and shown.fset is not None:
-            shown.fset(self, param)
-        else:
+        if not isinstance(shown, property):
             super().register_parameter(name, param)
+        elif shown.fset is None:
+            raise InputError(
+                f"{name} cannot be assigned: edit what it is made of, such as blocks[i].attn.W_Q, "
+                "embed.W_E, unembed.W_U"
+            )
+        else:
+            shown.fset(self, param)
 
 
 class ShownWeight(Tensor):

@@ -12,13 +12,14 @@ from tl_looped.checks import checked
 from tl_looped.decomposition.labels import HeadLabels
 from tl_looped.model.block import Block
 from tl_looped.model.geometry import LayerLike
+from tl_looped.model.shown import ShowsWeights
 from tl_looped.transformer import composition, weight_map, weights
 from tl_looped.transformer.pool import Pool
 from tl_looped.transformer.weight_map import StoredRows
 
 
 @checked
-class NamedWeights(Pool):
+class NamedWeights(ShowsWeights, Pool):
     """TransformerLens's names of weights over the effective layers."""
 
     max_stack_bytes: int = 2**30
