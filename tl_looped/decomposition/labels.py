@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from tl_looped.checks import one_of
+from tl_looped.checks import checked, one_of
 from tl_looped.errors import InputError
 from tl_looped.model.geometry import LoopGeometry
 
@@ -67,6 +67,7 @@ def refuse_grouped(by: str | None, labels: LabelForm | None) -> None:
         )
 
 
+@checked
 class HeadLabels(list[str]):
     """Labels of all heads: a list, as in TransformerLens 4, that may be called, as in 3.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -118,7 +119,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("W_Q"))
 
     @W_Q.setter
-    def W_Q(self, value: Tensor) -> None:
+    def W_Q(self, value: Any) -> None:
         assign(self.source("W_Q"), value)
 
     @property
@@ -127,7 +128,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("W_K"))
 
     @W_K.setter
-    def W_K(self, value: Tensor) -> None:
+    def W_K(self, value: Any) -> None:
         assign(self.source("W_K"), value)
 
     @property
@@ -136,7 +137,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("W_V"))
 
     @W_V.setter
-    def W_V(self, value: Tensor) -> None:
+    def W_V(self, value: Any) -> None:
         assign(self.source("W_V"), value)
 
     @property
@@ -145,7 +146,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("_W_K"))
 
     @_W_K.setter
-    def _W_K(self, value: Tensor) -> None:
+    def _W_K(self, value: Any) -> None:
         assign(self.source("_W_K"), value)
 
     @property
@@ -154,7 +155,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("_W_V"))
 
     @_W_V.setter
-    def _W_V(self, value: Tensor) -> None:
+    def _W_V(self, value: Any) -> None:
         assign(self.source("_W_V"), value)
 
     @property
@@ -163,7 +164,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("W_O"))
 
     @W_O.setter
-    def W_O(self, value: Tensor) -> None:
+    def W_O(self, value: Any) -> None:
         assign(self.source("W_O"), value)
 
     @property
@@ -172,7 +173,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("b_Q"))
 
     @b_Q.setter
-    def b_Q(self, value: Tensor) -> None:
+    def b_Q(self, value: Any) -> None:
         assign(self.source("b_Q"), value)
 
     @property
@@ -181,7 +182,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("b_K"))
 
     @b_K.setter
-    def b_K(self, value: Tensor) -> None:
+    def b_K(self, value: Any) -> None:
         assign(self.source("b_K"), value)
 
     @property
@@ -190,7 +191,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("b_V"))
 
     @b_V.setter
-    def b_V(self, value: Tensor) -> None:
+    def b_V(self, value: Any) -> None:
         assign(self.source("b_V"), value)
 
     @property
@@ -199,7 +200,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("_b_K"))
 
     @_b_K.setter
-    def _b_K(self, value: Tensor) -> None:
+    def _b_K(self, value: Any) -> None:
         assign(self.source("_b_K"), value)
 
     @property
@@ -208,7 +209,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("_b_V"))
 
     @_b_V.setter
-    def _b_V(self, value: Tensor) -> None:
+    def _b_V(self, value: Any) -> None:
         assign(self.source("_b_V"), value)
 
     @property
@@ -217,7 +218,7 @@ class NamedAttention(ShowsWeights, QuickModule):
         return show(self.source("b_O"))
 
     @b_O.setter
-    def b_O(self, value: Tensor) -> None:
+    def b_O(self, value: Any) -> None:
         assign(self.source("b_O"), value)
 
     @property

@@ -7,6 +7,7 @@ linear branch, ``hook_post`` their product, the neurons' activations.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class MLP(ShowsWeights, QuickModule):
         return show(self.source("W_gate"))
 
     @W_gate.setter
-    def W_gate(self, value: Tensor) -> None:
+    def W_gate(self, value: Any) -> None:
         assign(self.source("W_gate"), value)
 
     @property
@@ -106,7 +107,7 @@ class MLP(ShowsWeights, QuickModule):
         return show(self.source("W_in"))
 
     @W_in.setter
-    def W_in(self, value: Tensor) -> None:
+    def W_in(self, value: Any) -> None:
         assign(self.source("W_in"), value)
 
     @property
@@ -115,7 +116,7 @@ class MLP(ShowsWeights, QuickModule):
         return show(self.source("W_out"))
 
     @W_out.setter
-    def W_out(self, value: Tensor) -> None:
+    def W_out(self, value: Any) -> None:
         assign(self.source("W_out"), value)
 
     @property
@@ -124,7 +125,7 @@ class MLP(ShowsWeights, QuickModule):
         return show(self.source("b_in"))
 
     @b_in.setter
-    def b_in(self, value: Tensor) -> None:
+    def b_in(self, value: Any) -> None:
         assign(self.source("b_in"), value)
 
     @property
@@ -133,7 +134,7 @@ class MLP(ShowsWeights, QuickModule):
         return show(self.source("b_out"))
 
     @b_out.setter
-    def b_out(self, value: Tensor) -> None:
+    def b_out(self, value: Any) -> None:
         assign(self.source("b_out"), value)
 
 

@@ -9,6 +9,7 @@ own code does.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -79,7 +80,7 @@ class HookedRMSNorm(ShowsWeights, QuickModule):
         return show(self.source("w")) if self.folded else self.weights.w
 
     @w.setter
-    def w(self, value: Tensor) -> None:
+    def w(self, value: Any) -> None:
         assign(self.source("w"), value)
 
     def source(self, name: str) -> Source:

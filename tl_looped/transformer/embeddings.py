@@ -7,6 +7,8 @@ model gives, since the weights stay as they are stored. Probabilities are unchan
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -102,7 +104,7 @@ class Unembed(ShowsWeights, QuickModule):
         return show(self.source("W_U"))
 
     @W_U.setter
-    def W_U(self, value: Tensor) -> None:
+    def W_U(self, value: Any) -> None:
         assign(self.source("W_U"), value)
 
     @property
@@ -111,7 +113,7 @@ class Unembed(ShowsWeights, QuickModule):
         return show(self.source("b_U"))
 
     @b_U.setter
-    def b_U(self, value: Tensor) -> None:
+    def b_U(self, value: Any) -> None:
         assign(self.source("b_U"), value)
 
     def directions(
