@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {"full": {}, "grouped": {"n_key_value_heads":
 OTHER_NAMES = ("hook_dict", "hook_embed", "mod_dict", "hooks", "add_caching_hooks", "cache_all")
 OTHER_NAMES += ("cache_some", "setup", "is_caching", "all_composition_scores")
 OTHER_ARGUMENTS: dict[str, tuple[int, ...]] = {
-    "forward": (9, 19, 23, 24, 27),  # .loss, the last layer's output, HookedTransformer's own
+    "forward": (9, 19, 23, 24, 27, 28),  # .loss, the last layer's output, HookedTransformer's own
     "run_with_cache": (2, 3),  # places; a plain dict has one name of each activation
     "run_with_hooks": (2,),  # places
     "add_hook": (1, 3, 5),  # hook_fn, no prepend, no level

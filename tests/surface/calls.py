@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from comparing import shared
 from torch import Tensor
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 Call = Callable[[Any], Any]
 STAGES = {"prelude": 1, "core": 2, "coda": 1}
@@ -127,6 +128,12 @@ def streamed(m: Any, **options: Any) -> Any:
     return list(m.generate_stream(given.pop("input", ONE), **given))
 
 
+def with_past(m: Any) -> list[Tensor]:
+    """Logits of later tokens, of which TransformerLens's own cache holds the earlier ones."""
+    past = TransformerLensKeyValueCache.init_cache(m.cfg, "cpu", len(TOKENS))
+    return [m(part, past_kv_cache=past) for part in TOKENS.split(3, dim=1)]
+
+
 FORWARD: list[Call] = [
     lambda m: m(TOKENS),
     lambda m: m(TOKENS[0]),
@@ -156,6 +163,7 @@ FORWARD: list[Call] = [
     lambda m: m(TOKENS, attention_mask=MASK),
     lambda m: m(TOKENS, attention_mask=MASK, return_type="loss"),
     lambda m: m(TOKENS, past_kv_cache=None),
+    with_past,
 ]
 
 CACHES: list[Call] = [
