@@ -301,6 +301,16 @@ def test_a_configuration_outlives_its_model_and_copies_belong_to_none() -> None:
     assert kept.d_model == 8
 
 
+def test_a_model_keeps_its_configuration() -> None:
+    model = LoopedTransformer.from_config(exact_config())
+    own = model.cfg
+    for one in (model, model.view_at(2)):
+        with refused(ConfigError, "from_config"):
+            one.cfg = replace(own, use_attn_result=True)
+        one.cfg = one.cfg
+    assert model.cfg is own
+
+
 # -- TransformerLens's methods of a configuration ---------------------------------------------
 
 

@@ -438,6 +438,15 @@ def test_pruned_and_parametrised_weights_say_what_to_edit(kind: str) -> None:
         assert_same(plain(block.attn.W_Q), torch.ones(4, 32, 8).double())
 
 
+def test_pruning_under_transformerlenss_name_says_what_to_prune(kind: str) -> None:
+    model = make(kind)
+    before = state(model)
+    with pytest.raises(InputError, match=r"W_Q: .* core\.0\.attn\.qkv"):
+        prune.l1_unstructured(model.blocks[model.loop.index(1, 0)].attn, "W_Q", amount=0.5)
+    assert state(model).keys() == before.keys()
+    assert_unchanged(model, before)
+
+
 def test_a_weight_read_before_the_model_moved_is_refused(model: LoopedTransformer) -> None:
     weight = model.blocks[0].attn.W_Q
     model.to(torch.float32)
@@ -519,6 +528,40 @@ def test_gradients_are_those_of_the_loss_by_the_weight(model: LoopedTransformer)
     model.zero_grad()
     assert model.blocks[i].attn.W_K.grad is None
     assert model.W_K.grad is None
+
+
+def test_autograd_differentiates_by_a_weight_as_backward_does(model: LoopedTransformer) -> None:
+    i = model.loop.index(1, 1)
+    names = [f"blocks.{i}.{within}" for within in MATRICES] + ["unembed.W_U", "blocks.0.attn._W_V"]
+    weights = {name: shown(model, name) for name in names}
+    found = torch.autograd.grad(model(TOKENS, return_type="loss"), weights)
+    rows = model(TOKENS, return_type="loss", loss_per_token=True).flatten()
+    eye = torch.eye(len(rows), dtype=torch.float64) / len(rows)
+    each = torch.autograd.grad(rows, weights, grad_outputs=[eye], is_grads_batched=True)
+    model(TOKENS, return_type="loss").backward()
+    for name, weight in weights.items():
+        expected = plain(weight.grad)
+        assert expected.abs().max() > 1e-6
+        assert_same(found[name], expected)
+        assert_same(each[name].sum(0), expected)
+        # Through the tensor itself, to the bit, and through both.
+        (own,) = torch.autograd.grad((weight**3).sum(), weight)
+        assert torch.equal(own, 3 * plain(weight) ** 2)
+        again = shown(model, name)
+        loss = model(TOKENS, return_type="loss") + (again**3).sum()
+        assert_same(torch.autograd.grad(loss, again)[0], own + expected)
+
+
+def test_what_a_loss_does_not_depend_on_has_no_gradient() -> None:
+    model = make("pre")
+    weight, embed = model.blocks[3].mlp.W_out, model.W_E
+    with pytest.raises(InputError, match=r"blocks\.3\.mlp\.W_out.*allow_unused"):
+        torch.autograd.grad(embed.sum(), weight)
+    assert torch.autograd.grad(embed.sum(), [weight], allow_unused=True) == (None,)
+    ones, zeros = torch.autograd.grad(embed.sum(), [embed, weight], materialize_grads=True)
+    assert bool((ones == 1).all())
+    assert zeros.shape == weight.shape
+    assert not zeros.any()
 
 
 def test_a_gradient_is_the_stored_one_or_refuses_edits() -> None:

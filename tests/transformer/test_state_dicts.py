@@ -218,6 +218,52 @@ def test_a_processed_state_dict_is_what_the_processed_model_shows(kind: str) -> 
             assert name.endswith(("ln1.w", "ln2.w", "ln_final.w"))
 
 
+@pytest.mark.parametrize("part", ["loop_norm", "pre_coda_norm"])
+def test_a_final_norm_with_more_behind_it_is_not_folded_into_a_state_dict(part: str) -> None:
+    model = made("pre", **{part: True})
+    with refused(InputError, "fold_layer_norm", "final norm", "enable_compatibility_mode"):
+        model.fold_layer_norm(copied(model))
+
+
+def test_folding_asks_for_transformerlenss_names() -> None:
+    model = made("pre")
+    with refused(InputError, "fold_layer_norm", "tl_parameters"):
+        model.fold_layer_norm(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["biased", "pre"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda w: w.flatten()[0],
+        lambda w: w.flatten(),
+        lambda w: w[None],
+        lambda w: w.to_sparse(),
+        lambda w: w.to("meta"),
+        lambda w: w[..., :-1],
+    ],
+    ids=["scalar", "flat", "batched", "sparse", "meta", "narrow"],
+)
+def test_tensors_of_any_other_kind_are_refused(kind: str, bad: Callable[[Tensor], Tensor]) -> None:
+    model = made(kind)
+    state = as_hooked(model, copied(model)) | copied(model)
+    for name, value in state.items():
+        stored = "attn.mask" not in name and "rotary" not in name and "IGNORE" not in name
+        if not stored or model.parameter_of(name) is None or bad(value).shape == value.shape:
+            continue
+        with refused(InputError, name):
+            model.load_and_process_state_dict(state | {name: bad(value)}, **AS_IT_IS)
+
+
+def test_numbers_that_the_models_dtype_cannot_hold_are_refused() -> None:
+    state, model = copied(made("pre")), made("pre").to(torch.float16)
+    before = model.W_out
+    state["blocks.0.mlp.W_out"][0, 0] = 1e6
+    with refused(InputError, "blocks.0.mlp.W_out", "torch.float16"):
+        model.load_and_process_state_dict(state, **AS_IT_IS)
+    assert torch.equal(model.W_out, before)
+
+
 def test_value_biases_are_not_folded() -> None:
     plain, biased = made("pre"), made("biased")
     state = copied(plain)

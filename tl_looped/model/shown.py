@@ -15,8 +15,9 @@ That holds for operations in place (``W[0] = 0``, ``W *= 2``, ``copy_``, ``out=`
 ``torch.nn.init``), for ``.data = ...``, for assignment (``attn.W_Q = nn.Parameter(x)`` copies the
 numbers), and for views of such a tensor. As with a parameter, PyTorch refuses edits in place that
 autograd would see: edit within ``torch.no_grad()``. ``grad`` is what ``backward`` left in the
-stored parameter, in TransformerLens's shape. What is computed of a shown weight is a plain tensor,
-and so are its copies by ``clone``, ``deepcopy``, ``pickle`` and ``torch.save``.
+stored parameter, in TransformerLens's shape, and ``torch.autograd.grad`` gives the same. What is
+computed of a shown weight is a plain tensor, and so are its copies by ``clone``, ``deepcopy``,
+``pickle`` and ``torch.save``.
 
 Weights are shared: by all recurrences of a layer, by the query heads of a group, by embedding and
 unembedding where they are tied. ``shared_by`` names all that change with a weight, and so does its
@@ -34,9 +35,11 @@ from torch import Tensor, nn
 from tl_looped._compat import Module
 from tl_looped.checks import described
 from tl_looped.errors import InputError
+from tl_looped.model.shown_gradients import gradients
 from tl_looped.model.weight_sources import Rows, Source, same_values
 
 # What their type hints do not know.
+_torch: Any = torch
 _Tensor: Any = Tensor
 _plain = torch._C.DisableTorchFunctionSubclass
 
@@ -56,6 +59,8 @@ class ShowsWeights(Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in PyTorch; of a weight that is shown, its values are stored."""
+        if isinstance(param, ShownWeight) and name.endswith("_orig"):  # torch.nn.utils.prune
+            param._refuse("it cannot be pruned under this name, it is stored in", "prune that one")
         shown = getattr(type(self), name, None)
         if not isinstance(shown, property):
             super().register_parameter(name, param)
@@ -208,6 +213,8 @@ class ShownWeight(Tensor):
         if name == "as_subclass" or (torch.compiler.is_compiling() and not edits) or func == _BASE:
             with _plain():
                 return func(*args, **kwargs)
+        if func is _torch.autograd.grad:
+            return _differentiated(*args, **kwargs)
         shown = list(_shown_among((*args, *kwargs.values())))
         written = list(_shown_among(_written(args, kwargs))) if edits else []
         for one in written:
@@ -228,7 +235,7 @@ class ShownWeight(Tensor):
             self._refuse(f"{name} would change this tensor alone, and not", "edit its values")
         if self._copy is None:
             parameter = self._source.parameter()
-            if parameter is None or not _shares_memory(self, parameter):
+            if parameter is None or not _torch._C._is_alias_of(self, parameter):
                 self._refuse(
                     "it was read before the model was moved or its parameter replaced, now",
                     "read it again",
@@ -291,6 +298,20 @@ def assign(source: Source, value: Any) -> None:
         source.write(held)
 
 
+def _differentiated(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """``torch.autograd.grad``, by shown weights too."""
+    with _plain():
+        sources = [
+            one._source
+            if isinstance(one, ShownWeight) and one._is_whole and isinstance(one._source, Rows)
+            else None
+            for one in inputs
+        ]
+        if not any(sources):
+            return _torch.autograd.grad(outputs, inputs, *args, **kwargs)
+        return gradients(outputs, inputs, sources, **kwargs)
+
+
 def _is_edit(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether an operation says that it works in place."""
     in_place = name[-1:] == "_" and name[-2:] != "__"
@@ -318,19 +339,11 @@ def _version(x: Tensor | None) -> int | None:
     return None if x is None or x.is_inference() else x._version
 
 
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    with _plain():
-        try:
-            return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):  # sparse, or within a function transform
-            return False
-
-
 def _still_shown(out: Any, shown: list[ShownWeight]) -> Any:
     """What an operation gives, its views of shown weights as such."""
     if type(out) is Tensor:
         for one in shown:
-            if _shares_memory(out, one):
+            if _torch._C._is_alias_of(out, one):
                 return one._part(out)
     elif type(out) in (tuple, list):
         return type(out)(_still_shown(part, shown) for part in out)

@@ -228,20 +228,23 @@ class Rows(Source):
         parameter = self.parameter()
         if parameter is None or parameter.grad is None:
             return None
-        heads = self.arrange(parameter.grad)
-        if self.is_view:
-            return heads
+        grad = self.grad_of(parameter.grad)
+        return grad if self.is_view else Computed(grad, self)
+
+    def grad_of(self, stored: Tensor) -> Tensor:
+        """A gradient of the stored matrix as one of the weight."""
+        heads = self.arrange(stored)
         if self.repeats > 1:
             heads = heads.repeat_interleave(self.repeats, 0)
         if self.gain is None:
-            return Computed(heads, self)
+            return heads
         gain = self._gain(heads).detach()
         if bool((gain == 0).any()):
             raise InputError(
                 f"{self.names().shown_as}: the gradient behind a gain of 0 is not known from that "
                 "of the stored weight: unfold the norms (enable_compatibility_mode(fold_ln=False))"
             )
-        return Computed(heads / gain, self)
+        return heads / gain
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 from tl_looped._compat import HookedRootModule
 from tl_looped.cache import RunRecord
 from tl_looped.checks import checked
-from tl_looped.errors import GatedHookError, InputError, RecurrenceCountError
+from tl_looped.errors import ConfigError, GatedHookError, InputError, RecurrenceCountError
 from tl_looped.model.block import GATED_HOOKS, Block, BlockList, BlockWeights
 from tl_looped.model.cells import LoopCell, Site
 from tl_looped.model.config import LoopedConfig
@@ -80,6 +80,15 @@ class Pool(HookedRootModule):
     def __init__(self) -> None:
         self.__dict__["_common"] = Common()
         super().__init__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in PyTorch, but for another configuration, which no run would honour."""
+        if name == "cfg" and value is not self.__dict__.get("cfg", value):
+            raise ConfigError(
+                "a model was made of its configuration and keeps it: set fields of model.cfg that "
+                "may be set, or make a model of the other one, LoopedTransformer.from_config(cfg)"
+            )
+        super().__setattr__(name, value)
 
     @property
     def context_level(self) -> int:
@@ -269,7 +278,7 @@ class Pool(HookedRootModule):
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view.__dict__["_modules"] = dict(self._modules)
-        view.cfg = copy(self.cfg)
+        view.__dict__["cfg"] = copy(self.cfg)
         view.cfg.note(n_recurrences=loop.R, n_layers=loop.n_layers)
         view.loop = loop
         # Past __setattr__, which would make the model a part of its view.

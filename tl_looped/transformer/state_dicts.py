@@ -65,6 +65,9 @@ class _Found:
             raise InputError(f"{name} must be a tensor of floats, got {described(value)}")
         if _is_buffer(name):
             return
+        if value.is_meta or value.layout != torch.strided:
+            kind = "on the meta device, without values" if value.is_meta else str(value.layout)
+            raise InputError(f"{name} must be a dense tensor with values, and it is {kind}")
         own = name in self.parameters
         stored = StoredRows(name) if own else self.model.parameter_of(name)
         if stored is None:
@@ -77,6 +80,12 @@ class _Found:
         if not bool(value.isfinite().all()):
             raise InputError(f"{name} is not finite: it holds NaN or infinity")
         value = value.detach()
+        dtype = self.parameters[stored.name].dtype
+        if not bool(value.to(dtype).isfinite().all()):
+            raise InputError(
+                f"{name} has numbers beyond the largest of {dtype}, the model's dtype: "
+                "move the model to another one first (model.to(torch.float32))"
+            )
         self._store(name, stored, value if own else _as_stored(name, value, self.model.cfg))
 
     def _store(self, name: str, stored: StoredRows, value: Tensor) -> None:
@@ -120,18 +129,26 @@ class _Found:
 
     def _add_folded_gains(self) -> None:
         """Gains of one, where those that can be folded are folded into the weights behind them."""
-        cfg = self.model.cfg
         gains = [n for n in self.parameters if n == "final_norm.w" or n.endswith(_FOLDABLE)]
         if any(name in self.rows for name in gains):
             return
-        if cfg.loop_norm or cfg.pre_coda_norm:
+        if why := _why_not_folded(self.model.cfg):
             raise InputError(
                 "the gains of this state dict are folded into its weights (there is no ln_final.w),"
-                f" and the final norm of {cfg.model_name} stands in front of other things than the "
-                "unembedding too: take the state dict of the model before folding"
+                f" and {why}: take the state dict of the model before folding"
             )
         for name in gains:
             self.rows[name] = {0: ("a folded gain", torch.ones_like(self.parameters[name]))}
+
+
+def _why_not_folded(cfg: LoopedConfig) -> str | None:
+    """Why no stored weights are those of the model with its final norm folded; None if some are."""
+    if cfg.loop_norm or cfg.pre_coda_norm:
+        return (
+            f"the final norm of {cfg.model_name} stands in front of other things than the "
+            "unembedding too"
+        )
+    return None
 
 
 def _is_buffer(name: str) -> bool:
@@ -143,16 +160,23 @@ def _as_stored(name: str, value: Tensor, cfg: LoopedConfig) -> Tensor:
     heads = _HEADS.search(name)
     if heads is None:
         plain = name.endswith(".w") or name == "embed.W_E"
-        return value if plain else value.mT
+        return value if plain else _matrix(name, value).mT
     _, kind, which = heads.groups()
+    if value.ndim != (3 if kind == "W" else 2):
+        wanted = "[head, in, out]" if kind == "W" else "[head, d_head]"
+        raise InputError(f"{name} must be {wanted}, got shape {tuple(value.shape)}")
     if which in "KV" and len(value) == cfg.n_heads != cfg.n_kv_heads:
         value = _once(name, value, cfg)
     if kind == "b":
         return value
-    if value.ndim != 3:
-        raise InputError(f"{name} must be [head, in, out], got shape {tuple(value.shape)}")
     stored: Tensor = value.flatten(0, 1).mT if which == "O" else value.mT.flatten(0, 1)
     return stored
+
+
+def _matrix(name: str, value: Tensor) -> Tensor:
+    if value.ndim != 2:
+        raise InputError(f"{name} must be [in, out], got shape {tuple(value.shape)}")
+    return value
 
 
 def _once(name: str, value: Tensor, cfg: LoopedConfig) -> Tensor:
@@ -193,11 +217,25 @@ def fill_missing(model: NamedWeights, state_dict: Mapping[str, Tensor]) -> dict[
     return {**state_dict, **{name: value for name, value in own.items() if name not in have}}
 
 
-def fold_gains(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fold_gains(cfg: LoopedConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gains of ``ln1``, ``ln2`` and ``ln_final`` multiplied into the weights behind them.
 
     As in TransformerLens, what is left of them is ones.
+
+    Raises:
+        InputError: the model's final norm has more behind it, or the names are not
+            TransformerLens's.
     """
+    if why := _why_not_folded(cfg):
+        raise InputError(
+            f"fold_layer_norm: {why}, so that folded weights would be those of another model. "
+            "enable_compatibility_mode() shows gains as folded and changes no number"
+        )
+    if not any(name.startswith("blocks.") for name in state_dict):
+        raise InputError(
+            "fold_layer_norm: the state dict has none of TransformerLens's names, blocks.0.ln1.w "
+            f"and the like, but {sorted(state_dict)[:4]}: model.tl_parameters() has them"
+        )
     out = dict(state_dict)
     behind = {
         "ln1.w": ("attn.W_Q", "attn.W_K", "attn._W_K", "attn.W_V", "attn._W_V"),

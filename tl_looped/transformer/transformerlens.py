@@ -276,13 +276,18 @@ class TransformerLensMethods(TextLoop):
             fold_biases: Without effect: RMSNorm has none.
             center_weights: Refused. TransformerLens, where it is the default, says to turn it off
                 for RMSNorm, which does not take the mean out.
+
+        Raises:
+            InputError: for that; names that are not TransformerLens's; a model whose final norm
+                also stands elsewhere than before the unembedding (``loop_norm``,
+                ``pre_coda_norm``).
         """
         if center_weights:
             raise InputError(
                 "center_weights=True is for LayerNorm, which takes the mean out of its input; "
                 "RMSNorm does not, and the weights would be those of another model"
             )
-        return state_dicts.fold_gains(state_dict)
+        return state_dicts.fold_gains(self.cfg, state_dict)
 
     def center_unembed(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict whose ``unembed.W_U`` has lost its mean over the vocabulary.
