@@ -255,8 +255,9 @@ def test_what_is_hooked_is_forgotten_when_it_is_not(model: LoopedTransformer) ->
     hooked, tokens = model._watch.hooked, torch.tensor([[1, 2]])
     model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.hook_resid_mid", lambda x, hook: None)])
     assert not hooked
-    handle = model.hook_dict["blocks.3.hook_resid_mid"].add_hook(lambda x, hook: None)
-    assert len(hooked) == 1
-    handle.hook.remove()
+    point = model.hook_dict["blocks.3.hook_resid_mid"]
+    point.add_hook(lambda x, hook: None)
+    assert hooked == {point}
+    point.fwd_hooks[0].hook.remove()
     model.reset_hooks()
     assert not hooked

@@ -39,7 +39,6 @@ from tl_looped.model.shown_gradients import gradients
 from tl_looped.model.weight_sources import Rows, Source, same_values
 
 # What their type hints do not know.
-_torch: Any = torch
 _Tensor: Any = Tensor
 _plain = torch._C.DisableTorchFunctionSubclass
 
@@ -213,7 +212,7 @@ class ShownWeight(Tensor):
         if name == "as_subclass" or (torch.compiler.is_compiling() and not edits) or func == _BASE:
             with _plain():
                 return func(*args, **kwargs)
-        if func is _torch.autograd.grad:
+        if func is torch.autograd.grad:
             return _differentiated(*args, **kwargs)
         shown = list(_shown_among((*args, *kwargs.values())))
         written = list(_shown_among(_written(args, kwargs))) if edits else []
@@ -235,7 +234,7 @@ class ShownWeight(Tensor):
             self._refuse(f"{name} would change this tensor alone, and not", "edit its values")
         if self._copy is None:
             parameter = self._source.parameter()
-            if parameter is None or not _torch._C._is_alias_of(self, parameter):
+            if parameter is None or not _shares_memory(self, parameter):
                 self._refuse(
                     "it was read before the model was moved or its parameter replaced, now",
                     "read it again",
@@ -308,7 +307,7 @@ def _differentiated(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any
             for one in inputs
         ]
         if not any(sources):
-            return _torch.autograd.grad(outputs, inputs, *args, **kwargs)
+            return torch.autograd.grad(outputs, inputs, *args, **kwargs)
         return gradients(outputs, inputs, sources, **kwargs)
 
 
@@ -339,11 +338,19 @@ def _version(x: Tensor | None) -> int | None:
     return None if x is None or x.is_inference() else x._version
 
 
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    with _plain():
+        try:
+            return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # sparse, or within a function transform
+            return False
+
+
 def _still_shown(out: Any, shown: list[ShownWeight]) -> Any:
     """What an operation gives, its views of shown weights as such."""
     if type(out) is Tensor:
         for one in shown:
-            if _torch._C._is_alias_of(out, one):
+            if _shares_memory(out, one):
                 return one._part(out)
     elif type(out) in (tuple, list):
         return type(out)(_still_shown(part, shown) for part in out)
