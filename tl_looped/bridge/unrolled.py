@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -220,11 +221,12 @@ class UnrolledModel(Module):
         mask = self._check_mask(attention_mask, x)
         context = RunContext.build(self.looped_cfg, x.shape[1], mask, x.device, x.dtype)
         angles = context.rotation.cos[:, :, 0], context.rotation.unsigned_sin[:, :, 0]
+        allowed = None if context.allowed is None else _additive(context.allowed, x.dtype)
         run = LoopRun(context, self.program, None, self.state_seed, prelude_output)
         for layer in self.layers:
             if self.has_boundaries:
                 x = layer.boundary(x, run)
-            x = layer(x, position_embeddings=angles, attention_mask=context.allowed)
+            x = layer(x, position_embeddings=angles, attention_mask=allowed)
         x = execute(self._before(self.loop.n_layers), x, run, self._parts)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
@@ -265,3 +267,15 @@ class UnrolledModel(Module):
                 "prelude's output: pass it as prelude_output= (hook_resid_post of the last "
                 "prelude layer)"
             )
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What TransformerLens's attention adds to scores: a number that stays finite where it goes.
+
+    Of True and False it makes the dtype's lowest number, and computes the softmax in fp32. There
+    fp64's lowest number is -inf, as is in fp16 the sum of its own with a score, and a query of
+    padding that sees nothing would be NaN, and with it every key that others weight by zero.
+    """
+    floor = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    floor = floor / 2 if dtype == torch.float16 else floor
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, floor)
