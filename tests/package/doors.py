@@ -41,7 +41,7 @@ PROTOCOL = {"changes", "wants", "measure", "place"}
 ADAPTER = {m for m in vars(tl_looped.Adapter) if not m.startswith("_")}
 # What is called with what the package gives it: its errors are the caller's own.
 FUNCTIONS = {"features", "hook", "name", "names_filter", "patching_metric", "step"}
-FUNCTIONS |= {"stopping_criteria"}
+FUNCTIONS |= {"stopping_criteria", "reshape_fn"}
 # What the package makes, and hands out:
 RESULTS = {
     *("Run", "AttentionLipschitz", "AttentionView", "BootstrapCI", "Changes", "ConvergenceResult"),
@@ -62,7 +62,7 @@ RESULTS = {
 INNER = {
     *("random_initial_state", "read_out", "start_run", "unroll", "view_at", "check_owner", "own"),
     *("belong_to", "note", "settle", "is_layer_norm_activation"),
-    *("slot", "program_at"),
+    *("slot", "program_at", "register_parameter"),
 }
 
 
