@@ -482,6 +482,42 @@ def shown_as(block: Any, name: str) -> str:
     return called
 
 
+@pytest.mark.parametrize("value", ["tensor", "parameter", "traced"])
+@pytest.mark.parametrize(
+    "name", ["blocks.2.attn.W_Q", "blocks.2.attn._W_K", "unembed.W_U", "ln_final.w"]
+)
+def test_functional_calls_take_the_names_of_what_is_stored(name: str, value: str) -> None:
+    for folded in (False, True):
+        model = make("pre", folded)
+        before, own = state(model), "core.0.attn.qkv"
+        weight = plain(shown(model, name)) * 2
+        given = nn.Parameter(weight) if value == "parameter" else weight
+        stored = {own: before[own] * 2}
+
+        def call(given: Tensor, model: LoopedTransformer, stored: State) -> Tensor:
+            loans = (model, {**stored, name: given}, (TOKENS,))
+            loss: Tensor = torch.func.functional_call(*loans).sum()
+            return loss
+
+        run = torch.func.grad(call) if value == "traced" else call
+        with pytest.raises(InputError, match="functional_call"):
+            run(given, model, stored)
+        assert_unchanged(model, before)
+
+
+def test_what_has_a_gradient_is_not_assigned(model: LoopedTransformer) -> None:
+    attn = model.blocks[2].attn
+    before, twice = state(model), attn.W_Q * 2
+    assert twice.requires_grad
+    with pytest.raises(InputError, match=r"blocks\.2\.attn\.W_Q: .*detach"):
+        attn.W_Q = twice
+    assert_unchanged(model, before)
+    attn.W_Q = twice.detach()
+    assert_same(plain(attn.W_Q), plain(twice))
+    attn.W_Q.data = twice * 2
+    assert_same(plain(attn.W_Q), plain(twice) * 2)
+
+
 def test_values_that_the_dtype_cannot_hold_are_refused() -> None:
     model = LoopedTransformer.from_config(random_config(dtype=torch.bfloat16))
     attn = model.blocks[0].attn

@@ -192,6 +192,20 @@ def test_folded_gains_of_a_norm_that_stands_in_two_places() -> None:
         made("sandwich-loop-norm", seed=1).load_and_process_state_dict(copied(model))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_pytorchs_own_loading_takes_the_models_own_names(strict: bool) -> None:
+    model = made("pre")
+    before = model.W_Q
+    with refused(InputError, "load_and_process_state_dict", "blocks.0.attn.W_Q"):
+        model.load_state_dict(
+            {name: value * 2 for name, value in copied(model).items()}, strict=strict
+        )
+    assert torch.equal(model.W_Q, before)
+    own = {name: value * 2 for name, value in model.state_dict().items()}
+    assert model.load_state_dict(own, strict, assign=True).missing_keys == []
+    assert torch.equal(model.W_Q, before * 2)
+
+
 def test_a_model_without_values() -> None:
     with torch.device("meta"):
         model = LoopedTransformer.from_config(TINY)

@@ -26,7 +26,9 @@ unembedding where they are tied. ``shared_by`` names all that change with a weig
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -131,7 +133,7 @@ class ShownWeight(Tensor):
     def data(self, data: Tensor) -> None:
         if not self._is_whole:
             self._refuse("a part of it cannot get other data: it is stored in", "assign with [:] =")
-        assign(self._source, data)
+        assign(self._source, data.detach() if isinstance(data, Tensor) else data)
         if self._copy is not None:
             self._bring_up()
 
@@ -280,8 +282,10 @@ def assign(source: Source, value: Any) -> None:
     """Store values for a weight: what assignment to it does.
 
     Raises:
-        InputError: it is no tensor, of another shape, or the weight's dtype cannot hold it.
+        InputError: it is no tensor, of another shape, or the weight's dtype cannot hold it; a
+            gradient is wanted, or the weight is only lent to a call.
     """
+    _refuse_a_loan(source, value)
     with torch.no_grad(), _plain():
         now, name = source.read(), source.names().shown_as
         if not isinstance(value, Tensor) or value.shape != now.shape or value.is_complex():
@@ -295,6 +299,30 @@ def assign(source: Source, value: Any) -> None:
                 f"round them first (.to({now.dtype})), or move the model to another dtype"
             )
         source.write(held)
+
+
+def _refuse_a_loan(source: Source, value: Any) -> None:
+    """Refuse what would take the number and nothing else: a gradient, or the end of the loan.
+
+    ``torch.func.functional_call`` exchanges what is no parameter by assignment, and assigns after
+    the call what it has read before: a view, which has the new numbers by then.
+    """
+    names = source.names()
+    instead = "there is no such parameter"
+    if names.stored_in is not None:
+        instead = f"use {names.stored_in}, where it is stored (model.parameter_of has its rows)"
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.nn.utils._named_member_accessor":
+            raise InputError(f"{names.shown_as} cannot be lent to functional_call: {instead}")
+        frame = frame.f_back
+    traced = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    if traced and value.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            f"{names.shown_as}: assignment copies numbers, and no gradient would reach what they "
+            f"were computed of: assign value.detach(). For gradients {instead}, with "
+            "torch.func.functional_call or torch.nn.utils.parametrize"
+        )
 
 
 def _differentiated(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,19 @@ def load(model: NamedWeights, state_dict: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
+
+
+def refuse_other_names(model: NamedWeights, state_dict: Mapping[str, Any]) -> None:
+    """Raise if names are TransformerLens's, which PyTorch's own loading does not know."""
+    theirs = ("blocks.", "unembed.W_U", "ln_final.")
+    found = [name for name in state_dict if str(name).startswith(theirs)]
+    if found:
+        raise InputError(
+            f"{found[0]!r} is TransformerLens's name of a weight, and load_state_dict takes this "
+            f"model's own, such as {next(name for name, _ in model.named_parameters())!r}: "
+            "model.load_and_process_state_dict(state_dict, fold_ln=False, center_unembed=False, "
+            "fold_value_biases=False) reads TransformerLens's"
+        )
 
 
 class _Found:

@@ -259,6 +259,17 @@ class TransformerLensMethods(TextLoop):
         state_dicts.load(self, state_dict)
         asked.apply(self)
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in PyTorch, of the model's own names; see :meth:`load_and_process_state_dict`.
+
+        Raises:
+            InputError: there are TransformerLens's names, which would be passed over.
+        """
+        state_dicts.refuse_other_names(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def fill_missing_keys(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict under TransformerLens's names, with the model's own for what lacks."""
         return state_dicts.fill_missing(self, state_dict)
