@@ -102,6 +102,19 @@ def test_activations_and_gradients_beside_transformerlenss_cache(tokens: Tensor)
     assert found[0][3].shape[-1] == 9
 
 
+def test_a_cache_of_groups_is_refused_where_they_are_ungrouped(tokens: Tensor) -> None:
+    """With the flag there are keys and values of each query head, and an entry has no room."""
+    model = small(n_key_value_heads=2)
+    past = theirs(model)
+    model(tokens, past_kv_cache=past)
+    model.set_ungroup_grouped_query_attention(True)
+    with pytest.raises(InputError, match="set_ungroup_grouped_query_attention"):
+        model(tokens, past_kv_cache=past)
+    model.set_ungroup_grouped_query_attention(False)
+    assert model(tokens, past_kv_cache=past).shape[1] == 9  # nothing was added by the refused run
+    assert past.previous_attention_mask.shape == (2, 18)
+
+
 def test_a_cache_in_another_dtype_is_refused(tokens: Tensor) -> None:
     model = small()
     past = theirs(model)

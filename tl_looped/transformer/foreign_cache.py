@@ -85,6 +85,12 @@ def _check(model: HookedLoop, cache: TransformerLensKeyValueCache) -> None:
             f"TransformerLensKeyValueCache is for models on one device, and this one is spread "
             f"over {cfg.n_devices}: {_OURS}"
         )
+    if cfg.n_hooked_kv_heads != cfg.n_kv_heads:
+        raise InputError(
+            f"TransformerLensKeyValueCache holds {cfg.n_kv_heads} key-value heads, and with "
+            f"ungroup_grouped_query_attention there are {cfg.n_hooked_kv_heads}: {_OURS}, or "
+            "set_ungroup_grouped_query_attention(False)"
+        )
     if len(cache.entries) != loop.n_layers:
         raise InputError(
             f"the TransformerLensKeyValueCache has {len(cache.entries)} entries, and a run of "
