@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ from tl_looped import (
 )
 
 # One major version of TransformerLens has what each of these directories tests: 4.x its new tools,
-# 3.x HookedTransformer, which 4.0 removed. `make test` and `make compat` run one each.
+# 3.x HookedTransformer, which 4.0 removed. `make test` and `make compat` run one each, and
+# `make outside` what needs other people's libraries.
 collect_ignore = ["compat" if int(version("transformer-lens").split(".")[0]) >= 4 else "bridge"]
+if find_spec("sae_lens") is None:
+    collect_ignore.append("outside")
 
 # One of the lanes of `make test-lanes`.
 if os.environ.get("TL_LOOPED_MKLDNN") == "off":

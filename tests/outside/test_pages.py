@@ -11,7 +11,6 @@ from pages import DOCS, run_page
 
 pytestmark = pytest.mark.once
 
-pytest.importorskip("sae_lens", reason="make outside installs it")
 PAGES = sorted(f"howto/outside/{page.name}" for page in DOCS.glob("howto/outside/*.md"))
 
 

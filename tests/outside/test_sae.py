@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hooked
 import pytest
+import sae_lens
 import torch
 from closeness import assert_same
 from conftest import VARIANTS, exact_config
@@ -14,9 +16,6 @@ from torch import Tensor
 
 from tl_looped import InputError, LoopedTransformer
 from tl_looped import interventions as iv
-
-sae_lens = pytest.importorskip("sae_lens", reason="make outside installs it")
-hooked = pytest.importorskip("hooked", reason="HookedTransformer is of TransformerLens 3")
 
 WIDTH = 24
 KINDS: dict[str, dict[str, Any]] = {
