@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import hooked
 import pytest
-import sae_lens
 import torch
 from closeness import assert_same
 from conftest import VARIANTS, exact_config
@@ -16,6 +16,10 @@ from torch import Tensor
 
 from tl_looped import InputError, LoopedTransformer
 from tl_looped import interventions as iv
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # theirs
+    import sae_lens
 
 WIDTH = 24
 KINDS: dict[str, dict[str, Any]] = {
