@@ -162,6 +162,37 @@ def test_a_hook_point_of_another_class_is_refused(model: LoopedTransformer) -> N
         model.setup()
 
 
+@pytest.mark.parametrize("name", ["blocks.3.hook_resid_pre", "recurrence.1.hook_state_in"])
+def test_a_hook_point_can_come_in_the_place_of_what_is_none(
+    model: LoopedTransformer, name: str
+) -> None:
+    expected = model(TOKENS)
+    replace_at(model, name, nn.Linear(32, 32))
+    replace_at(model, name, HookPoint())
+    model.setup()
+    assert torch.equal(model(TOKENS), expected)
+    assert name in model.run_with_cache(TOKENS)[1].keys()
+    replace_at(model, name, model.hook_dict[name])  # where it is already
+    model.add_hook(name, double)
+    assert not torch.equal(model(TOKENS), expected)
+
+
+def test_a_hook_point_has_one_place(model: LoopedTransformer) -> None:
+    """In two it would have the later name in both, and one of them would be in no cache."""
+    block, point = model.blocks[3], HookPoint()
+    block.hook_resid_pre = point  # type: ignore[assignment]
+    for other in (point, model.blocks[5].hook_resid_pre, model.blocks[3].hook_resid_post):
+        with refused(InputError, "hook_resid_pre", "one place"):
+            model.blocks[4].hook_resid_pre = other  # type: ignore[assignment]
+    coda = model.blocks[-1]
+    before = coda.hook_resid_pre
+    coda.hook_resid_pre = HookPoint()  # type: ignore[assignment]
+    model.set_recurrences(2)
+    coda.hook_resid_pre = before  # its own place again, under another name
+    model.setup()
+    assert model.hook_dict[f"blocks.{model.cfg.n_layers - 1}.hook_resid_pre"] is before
+
+
 def test_a_replaced_block_is_refused(model: LoopedTransformer) -> None:
     model.blocks[3] = nn.Identity()  # type: ignore[assignment]
     with refused(InputError, "blocks.3", "intervening"):

@@ -216,7 +216,8 @@ def adopt(point: HookPoint, like: LoopedHookPoint, where: str) -> LoopedHookPoin
         where: Its place, for the message.
 
     Raises:
-        InputError: for a class of its own, which may do anything.
+        InputError: for a class of its own, which may do anything; for a hook point that stands
+            somewhere already, and can have one name only.
     """
     own = point.__dict__
     if type(point) is HookPoint:
@@ -227,9 +228,22 @@ def adopt(point: HookPoint, like: LoopedHookPoint, where: str) -> LoopedHookPoin
             f"{where} was replaced by a {type(point).__name__}: a hook point here is "
             "TransformerLens's HookPoint or a LoopedHookPoint, with hooks for what is to be done"
         )
+    if point.name is not None and _stand(point) != _stand(like):
+        raise InputError(
+            f"{where} was replaced by the hook point of {point.name}, and one hook point has one "
+            "place: make a new HookPoint()"
+        )
     same = ("location", "watch", "_name", "training", "reader")
     own.update({name: like.__dict__.get(name) for name in same}, pos_dim=like.pos_dim, armed=True)
     return point
+
+
+def _stand(point: LoopedHookPoint) -> tuple[Any, ...]:
+    """Where a hook point stands, at any number of recurrences."""
+    own = point.__dict__
+    location, name, watch = own.get("location"), str(own.get("_name")), own.get("watch")
+    within = name.split(".", 2)[-1] if name.startswith("blocks.") else name
+    return location, within, id(watch)
 
 
 def hook_points_of(module: nn.Module) -> dict[str, LoopedHookPoint]:
@@ -288,7 +302,9 @@ class QuickModule(Arming, Module):
         def __setattr__(self, name: str, value: Any) -> None:
             """As in PyTorch; a plain HookPoint in the place of one of ours takes on what it was."""
             if isinstance(value, HookPoint) and name in self._modules:
-                adopt(value, self._modules[name], name)
+                before = self._modules[name]
+                if isinstance(before, LoopedHookPoint):  # else setup() knows what it was
+                    adopt(value, before, name)
             super().__setattr__(name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
