@@ -273,6 +273,61 @@ def test_a_copy_is_edited_as_it_is_stored_now() -> None:
         assert_same(plain(weight[:2]), wanted)
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flat": lambda w: w.reshape(-1),
+    "flat view": lambda w: w.view(-1)[3:40],
+    "flattened part": lambda w: torch.flatten(w[0])[::3],
+    "flattened twice": lambda w: w.ravel().reshape(4, -1).contiguous()[1],
+    "heads together": lambda w: w.flatten(0, 1).unsqueeze(0),
+    "detached": lambda w: w.detach().reshape_as(w.data).view(len(w), -1),
+    "itself": lambda w: w.contiguous(),
+    "unflattened": lambda w: w.unflatten(-1, (2, -1))[..., 1, :],
+    # Copies, of which an edit is none of the weight.
+    "turned": lambda w: w.mT.contiguous(),
+    "turned and flat": lambda w: w.transpose(0, -1).reshape(-1),
+    "columns": lambda w: w[..., 1:].flatten(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_reshaped_weight_is_the_weight_where_a_contiguous_one_is(
+    model: LoopedTransformer, layout: str
+) -> None:
+    before, make_view = state(model), LAYOUTS[layout]
+    for within in (*MATRICES, "attn._W_V"):
+        if within in ("attn.W_K", "attn.W_V") and model.cfg.n_kv_heads != 4:
+            continue  # query heads of a group change together or not at all
+        weight = shown(model, f"blocks.{model.loop.index(2, 1)}.{within}")
+        old = plain(weight).contiguous()
+        expected = old.clone(memory_format=torch.contiguous_format)
+        mine, theirs = make_view(weight), make_view(expected)
+        for one in (mine, theirs):
+            one += 1.0
+            one[..., :2] = 0.125
+        assert torch.equal(expected, old) == (layout in ("turned", "turned and flat", "columns"))
+        assert_same(plain(mine), theirs)
+        assert_same(plain(weight), expected)
+        assert_same(plain(shown(model, f"blocks.{model.loop.index(0, 1)}.{within}")), expected)
+        restore(model, before)
+
+
+def test_a_reshaped_weight_is_edited_as_it_is_stored_now() -> None:
+    for folded in (False, True):
+        model = make("pre", folded)
+        flat, weight = model.blocks[2].mlp.W_in.reshape(-1), model.blocks[2].mlp.W_in
+        with pytest.raises(RuntimeError, match=AUTOGRAD):
+            flat[0] = 2.0
+        with torch.no_grad():
+            weight[1] = 1.0
+            flat[0] = 2.0  # does not bring row 1 back
+        assert_same(plain(model.blocks[2].mlp.W_in[1]), torch.ones(48).double())
+        assert_same(plain(model.blocks[2].mlp.W_in[0, 0]), torch.tensor(2.0).double())
+        model.to(torch.float32)
+        with torch.no_grad(), pytest.raises(InputError, match="moved"):
+            flat[0] = 3.0
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 

@@ -13,11 +13,12 @@ edits take effect on what is stored, or raise an error that says what to do:
 
 That holds for operations in place (``W[0] = 0``, ``W *= 2``, ``copy_``, ``out=``,
 ``torch.nn.init``), for ``.data = ...``, for assignment (``attn.W_Q = nn.Parameter(x)`` copies the
-numbers), and for views of such a tensor. As with a parameter, PyTorch refuses edits in place that
-autograd would see: edit within ``torch.no_grad()``. ``grad`` is what ``backward`` left in the
-stored parameter, in TransformerLens's shape, and ``torch.autograd.grad`` gives the same. What is
-computed of a shown weight is a plain tensor, and so are its copies by ``clone``, ``deepcopy``,
-``pickle`` and ``torch.save``.
+numbers), and for views of such a tensor, ``W.reshape(-1)`` too (``shown_layout``). As with a
+parameter, PyTorch refuses edits in place that autograd would see: edit within
+``torch.no_grad()``. ``grad`` is what ``backward`` left in the stored parameter, in
+TransformerLens's shape, and ``torch.autograd.grad`` gives the same. What is computed of a shown
+weight is a plain tensor, and so are its copies by ``clone``, ``deepcopy``, ``pickle`` and
+``torch.save``.
 
 Weights are shared: by all recurrences of a layer, by the query heads of a group, by embedding and
 unembedding where they are tied. ``shared_by`` names all that change with a weight, and so does its
@@ -27,7 +28,8 @@ unembedding where they are tied. ``shared_by`` names all that change with a weig
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn, cast
 
@@ -38,6 +40,7 @@ from tl_looped._compat import Module
 from tl_looped.checks import described
 from tl_looped.errors import InputError
 from tl_looped.model.shown_gradients import gradients
+from tl_looped.model.shown_layout import LAYOUT, Laid, replayed, shares_memory, twin
 from tl_looped.model.weight_sources import Rows, Source, same_values
 
 # What their type hints do not know.
@@ -85,6 +88,8 @@ class ShownWeight(Tensor):
     # Of a copy, all of it, as a plain tensor; None where the numbers are the stored ones.
     _copy: Tensor | None
     _is_whole: bool
+    # Contiguous, without values, through all that this went through; None if that is not known.
+    _twin: Tensor | None
 
     @property
     def shown_as(self) -> str:
@@ -200,8 +205,28 @@ class ShownWeight(Tensor):
         part = "" if self._is_whole else "part of "
         return f"{text}\n# {part}{self._source.names().note()}"
 
-    def _part(self, view: Tensor) -> ShownWeight:
-        return _as_shown(view, self._source, self._copy, is_whole=False)
+    def _part(self, view: Tensor, its_twin: Any) -> ShownWeight:
+        mine, part = self._twin, _as_shown(view, self._source, self._copy, is_whole=False)
+        known = type(its_twin) is Tensor and mine is not None and its_twin.shape == view.shape
+        part._twin = its_twin if known and shares_memory(its_twin, cast(Tensor, mine)) else None
+        return part
+
+    def _laid_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What an operation on the layout gives, as of a contiguous weight; None if unknown."""
+        mine = self._twin
+        if mine is None:
+            return None
+        its = func(mine, *args, **kwargs)
+        if its.dtype != mine.dtype:
+            return None
+        out: Tensor = func(self.contiguous(), *args, **kwargs)
+        if not shares_memory(its, mine):
+            return out.clone() if shares_memory(out, self) else out
+        if shares_memory(out, self):
+            return self._part(out, its)
+        laid = _as_shown(out, Laid(self, out.shape), out, is_whole=False)
+        laid._twin = its
+        return laid
 
     @classmethod
     def __torch_function__(
@@ -223,12 +248,16 @@ class ShownWeight(Tensor):
         copies = {id(one._copy): one for one in shown if one._copy is not None}
         versions = {i: _version(one._copy) for i, one in copies.items()}
         with _plain():
+            if name in LAYOUT and args and isinstance(args[0], ShownWeight):
+                laid = args[0]._laid_out(func, args[1:], kwargs)
+                if laid is not None:
+                    return laid
             out = func(*args, **kwargs)
             edited = {id(one._copy) for one in written}
             for i, one in copies.items():
                 if i in edited or _version(one._copy) != versions[i]:
                     one._bring_home(seen=i in edited)
-            return _still_shown(out, shown)
+            return _still_shown(out, shown, lambda: replayed(func, args, kwargs))
 
     def _before_an_edit(self, name: str, autograd_is_off: bool) -> None:
         """Refuse what is no edit of values, or cannot reach the stored ones; bring copies up."""
@@ -236,7 +265,7 @@ class ShownWeight(Tensor):
             self._refuse(f"{name} would change this tensor alone, and not", "edit its values")
         if self._copy is None:
             parameter = self._source.parameter()
-            if parameter is None or not _shares_memory(self, parameter):
+            if parameter is None or not shares_memory(self, parameter):
                 self._refuse(
                     "it was read before the model was moved or its parameter replaced, now",
                     "read it again",
@@ -275,6 +304,7 @@ def show(source: Source) -> ShownWeight:
 def _as_shown(value: Tensor, source: Source, copy: Tensor | None, is_whole: bool) -> ShownWeight:
     shown = value.as_subclass(ShownWeight)
     shown._source, shown._copy, shown._is_whole = source, copy, is_whole
+    shown._twin = twin(value)
     return shown
 
 
@@ -366,20 +396,19 @@ def _version(x: Tensor | None) -> int | None:
     return None if x is None or x.is_inference() else x._version
 
 
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    with _plain():
-        try:
-            return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):  # sparse, or within a function transform
-            return False
-
-
-def _still_shown(out: Any, shown: list[ShownWeight]) -> Any:
+def _still_shown(out: Any, shown: list[ShownWeight], of_twins: Callable[[], Any]) -> Any:
     """What an operation gives, its views of shown weights as such."""
     if type(out) is Tensor:
         for one in shown:
-            if _shares_memory(out, one):
-                return one._part(out)
+            if shares_memory(out, one):
+                return one._part(out, of_twins())
     elif type(out) in (tuple, list):
-        return type(out)(_still_shown(part, shown) for part in out)
+        return type(out)(
+            _still_shown(part, shown, partial(_item, of_twins, i)) for i, part in enumerate(out)
+        )
     return out
+
+
+def _item(of_twins: Callable[[], Any], i: int) -> Any:
+    twins = of_twins()
+    return twins[i] if type(twins) in (tuple, list) and i < len(twins) else None
