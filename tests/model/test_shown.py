@@ -692,6 +692,36 @@ def test_results_are_plain_and_views_are_shown(model: LoopedTransformer) -> None
     assert model.get_parameter(stored.name).grad[stored.rows].abs().min() > 0
 
 
+def test_what_is_made_like_a_weight_is_laid_out_like_transformerlenss() -> None:
+    model = make("pre", folded=True)
+    for weight in (model.blocks[2].attn.W_Q, model.W_U, model.blocks[0].mlp.W_out[:3]):
+        made = [weight.clone(), torch.zeros_like(weight), torch.full_like(weight, 2.0)]
+        assert all(x.is_contiguous() for x in made)
+        assert_same(weight.clone().view(-1), plain(weight).reshape(-1))
+        torch.manual_seed(0)
+        drawn = torch.randn_like(weight)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, torch.randn(weight.shape, dtype=torch.float64))
+
+
+def test_numbers_are_formatted(model: LoopedTransformer) -> None:
+    weight = model.blocks[2].attn.W_K
+    assert f"{weight[0, 0, 0]:+.3f}" == f"{weight[0, 0, 0].item():+.3f}"
+    assert "blocks.2.attn.W_K" in f"{weight}"
+
+
+def test_a_parameter_of_another_module_moves_with_it(model: LoopedTransformer) -> None:
+    for weight in (model.W_U, model.blocks[2].attn.W_K, model.blocks[2].attn.b_O, model.W_V):
+        before, probe = state(model), nn.Module()
+        probe.W = nn.Parameter(weight.detach())
+        probe.to(torch.float32)
+        assert type(probe.W) is nn.Parameter
+        assert torch.equal(probe.W, plain(weight).float())
+        with torch.no_grad():
+            probe.W.zero_()
+        assert_unchanged(model, before)
+
+
 def test_copies_by_python_and_files_are_plain(model: LoopedTransformer) -> None:
     weight = model.blocks[2].attn.W_O
     file = io.BytesIO()

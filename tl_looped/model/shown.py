@@ -40,7 +40,15 @@ from tl_looped._compat import Module
 from tl_looped.checks import described
 from tl_looped.errors import InputError
 from tl_looped.model.shown_gradients import gradients
-from tl_looped.model.shown_layout import LAYOUT, Laid, replayed, shares_memory, twin
+from tl_looped.model.shown_layout import (
+    LAYOUT,
+    NEW,
+    Laid,
+    as_contiguous,
+    replayed,
+    shares_memory,
+    twin,
+)
 from tl_looped.model.weight_sources import Rows, Source, same_values
 
 # What their type hints do not know.
@@ -136,6 +144,12 @@ class ShownWeight(Tensor):
 
     @data.setter
     def data(self, data: Tensor) -> None:
+        if getattr(self, "_is_param", False):
+            # nn.Parameter(weight) of another module, which moves (``to``): it is that module's now.
+            self.__dict__.clear()
+            self.__class__ = nn.Parameter  # type: ignore[assignment]
+            self.data = data
+            return
         if not self._is_whole:
             self._refuse("a part of it cannot get other data: it is stored in", "assign with [:] =")
         assign(self._source, data.detach() if isinstance(data, Tensor) else data)
@@ -199,6 +213,10 @@ class ShownWeight(Tensor):
             copy = self.detach().clone().requires_grad_(self.requires_grad)
         return copy.__reduce_ex__(protocol)
 
+    def __format__(self, format_spec: str) -> str:
+        with _plain():
+            return format(self.as_subclass(Tensor), format_spec) if format_spec else repr(self)
+
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         with _plain():
             text = repr(self.as_subclass(Tensor))
@@ -248,6 +266,8 @@ class ShownWeight(Tensor):
         copies = {id(one._copy): one for one in shown if one._copy is not None}
         versions = {i: _version(one._copy) for i, one in copies.items()}
         with _plain():
+            if name in NEW and args and isinstance(args[0], ShownWeight):
+                kwargs = as_contiguous(args[0]._twin, kwargs)
             if name in LAYOUT and args and isinstance(args[0], ShownWeight):
                 laid = args[0]._laid_out(func, args[1:], kwargs)
                 if laid is not None:

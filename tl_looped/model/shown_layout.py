@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_looped.model.weight_sources import Names, Source
 
+_KINDS = ("empty", "zeros", "ones", "full", "rand", "randn", "randint")
 LAYOUT = frozenset(
     (
         *("reshape", "reshape_as", "view", "view_as", "flatten", "unflatten"),
@@ -24,6 +25,9 @@ LAYOUT = frozenset(
     )
 )
 """Operations whose result is the tensor itself or a copy, as its strides allow."""
+
+NEW = frozenset(("clone", *(f"{kind}_like" for kind in _KINDS)))
+"""Operations that make a tensor with the strides of another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,13 @@ class Laid(Source):
 def twin(value: Tensor) -> Tensor:
     """A contiguous tensor of this shape, without values."""
     return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
+def as_contiguous(its_twin: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options of an operation of ``NEW`` that gives the strides of a contiguous weight."""
+    if its_twin is None or not its_twin.is_contiguous():
+        return kwargs
+    return {"memory_format": torch.contiguous_format} | kwargs
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
