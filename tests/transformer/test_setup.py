@@ -171,7 +171,7 @@ def test_a_hook_point_can_come_in_the_place_of_what_is_none(
     replace_at(model, name, HookPoint())
     model.setup()
     assert torch.equal(model(TOKENS), expected)
-    assert name in model.run_with_cache(TOKENS)[1].keys()
+    assert name in model.run_with_cache(TOKENS)[1].cache_dict
     replace_at(model, name, model.hook_dict[name])  # where it is already
     model.add_hook(name, double)
     assert not torch.equal(model(TOKENS), expected)

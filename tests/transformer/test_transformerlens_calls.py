@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_same
 from conftest import VARIANTS, exact_config, with_gains
+from refusals import refused
 from test_against_transformers import write_retrofit
 from torch import Tensor
 from transformers import DynamicCache, MaxLengthCriteria, StoppingCriteria
@@ -497,6 +498,15 @@ def test_rows_of_hf_generate_are_filled_up_with_eos(demo: LoopedTransformer) -> 
     stop = new[0].index(end) + 1
     eos = demo.tokenizer.eos_token_id
     assert out[0, -8:].tolist() == new[0][:stop] + [eos] * (8 - stop)
+    run: dict[str, Any] = {"eos_token_id": end, "do_sample": False}
+    filled = demo.hf_generate(texts, 8, pad_token_id=eos + 9, return_type="tokens", **run)
+    assert filled[0, -8:].tolist() == new[0][:stop] + [eos + 9] * (8 - stop)
+    assert torch.equal(filled[1], out[1])
+    assert demo.hf_generate(texts, 8, pad_token_id=eos + 9, **run) == demo.hf_generate(
+        texts, 8, **run
+    )
+    with refused(InputError, "pad_token_id", "2047"):
+        demo.hf_generate(texts, 8, pad_token_id=2048, **run)
     tokens, mask = demo.tokenize(texts, prepend_bos=False, padding_side="left")
     mine = demo.generate(
         tokens, 8, eos_token_id=end, do_sample=False, attention_mask=mask, verbose=False

@@ -100,6 +100,7 @@ def hf_generate(model: TextLoop, input: Any, n_new: int, given: Mapping[str, Any
         options["past_kv_cache"] = kept
     if options.pop("use_cache", None) is False:
         options["use_past_kv_cache"] = False
+    fill = _padding(model, options.pop("pad_token_id", None))
     tokenizer = options.pop("tokenizer", None)  # transformers wants it for stop_strings
     if tokenizer is not None and tokenizer is not model.tokenizer:
         raise InputError("tokenizer= is another one than model.tokenizer: set_tokenizer() sets it")
@@ -113,8 +114,14 @@ def hf_generate(model: TextLoop, input: Any, n_new: int, given: Mapping[str, Any
     as_dict = asked.output_logits or asked.return_dict_in_generate
     if is_text and asked.return_type != "tokens":
         asked, as_dict = replace(asked, output_logits=False), False
-    fill = getattr(model.tokenizer, "eos_token_id", None)
     return generate(model, input, n_new, asked, fill, as_dict)
+
+
+def _padding(model: TextLoop, given: Any) -> int | None:
+    """What ``hf_generate`` fills up rows with: transformers' ``pad_token_id``, or EOS."""
+    if given is None:
+        return getattr(model.tokenizer, "eos_token_id", None)
+    return whole(given, "pad_token_id", 0, model.cfg.d_vocab - 1)
 
 
 def _pieces(model: TextLoop, job: Job, size: int) -> Iterator[Any]:

@@ -353,17 +353,19 @@ class TextLoop(HookedLoop):
         """As :meth:`generate`, by the names and habits of transformers, as in TransformerLens 4.
 
         Text gets the special tokens that the tokenizer adds by itself, whatever
-        ``cfg.default_prepend_bos`` says. Rows are filled up with the tokenizer's EOS. There are no
-        defaults beside those written here: transformers' own (``top_k=50``) and those of the
-        checkpoint's ``generation_config.json`` do not count, but for stop tokens.
+        ``cfg.default_prepend_bos`` says. Rows are filled up with ``pad_token_id``, the tokenizer's
+        EOS if that is not given. There are no defaults beside those written here: transformers' own
+        (``top_k=50``) and those of the checkpoint's ``generation_config.json`` do not count, but
+        for stop tokens.
 
         Args:
             input, max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature,
                 use_past_kv_cache: As in :meth:`generate`.
             return_type: ``"input"``, ``"str"`` or ``"tokens"``.
-            **options: As in :meth:`generate`, and ``use_cache``, ``past_key_values``. With
-                ``output_logits`` or ``return_dict_in_generate`` tokens come back as transformers'
-                ``GenerateDecoderOnlyOutput``; text is text even then, as in TransformerLens.
+            **options: As in :meth:`generate`, and ``use_cache``, ``past_key_values`` and
+                ``pad_token_id``. With ``output_logits`` or ``return_dict_in_generate`` tokens come
+                back as transformers' ``GenerateDecoderOnlyOutput``; text is text even then, as in
+                TransformerLens.
 
         Returns:
             Text, a list of texts, tokens ``[batch, pos]``, or transformers' output of them.
