@@ -8,7 +8,7 @@ from closeness import assert_same
 from conftest import Golden
 from torch import Tensor
 
-from tl_looped import LoopedTransformer
+from tl_looped import LoopedKeyValueCache, LoopedTransformer
 
 LENGTHS = (11, 4, 7)
 
@@ -78,3 +78,36 @@ def test_coda_lens_of_a_padded_batch(golden, golden_model) -> None:
     for i, place in enumerate(where):
         expected = golden_model(tokens[i : i + 1, place], n_recurrences=2)[0]
         assert_same(lens[i, place], expected)
+
+
+@pytest.mark.parametrize("first", ["left", "right"])
+@pytest.mark.parametrize("then", ["left", "right"])
+@pytest.mark.parametrize("said", [False, True])
+def test_padding_of_what_continues_a_padded_batch(first: str, then: str, said: bool) -> None:
+    model = LoopedTransformer.from_pretrained("demo", device="cpu", dtype=torch.float64)
+    starts, ends = ["Tom has 3", "Tom has 3 boxes and"], [" boxes.", " 4 more of them."]
+    cache, side = LoopedKeyValueCache(), {"padding_side": then} if said else {}
+    model(model.to_tokens(starts, padding_side=first), past_kv_cache=cache)
+    new = model.to_tokens(ends, prepend_bos=False, padding_side=then)
+    assert bool((new == model.tokenizer.pad_token_id).any())
+    logits = model(new, past_kv_cache=cache, **side)
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        own = model.to_tokens(end, prepend_bos=False)
+        place = slice(-own.shape[1], None) if then == "left" else slice(0, own.shape[1])
+        alone = model(torch.cat((model.to_tokens(start), own), 1))
+        assert_same(logits[i, place], alone[0, -own.shape[1] :])
+
+
+def test_one_more_pad_token_per_row_is_a_token_unless_said() -> None:
+    model = LoopedTransformer.from_pretrained("demo", device="cpu", dtype=torch.float64)
+    start, cache = model.to_tokens(["Tom has 3", "Tom has 4"]), LoopedKeyValueCache()
+    model(start, past_kv_cache=cache)
+    pad = torch.full((2, 1), model.tokenizer.pad_token_id)
+    ones = torch.ones(2, start.shape[1] + 1)
+    whole = model(torch.cat((start, pad), 1), attention_mask=ones)
+    cache.freeze()
+    assert_same(model(pad, past_kv_cache=cache)[:, 0], whole[:, -1])
+    cache.unfreeze()
+    model(pad, past_kv_cache=cache, padding_side="right")
+    assert cache.mask is not None
+    assert cache.mask[:, -1].tolist() == [False, False]

@@ -410,9 +410,10 @@ class LoopedTransformer(TransformerLensMethods):
             stop_at_layer: Return what this layer would have received. ``n_layers`` returns the last
                 block's output.
             past_kv_cache: Keys and values of the tokens that come before; extended unless it is
-                frozen. Outputs are those of the new tokens. After others, no token is taken for
-                padding without an ``attention_mask``, and text gets no BOS unless asked for.
-                TransformerLens's own is for runs at the number of recurrences that it was made for.
+                frozen. Outputs are those of the new tokens. After others, text gets no BOS unless
+                asked for, and a single new token per row is padding only where ``attention_mask``
+                or ``padding_side`` says so. TransformerLens's own is for runs at the number of
+                recurrences that it was made for.
             n_recurrences: Recurrences of this run only.
             initial_state: State of recurrence 0, ``[batch, pos, d_model]``, or ``"zeros"`` (with
                 an injection: without one they would leave nothing of the prompt).

@@ -69,9 +69,9 @@ def read_prompt(
         prepend_bos: Whether text gets a BOS token; ``cfg.default_prepend_bos`` if None.
         padding_side: Side on which text is padded, the tokenizer's own if None; the only one on
             which tokens have padding, either one if None.
-        past: Keys and values of tokens that come before. After those, no token is taken for padding
-            without an ``attention_mask``, text gets no BOS unless asked for, and a row may consist
-            of padding.
+        past: Keys and values of tokens that come before. After those, text gets no BOS unless asked
+            for, a row may consist of padding, and one more token per row is never taken for it
+            without an ``attention_mask`` or a ``padding_side``: the model may have written it.
 
     Raises:
         InputError: for what is not an input, ids outside the vocabulary, a mask that does not fit,
@@ -94,10 +94,10 @@ def read_prompt(
             )
         mask = given.mask if mask is None else mask
         tokens = check_tokens(model, given.tokens)
+        if mask is None:
+            mask = padding_of(whole, tokens, prepend_bos, padding_side, continues)
         if mask is None and continues:
             mask = torch.ones_like(tokens, dtype=torch.bool)
-        elif mask is None:
-            mask = padding_of(whole, tokens, prepend_bos, padding_side)
     batch, length = tokens.shape
     return Prompt(tokens, check_mask(model, mask, batch, length, past))
 
@@ -169,8 +169,9 @@ def read_resid(
     mask = attention_mask
     if tokens is not None:
         tokens = check_tokens(model, tokens)
-        if mask is None and not (past is not None and past.length > 0):
-            mask = padding_of(model, tokens, prepend_bos)
+        if mask is None:
+            continues = past is not None and past.length > 0
+            mask = padding_of(model, tokens, prepend_bos, continues=continues)
     checked = check_mask(model, mask, resid.shape[0], resid.shape[1], past)
     return ResidualInput(resid.to(model.W_E), tokens, checked)
 
@@ -232,16 +233,20 @@ def padding_of(
     tokens: Int[Tensor, "batch pos"],
     prepend_bos: bool | None,
     side: str | None = None,
+    continues: bool = False,
 ) -> Bool[Tensor, "batch pos"] | None:
     """Mask of a token batch, read off its pad tokens; None if it has no padding.
 
     A pad token that is neither BOS nor EOS is padding wherever it leads or ends a row. One that
     is also BOS or EOS may be meant, so only leading runs that some rows have and others have
     not are padding, less the BOS token itself. Where the caller says on which side there is
-    padding, all pad tokens that lead, or end, a row are padding, as in TransformerLens.
+    padding, all pad tokens that lead, or end, a row are padding, as in TransformerLens. Where a
+    batch continues others by one token per row, that is none: the model may have written it.
     """
     if side is not None:
         return _padding_on(model, tokens, prepend_bos, one_of(side, "padding_side", SIDES))
+    if continues and tokens.shape[1] == 1:
+        return None
     ids = {
         name: getattr(model.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos")
     }
