@@ -74,6 +74,16 @@ def test_zero_recurrences_are_the_coda_on_the_initial_state(case: str) -> None:
     assert (none - golden.tensors["logits_r1"]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("wrong", [(), 1.5, "text"])
+@pytest.mark.parametrize("place", ["blocks.3.hook_resid_pre", "blocks.3.attn.hook_z"])
+def test_a_hook_that_returns_no_tensor_is_refused_where_it_did(
+    injected: LoopedTransformer, place: str, wrong: Any
+) -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    with refused(InputError, place, type(wrong).__name__):
+        injected.run_with_hooks(tokens, fwd_hooks=[(place, lambda x, hook: wrong)])
+
+
 # -- hook names and layers --------------------------------------------------------------------
 
 OUT_OF_RANGE = {  # of (2, 3 x 4, 1): 15 effective layers

@@ -186,8 +186,13 @@ class LoopedHookPoint(Arming, HookPoint):
             if log is not None and (own["_forward_pre_hooks"] or _global_forward_pre_hooks):
                 given = x.clone()  # these hooks get the tensor itself
             x = super().__call__(x)
+            if not isinstance(x, Tensor):
+                raise InputError(
+                    f"a hook of {self.name} returned a {type(x).__name__}: return a tensor, or "
+                    "None to leave the activation as it is"
+                )
             # What a hook brings along, from a cache for instance, may be on another device.
-            if isinstance(x, Tensor) and x.device != given.device:
+            if x.device != given.device:
                 x = x.to(given.device)
             if log is not None:
                 log.compare(self.name, given, x)
