@@ -69,13 +69,13 @@ _SHAPE_CHANGES = frozenset(
 class ShowsWeights(Module):
     """A module whose weights are properties: assigning one of them copies values."""
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+    def register_parameter(self, name: str, param: Tensor | None) -> None:
         """As in PyTorch; of a weight that is shown, its values are stored."""
         if isinstance(param, ShownWeight) and name.endswith("_orig"):  # torch.nn.utils.prune
             param._refuse("it cannot be pruned under this name, it is stored in", "prune that one")
         shown = getattr(type(self), name, None)
         if not isinstance(shown, property):
-            super().register_parameter(name, param)
+            super().register_parameter(name, cast("nn.Parameter | None", param))
         elif shown.fset is None:
             raise InputError(
                 f"{name} cannot be assigned: edit what it is made of, such as blocks[i].attn.W_Q, "
