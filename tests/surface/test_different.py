@@ -85,6 +85,20 @@ def test_compatibility_mode_leaves_the_logits_alone(model: LoopedTransformer) ->
     assert not torch.equal(other(TOKENS), model(TOKENS))
 
 
+def test_weights_are_stored_once_under_names_of_their_own() -> None:
+    model = LoopedTransformer(small())
+    stored = dict(model.named_parameters())
+    assert set(model.state_dict()) == set(stored)
+    assert sum(p.numel() for p in model.parameters()) == model.n_params_total
+    assert all("blocks" not in name for name in stored)
+    assert [list(block.parameters()) for block in model.blocks] == [[]] * 8
+    assert len(list(model.core[1].parameters())) == 6
+    with pytest.raises(TLLoopedError):
+        model.load_state_dict(model.tl_parameters())
+    model.load_state_dict({name: torch.full_like(p, 0.5) for name, p in stored.items()})
+    assert bool((model.blocks[3].attn.W_Q == 0.5).all())
+
+
 def test_a_model_moves_without_a_word(
     model: LoopedTransformer, capsys: pytest.CaptureFixture[str]
 ) -> None:
