@@ -116,6 +116,23 @@ def test_a_cache_of_groups_is_refused_where_they_are_ungrouped(tokens: Tensor) -
     assert past.previous_attention_mask.shape == (2, 18)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_edit_of_rotated_keys_is_refused_beside_transformerlenss_cache(
+    name: str, tokens: Tensor
+) -> None:
+    """It holds keys before their rotation: the next run would read them without the edit."""
+    model = with_gains(small(**VARIANTS[name]))
+    past = theirs(model)
+    model(tokens[:, :4], past_kv_cache=past)
+    edit = [("blocks.2.attn.hook_rot_k", lambda k, hook: 1.1 * k)]
+    with pytest.raises(InputError, match=r"blocks\.2\.attn\.hook_rot_k"):
+        model.run_with_hooks(tokens[:, 4:], past_kv_cache=past, fwd_hooks=edit)
+    assert past.previous_attention_mask.shape == (2, 4)
+    seen = [("blocks.2.attn.hook_rot_k", lambda k, hook: None)]
+    logits = model.run_with_hooks(tokens[:, 4:], past_kv_cache=past, fwd_hooks=seen)
+    assert_same(logits, model(tokens)[:, 4:])
+
+
 def test_a_cache_in_another_dtype_is_refused(tokens: Tensor) -> None:
     model = small()
     past = theirs(model)

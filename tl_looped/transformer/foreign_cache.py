@@ -42,20 +42,47 @@ def lent(
         options: Of the run.
 
     Raises:
-        InputError: if the cache is not one of such runs; naming what differs.
+        InputError: if the cache is not one of such runs, naming what differs; if rotated keys are
+            edited in a run that extends it, since it has no place for them.
     """
     ours, keys = _as_ours(model, cache), dict[int, Tensor]()
     n_past = ours.length
     readers = [_key_reader(model, layer, keys) for layer in range(model.loop.n_layers)]
     with model._reading(readers):
         yield replace(options, past_kv_cache=ours, foreign_cache=None)
-    if cache.frozen:
-        return
-    for layer, entry in enumerate(cache.entries):
-        values = ours.entries[model.loop.locate(layer)][1]
-        entry.append(keys[layer], values[:, n_past:])
+    if not cache.frozen:
+        _extend(model, cache, ours, keys, n_past)
+
+
+def _extend(
+    model: HookedLoop,
+    cache: TransformerLensKeyValueCache,
+    ours: LoopedKeyValueCache,
+    keys: dict[int, Tensor],
+    n_past: int,
+) -> None:
+    """Add what a run has added to ours, keys as they were before their rotation."""
     assert ours.mask is not None
+    by = rotation(model.cfg, _positions(ours.mask)[:, n_past:], keys[0].dtype)
+    new = [ours.entries[model.loop.locate(layer)] for layer in range(len(cache.entries))]
+    for layer, (rotated, _) in enumerate(new):
+        difference = (rotate(keys[layer], by) - rotated[:, n_past:]).abs().max()
+        if difference > 64 * torch.finfo(rotated.dtype).eps * keys[layer].abs().max():
+            raise InputError(
+                f"blocks.{layer}.attn.hook_rot_k was edited, and TransformerLensKeyValueCache "
+                "holds keys before their rotation, so that later runs would go on without the "
+                f"edit: edit hook_k, or {_OURS}"
+            )
+    for layer, entry in enumerate(cache.entries):
+        entry.append(keys[layer], new[layer][1][:, n_past:])
     cache.append_attention_mask(ours.mask[:, n_past:].long())
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Of every column, counted from its row's first real token."""
+    if bool(mask.all()):
+        return torch.arange(mask.shape[1], device=mask.device)[None]
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _as_ours(model: HookedLoop, cache: TransformerLensKeyValueCache) -> LoopedKeyValueCache:
@@ -67,10 +94,7 @@ def _as_ours(model: HookedLoop, cache: TransformerLensKeyValueCache) -> LoopedKe
     if mask.shape[1] == 0:
         return ours
     ours.n_recurrences = loop.R
-    positions = torch.arange(mask.shape[1], device=mask.device)[None]
-    if not bool(mask.all()):
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    by = rotation(model.cfg, positions, cache.entries[0].past_keys.dtype)
+    by = rotation(model.cfg, _positions(mask), cache.entries[0].past_keys.dtype)
     ours.entries = {
         loop.locate(i): (rotate(entry.past_keys, by), entry.past_values)
         for i, entry in enumerate(cache.entries)
