@@ -12,7 +12,7 @@ from closeness import assert_same
 from conftest import VARIANTS, exact_config, with_gains
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from transformer_lens import SVDInterpreter
 
 from tl_looped import InputError, LayerIndexError, LoopedTransformer
@@ -291,6 +291,46 @@ def test_pruned_and_parametrised_weights_are_used(model: LoopedTransformer, toke
         getattr(owner, name).mul_(2)
         assert_same(model(tokens), changed)
         getattr(owner, name).div_(2)
+
+
+def test_pruned_weights_are_trained(tokens: Tensor) -> None:
+    model = with_gains(LoopedTransformer.from_config(exact_config()))
+    twin, owners = deepcopy(model), ("prelude.0.attn", "core.1.mlp", "unembed", "embed")
+    names = ("qkv", "down", "weight", "W_E")
+    masks = {}
+    for path, name in zip(owners, names, strict=True):
+        prune.l1_unstructured(model.get_submodule(path), name, amount=0.4)
+        masks[f"{path}.{name}"] = getattr(model.get_submodule(path), f"{name}_mask")
+        assert not masks[f"{path}.{name}"].all()
+    for one in (model, twin):
+        steps = torch.optim.SGD(one.parameters(), lr=0.5)
+        for _ in range(3):
+            if one is twin:
+                with torch.no_grad():
+                    for name, mask in masks.items():
+                        twin.get_parameter(name).mul_(mask)
+            steps.zero_grad()
+            one(tokens, return_type="loss").backward()
+            if one is twin:
+                for name, mask in masks.items():
+                    twin.get_parameter(name).grad.mul_(mask)
+            steps.step()
+    assert_same(model(tokens), twin(tokens))
+
+
+def test_blocks_that_are_taken_out_or_added_are_an_error(tokens: Tensor) -> None:
+    def cut(model: LoopedTransformer) -> None:
+        model.blocks = torch.nn.ModuleList(list(model.blocks)[:2])
+
+    for change in (
+        cut,
+        lambda model: model.blocks.pop(-1),
+        lambda model: model.blocks.append(torch.nn.Identity()),
+    ):
+        model = LoopedTransformer.from_config(exact_config())
+        change(model)
+        with pytest.raises(InputError, match=r"model\.blocks has .*SkipLayers"):
+            model(tokens)
 
 
 def test_weights_that_are_replaced_as_a_module_are_an_error(

@@ -37,7 +37,7 @@ from tl_looped.model.running import Parts
 from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.selecting import MOST_SELECTIONS, SelectedParts, select_parts
 from tl_looped.transformer.turns import Turns, in_turn
-from tl_looped.transformer.weights import note_places, weight_modules
+from tl_looped.transformer.weights import make_weights, note_places, weight_modules
 
 
 @dataclass
@@ -196,8 +196,20 @@ class Pool(HookedRootModule):
         return self.unembed.silent(x)
 
     def _check_borrowed(self) -> None:
-        """Raise if a module of weights was replaced: blocks borrow the one they were made with."""
+        """Raise if a module of weights was replaced: blocks borrow the one they were made with.
+
+        What prunes weights does so before a module is called, and these are not: it is done here.
+        """
+        if len(self.blocks) != self.loop.n_layers:
+            raise InputError(
+                f"model.blocks has {len(self.blocks)} blocks, and {self.loop.n_layers} effective "
+                f"layers run at {self.loop.R} recurrences: none can be taken out or added. "
+                "interventions.SkipLayers leaves layers out, set_recurrences shortens the loop, "
+                "and stop_at_layer= ends a run"
+            )
         for owner, name, module in self._borrowed:
+            if module._forward_pre_hooks:
+                make_weights(module)
             if owner._modules.get(name) is not module:
                 where = next((n for n, m in self.named_modules() if m is owner), "")
                 path = ".".join(part for part in (where, name) if part)

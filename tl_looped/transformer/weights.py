@@ -51,6 +51,16 @@ def weight_modules(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module
             yield from ((owner, name, child) for name, child in owner.named_children())
 
 
+def make_weights(module: nn.Module) -> None:
+    """Compute pruned and normalised weights from their parameters, as a call of the module would.
+
+    ``torch.nn.utils.prune``, ``weight_norm`` and ``spectral_norm`` do so in a hook before it.
+    """
+    for hook in list(module._forward_pre_hooks.values()):
+        if hasattr(hook, "apply_mask") or hasattr(hook, "compute_weight"):
+            hook(module, ())
+
+
 def note_places(model: Pool) -> None:
     """Tell every module of weights its name, and which layers of its stage use it."""
     cfg = model.cfg
