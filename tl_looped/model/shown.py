@@ -189,7 +189,7 @@ class ShownWeight(Tensor):
 
     def _refuse(self, reason: str, instead: str) -> NoReturn:
         names = self._source.names()
-        where = names.stored_in or "nothing"
+        where = names.stored_in or "what it is made of"
         raise InputError(f"{names.shown_as}: {reason} {where}: {instead}")
 
     def numpy(self, *, force: bool = False) -> Any:
