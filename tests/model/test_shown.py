@@ -485,6 +485,8 @@ def test_pruned_and_parametrised_weights_say_what_to_edit(kind: str) -> None:
         for weight in (block.attn.W_Q, block.attn.W_V, block.mlp.W_out):
             with torch.no_grad(), pytest.raises(InputError, match="pruned or parametrised"):
                 weight[:] = 1.0
+        with pytest.raises(InputError, match="pruned or parametrised"):
+            torch.autograd.grad(model(TOKENS).sum(), block.attn.W_Q)
         assert_unchanged(model, before)
         assert torch.equal(model(TOKENS), logits)
         prune.remove(model.core[0].attn, "qkv")
@@ -775,6 +777,20 @@ def test_without_gradients_and_in_inference_mode(model: LoopedTransformer) -> No
             weight *= 2.0
         expected = expected.detach() * 2
         assert_same(plain(model.blocks[0].attn.W_Q), expected)
+
+
+def test_parameters_of_other_classes_of_tensors_are_shown_as_they_are() -> None:
+    class Other(Tensor):
+        pass
+
+    for folded in (False, True):
+        model = make("pre", folded)
+        expected = plain(model.blocks[2].attn.W_Q)
+        values = model.core[0].attn.qkv.detach().clone().as_subclass(Other)
+        model.core[0].attn.qkv = nn.Parameter(values)
+        weight = model.blocks[2].attn.W_Q
+        assert type(weight) is Other
+        assert torch.equal(weight.detach().as_subclass(Tensor), expected)
 
 
 def test_on_the_meta_device_there_are_shapes() -> None:

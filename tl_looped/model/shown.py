@@ -314,9 +314,12 @@ class ShownWeight(Tensor):
 
 
 def show(source: Source) -> ShownWeight:
-    """A weight as TransformerLens has it; a plain tensor while ``torch.compile`` traces."""
+    """A weight as TransformerLens has it; a plain tensor while ``torch.compile`` traces.
+
+    Of a parameter of another class of tensors (``DTensor``), one of that class.
+    """
     value = source.read()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(value) is not Tensor:
         return value  # type: ignore[return-value]
     return _as_shown(value, source, None if source.is_view else value, is_whole=True)
 

@@ -62,6 +62,11 @@ def gradients(
             grad = torch.zeros_like(one)
         if grad is None and not allow_unused:
             name = f"input {number}" if source is None else source.names().shown_as
+            if source is not None and leaves[number] is None:
+                raise InputError(
+                    f"{name} is computed: {source.names().stored_in} is pruned or parametrised. "
+                    "Differentiate by what it is computed of (see named_parameters())"
+                )
             raise InputError(
                 f"what is differentiated does not depend on {name}: allow_unused=True gives None "
                 "for it, materialize_grads=True zeros"
