@@ -88,6 +88,41 @@ def test_gradients_are_cached_beside_an_edit_in_place(variant, tokens) -> None:
     assert cache[name + "_grad"].any()
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("reset_hooks_end", [True, False])
+@pytest.mark.parametrize("part", ["block", "attn", "mlp", "ln2", "lens"])
+def test_a_part_that_a_hook_calls_is_not_in_the_cache(
+    part: str, reset_hooks_end: bool, tokens: Tensor
+) -> None:
+    """An earlier layer's activations are those of the run, not those of the call within it."""
+    model = LoopedTransformer.from_config(exact_config())
+    block = model.blocks[3]
+    calls = {
+        "block": lambda x: block(x),
+        "attn": lambda x: block.attn(x, x, x),
+        "mlp": lambda x: block.mlp(x),
+        "ln2": lambda x: block.ln2(x),
+        "lens": lambda x: model.unembed(model.ln_final(x)),
+    }
+    fired = []
+
+    def hook(x: Tensor, hook) -> None:
+        fired.append(calls[part](2 * x))
+
+    edit = ("blocks.3.mlp.hook_post", edit_a_copy)
+    for edits in ([], [edit]):
+        with model.hooks(fwd_hooks=edits):
+            _, expected = model.run_with_cache(tokens)
+        with model.hooks(fwd_hooks=[*edits, ("blocks.7.hook_resid_post", hook)]):
+            _, cache = model.run_with_cache(tokens, reset_hooks_end=reset_hooks_end)
+        model.reset_hooks()
+        if reset_hooks_end:
+            assert cache.edits.names == {name for name, _ in edits}
+        for name in expected:
+            assert torch.equal(cache[name], expected[name]), name
+    assert len(fired) == 2
+
+
 def test_a_run_inside_a_hook_does_not_change_the_record(tokens: Tensor) -> None:
     model = LoopedTransformer.from_config(exact_config(**VARIANTS["pre-injection"]))
 

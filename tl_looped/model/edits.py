@@ -10,7 +10,8 @@ Limit: a hook that edits, in place, a tensor of another hook point is seen at ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,25 @@ class EditLog:
 
     Attributes:
         paused: While a hook runs the model: that run is not the one that is recorded.
+        within: The hook point whose hooks run at present. A part of the model that they call (a
+            block, a norm) leads through hook points whose turn it is not.
     """
 
     def __init__(self) -> None:
         self.paused = False
+        self.within: Any = None
         self._names: set[str] = set()
         self._differs: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def in_hooks_of(self, point: Any) -> Iterator[None]:
+        """While the hooks of a hook point run; the outermost one if they call others."""
+        outer = self.within
+        self.within = point if outer is None else outer
+        try:
+            yield
+        finally:
+            self.within = outer
 
     def add(self, name: str) -> None:
         """Note an edit."""
@@ -112,7 +126,7 @@ def watched_call(
 
     def between(x: Tensor, *rest: Any, **others: Any) -> Any:
         result = forward(x, *rest, **others)
-        if not log.paused:
+        if not log.paused and log.within is None:
             log.compare(names[0], given, x)
             results.append(result.clone())
         return result

@@ -185,7 +185,11 @@ class LoopedHookPoint(Arming, HookPoint):
             given, log = x, own["watch"].log
             if log is not None and (own["_forward_pre_hooks"] or _global_forward_pre_hooks):
                 given = x.clone()  # these hooks get the tensor itself
-            x = super().__call__(x)
+            if log is None:
+                x = super().__call__(x)
+            else:
+                with log.in_hooks_of(self):
+                    x = super().__call__(x)
             if not isinstance(x, Tensor):
                 raise InputError(
                     f"a hook of {self.name} returned a {type(x).__name__}: return a tensor, or "
@@ -194,7 +198,7 @@ class LoopedHookPoint(Arming, HookPoint):
             # What a hook brings along, from a cache for instance, may be on another device.
             if x.device != given.device:
                 x = x.to(given.device)
-            if log is not None:
+            if log is not None and log.within is None:
                 log.compare(self.name, given, x)
         if own["reader"] is not None:
             own["reader"](x, self)
@@ -357,7 +361,7 @@ class CacheWriter:
         device: Where the copy lives; the activation's own device if None.
         remove_batch_dim: Drop a leading dimension of one.
         suffix: Appended to the name, for gradients.
-        log: Of the run that the cache is of; what runs within its hooks is not stored.
+        log: Of the run that the cache is of; what its hooks call, a model or a part, is not stored.
     """
 
     def __init__(
@@ -374,7 +378,9 @@ class CacheWriter:
 
     def __call__(self, tensor: Tensor, hook: LoopedHookPoint) -> None:
         """Store the activation; return nothing, so that it goes on unchanged."""
-        if self.log is not None and self.log.paused:
+        if self.log is not None and (
+            self.log.paused or (self.log.within is not None and self.log.within is not hook)
+        ):
             return
         kept = tensor.detach() if tensor.requires_grad else tensor
         if self.device is not None:
