@@ -34,6 +34,10 @@ _LOAD = "LoopedTransformer.from_pretrained(name) loads a looped model"
 _FAMILIES = "tl_looped.adapters.known_adapters() lists the families that are loaded"
 _TEXT_ALONE = "looped models read one text, left to right"
 _TOKENS = "model.to_tokens(texts) makes their tokens"
+_OF_SAES = (
+    *("add_sae", "reset_saes", "run_with_saes"),
+    *("run_with_cache_with_saes", "run_with_hooks_with_saes"),
+)
 
 REFUSED = {
     "boot_transformers": _LOAD,
@@ -51,9 +55,15 @@ REFUSED = {
     "to_sentence_pair_tokens": f"{_TEXT_ALONE}, and know no pairs of sentences; {_TOKENS}",
     "predict_next_sentence": f"{_TEXT_ALONE}, and have no such head; model(text) predicts tokens",
     "prepare_multimodal_inputs": f"{_TEXT_ALONE}, and no images or sounds; {_TOKENS}",
+    **dict.fromkeys(
+        _OF_SAES,
+        "of HookedSAETransformer, which subclasses HookedTransformer; "
+        "tl_looped.interventions.Splice(sae) puts an autoencoder into any run: "
+        "with model.intervening(Splice(sae)): ...",
+    ),
     "diffusion_generate": "looped models are no diffusion models; model.generate samples text",
 }
-"""Methods of HookedTransformer and TransformerBridge that are refused, and what to do instead."""
+"""Methods of TransformerLens's and SAELens's models that are refused, and what to do instead."""
 
 
 @checked
