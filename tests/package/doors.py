@@ -62,7 +62,7 @@ RESULTS = {
 INNER = {
     *("random_initial_state", "read_out", "start_run", "unroll", "view_at", "check_owner", "own"),
     *("belong_to", "note", "settle", "is_layer_norm_activation"),
-    *("slot", "program_at", "register_parameter"),
+    *("slot", "program_at", "register_parameter", "load_state_dict"),
 }
 
 
