@@ -27,7 +27,7 @@ from tl_looped.errors import InputError, LayerIndexError, MissingActivationError
 from tl_looped.model.axis_slice import AxisSlice
 from tl_looped.model.edits import EditLog, Edits
 from tl_looped.model.geometry import LayerLike, LoopGeometry
-from tl_looped.model.names import WHY_NONE, canonical_name
+from tl_looped.model.names import WHY_NONE, canonical_name, own_name
 
 
 @dataclass
@@ -133,6 +133,11 @@ class LoopedActivationCache(DecomposingCache):
         except KeyError:
             if name in WHY_NONE:
                 raise MissingActivationError(f"there is no {name!r}: {WHY_NONE[name]}") from None
+            known = getattr(self.model, "hook_dict", {})
+            if (own := own_name(name, known)) is not None:
+                raise MissingActivationError(
+                    f"{name!r} is TransformerBridge's name: here it is {own!r}"
+                ) from None
             raise MissingActivationError(
                 f"the cache holds no {name!r} ({len(self)} activations of a run of shape "
                 f"{self.loop}). Was it left out by names_filter, is it behind a flag, or did the "

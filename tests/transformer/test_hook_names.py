@@ -96,12 +96,18 @@ OURS = {
 def test_a_bridges_name_is_told_in_ours(model: LoopedTransformer, name: str) -> None:
     with pytest.raises(HookNameError, match=repr(OURS[name])):
         model.hook_name(name)
+    _, cache = model.run_with_cache(torch.tensor([[1, 2, 3]]), names_filter="blocks.2.hook_mlp_out")
+    with pytest.raises(MissingActivationError, match=repr(OURS[name])):
+        cache[name]
 
 
 def test_behind_a_post_norm_a_bridges_sublayer_output_is_no_hook_here() -> None:
     model = LoopedTransformer.from_config(exact_config(norm_layout=NormLayout.SANDWICH))
+    _, cache = model.run_with_cache(torch.tensor([[1, 2, 3]]), names_filter="blocks.2.hook_mlp_out")
     for name in ("blocks.2.attn.hook_out", "blocks.2.mlp.hook_out"):
         with pytest.raises(HookNameError, match="near matches"):
             model.hook_name(name)
+        with pytest.raises(MissingActivationError, match="names_filter"):
+            cache[name]
     with pytest.raises(HookNameError, match=r"'blocks\.2\.hook_attn_out'"):
         model.hook_name("blocks.2.ln1_post.hook_out")

@@ -125,15 +125,26 @@ def bridge_spelling(name: str) -> str | None:
     return f"{match[1]}.attn.{match[2]}" if match else None
 
 
+def own_name(name: str, known: Collection[str]) -> str | None:
+    """The name here of an activation that TransformerBridge calls by another, or None.
+
+    Args:
+        name: TransformerBridge's.
+        known: Canonical names that there are; the name here is one of them.
+    """
+    match = _BLOCK.fullmatch(name)
+    prefix, suffix = (f"blocks.{int(match[1])}.", match[2]) if match else ("", name)
+    own, post = _BRIDGE_NAMES.get(suffix), _POST_NORMS.get(suffix)
+    if own is None or (post is not None and f"{prefix}{post}.hook_scale" in known):
+        return None
+    return prefix + own if prefix + own in known else None
+
+
 def _unknown(name: str, suffix: str, known: Collection[str], prefix: str) -> str:
     if suffix in WHY_NONE:
         return f"there is no hook {name!r}: {WHY_NONE[suffix]}"
-    own = _BRIDGE_NAMES.get(suffix)
-    post = _POST_NORMS.get(suffix)
-    if post is not None and f"{prefix}{post}.hook_scale" in known:
-        own = None
-    if own is not None and prefix + own in known:
-        return f"hook {name!r} is TransformerBridge's name: here it is {prefix + own!r}"
+    if (own := own_name(name, known)) is not None:
+        return f"hook {name!r} is TransformerBridge's name: here it is {own!r}"
     # Comparing within one block keeps this fast at tens of thousands of hooks.
     if prefix:
         candidates = [n.removeprefix(prefix) for n in known if n.startswith(prefix)]
