@@ -313,14 +313,14 @@ class ShownWeight(Tensor):
             self._bring_up()
 
 
-def show(source: Source) -> ShownWeight:
+def show(source: Source) -> Tensor:
     """A weight as TransformerLens has it; a plain tensor while ``torch.compile`` traces.
 
     Of a parameter of another class of tensors (``DTensor``), one of that class.
     """
     value = source.read()
     if torch.compiler.is_compiling() or type(value) is not Tensor:
-        return value  # type: ignore[return-value]
+        return value
     return _as_shown(value, source, None if source.is_view else value, is_whole=True)
 
 

@@ -200,9 +200,11 @@ class Pool(HookedRootModule):
 
         What prunes weights does so before a module is called, and these are not: it is done here.
         """
-        if len(self.blocks) != self.loop.n_layers:
+        blocks = self._modules["blocks"]  # whatever stands there
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) != self.loop.n_layers:
+            n = len(blocks) if isinstance(blocks, nn.ModuleList) else "no"
             raise InputError(
-                f"model.blocks has {len(self.blocks)} blocks, and {self.loop.n_layers} effective "
+                f"model.blocks has {n} blocks, and {self.loop.n_layers} effective "
                 f"layers run at {self.loop.R} recurrences: none can be taken out or added. "
                 "interventions.SkipLayers leaves layers out, set_recurrences shortens the loop, "
                 "and stop_at_layer= ends a run"

@@ -24,7 +24,7 @@ from tl_looped.model.block import FOLDED, Block
 from tl_looped.model.config import LoopedConfig
 from tl_looped.model.geometry import LayerLike, LayerLocation, LoopGeometry
 from tl_looped.model.mlp import MLP
-from tl_looped.model.shown import ShownWeight, show
+from tl_looped.model.shown import show
 from tl_looped.model.weight_sources import (
     Stack,
     StoredWeights,
@@ -139,7 +139,7 @@ def tl_parameters(model: NamedWeights) -> dict[str, Tensor]:
     return out
 
 
-def _stack(model: NamedWeights, name: str, blocks: list[Block]) -> ShownWeight:
+def _stack(model: NamedWeights, name: str, blocks: list[Block]) -> Tensor:
     return show(Stack(name, [_owner(block, name).source(name) for block in blocks], model._home))
 
 
