@@ -87,6 +87,8 @@ def test_padding_of_what_continues_a_padded_batch(first: str, then: str, said: b
     model = LoopedTransformer.from_pretrained("demo", device="cpu", dtype=torch.float64)
     starts, ends = ["Tom has 3", "Tom has 3 boxes and"], [" boxes.", " 4 more of them."]
     cache, side = LoopedKeyValueCache(), {"padding_side": then} if said else {}
+    if not said:
+        model.tokenizer.padding_side = then
     model(model.to_tokens(starts, padding_side=first), past_kv_cache=cache)
     new = model.to_tokens(ends, prepend_bos=False, padding_side=then)
     assert bool((new == model.tokenizer.pad_token_id).any())

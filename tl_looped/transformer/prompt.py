@@ -240,8 +240,9 @@ def padding_of(
     A pad token that is neither BOS nor EOS is padding wherever it leads or ends a row. One that
     is also BOS or EOS may be meant, so only leading runs that some rows have and others have
     not are padding, less the BOS token itself. Where the caller says on which side there is
-    padding, all pad tokens that lead, or end, a row are padding, as in TransformerLens. Where a
-    batch continues others by one token per row, that is none: the model may have written it.
+    padding, all pad tokens that lead, or end, a row are padding, as in TransformerLens. In a batch
+    that continues others only the tokenizer's own side has padding, and one token per row is none:
+    the model may have written it.
     """
     if side is not None:
         return _padding_on(model, tokens, prepend_bos, one_of(side, "padding_side", SIDES))
@@ -263,6 +264,9 @@ def padding_of(
             return None
     else:
         trailing = is_pad.flip(-1).long().cumprod(-1).sum(-1)
+    if continues:  # as in TransformerLens; at the other side the text goes on
+        other = trailing if model.tokenizer.padding_side == "left" else leading
+        other.zero_()
     if not bool(leading.any() or trailing.any()):
         return None
     at = torch.arange(tokens.shape[1], device=tokens.device)
