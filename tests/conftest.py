@@ -267,3 +267,12 @@ def exact_bridges(monkeypatch: pytest.MonkeyPatch) -> None:
         module.PositionEmbeddingsAttentionBridge, "_masked_softmax", softmax_as_scores
     )
     monkeypatch.setattr(module, "_apply_rotary_pos_emb_adjacent_pairs", rotated)
+
+
+@pytest.fixture
+def as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of its own for code of a page, and the mode of autograd of before behind it."""
+    monkeypatch.chdir(tmp_path)
+    grad = torch.is_grad_enabled()
+    yield
+    torch.set_grad_enabled(grad)

@@ -6,13 +6,12 @@ that a looped model has as aliases; so caches are compared name by name of the l
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calls import CACHE, MODEL, SIZES, STAGES, TOKENS, Call
+from calls import CACHE, MODEL, SIZES, STAGES, TOKENS, done
 from comparing import assert_alike, shared
 from letters import letters
 from transformer_lens import ActivationCache
@@ -55,17 +54,6 @@ def pair(kind: str, folder: Path) -> tuple[LoopedTransformer, Any]:
 @pytest.fixture(scope="module", params=KINDS)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pair(request.param, tmp_path_factory.mktemp("letters"))
-
-
-def done(call: Call, model: Any, subject: Any = None) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return call(model if subject is None else subject)
-    finally:
-        model.reset_hooks(including_permanent=True)
-        model.zero_grad()
-        torch.set_grad_enabled(True)
 
 
 def by_our_names(ours: Any, theirs: Any) -> tuple[Any, Any]:

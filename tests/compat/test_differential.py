@@ -6,12 +6,11 @@ tests/surface/verdicts.toml says why, and test_differences.py holds both sides.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
-from calls import CACHE, MODEL, PROCESSING, TOKENS, Call
+from calls import CACHE, MODEL, PROCESSING, TOKENS, Call, done
 from closeness import SAME
 from comparing import ROUNDED, assert_alike, assert_same_mistake
 from mistakes import MISTAKES
@@ -30,19 +29,6 @@ ONLY = {
 @pytest.fixture(scope="module", params=KINDS)
 def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twins:
     return make_twins(request.param, tmp_path_factory.mktemp("letters"))
-
-
-def done(call: Call, model: Any, subject: Any = None) -> Any:
-    """A call's result; hooks and gradients are gone behind it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return call(model if subject is None else subject)
-    finally:
-        model.reset_hooks(including_permanent=True)
-        model.zero_grad()
-        model.is_caching = False
-        torch.set_grad_enabled(True)
 
 
 def numbered(calls: dict[str, list[Call]]) -> list[Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,17 +18,10 @@ import tl_looped
 from tl_looped import LoopedTransformer, TLLoopedError, errors, metrics
 from tl_looped.model.block import GATED_HOOKS
 
-pytestmark = pytest.mark.once
-
 RUN = ["index.md", "tutorial.md", *(f"howto/{page.name}" for page in DOCS.glob("howto/*.md"))]
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    grad = torch.is_grad_enabled()
-    yield
-    torch.set_grad_enabled(grad)
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("as_it_was")]
 
 
 @pytest.mark.full

@@ -6,6 +6,7 @@ compared. What a call leaves behind in the model is cleaned up by the test.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -686,3 +687,16 @@ CACHE: dict[str, list[Call]] = {
         {"layer": 1, "mlp_input": True, "apply_ln": True, "expand_neurons": True},
     ),
 }  # fmt: skip
+
+
+def done(call: Call, model: Any, subject: Any = None) -> Any:
+    """A call's result; hooks and gradients are gone behind it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call(model if subject is None else subject)
+    finally:
+        model.reset_hooks(including_permanent=True)
+        model.zero_grad()
+        model.is_caching = False
+        torch.set_grad_enabled(True)

@@ -156,7 +156,7 @@ class LoadOptions:
 
     @property
     def plan(self) -> tuple[DeviceMap | None, Mapping[int | str, int | str] | None]:
-        """``device_map`` and ``max_memory``, also where ``n_devices`` says it."""
+        """``device_map`` and ``max_memory``, given, or as ``n_devices`` says."""
         if self.n_devices > 1:
             return "balanced", memory_of_gpus(self.n_devices)
         return self.device_map, self.max_memory

@@ -190,13 +190,8 @@ class TransformerLensMethods(TextLoop):
 
         Value biases stay.
         """
-        Processing(
-            fold_ln,
-            center_writing_weights,
-            center_unembed,
-            False,
-            refactor_factored_attn_matrices,
-        ).apply(self)
+        asked = fold_ln, center_writing_weights, center_unembed
+        self.process_weights(False, *asked, False, refactor_factored_attn_matrices)
 
     @in_turn
     def process_weights(
