@@ -13,6 +13,9 @@ Three lanes read two marks:
   ``full`` marks what it alone has: trainings, processes, notebooks, pages, whole experiments.
 * ``make test-lanes``: the sums of floats on other kernels, without what is marked ``once``.
 
+Beside them, ``make real`` fetches a pretrained model (93 MB) and runs ``tests/real`` on it; no
+other lane collects that folder.
+
 ``pytest tests/model`` and the like run as in ``make test-all``.
 """
 
@@ -57,6 +60,15 @@ if os.environ.get("TL_LOOPED_MKLDNN") == "off":
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("huginn", "retrofit_llama", "retrofit_tinyllama", "retrofit_olmo", "ouro")
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``tests/real`` is collected where it is asked for by its path: its model must be fetched."""
+    real = Path(__file__).parent / "real"
+    if collection_path != real:
+        return None
+    asked = (Path(config.invocation_params.dir, x.split("::")[0]) for x in config.args)
+    return None if any(real in (path, *path.parents) for path in asked) else True
 
 
 def family_of(item: pytest.Item) -> str | None:
