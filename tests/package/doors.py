@@ -30,6 +30,9 @@ from tl_looped.metrics.clusters import FEATURES
 from tl_looped.model.geometry import LayerLocation
 from tl_looped.training import Constant, PoissonLogNormal, Shape, TrainSpec
 from tl_looped.transformer.transformerlens import REFUSED as UNSUPPORTED
+from tl_looped.verification import Certificate, Finding, Outcome
+
+CERTIFICATE = Certificate("m", {"family": "f"}, (Finding("names", Outcome.EXACT, "all", "none"),))
 
 SECONDS = 4
 """What a call may take: wrong input is refused, not worked through."""
@@ -57,6 +60,7 @@ RESULTS = {
     *("LayerPlan", "LensReadout", "LensTrajectory", "LimitingBehaviors", "LoopedHookPoint"),
     *("MirroringInterval", "MirroringScore", "NeuronClasses", "PCATrajectory", "PathIndependence"),
     *("PermutedScore", "SettledTokens", "DepthClusters", "HeavyToken", "StepGeometry", "View"),
+    *("Certificate", "Finding"),
 }
 # The runs of a model, for the package itself and for training loops:
 INNER = {
@@ -254,6 +258,7 @@ class World:
             "View": lambda: plan,
             "Resampling": lambda: metrics.Resampling(5),
             "LayerPlan": lambda: layers,
+            "Certificate": lambda: CERTIFICATE,
             "Constant": lambda: Constant(2),
             "PoissonLogNormal": PoissonLogNormal,
             "Shape": Shape,
@@ -393,6 +398,11 @@ class World:
                 for view in ("AttentionView", "FloorPlan", "SettledTokens", "View")
                 for method in ("page", "save")
             },
+            "verification.verify": {"model_name": "nowhere"},  # refused: there is no such model
+            "Certificate.from_json": {"text": CERTIFICATE.to_json()},
+            "Certificate.to_json": {},
+            "Certificate.to_markdown": {},
+            "Certificate.write": {"path": self.folder / "certificate"},
             "Experiment": {"model": "demo"},
             "Experiment.from_dict": {"values": Experiment("demo").to_dict()},
             "Experiment.from_toml": {"text": Experiment("demo").to_toml()},

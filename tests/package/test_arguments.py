@@ -30,6 +30,7 @@ REFUSED = {
     "training.train_model_on_texts": "DataError",
     "training.train_on_texts": "DataError",
     "unregister_adapter": "RegistryError",
+    "verification.verify": "CheckpointError",
     **{f"LoopedTransformer.{name}": "UnsupportedMethodError" for name in UNSUPPORTED},
 }
 

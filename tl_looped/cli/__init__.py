@@ -19,6 +19,7 @@ from tl_looped.cli.retrofit import retrofit
 from tl_looped.cli.runs import analyze, reproduce, run
 from tl_looped.cli.spectrum import spectrum
 from tl_looped.cli.train import train_command, train_demo_command, train_section51_command
+from tl_looped.cli.verify import verify
 from tl_looped.errors import TLLoopedError
 
 app = typer.Typer(
@@ -47,7 +48,7 @@ def options(
     """Looped language models in TransformerLens."""
 
 
-VERBS = (demo, analyze, run, reproduce, report, compare, spectrum, models, info, retrofit)
+VERBS = (demo, analyze, run, reproduce, report, compare, spectrum, models, info, retrofit, verify)
 for command in VERBS:
     app.command()(command)
 app.command("train")(train_command)

@@ -8,5 +8,6 @@ It is reported, never decided by.
 """
 
 from tl_looped.verification.certificate import Certificate, Finding, Outcome
+from tl_looped.verification.run import verify
 
-__all__ = ["Certificate", "Finding", "Outcome"]
+__all__ = ["Certificate", "Finding", "Outcome", "verify"]

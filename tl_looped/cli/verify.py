@@ -1,0 +1,131 @@
+"""``tl-looped verify``: whether a checkpoint was loaded right."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tl_looped.cli.console import bar, console, progress_bars, stoppable
+from tl_looped.cli.runs import Dtype, Revision
+from tl_looped.errors import DataError
+
+if TYPE_CHECKING:
+    from tl_looped.verification import Certificate
+
+_STYLES = {"exact": "green", "wrong": "bold red", "plausible": "green", "suspicious": "yellow"}
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="demo, an alias, a hub id or a folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the certificate goes: FILE.json, which holds everything, and FILE.md, for "
+            "an issue. A suffix .json or .md is cut off."
+        ),
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the tokens that are drawn for a model without a tokenizer.")
+    ] = 0,
+) -> None:
+    """Was a checkpoint loaded right? Exactness checks decide the exit code, 0 or 1.
+
+    A feedforward Llama, OLMo-2, Mistral or Qwen2/3 is examined as the loop of all its layers.
+    """
+    _check_out(out)
+    from tl_looped import verification
+
+    with stoppable("Nothing was written."), progress_bars() as bars:
+        certificate = verification.verify(
+            model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            progress=bar(bars, "checks"),
+        )
+        written = None if out is None else certificate.write(out)
+    show(certificate)
+    if written is not None:
+        names = " and ".join(str(path.resolve()) for path in written)
+        console.print(f"The certificate is in {names}", soft_wrap=True, highlight=False)
+    if not certificate.holds:
+        raise typer.Exit(1)
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuse a place that cannot be written to before minutes are spent for nothing."""
+    if out is None:
+        return
+    from tl_looped.verification.certificate import paths_of
+
+    for path in paths_of(out):
+        if path.is_dir():
+            raise DataError(f"--out: {path} is a folder; name another file")
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise DataError(f"--out: {above} cannot be written to; name another file")
+
+
+def show(certificate: Certificate) -> None:
+    """The certificate on the screen: what was loaded, what it holds, the checks, one verdict."""
+    from tl_looped.verification.markdown import verdict
+
+    _print(f"[bold]{_escaped(certificate.model)}[/bold]")
+    for heading, value in certificate.about.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        _print(f"  {heading}: {_escaped(str(text))}")
+    for line in _holdings(certificate.inventory):
+        _print(f"  {_escaped(line)}")
+    table = Table("check", "outcome", "found")
+    for finding in certificate.findings:
+        outcome = finding.outcome.value
+        style = _STYLES.get(outcome, "dim")
+        seen = f"\nif wrong: {finding.if_wrong}" if style in ("bold red", "yellow") else ""
+        table.add_row(
+            finding.check, f"[{style}]{outcome}[/{style}]", _escaped(finding.found + seen)
+        )
+    console.print(table)
+    _print(_escaped(verdict(certificate)))
+
+
+def _holdings(inventory: dict[str, Any]) -> list[str]:
+    """What the checkpoint holds, in a few lines."""
+    from tl_looped.verification.markdown import grouped_tensors
+
+    lines = []
+    for name, one in inventory["files"].items():
+        lines.append(f"{name}: {one['bytes']:,} bytes, SHA-256 {one['sha256']} of {one['hashed']}")
+    for name, shape, dtype, use in grouped_tensors(inventory["tensors"]):
+        lines.append(f"{name} {shape} {dtype}, {use}")
+    options = inventory["options"]
+    ignored = [f"{one['key']}={one['value']!r}" for one in options if not one["read"]]
+    lines.append(
+        f"config.json: {len(options) - len(ignored)} options count; ignored: "
+        f"{', '.join(ignored) or 'none'}"
+    )
+    for one in inventory["special_tokens"]:
+        lines.append(f"{one['kind']}: {one['id']} {one['token']!r}, says the {one['from']}")
+    if inventory.get("stop_tokens"):
+        ends = ", ".join(repr(one["token"]) for one in inventory["stop_tokens"])
+        lines.append(f"a generated text ends at {ends}")
+    for one in inventory.get("texts", [])[:1]:
+        lines.append("text as tokens: " + "|".join(one["tokens"]))
+    return lines
+
+
+def _print(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

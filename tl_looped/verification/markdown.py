@@ -1,0 +1,211 @@
+"""A certificate as Markdown, for an issue.
+
+What stands in it comes from a checkpoint, so from anyone: texts are code or are escaped, and cannot
+open a heading, a tag, a link or a cell of a table. Tensors of layers that are alike are one line,
+and long values are cut, since an issue holds 65,536 characters; the JSON file holds everything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tl_looped.verification.certificate import Certificate, Outcome, plain
+from tl_looped.words import count
+
+LONGEST = 60_000
+"""Characters of a certificate in Markdown."""
+
+_SIGNS = {
+    Outcome.EXACT: "exact",
+    Outcome.WRONG: "**WRONG**",
+    Outcome.PLAUSIBLE: "plausible",
+    Outcome.SUSPICIOUS: "**suspicious**",
+    Outcome.NOT_APPLICABLE: "not applicable",
+}
+_VALUE, _ROWS = 160, 200  # characters of a value, rows of a folded table
+
+
+def verdict(certificate: Certificate) -> str:
+    """One line: whether the exactness checks hold."""
+    findings = certificate.findings
+    held = sum(finding.outcome is Outcome.EXACT for finding in findings)
+    open_ = sum(finding.outcome is Outcome.SUSPICIOUS for finding in findings)
+    told = f"; {count(open_, 'measurement')} suspicious" if open_ else ""
+    if certificate.holds:
+        return f"{count(held, 'exactness check')} of {certificate.model} held, none failed{told}"
+    failed = ", ".join(certificate.wrong)
+    return f"{certificate.model} is WRONG in {failed}; {count(held, 'exactness check')} held{told}"
+
+
+def markdown_of(certificate: Certificate) -> str:
+    """See :meth:`Certificate.to_markdown`."""
+    inventory: dict[str, Any] = plain(certificate.inventory)
+    findings = [(f.check, _SIGNS[f.outcome], _text(plain(f.found))) for f in certificate.findings]
+    wrong = [(f.check, _text(plain(f.if_wrong))) for f in certificate.findings]
+    numbers = [
+        (f.check, code(json.dumps(plain(f.numbers), ensure_ascii=False), 600))
+        for f in certificate.findings
+        if f.numbers
+    ]
+    about = [(_text(k), _about(v)) for k, v in plain(certificate.about).items()]
+    whole = [
+        f"## Verification of {code(plain(certificate.model))}",
+        _text(plain(verdict(certificate))),
+        table(("", ""), about),
+        table(("check", "outcome", "found"), findings),
+        *_folded("What would be seen if the load were wrong", ("check", "seen"), wrong),
+    ]
+    parts = [
+        _folded("Numbers of the checks", ("check", "numbers"), numbers),
+        _files(inventory),
+        _options(inventory),
+        _tokens(inventory),
+        _tensors(inventory),
+    ]
+    size = sum(map(len, whole))
+    for part in parts:  # whole parts only: a table that ends in its middle would be a lie
+        length = sum(map(len, part))
+        if size + length > LONGEST:
+            part = ["(The JSON file holds more: here is no room for it.)"]
+        size += length
+        whole += part
+    return "\n\n".join(whole) + "\n"
+
+
+def code(text: str, longest: int = _VALUE) -> str:
+    """A text as code on one line, whatever it holds."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(shown) > longest:
+        shown = f"{shown[:longest]}... ({len(text)} characters)"
+    shown = shown.replace("|", "\\|")  # of a table; outside one the backslash is seen, and harmless
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    pad = " " if shown.startswith("`") or shown.endswith("`") or not shown else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; its cells are Markdown already."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names of which those that differ in one number alone are one: ``core.{0..3}.attn.qkv``."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        found = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = name if found is None else f"{name[: found.start()]}{{}}{name[found.end() :]}"
+        numbers.setdefault(pattern, []).extend([] if found is None else [int(found[0])])
+    return [p.replace("{}", _spans(sorted(ns)), 1) if ns else p for p, ns in numbers.items()]
+
+
+def _spans(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    spans: list[list[int]] = []
+    for n in numbers:
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return "{" + ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in spans) + "}"
+
+
+def grouped_tensors(tensors: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Name, shape, dtype and use of tensors; those of like layers are one row."""
+    alike: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for one in tensors:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", one["name"])
+        key = (pattern, str(one["shape"]), one["dtype"], one["use"])
+        alike.setdefault(key, []).append(one)
+    rows = []
+    for (_, shape, dtype, use), ones in alike.items():
+        to = ", ".join(grouped(dict.fromkeys(p for one in ones for p in one["parameters"])))
+        for name in grouped(one["name"] for one in ones):
+            rows.append((name, shape, dtype, f"{use}: {to}" if to else use))
+    return rows
+
+
+def _about(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_text(k)} {_text(str(v))}" for k, v in value.items())
+    return _text(str(value))
+
+
+def _text(text: str) -> str:
+    """Plain text, in which nothing is markup."""
+    line = " ".join(text.split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # A zero-width space: `@name` would call somebody, `#1` link an issue.
+    line = re.sub(r"([@#])(?=\w)", "\\1\u200b", line)
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+
+
+def _folded(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    more = f"(and {len(rows) - _ROWS} more, which the JSON file holds)"
+    left = [more] if len(rows) > _ROWS else []
+    summary = f"<details><summary>{_text(title)}</summary>"
+    return [summary, table(heads, rows[:_ROWS]), *left, "</details>"]
+
+
+def _files(inventory: dict[str, Any]) -> list[str]:
+    rows = [
+        (code(name), str(one["bytes"]), code(one["sha256"]), one["hashed"])
+        for name, one in inventory.get("files", {}).items()
+    ]
+    return _folded("Files", ("file", "bytes", "SHA-256", "of"), rows)
+
+
+def _options(inventory: dict[str, Any]) -> list[str]:
+    options = inventory.get("options", [])
+
+    def rows(read: bool) -> list[Sequence[str]]:
+        return [
+            (
+                code(one["key"]),
+                code(json.dumps(one["value"], ensure_ascii=False)),
+                ", ".join(map(code, one["fields"])) or "*checked*" * read,
+            )
+            for one in options
+            if one["read"] is read
+        ]
+
+    heads = ("option", "value", "field")
+    ignored, used = rows(False), rows(True)
+    return [
+        *_folded(f"Options of config.json that count ({len(used)})", heads, used),
+        *_folded(
+            f"Options of config.json that are ignored ({len(ignored)})",
+            heads[:2],
+            [row[:2] for row in ignored],
+        ),
+    ]
+
+
+def _tokens(inventory: dict[str, Any]) -> list[str]:
+    special = [
+        (one["kind"], str(one["id"]), code(one["token"]), one["from"])
+        for one in inventory.get("special_tokens", [])
+    ]
+    texts = [
+        (code(one["text"], 400), " ".join(code(piece, 40) for piece in one["tokens"][:120]))
+        for one in inventory.get("texts", [])[:2]
+    ]
+    return [
+        *_folded("Special tokens", ("kind", "id", "token", "from"), special),
+        *_folded("Texts as tokens", ("text", "tokens"), texts),
+    ]
+
+
+def _tensors(inventory: dict[str, Any]) -> list[str]:
+    tensors = inventory.get("tensors", [])
+    rows = [
+        (code(name), shape.replace("[", "").replace("]", ""), dtype, code(use, 400))
+        for name, shape, dtype, use in grouped_tensors(tensors)
+    ]
+    return _folded(f"Tensors ({len(tensors)})", ("tensor", "shape", "dtype", "becomes"), rows)

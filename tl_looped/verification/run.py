@@ -1,0 +1,253 @@
+"""``verify``: open a checkpoint, look at its files, load it, run the checks, write it all down."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_looped._compat import get_device
+from tl_looped._version import __version__
+from tl_looped.checkpoints import HubOptions
+from tl_looped.checks import checked, whole
+from tl_looped.errors import InputError
+from tl_looped.model.config import parse_dtype
+from tl_looped.progress import NOTICES, Progress
+from tl_looped.retrofitting import retrofit
+from tl_looped.transformer import LoopedTransformer
+from tl_looped.transformer.cache_size import free_bytes, readable
+from tl_looped.verification.certificate import Certificate, Finding, Outcome, plain
+from tl_looped.verification.exactness import CHECKS, Runs, run_check
+from tl_looped.verification.inventory import (
+    dtypes_stored,
+    inventory_of_files,
+    inventory_of_text,
+    tensors_of,
+)
+from tl_looped.verification.opening import Opened, open_subject
+from tl_looped.verification.subject import Subject
+from tl_looped.verification.texts import bundled_texts
+from tl_looped.verification.weights import finite, finite_weights, names
+
+_ROWS, _LONGEST = 3, 24
+_LARGEST_SEED = 2**63 - 1
+_LOADED = ("finite", *CHECKS)
+_LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "safetensors")
+
+
+@checked
+def verify(
+    model_name: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "float32",
+    seed: int = 0,
+    hub: HubOptions | None = None,
+    progress: Progress = NOTICES,
+) -> Certificate:
+    """Prove a checkpoint right, as far as that can be proved, and say what makes it likely.
+
+    A feedforward model of a family that :func:`tl_looped.retrofit` takes is examined as the loop of
+    all its layers, run once.
+
+    Args:
+        model_name: A bundled name or an alias, a local folder, or a hub id.
+        revision: Branch, tag or commit, for the hub only. The certificate holds the commit's hash.
+        device: TransformerLens's default device if None.
+        dtype: Of the weights while the checks run.
+        seed: Seed of the tokens that are drawn for a model without a tokenizer.
+        hub: How the hub is asked.
+        progress: What is told on the way: one step per check.
+
+    Returns:
+        What was found. Weights that are missing, damaged or not finite are findings of it.
+
+    Raises:
+        CheckpointError, UnknownArchitectureError, ConfigError: there is no such checkpoint, nothing
+            here can run it, or a file of it is damaged.
+        InputError: the model does not fit into the memory.
+    """
+    seed = whole(seed, "seed", 0, _LARGEST_SEED)
+    wanted = parse_dtype(dtype)
+    opened = open_subject(model_name, revision, hub)
+    progress.start(len(_LOADED) + 1, 0)
+    inventory = inventory_of_files(opened)
+    findings: list[Finding] = []
+    subject: Subject | None = None
+    with torch.no_grad():
+        for finding in _of_weights(opened, wanted):
+            findings.append(finding)
+            progress.advance(1)
+        if not any(finding.outcome is Outcome.WRONG for finding in findings):
+            subject = load_subject(opened, model_name, hub, device, wanted, seed)
+            inventory |= inventory_of_text(subject.model, subject.texts)
+            for finding in _of_model(subject):
+                findings.append(finding)
+                progress.advance(1)
+    findings += _not_run(findings)
+    return _certificate(opened, subject, wanted, seed, findings, inventory)
+
+
+def _of_weights(opened: Opened, dtype: torch.dtype) -> Iterator[Finding]:
+    """Findings on the files: "names", and "finite" if a weight is not."""
+    yield names(opened.checkpoint)
+    not_finite = finite_weights(opened.checkpoint, dtype)
+    if not_finite is not None:
+        yield not_finite
+
+
+def _of_model(subject: Subject) -> Iterator[Finding]:
+    """Findings on the loaded model; once a run gave NaN, nothing else can be told."""
+    found = finite(subject)
+    yield found
+    if found.outcome is Outcome.WRONG:
+        return
+    runs = Runs(subject)
+    for check in CHECKS:
+        yield run_check(check, runs)
+
+
+def _not_run(findings: list[Finding]) -> list[Finding]:
+    """The checks that there was no model for."""
+    done = {finding.check for finding in findings}
+    wrong = [finding.check for finding in findings if finding.outcome is Outcome.WRONG]
+    why = f"not run: {', '.join(wrong)} failed"
+    missing = [check for check in _LOADED if check not in done]
+    return [Finding(check, Outcome.NOT_APPLICABLE, why, "") for check in missing]
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+def load_subject(
+    opened: Opened,
+    model_name: str | Path,
+    hub: HubOptions | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> Subject:
+    """Load the model and choose what it runs on.
+
+    Args:
+        opened: Its checkpoint, whose tensors were found in order.
+        model_name, hub, device, dtype, seed: Those of :func:`verify`.
+
+    Raises:
+        InputError: the model does not fit into the memory.
+    """
+    refuse_too_large(opened, torch.device(get_device() if device is None else device), dtype)
+    model = _load(opened, model_name, hub, device, dtype)
+    texts = None if model.tokenizer is None else tuple(one.text for one in bundled_texts())
+    tokens = _drawn(model, seed) if texts is None else _read(model, texts)
+    return Subject(opened.checkpoint, model, texts, tokens, seed)
+
+
+def refuse_too_large(opened: Opened, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise if the weights alone exceed the free memory."""
+    stored = tensors_of(opened.checkpoint, opened.checkpoint.config())
+    n = sum(torch.Size(one.shape).numel() for one in stored if one.parameters)
+    # A feedforward model is in memory beside its virtual loop, which is checked against it.
+    needed, free = n * dtype.itemsize * (1 + opened.is_feedforward), free_bytes(device)
+    if free is not None and needed > free:
+        smaller = "" if dtype.itemsize <= 2 else " --dtype bfloat16 takes half of it"
+        raise InputError(
+            f"{opened.called}: {n:,} weights take {readable(needed)} in "
+            f"{str(dtype).removeprefix('torch.')}, and {device} has {readable(free)} free."
+            f"{smaller}{',' if smaller else ' Take'} another --device, or a larger machine"
+        )
+
+
+def _load(
+    opened: Opened,
+    model_name: str | Path,
+    hub: HubOptions | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+) -> LoopedTransformer:
+    if opened.is_feedforward:
+        here = opened.commit is None or hub is not None
+        return retrofit(
+            opened.checkpoint.folder if here else str(model_name),
+            core=range(opened.checkpoint.config().n_core),
+            mode="virtual-loop",
+            n_recurrences=1,
+            device=device,
+            dtype=dtype,
+            revision=None if here else opened.commit,
+        )
+    of_hub = {} if hub is None else {f.name: getattr(hub, f.name) for f in fields(hub)}
+    given = {name: value for name, value in of_hub.items() if value not in (None, False)}
+    return LoopedTransformer.from_pretrained(
+        model_name, device=device, dtype=dtype, revision=opened.commit, **given
+    )
+
+
+def _read(model: LoopedTransformer, texts: tuple[str, ...]) -> Tensor:
+    """The first texts as tokens, all as long as the shortest."""
+    rows = [model.to_tokens(text)[0] for text in texts[:_ROWS]]
+    n = min(_LONGEST, model.cfg.n_ctx, *map(len, rows))
+    return torch.stack([row[:n] for row in rows])
+
+
+def _drawn(model: LoopedTransformer, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (_ROWS, min(_LONGEST, model.cfg.n_ctx))
+    drawn = torch.randint(model.cfg.d_vocab, shape, generator=generator)
+    return drawn.to(model.W_E.device)
+
+
+# -- the certificate ------------------------------------------------------------------------------
+
+
+def _certificate(
+    opened: Opened,
+    subject: Subject | None,
+    dtype: torch.dtype,
+    seed: int,
+    findings: list[Finding],
+    inventory: dict[str, Any],
+) -> Certificate:
+    cfg, stored = opened.checkpoint.config(), dtypes_stored(opened.checkpoint)
+    about: dict[str, Any] = {
+        "family": cfg.architecture,
+        "adapter": opened.checkpoint.adapter.name,
+        "revision": opened.commit or "none: a local folder",
+        "shape": f"({cfg.n_prelude}, {cfg.n_core} x {cfg.n_recurrences}, {cfg.n_coda})",
+        "stored as": ", ".join(f"{n} {kind}" for kind, n in stored.items()),
+        "run in": str(dtype).removeprefix("torch."),
+    }
+    if subject is not None:
+        model = subject.model
+        about |= {
+            "shape": str(model.loop),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "device": _device(model.W_E.device),
+            "text": model.describe_bos(),
+            "tokens": f"{subject.tokens.shape[0]} x {subject.tokens.shape[1]}, "
+            + ("of bundled texts" if subject.texts else f"drawn with seed {seed}"),
+        }
+    if opened.is_feedforward:
+        about["examined as"] = "the loop of all layers of a feedforward model, run once"
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    about["versions"] = {
+        "tl-looped": __version__,
+        "Python": platform.python_version(),
+        **versions,
+    }
+    clean = [
+        Finding(f.check, f.outcome, plain(f.found), plain(f.if_wrong), plain(f.numbers))
+        for f in findings
+    ]
+    return Certificate(plain(opened.called), plain(about), tuple(clean), plain(inventory))
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
