@@ -66,6 +66,9 @@ def give_values(
 ) -> None:
     """Replace a model's parameters by what is stored, each straight on its device.
 
+    The largest come first: what is read from a mapped file counts as memory while it is copied, and
+    then little else does.
+
     Args:
         model: On the meta device.
         sources: Of all its parameters, found in order by :func:`problems`.
@@ -76,7 +79,8 @@ def give_values(
     Raises:
         CheckpointError: a weight that is not finite, as it is stored or in ``dtype``.
     """
-    for name, parameter in dict(model.named_parameters()).items():
+    by_size = sorted(model.named_parameters(), key=lambda named: -named[1].numel())
+    for name, parameter in by_size:
         place = device[name] if isinstance(device, Mapping) else device
         value = torch.empty(parameter.shape, device=place, dtype=dtype)
         source = sources[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from tl_looped.errors import CheckpointError, ConfigError
 from tl_looped.model.config import LoopedConfig
 
 REOPEN_AFTER = 2**27
-"""Bytes after which a file is opened anew while a checkpoint is read."""
+"""Bytes after which a file is opened anew while a checkpoint is read, or a share of them all."""
+_SHARE = 16
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _QUANTISED = ("quantization_config", "compression_config")
 _TOO_MANY = 4
@@ -41,6 +43,12 @@ class Header:
     path: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of its numbers; types are named by their bits: ``F32``, ``F8_E4M3``, ``BOOL``."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -162,11 +170,13 @@ class TensorReader:
 
     As long as a file is open, all that was read of it counts as memory of the process, which would
     in the end hold the checkpoint twice. So a file is opened anew from time to time; for each
-    tensor it would take as long as a tenth of the reading.
+    tensor it would take as long as the reading itself.
     """
 
     def __init__(self, headers: Mapping[str, Header]) -> None:
         self.headers = headers
+        stored = sum(header.n_bytes for header in headers.values())
+        self._reopen_after = min(REOPEN_AFTER, stored // _SHARE)
         self._path: Path | None = None
         self._file: Any = None
         self._n_bytes = 0
@@ -182,7 +192,7 @@ class TensorReader:
     def __call__(self, name: str) -> Tensor:
         """The tensor of that name, as it is stored."""
         path = self.headers[name].path
-        if path != self._path or self._n_bytes > REOPEN_AFTER:
+        if path != self._path or self._n_bytes > self._reopen_after:
             self.__exit__(None, None, None)
             self._path, self._n_bytes = path, 0
             self._file = safe_open(path, framework="pt").__enter__()

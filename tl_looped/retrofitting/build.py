@@ -33,7 +33,7 @@ from tl_looped.model.config import Injection, LoopedConfig, parse_dtype
 from tl_looped.retrofitting.families import feedforward_sources, looped_config
 from tl_looped.retrofitting.feedforward import Feedforward, open_feedforward
 from tl_looped.retrofitting.layers import LayerPlan, plan_layers
-from tl_looped.retrofitting.probe import check_against_source
+from tl_looped.retrofitting.probe import check_against_source, probe
 from tl_looped.transformer import LoopedTransformer
 
 _ADAPTER = "[0 | I]"
@@ -67,8 +67,9 @@ def retrofit(
 ) -> LoopedTransformer:
     """Make a looped model of a feedforward one.
 
-    The result is checked against its source at one recurrence before it is returned; both are in
-    memory at that time. Its tokenizer and its ``generation_config`` are the source's.
+    The result is checked against its source at one recurrence before it is returned. The source's
+    tensors stay in their files if it comes from a folder or the hub: one model is in memory, and of
+    the other one layer at a time. Its tokenizer and its ``generation_config`` are the source's.
     ``model.save_pretrained(folder, format="original")`` saves a retrofit in the format of the
     published ones (Llama, TinyLlama, OLMo-2, Mistral); ``model.save_pretrained(folder)`` saves
     anything in tl_looped's own. Qwen's biases and norms on single heads have no place in the
@@ -117,7 +118,7 @@ def retrofit(
         cfg.default_prepend_bos, cfg.bos_from = default_prepend_bos, "caller"
     looped = LoopedTransformer(cfg, source.tokenizer)
     looped.generation_config = dict(source.generation_config)
-    sources, tensors = _parts(looped, source, plan)
+    sources = _sources(looped, source, plan)
     target = torch.device(get_device() if device is None else device)
     if target.type != "meta":
         if source.on_meta:
@@ -125,9 +126,19 @@ def retrofit(
                 f"{source.name} is on the meta device and has no values; device='meta' makes a "
                 "looped model of shapes only"
             )
-        give_values(looped, sources, tensors.__getitem__, target, wanted)
+        # The source first: what of it is in memory is gone before the looped model is there.
+        expected = probe(looped, source, plan)
+        with source.reader() as read:
+            own = {_ADAPTER: _identity_adapter(cfg)}
+            give_values(
+                looped,
+                sources,
+                lambda name: own[name] if name in own else read(name),
+                target,
+                wanted,
+            )
         looped.to(target)  # they are there; cfg learns of it
-        check_against_source(looped, source, plan)
+        check_against_source(looped, source, expected)
     return looped.eval()
 
 
@@ -136,14 +147,12 @@ def _as_list(layers: Any) -> Any:
     return list(layers) if isinstance(layers, Iterator) else layers
 
 
-def _parts(
-    looped: LoopedTransformer, source: Feedforward, plan: LayerPlan
-) -> tuple[dict[str, Source], dict[str, Tensor]]:
-    """Where every parameter comes from, and the tensors, which are exactly those expected."""
+def _sources(looped: LoopedTransformer, source: Feedforward, plan: LayerPlan) -> dict[str, Source]:
+    """Where every parameter comes from, once the source has exactly those expected."""
     cfg, tied = looped.cfg, bool(source.model.config.tie_word_embeddings)
     sources = feedforward_sources(cfg, source.family, plan, tied)
-    tensors = source.tensors()
-    for name, tensor in tensors.items():
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in source.parameters().items():
         if not tensor.is_floating_point():
             raise ConfigError(
                 f"{source.name} is quantised: its {name} is {tensor.dtype}; dequantise it first "
@@ -151,14 +160,14 @@ def _parts(
             )
         # Biases of queries, keys and values are stored by head here.
         if name.endswith("_proj.bias") and len(tensor) % cfg.d_head == 0:
-            tensors[name] = tensor.unflatten(0, (-1, cfg.d_head))
+            tensor = tensor.unflatten(0, (-1, cfg.d_head))
+        shapes[name] = tuple(tensor.shape)
     dropped = tuple(f"model.layers.{layer}." for layer in plan.dropped)
-    optional = {name for name in tensors if name.startswith(dropped)}
+    optional = {name for name in shapes if name.startswith(dropped)}
     if cfg.injection is Injection.LINEAR:
         sources["injection.weight"] = Source((_ADAPTER,))
-        tensors[_ADAPTER] = _identity_adapter(cfg)
+        shapes[_ADAPTER] = (cfg.d_model, 2 * cfg.d_model)
     targets = {name: tuple(p.shape) for name, p in looped.named_parameters()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = problems(sources, targets, shapes, optional)
     if wrong:
         listed = "\n  ".join(wrong)
@@ -170,7 +179,7 @@ def _parts(
         raise CheckpointError(
             f"{source.name} does not hold the tensors that its config implies:\n  {listed}"
         )
-    return sources, tensors
+    return sources
 
 
 def _identity_adapter(cfg: LoopedConfig) -> Tensor:

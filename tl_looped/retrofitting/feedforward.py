@@ -1,13 +1,15 @@
 """The feedforward model: found, loaded, and looked at without being changed.
 
 Hub ids and folders are read by transformers' own class of the family, from safetensors only and
-without any code of the checkpoint. A model in memory must be of exactly that class; a bridge of
+without any code of the checkpoint; their tensors stay in the files
+(``tl_looped.retrofitting.stored``). A model in memory must be of exactly that class; a bridge of
 TransformerLens holds one. Nothing of it is changed or shared: the looped model has copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tl_looped.adapters.rope import refuse_contradictions
-from tl_looped.adapters.stored import read_headers, refuse_quantised, tensor_files, wrong_dtypes
+from tl_looped.adapters.stored import (
+    Header,
+    TensorReader,
+    read_headers,
+    refuse_quantised,
+    tensor_files,
+    wrong_dtypes,
+)
 from tl_looped.checkpoints import (
     download,
     generation_config_of,
@@ -28,6 +37,11 @@ from tl_looped.checkpoints import (
 )
 from tl_looped.errors import CheckpointError, ConfigError, InputError
 from tl_looped.retrofitting.families import Family, family_of
+from tl_looped.retrofitting.stored import (
+    from_files,
+    give_rotary_frequencies,
+    stored_parameters,
+)
 
 # What TransformerLens's bridge inserts into the names of the modules that it wraps.
 _WRAPPED = "_original_component."
@@ -38,11 +52,13 @@ class Feedforward:
     """A feedforward model to make a looped one of.
 
     Args:
-        model: Of transformers; maybe inside a bridge of TransformerLens.
+        model: Of transformers; maybe inside a bridge of TransformerLens. On the meta device if its
+            tensors are still in their files.
         family: Its family.
         tokenizer: Its tokenizer, or None.
         name: What it is called; never a path.
         generation_config: How it generates, as in ``generation_config.json``.
+        stored: Parameter -> where it is, of a model whose tensors are still in their files.
     """
 
     model: Any
@@ -50,6 +66,7 @@ class Feedforward:
     tokenizer: Any
     name: str
     generation_config: dict[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, Header] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -59,14 +76,32 @@ class Feedforward:
     @property
     def on_meta(self) -> bool:
         """Whether it has shapes only."""
-        return any(p.device.type == "meta" for p in self.model.parameters())
+        return self.stored is None and any(p.is_meta for p in self.model.parameters())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its parameters under transformers' names, tied ones once."""
+    @property
+    def device(self) -> torch.device:
+        """Where it is run."""
+        return self.model.device if self.stored is None else torch.device("cpu")
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Its parameters under transformers' names, tied ones once; maybe without values."""
         return {
             name.replace(_WRAPPED, ""): parameter.detach()
             for name, parameter in self.model.named_parameters()
+            if self.stored is None or name in self.stored
         }
+
+    def reader(self) -> AbstractContextManager[Callable[[str], Tensor]]:
+        """What gives a parameter's values by name, while the context lasts."""
+        if self.stored is None:
+            return nullcontext(self.parameters().__getitem__)
+        return TensorReader(self.stored)
+
+    def runnable(self) -> AbstractContextManager[None]:
+        """While it lasts, the model can be run."""
+        if self.stored is None:
+            return nullcontext()
+        return from_files(self.model, self.stored)
 
 
 def open_feedforward(
@@ -145,6 +180,20 @@ def _load(
     codes = wrong_dtypes(headers, headers)
     if codes:
         raise CheckpointError("\n  ".join((f"{name} is not a checkpoint of weights:", *codes)))
+    model = _from_files_of(folder, raw["model_type"], text, dtype, device_map={"": "meta"})
+    _check_class(model, family, name)
+    stored = stored_parameters(model, headers) if give_rotary_frequencies(model) else None
+    if stored is None:
+        model = _from_files_of(folder, raw["model_type"], text, dtype)
+    own = read_tokenizer(folder) if tokenizer is None else tokenizer
+    generation_config = read_generation_config(folder)
+    return Feedforward(model.eval(), family, own, name, generation_config, stored)
+
+
+def _from_files_of(
+    folder: Path, model_type: Any, text: str, dtype: torch.dtype, **where: Any
+) -> Any:
+    """The model of a folder by transformers; every tensor is there, and no other."""
     try:
         with without_bars():
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -155,6 +204,7 @@ def _load(
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told here, with names
+                **where,
             )
     except Exception as error:  # whatever transformers raises about a config or a file
         raise CheckpointError(
@@ -164,12 +214,8 @@ def _load(
     if wrong:
         # transformers has filled these in with random values, or left them out.
         listed = "; ".join(f"{kind}: {names}" for kind, names in wrong.items())
-        raise CheckpointError(
-            f"{text} does not hold the tensors of a {raw['model_type']}: {listed}"
-        )
-    _check_class(model, family, name)
-    own = read_tokenizer(folder) if tokenizer is None else tokenizer
-    return Feedforward(model.eval(), family, own, name, read_generation_config(folder))
+        raise CheckpointError(f"{text} does not hold the tensors of a {model_type}: {listed}")
+    return model
 
 
 def _check_class(model: Any, family: Family, name: str) -> None:

@@ -30,29 +30,46 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.1
 
 
-def check_against_source(looped: LoopedTransformer, source: Feedforward, plan: LayerPlan) -> None:
+def probe(
+    looped: LoopedTransformer, source: Feedforward, plan: LayerPlan
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """What the source makes of the probe's tokens without its dropped layers.
+
+    Args:
+        looped: Made of ``source``, maybe without values yet.
+        source: Is left as it was.
+        plan: Which of its layers are used.
+
+    Returns:
+        Logits, fp64 on the CPU.
+    """
+    return _dropped_logits(source, plan, _tokens(looped))
+
+
+def check_against_source(
+    looped: LoopedTransformer,
+    source: Feedforward,
+    expected: Float[Tensor, "batch pos d_vocab"],
+) -> None:
     """Compare the two models' logits and rotary frequencies.
 
     Args:
         looped: Made of ``source``; it runs at one recurrence.
-        source: Is left as it was.
-        plan: Which of its layers are used.
+        source: For its frequencies.
+        expected: Its logits, see :func:`probe`.
 
     Raises:
         ConfigError: they differ, or the feedforward model's logits are no numbers.
     """
     _check_frequencies(looped, source)
-    length = min(N_TOKENS, looped.cfg.n_ctx)
-    generator = torch.Generator().manual_seed(_SEED)
-    tokens = torch.randint(looped.cfg.d_vocab, (1, length), generator=generator)
-    expected = dropped_logits(source.model, plan, tokens)
     if not expected.isfinite().all():
         raise ConfigError(f"the feedforward model {source.name} gives logits that are not finite")
+    tokens = _tokens(looped)
     with torch.no_grad():
         found = looped(tokens, n_recurrences=1, attention_mask=torch.ones_like(tokens))
     difference = found.cpu().double() - expected
     relative = float(difference.norm() / expected.norm().clamp_min(1e-30))
-    dtypes = {looped.cfg.dtype, next(source.model.parameters()).dtype}
+    dtypes = {looped.cfg.dtype, source.model.dtype}
     tolerance = max(TOLERANCE.get(dtype, HALF_TOLERANCE) for dtype in dtypes)
     if not relative <= tolerance:
         raise ConfigError(
@@ -62,16 +79,24 @@ def check_against_source(looped: LoopedTransformer, source: Feedforward, plan: L
         )
 
 
-def dropped_logits(
-    model: Any, plan: LayerPlan, tokens: Int[Tensor, "batch pos"]
+def _tokens(looped: LoopedTransformer) -> Int[Tensor, "batch pos"]:
+    """The same random ones at each call."""
+    length = min(N_TOKENS, looped.cfg.n_ctx)
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(looped.cfg.d_vocab, (1, length), generator=generator)
+
+
+def _dropped_logits(
+    source: Feedforward, plan: LayerPlan, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of a feedforward model without its dropped layers, fp64 on the CPU."""
+    model = source.model
     body = _twin(model.model)
     body._modules["layers"] = nn.ModuleList(model.model.layers[i] for i in plan.kept)
     twin = _twin(model)
     twin._modules["model"] = body
-    with torch.no_grad(), _in_evaluation(model):
-        logits = twin(tokens.to(model.device), use_cache=False).logits
+    with torch.no_grad(), source.runnable(), _in_evaluation(model):
+        logits = twin(tokens.to(source.device), use_cache=False).logits
     return logits.cpu().double()
 
 
