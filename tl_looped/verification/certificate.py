@@ -126,9 +126,9 @@ class Certificate:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"the certificate is not JSON: {error}") from error
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-            found = values.get("schema") if isinstance(values, dict) else type(values).__name__
-            raise DataError(f"not a certificate of schema {SCHEMA}: {str(found)[:40]!r}")
+        schema = values.get("schema") if isinstance(values, dict) else None
+        if type(schema) is not int or schema != SCHEMA:
+            raise DataError(f"not a certificate of schema {SCHEMA}, but {str(values)[:40]!r}...")
         if set(values) != set(_KEYS):
             raise DataError(f"a certificate has the keys {list(_KEYS)}, this one {sorted(values)}")
         _expect(values, model=str, holds=bool, about=dict, findings=list, inventory=dict)

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_looped.errors import CheckpointError, InvalidDecompositionError
+from tl_looped.decomposition.closeness import unit
+from tl_looped.errors import InvalidDecompositionError, TLLoopedError
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.cache_size import readable
@@ -59,7 +60,7 @@ class Runs:
         if apart > rounding.bound or rounding.size != rounding.size:
             found = f"{what} differ by {within}"
             return Finding(check, Outcome.WRONG, found, if_wrong, numbers)
-        if rounding.bound >= self.of_another > 0:
+        if apart > 0 and rounding.bound >= self.of_another:
             found = (
                 f"{what} differ by {within}, but logits of another position differ by "
                 f"{self.of_another:.2g}: rounding hides everything; take --dtype float32"
@@ -115,9 +116,9 @@ def padded(runs: Runs) -> Finding:
 def recurrences(runs: Runs) -> Finding:
     """A view at R, the model set to R, and R recurrences one by one: the same logits."""
     model, before = runs.model, runs.model.loop.R
-    counts = sorted({1, before, before + 1})
+    counts = sorted({1, max(before, 1), before + 1})
     steps = _step_by_step(model.view_at(before + 1), runs.tokens, counts)
-    apart = [difference(steps[before], runs.logits)]
+    apart = [difference(steps[before], runs.logits)] if before else []
     for n in counts:
         view = model.view_at(n)(runs.tokens)
         try:
@@ -146,45 +147,54 @@ def decomposition(runs: Runs) -> Finding:
         "direct logit attributions, logit lenses and patching name components that do not do what "
         "is said of them"
     )
-    tokens = runs.tokens[:1, :_DECOMPOSED]
-    logits, cache = runs.model.run_with_cache(tokens)
-    worst, n, loop = 0.0, 0, runs.model.loop
+    check = "decomposition"
+    logits, cache = runs.model.run_with_cache(runs.tokens[:1, :_DECOMPOSED])
+    loop, half = runs.model.loop, unit({runs.model.cfg.dtype})
     places: list[dict[str, Any]] = [
         {"layer": layer, "mlp_input": mid}
         for layer in range(loop.n_layers)
         for mid in (False, True)
     ]
+    worst, most = 0.0, 0.0
     try:
         for where in [*places, {}]:
-            layer = where.get("layer", loop.n_layers - 1)
-            end = "post" if not where else "mid" if where["mlp_input"] else "pre"
-            stream = cache[f"blocks.{layer}.hook_resid_{end}"]
-            apart = (cache.decompose_resid(**where).sum(0) - stream).norm(dim=-1)
-            worst = max(worst, float((apart / stream.norm(dim=-1)).nan_to_num(nan=torch.inf).max()))
-            n += 1
+            apart, allowed = _of_stream(cache, where, half)
+            worst, most = max(worst, apart), max(most, apart / allowed)
         token = int(logits[0, -1].argmax())
         attributed = cache.logit_attrs(cache.decompose_resid(), token)
     except InvalidDecompositionError as error:
-        return Finding(
-            "decomposition", Outcome.WRONG, str(error), if_wrong, {"places": n, "relative": worst}
-        )
-    # Each write of the sum is rounded, and large ones may cancel.
-    unit = torch.finfo(attributed.dtype).eps / 2
-    size = runs.rounding.size + unit * float(attributed.abs().sum(0).max())
-    rest = difference(attributed.sum(0), logits[..., token])
+        return Finding(check, Outcome.WRONG, str(error), if_wrong)
+    # Each term of the sum is rounded, and large ones may cancel.
+    size = runs.rounding.size + half * float(attributed.abs().sum(0).max())
+    rest, bound = difference(attributed.sum(0), logits[..., token]), MARGIN * size
     numbers = {
-        "places": n, "relative": worst, "difference": rest, "bound": MARGIN * size,
-        "token": token, "components": len(attributed),
+        "places": len(places) + 1, "relative": worst, "of_bound": most, "token": token,
+        "components": len(attributed), "difference": rest, "bound": bound,
     }  # fmt: skip
     found = (
-        f"writes sum to the stream at {n} places to {worst:.2g} of it (no more than the rounding "
-        f"of the run carried along); {len(attributed)} attributions sum to the logit of a token to "
-        f"{rest:.2g}, bound {MARGIN * size:.2g}"
+        f"writes sum to the stream at {len(places) + 1} places, to {worst:.2g} of it "
+        f"({most:.2g} of the bound, {MARGIN:g} roundings of every write); {len(attributed)} "
+        f"attributions sum to the logit of a token to {rest:.2g}, bound {bound:.2g}"
     )
-    right = rest <= MARGIN * size
-    return Finding(
-        "decomposition", Outcome.EXACT if right else Outcome.WRONG, found, if_wrong, numbers
-    )
+    right = most <= 1.0 and rest <= bound
+    return Finding(check, Outcome.EXACT if right else Outcome.WRONG, found, if_wrong, numbers)
+
+
+def _of_stream(cache: Any, where: dict[str, Any], half: float) -> tuple[float, float]:
+    """How far the writes' sum is from the stream at a place, and how far rounding allows it to be.
+
+    Both as parts of the stream, at the position where they are closest. Every write may be rounded
+    when it is made, added and carried on, and large ones may cancel.
+    """
+    layer = where.get("layer", cache.loop.n_layers - 1)
+    end = "post" if not where else "mid" if where["mlp_input"] else "pre"
+    stream = cache[f"blocks.{layer}.hook_resid_{end}"]
+    writes = cache.decompose_resid(**where)
+    size = stream.norm(dim=-1)
+    apart = ((writes.sum(0) - stream).norm(dim=-1) / size).nan_to_num(nan=torch.inf)
+    allowed = MARGIN * half * writes.norm(dim=-1).sum(0) / size
+    worst = int((apart / allowed).argmax())
+    return float(apart.flatten()[worst]), float(allowed.flatten()[worst])
 
 
 def saved(runs: Runs) -> Finding:
@@ -233,5 +243,6 @@ def run_check(check: str, runs: Runs) -> Finding:
     try:
         with torch.no_grad():
             return CHECKS[check](runs)
-    except CheckpointError as error:  # of what was saved
-        return Finding(check, Outcome.WRONG, str(error), "the model cannot be used in this way")
+    except TLLoopedError as error:
+        what = f"{type(error).__name__}: {error}"
+        return Finding(check, Outcome.WRONG, what, "the model cannot be run in this way at all")

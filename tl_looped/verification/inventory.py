@@ -120,8 +120,10 @@ def _others(value: Any, of_transformers: bool) -> Iterator[Any]:
         yield value + "?"
     elif isinstance(value, list):
         yield from ([*value, *value[:1]], value[:-1])
+    elif isinstance(value, dict):
+        yield {key: next(_others(each, of_transformers)) for key, each in value.items()}
     elif value is None:
-        yield from (True, 1, 0.5, "?", [1])
+        yield from (1, 0.5, True, "?", [1])
     yield _ABSENT
     if not of_transformers:
         yield from (None, _STRANGE, {}, 0)

@@ -113,6 +113,8 @@ def copy_bytes(model: LoopedTransformer, dtype: torch.dtype) -> int:
 
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference, in fp64; infinite if either is not finite."""
+    if not a.numel():
+        return 0.0
     apart = float((a.double() - b.double().to(a.device)).abs().max())
     return apart if apart == apart else float("inf")
 
