@@ -20,7 +20,7 @@ TESTS_TL3 := tests/compat tests/surface tests/adapters/test_golden_parity.py $(a
 RUNS51 ?= runs/section51
 OUT51 ?= reproduction-section51
 
-.PHONY: demo test test-all test-lanes lane-default lane-compatible lane-no-mkldnn lane-threads compat outside real docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
+.PHONY: demo test test-all test-lanes test-gpu lane-default lane-compatible lane-no-mkldnn lane-threads compat outside real docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -78,6 +78,13 @@ lane-no-mkldnn: install
 
 lane-threads: install # One worker, whose sums are split in two; threads that spin take five times as long.
 	$(call LANE,OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive,)
+
+# What a GPU computes, beside the CPU and the references, and what runs cost there: ten minutes at
+# most. Says so and stops where there is none. DEVICE=cpu runs it on the CPU.
+DEVICE ?= cuda
+
+test-gpu: install
+	$(BIN)/python tests/gpu/run.py --device $(DEVICE) --json test-gpu.json
 
 # Ratios of times, as a table on the screen and in BENCHMARKS.md. On an idle machine only.
 bench: install
