@@ -4,6 +4,7 @@ from tl_looped.adapters.base import Adapter, HubAlias, Source
 from tl_looped.adapters.huginn import HuginnAdapter
 from tl_looped.adapters.native import NativeAdapter
 from tl_looped.adapters.ouro import OuroAdapter
+from tl_looped.adapters.reference import Package, Reference
 from tl_looped.adapters.registry import (
     all_aliases,
     find_adapter,
@@ -21,6 +22,8 @@ __all__ = [
     "HuginnAdapter",
     "NativeAdapter",
     "OuroAdapter",
+    "Package",
+    "Reference",
     "RetrofitLlamaAdapter",
     "RetrofitOlmoAdapter",
     "Source",

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tl_looped.adapters.reference import Reference
 from tl_looped.checks import checked
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import TRAINED, LoopedConfig
@@ -50,11 +51,13 @@ class Adapter(ABC):
         aliases: Short names that ``from_pretrained`` takes.
         special_token_ids: ``bos``, ``eos`` and ``pad`` of the family's own tokenizer, for one that
             does not say what they are; see :meth:`special_tokens`.
+        reference: How the authors' own code is run, to compare it with; None if there is none.
     """
 
     name: ClassVar[str]
     aliases: ClassVar[Mapping[str, HubAlias]] = {}
     special_token_ids: ClassVar[Mapping[str, int]] = {}
+    reference: ClassVar[Reference | None] = None
 
     @abstractmethod
     def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from tl_looped.adapters.base import Adapter, HubAlias, Source, as_float, given, require
 from tl_looped.adapters.raven import (
     HUGINN_TOKENS,
+    RAVEN_REFERENCE,
     has_tensor,
     is_raven,
     raven_config,
@@ -33,6 +35,7 @@ class HuginnAdapter(Adapter):
     name = "huginn"
     aliases: ClassVar = {"huginn": HubAlias("tomg-group-umd/huginn-0125")}
     special_token_ids: ClassVar = HUGINN_TOKENS
+    reference: ClassVar = replace(RAVEN_REFERENCE, rotary="freqs_cis", rotary_is="table")
 
     def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
         """Raven with four norms a block."""

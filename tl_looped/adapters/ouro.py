@@ -23,6 +23,7 @@ from tl_looped.adapters.base import (
     require,
     require_equal,
 )
+from tl_looped.adapters.reference import Package, Reference
 from tl_looped.adapters.registry import register_adapter
 from tl_looped.adapters.rope import read_rope
 from tl_looped.errors import ConfigError
@@ -50,6 +51,19 @@ class OuroAdapter(Adapter):
         "ouro-2.6b-thinking": HubAlias("ByteDance/Ouro-2.6B-Thinking"),
     }
     special_token_ids: ClassVar = {"bos": 1, "eos": 2, "pad": 0}
+    reference: ClassVar = Reference(
+        packages=(Package("transformers", "4.55.4"), Package("torch", "2.13.0")),
+        activations={
+            "recurrence.{r}.blocks.{l}.hook_resid_post": "model.layers.{l}",
+            "recurrence.{r}.hook_state_out": "model.norm",
+        },
+        rotary="model.rotary_emb.inv_freq",
+        norm_eps="variance_epsilon",
+        # The number is copied when the model is made. Without a step, a token whose exit
+        # probability rounds to one leaves earlier.
+        recurrences_config={"total_ut_steps": 0, "early_exit_step": -1},
+        arguments={"use_cache": False},
+    )
 
     def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
         """By ``model_type`` or the architecture's name."""

@@ -19,6 +19,7 @@ from tl_looped.adapters.base import (
     require_equal,
     trained_recurrences_of,
 )
+from tl_looped.adapters.reference import Package, Reference
 from tl_looped.checks import one_of
 from tl_looped.errors import ConfigError
 from tl_looped.model.config import TRAINED, InitialState, Injection, LoopedConfig
@@ -31,6 +32,19 @@ _STATE_MODES = {
 }
 
 HUGINN_TOKENS = {"bos": 65504, "eos": 65505, "pad": 65509}
+RAVEN_REFERENCE = Reference(
+    packages=(Package("transformers", "4.51.3"), Package("torch", "2.13.0")),
+    activations={
+        "prelude.{l}.hook_resid_post": "transformer.prelude.{l}",
+        "recurrence.{r}.hook_injected": "transformer.adapter",
+        "recurrence.{r}.blocks.{l}.hook_resid_post": "transformer.core_block.{l}",
+        "coda.{l}.hook_resid_post": "transformer.coda.{l}",
+    },
+    rotary="rotary_emb.inv_freq",
+    recurrences_argument="num_steps",
+    state_argument="input_states",  # taken as it is, never rescaled
+)
+"""The retrofits' code. ``num_steps`` is an integer: a tensor without dimensions fails there."""
 
 
 def is_raven(config: Mapping[str, Any]) -> bool:

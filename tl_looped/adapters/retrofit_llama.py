@@ -7,10 +7,11 @@ as does ``max_position_embeddings`` (``block_size`` is stale). No norm between l
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from tl_looped.adapters.base import Adapter, HubAlias, Source, as_float, given, require
 from tl_looped.adapters.raven import (
+    RAVEN_REFERENCE,
     has_tensor,
     init_values,
     is_raven,
@@ -59,6 +60,7 @@ class RetrofitLlamaAdapter(Adapter):
     aliases = retrofit_aliases("recurrent-llama-3.2", "Recurrent-Llama-3.2") | retrofit_aliases(
         "recurrent-tinyllama-3t", "Recurrent-TinyLlama-3T"
     )
+    reference: ClassVar = RAVEN_REFERENCE
 
     def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
         """Raven with two norms a block and none on queries."""

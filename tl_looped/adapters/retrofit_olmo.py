@@ -6,10 +6,11 @@ Queries and keys are normalised over all heads together, before the heads are sp
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from tl_looped.adapters.base import Adapter, Source
 from tl_looped.adapters.raven import (
+    RAVEN_REFERENCE,
     has_tensor,
     is_raven,
     raven_duplicates,
@@ -28,6 +29,7 @@ class RetrofitOlmoAdapter(Adapter):
 
     name = "retrofit-olmo"
     aliases = retrofit_aliases("recurrent-olmo-2", "Recurrent-OLMo-2-0425")
+    reference: ClassVar = RAVEN_REFERENCE
 
     def matches(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> bool:
         """Raven with a norm on queries."""

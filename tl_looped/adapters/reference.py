@@ -1,0 +1,90 @@
+"""How the authors' own code of a family is run, so that it can be compared with this package.
+
+A declaration, read by ``tl_looped.verification``: which packages run the code, how it takes the
+number of recurrences and the initial state, and where in its modules stand the activations that
+have names here. It holds no code, and nothing of it is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tl_looped.checks import checked
+from tl_looped.model.config import LoopedConfig
+
+
+@checked
+@dataclass(frozen=True)
+class Package:
+    """A package that the authors' code needs.
+
+    Args:
+        name: Name on the package index.
+        tested: Version that was tried. Another major version is refused; another minor one is
+            noted in the finding.
+    """
+
+    name: str
+    tested: str
+
+    @property
+    def pin(self) -> str:
+        """What pip is asked for."""
+        return f"{self.name}=={self.tested}"
+
+
+@checked
+@dataclass(frozen=True)
+class Reference:
+    """The authors' code of a family.
+
+    Module patterns hold ``{l}`` for a layer of the stage; names of activations hold ``{r}`` for the
+    recurrence as well. Of a module that runs once per recurrence, the calls in their order are the
+    recurrences.
+
+    Args:
+        packages: What its environment needs beside Python.
+        activations: Module pattern by hook name, such as
+            ``"recurrence.{r}.blocks.{l}.hook_resid_post": "model.layers.{l}"``: the module's
+            output, or the first of several, is that activation.
+        rotary: Path of the buffer with the rotary frequencies ``[half]`` or the table of cosines
+            and sines ``[1, position, 1, half, 2]``.
+        rotary_is: Which of the two.
+        norm_eps: Attribute of its norms that holds epsilon. A norm is found by the checkpoint's
+            name of its gain.
+        recurrences_argument: Argument of ``forward`` that takes the number of recurrences.
+        recurrences_config: Fields of its config that are set before the model is made, each to the
+            number of recurrences plus the value that is given here.
+        state_argument: Argument of ``forward`` that takes the state of recurrence 0.
+        arguments: Further arguments of ``forward``.
+        auto_class: Class of transformers that opens the checkpoint.
+    """
+
+    packages: tuple[Package, ...]
+    activations: Mapping[str, str]
+    rotary: str
+    rotary_is: Literal["frequencies", "table"] = "frequencies"
+    norm_eps: str = "eps"
+    recurrences_argument: str | None = None
+    recurrences_config: Mapping[str, int] = field(default_factory=dict)
+    state_argument: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    auto_class: str = "AutoModelForCausalLM"
+
+    @property
+    def environment(self) -> str:
+        """The command that makes an environment for it."""
+        folder = "reference-" + "-".join(self.packages[0].pin.split("=="))
+        pins = " ".join(package.pin for package in self.packages)
+        return f"python3 -m venv {folder} && {folder}/bin/pip install {pins} numpy"
+
+    def places(self, cfg: LoopedConfig, n_recurrences: int) -> Iterator[tuple[str, str, int]]:
+        """Every activation of a run: our name, their module, and the number of its call."""
+        sizes = {"prelude": cfg.n_prelude, "recurrence": cfg.n_core, "coda": cfg.n_coda}
+        for ours, theirs in self.activations.items():
+            n_layers = sizes[ours.partition(".")[0]] if "{l}" in ours else 1
+            for r in range(n_recurrences if "{r}" in ours else 1):
+                for layer in range(n_layers):
+                    yield ours.format(r=r, l=layer), theirs.format(l=layer), r
