@@ -25,6 +25,8 @@ import torch
 import tl_looped
 from tl_looped import LoopedTransformer, TLLoopedError, exits, metrics, viz
 from tl_looped import interventions as iv
+from tl_looped.adapters import Package
+from tl_looped.adapters.raven import RAVEN_REFERENCE
 from tl_looped.experiments import Experiment, PromptSet, Run
 from tl_looped.metrics.clusters import FEATURES
 from tl_looped.model.geometry import LayerLocation
@@ -259,6 +261,7 @@ class World:
             "Resampling": lambda: metrics.Resampling(5),
             "LayerPlan": lambda: layers,
             "Certificate": lambda: CERTIFICATE,
+            "Reference": lambda: RAVEN_REFERENCE,
             "Constant": lambda: Constant(2),
             "PoissonLogNormal": PoissonLogNormal,
             "Shape": Shape,
@@ -403,6 +406,14 @@ class World:
             "Certificate.to_json": {},
             "Certificate.to_markdown": {},
             "Certificate.write": {"path": self.folder / "certificate"},
+            "Package": {"name": "torch", "tested": "2.13.0"},
+            "Reference": {
+                "packages": (Package("torch", "2.13.0"),),
+                "activations": {"coda.{l}.hook_resid_post": "model.layers.{l}"},
+                "rotary": "model.inv_freq",
+            },
+            "Reference.places": {"cfg": self.model.cfg, "n_recurrences": 2},
+            "ReferenceOptions": {"source": "owner/name"},
             "Experiment": {"model": "demo"},
             "Experiment.from_dict": {"values": Experiment("demo").to_dict()},
             "Experiment.from_toml": {"text": Experiment("demo").to_toml()},

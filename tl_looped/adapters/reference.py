@@ -7,12 +7,16 @@ have names here. It holds no code, and nothing of it is imported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tl_looped.checks import checked
+from tl_looped.checks import checked, whole
+from tl_looped.errors import ConfigError
 from tl_looped.model.config import LoopedConfig
+
+_STAGES = {"prelude": "n_prelude", "recurrence": "n_core", "coda": "n_coda"}
 
 
 @checked
@@ -73,6 +77,19 @@ class Reference:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     auto_class: str = "AutoModelForCausalLM"
 
+    def __post_init__(self) -> None:
+        if not self.packages:
+            raise ConfigError("packages is empty: the authors' code needs transformers at least")
+        for ours, theirs in self.activations.items():
+            stage = ours.partition(".")[0]
+            fields = set(re.findall(r"{(.*?)}", ours)), set(re.findall(r"{(.*?)}", theirs))
+            allowed = {"l", "r"} if stage == "recurrence" else {"l"}
+            if stage not in _STAGES or fields[0] - allowed or fields[1] != fields[0] - {"r"}:
+                raise ConfigError(
+                    f"activations: {ours!r} on {theirs!r} must be a hook name of {list(_STAGES)}, "
+                    "with {l} in both or in neither and {r} in that of a recurrence alone"
+                )
+
     @property
     def environment(self) -> str:
         """The command that makes an environment for it."""
@@ -81,10 +98,15 @@ class Reference:
         return f"python3 -m venv {folder} && {folder}/bin/pip install {pins} numpy"
 
     def places(self, cfg: LoopedConfig, n_recurrences: int) -> Iterator[tuple[str, str, int]]:
-        """Every activation of a run: our name, their module, and the number of its call."""
-        sizes = {"prelude": cfg.n_prelude, "recurrence": cfg.n_core, "coda": cfg.n_coda}
+        """Every activation of a run: our name, their module, and the number of its call.
+
+        Args:
+            cfg: The model's.
+            n_recurrences: Recurrences of the run.
+        """
+        n_recurrences = whole(n_recurrences, "n_recurrences")
         for ours, theirs in self.activations.items():
-            n_layers = sizes[ours.partition(".")[0]] if "{l}" in ours else 1
+            size = getattr(cfg, _STAGES[ours.partition(".")[0]])
             for r in range(n_recurrences if "{r}" in ours else 1):
-                for layer in range(n_layers):
+                for layer in range(size if "{l}" in ours else 1):
                     yield ours.format(r=r, l=layer), theirs.format(l=layer), r

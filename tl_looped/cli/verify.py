@@ -34,6 +34,28 @@ def verify(
     seed: Annotated[
         int, typer.Option(help="Seed of the tokens that are drawn for a model without a tokenizer.")
     ] = 0,
+    reference_python: Annotated[
+        Path | None,
+        typer.Option(
+            help="Python of another environment, which runs the authors' own code of the "
+            "checkpoint to compare with; docs/verified.md has the line that makes it."
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run the Python files of the checkpoint, as you. Read them."
+        ),
+    ] = False,
+    reference_timeout: Annotated[
+        float, typer.Option(help="Seconds after which the authors' code is given up.")
+    ] = 3600.0,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Feedforward model, hub id or folder, that this one was made of, to compare with."
+        ),
+    ] = None,
 ) -> None:
     """Was a checkpoint loaded right? Exactness checks decide the exit code, 0 or 1.
 
@@ -49,6 +71,9 @@ def verify(
             device=device,
             dtype=dtype,
             seed=seed,
+            reference=verification.ReferenceOptions(
+                reference_python, trust_remote_code, reference_timeout, source
+            ),
             progress=bar(bars, "checks"),
         )
         written = None if out is None else certificate.write(out)

@@ -8,6 +8,7 @@ It is reported, never decided by.
 """
 
 from tl_looped.verification.certificate import Certificate, Finding, Outcome
+from tl_looped.verification.reference import ReferenceOptions
 from tl_looped.verification.run import verify
 
-__all__ = ["Certificate", "Finding", "Outcome", "verify"]
+__all__ = ["Certificate", "Finding", "Outcome", "ReferenceOptions", "verify"]

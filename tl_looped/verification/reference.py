@@ -34,7 +34,7 @@ from tl_looped.files import is_file
 from tl_looped.progress import NOTICES, Progress
 from tl_looped.transformer.cache_size import free_bytes
 from tl_looped.verification.certificate import Finding, Outcome
-from tl_looped.verification.native import compare_with_source
+from tl_looped.verification.native import compare_with_source, refuse_other_models
 from tl_looped.verification.parity import (
     CHECK,
     IF_WRONG,
@@ -96,14 +96,12 @@ def check_reference(checkpoint: Checkpoint, options: ReferenceOptions) -> None:
 
     Raises:
         InputError: code that is not trusted, an interpreter that does not run or lacks a package,
-            or has another major version of it; a source of a model that was not made of one.
+            or has another major version of it; a source of a model that was not made of one, or was
+            trained since.
         CheckpointError: the files of the code are not there.
     """
-    if options.source is not None and not checkpoint.config().source_layers:
-        raise InputError(
-            f"--source {options.source}: {checkpoint.name} does not say that it was made of a "
-            "feedforward model (source_layers); leave it out"
-        )
+    if options.source is not None:
+        refuse_other_models(checkpoint.config(), options.source, checkpoint.name)
     if options.python is None:
         return
     reference = checkpoint.adapter.reference
@@ -154,7 +152,7 @@ def compare_with_reference(
     try:
         _refuse_lossy(subject)
         if source is not None:
-            return compare_with_source(subject.model, source, subject.tokens, progress)
+            return compare_with_source(subject.model, source, subject.tokens, options.hub, progress)
         return _compare(subject, options, progress, about)
     except NotCompared as error:
         return Finding(CHECK, Outcome.WRONG, f"not compared: {error}", IF_WRONG, about)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tl_looped.checkpoints import HubOptions
 from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.model.config import parse_dtype
-from tl_looped.progress import NOTICES, Progress
+from tl_looped.progress import NOTICES, SILENT, Progress
 from tl_looped.retrofitting import retrofit
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.cache_size import free_bytes, readable
@@ -31,13 +31,18 @@ from tl_looped.verification.inventory import (
     tensors_of,
 )
 from tl_looped.verification.opening import Opened, open_subject
+from tl_looped.verification.reference import (
+    ReferenceOptions,
+    check_reference,
+    compare_with_reference,
+)
 from tl_looped.verification.subject import Subject
 from tl_looped.verification.texts import bundled_texts
 from tl_looped.verification.weights import finite, finite_weights, names
 
 _ROWS, _LONGEST = 3, 24
 _LARGEST_SEED = 2**63 - 1
-_LOADED = ("finite", *CHECKS)
+_LOADED = ("finite", *CHECKS, "reference")
 _LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "safetensors")
 
 
@@ -49,6 +54,7 @@ def verify(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "float32",
     seed: int = 0,
+    reference: ReferenceOptions | None = None,
     hub: HubOptions | None = None,
     progress: Progress = NOTICES,
 ) -> Certificate:
@@ -63,6 +69,8 @@ def verify(
         device: TransformerLens's default device if None.
         dtype: Of the weights while the checks run.
         seed: Seed of the tokens that are drawn for a model without a tokenizer.
+        reference: Another implementation that the model is compared with: the authors' own code,
+            or the feedforward model that it was made of.
         hub: How the hub is asked.
         progress: What is told on the way: one step per check.
 
@@ -72,11 +80,14 @@ def verify(
     Raises:
         CheckpointError, UnknownArchitectureError, ConfigError: there is no such checkpoint, nothing
             here can run it, or a file of it is damaged.
-        InputError: the model does not fit into the memory.
+        InputError: the model does not fit into the memory; a reference that cannot be run, or is
+            not trusted.
     """
     seed = whole(seed, "seed", 0, _LARGEST_SEED)
     wanted = parse_dtype(dtype)
     opened = open_subject(model_name, revision, hub)
+    compared = replace(reference or ReferenceOptions(), hub=hub)
+    check_reference(opened.checkpoint, compared)
     progress.start(len(_LOADED) + 1, 0)
     inventory = inventory_of_files(opened)
     findings: list[Finding] = []
@@ -88,7 +99,7 @@ def verify(
         if not any(finding.outcome is Outcome.WRONG for finding in findings):
             subject = load_subject(opened, model_name, hub, device, wanted, seed)
             inventory |= inventory_of_text(subject.model, subject.texts)
-            for finding in _of_model(subject):
+            for finding in _of_model(subject, compared):
                 findings.append(finding)
                 progress.advance(1)
     findings += _not_run(findings)
@@ -103,7 +114,7 @@ def _of_weights(opened: Opened, dtype: torch.dtype) -> Iterator[Finding]:
         yield not_finite
 
 
-def _of_model(subject: Subject) -> Iterator[Finding]:
+def _of_model(subject: Subject, reference: ReferenceOptions) -> Iterator[Finding]:
     """Findings on the loaded model; once a run gave NaN, nothing else can be told."""
     found = finite(subject)
     yield found
@@ -112,6 +123,7 @@ def _of_model(subject: Subject) -> Iterator[Finding]:
     runs = Runs(subject)
     for check in CHECKS:
         yield run_check(check, runs)
+    yield compare_with_reference(subject, reference, SILENT)
 
 
 def _not_run(findings: list[Finding]) -> list[Finding]:
