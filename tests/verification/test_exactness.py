@@ -145,7 +145,7 @@ def test_noise_is_as_large_as_the_rounding_that_float64_shows(case: str) -> None
     subject = subject_of(case)
     logits = subject.model(subject.tokens)
     measured = rounding_of(subject.model, subject.tokens, logits)
-    assert measured.how == "the same run in float64"
+    assert "float64" in measured.how
     noise = _by_noise(subject.model, subject.tokens, logits)
     assert measured.size / MARGIN < noise < MARGIN * measured.size
     assert measured.bound == MARGIN * measured.size
@@ -153,7 +153,7 @@ def test_noise_is_as_large_as_the_rounding_that_float64_shows(case: str) -> None
 
 def test_a_run_in_float64_is_bounded_by_noise() -> None:
     runs = Runs(subject_of("retrofit_olmo", torch.float64))
-    assert runs.rounding.how.startswith("noise")
+    assert "noise" in runs.rounding.how
     assert runs.rounding.bound < 1e-10
     assert {run_check(name, runs).outcome for name in CHECKS} == {Outcome.EXACT}
 

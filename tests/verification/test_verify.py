@@ -25,7 +25,7 @@ from tl_looped import (
     unregister_adapter,
 )
 from tl_looped.adapters.retrofit_llama import RetrofitLlamaAdapter
-from tl_looped.checkpoints import BUNDLED
+from tl_looped.checkpoints import BUNDLED, HubOptions
 from tl_looped.cli import app
 from tl_looped.verification import Certificate, Outcome, run, verify
 
@@ -106,6 +106,8 @@ def test_feedforward_models_are_examined_as_loops_run_once(kind: str, tmp_path: 
     feedforward(kind).save_pretrained(tmp_path / kind)
     certificate = verified(tmp_path / kind, tmp_path / "c")
     assert outcomes(certificate) == ALL_EXACT
+    reference = {f.check: f.outcome for f in certificate.findings}["reference"]
+    assert reference is Outcome.EXACT
     assert certificate.about["shape"] == "(0, 7 x 1, 0)"
     uses = {one["use"].split()[0] for one in certificate.inventory["tensors"]}
     assert uses <= {"whole", "joined", "duplicate"}
@@ -156,6 +158,29 @@ def test_nothing_is_called_exact_where_rounding_hides_everything(tmp_path: Path)
     found = outcomes(certificate)
     assert found["cached = uncached"] is found["padded = alone"] is Outcome.NOT_APPLICABLE
     assert certificate.holds
+
+
+@pytest.mark.parametrize("kind", ["looped", "feedforward"])
+def test_the_revision_of_a_hub_id_is_pinned(kind: str, tmp_path: Path) -> None:
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    repository = tmp_path / "models--me--mine"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    for revision, commit in commits.items():
+        (repository / "refs" / revision).write_text(commit)
+        if kind == "looped":
+            copy_of("retrofit_llama", repository / "snapshots" / commit)
+        else:
+            feedforward("llama").save_pretrained(repository / "snapshots" / commit)
+    hub = HubOptions(cache_dir=tmp_path, local_files_only=True)
+    for revision, commit in commits.items():
+        certificate = verify("me/mine", revision=revision, device="cpu", hub=hub)
+        assert certificate.about["revision"] == commit
+        assert certificate.model == "me/mine"
+        assert certificate.holds
+    assert verify("me/mine", device="cpu", hub=hub).about["revision"] == commits["main"]
+    with pytest.raises(CheckpointError):
+        verify("me/mine", revision="v3", hub=hub)
 
 
 # -- faults of files ------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ class Runs:
             if_wrong: What would be seen in the model's use.
         """
         rounding, numbers = self.rounding, self.rounding.numbers(apart)
-        within = f"{apart:.2g}, bound {rounding.bound:.2g} ({MARGIN:g} x {rounding.how})"
+        bound = f"{rounding.bound:.2g} ({MARGIN:g} times the rounding of the run, {rounding.how})"
+        within = f"{apart:.2g}, bound {bound}"
         if apart > rounding.bound or rounding.size != rounding.size:
             found = f"{what} differ by {within}"
             return Finding(check, Outcome.WRONG, found, if_wrong, numbers)

@@ -35,6 +35,8 @@ adds is the order of its sums. Summing n terms one after another is at worst sqr
 in blocks, where a term counts; a mistake is larger by orders of magnitude.
 """
 
+_BY_FLOAT64 = "measured beside the same run in float64"
+_BY_NOISE = "estimated by noise of the size of roundings"
 _SHARE = 0.8  # of the free memory
 _DRAWS = 2
 _NOISY = (
@@ -87,8 +89,8 @@ def rounding_of(
     largest = float(logits.abs().max())
     if model.cfg.dtype is not torch.float64 and copy_fits(model, torch.float64):
         exact = in_dtype(model, torch.float64)(tokens)
-        return Rounding(difference(logits, exact), largest, "the same run in float64")
-    return Rounding(_by_noise(model, tokens, logits), largest, "noise of the size of roundings")
+        return Rounding(difference(logits, exact), largest, _BY_FLOAT64)
+    return Rounding(_by_noise(model, tokens, logits), largest, _BY_NOISE)
 
 
 def in_dtype(model: LoopedTransformer, dtype: torch.dtype) -> LoopedTransformer:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_looped._compat import get_device
 from tl_looped._version import __version__
-from tl_looped.checkpoints import HubOptions
+from tl_looped.checkpoints import BUNDLED, HubOptions
 from tl_looped.checks import checked, whole
 from tl_looped.errors import InputError
 from tl_looped.model.config import parse_dtype
@@ -166,8 +166,7 @@ def refuse_too_large(opened: Opened, device: torch.device, dtype: torch.dtype) -
     """Raise if the weights alone exceed the free memory."""
     stored = tensors_of(opened.checkpoint, opened.checkpoint.config())
     n = sum(torch.Size(one.shape).numel() for one in stored if one.parameters)
-    # A feedforward model is in memory beside its virtual loop, which is checked against it.
-    needed, free = n * dtype.itemsize * (1 + opened.is_feedforward), free_bytes(device)
+    needed, free = n * dtype.itemsize, free_bytes(device)
     if free is not None and needed > free:
         smaller = "" if dtype.itemsize <= 2 else " --dtype bfloat16 takes half of it"
         raise InputError(
@@ -228,10 +227,11 @@ def _certificate(
     inventory: dict[str, Any],
 ) -> Certificate:
     cfg, stored = opened.checkpoint.config(), dtypes_stored(opened.checkpoint)
+    is_bundled = opened.checkpoint.folder in BUNDLED.values()
     about: dict[str, Any] = {
         "family": cfg.architecture,
         "adapter": opened.checkpoint.adapter.name,
-        "revision": opened.commit or "none: a local folder",
+        "revision": opened.commit or ("of this version" if is_bundled else "none: a local folder"),
         "shape": f"({cfg.n_prelude}, {cfg.n_core} x {cfg.n_recurrences}, {cfg.n_coda})",
         "stored as": ", ".join(f"{n} {kind}" for kind, n in stored.items()),
         "run in": str(dtype).removeprefix("torch."),
