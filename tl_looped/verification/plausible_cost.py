@@ -1,0 +1,165 @@
+"""Speed and memory: whether a recurrence costs what its layers cost, and weights are held once."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from tl_looped.transformer import LoopedTransformer
+from tl_looped.transformer.cache_size import readable
+from tl_looped.verification.certificate import Finding, Outcome
+
+SPEED, MEMORY = "cost by recurrences", "weights in memory"
+
+_POSITIONS = 96
+_NEW = 6
+_TIMES = 3
+LEAST, MOST = 0.3, 3.0
+"""Bounds of the measured growth of the cost over that of the effective layers. Three times off is
+no noise of a busy machine: each time is the best of several, taken in turn."""
+HELD = 1.5
+"""Bytes of tensors that the model holds over those of its parameters; a second copy makes 2."""
+_SPEED_IF_WRONG = (
+    "The time would not grow with the number of effective layers: constant if recurrences are not "
+    "run, quadratic if each one repeats those before it."
+)
+_MEMORY_IF_WRONG = (
+    "The model would hold tensors of twice its parameters' bytes or more: tied weights that were "
+    "copied, or the checkpoint's own tensors kept beside the model's."
+)
+
+
+def cost_by_recurrences(
+    model: LoopedTransformer, tokens: Tensor, numbers: Sequence[int]
+) -> Finding:
+    """Time a forward pass and a few cached steps at two or more numbers of recurrences.
+
+    Args:
+        model: The model.
+        tokens: Tokens ``[batch, pos]``; the first row is run, repeated to some length.
+        numbers: Numbers of recurrences.
+    """
+    length = min(_POSITIONS, model.cfg.n_ctx - _NEW)
+    row = tokens[:1].repeat(1, -(-length // tokens.shape[1]))[:, :length]
+    jobs: dict[tuple[str, int], Callable[[], Any]] = {}
+    for n in numbers:
+        jobs["forward", n] = partial(model, row, n_recurrences=n)
+        jobs["generation", n] = partial(
+            model.generate,
+            row[:, :4],
+            max_new_tokens=_NEW,
+            do_sample=False,
+            stop_at_eos=False,
+            verbose=False,
+            n_recurrences=n,
+        )
+    seconds = _best_times(jobs, row.device)
+    layers = {n: model.view_at(n).cfg.n_layers for n in numbers}
+    few, many = min(numbers), max(numbers)
+    grows = seconds["forward", many] / seconds["forward", few]
+    expected = _expected(model, layers[many]) / _expected(model, layers[few])
+    each = ", ".join(
+        f"{n} ({layers[n]} layers): {length / seconds['forward', n]:.0f} forward, "
+        f"{_NEW / seconds['generation', n]:.0f} generated"
+        for n in numbers
+    )
+    found = (
+        f"Tokens per second of one text of {length} tokens by recurrences: {each}. From {few} to "
+        f"{many} recurrences a forward pass takes {grows:.2f} times as long, and the weights that "
+        f"are multiplied grow {expected:.2f} times; {LEAST} to {MOST} times that are plausible."
+    )
+    found_numbers = {
+        "positions": length,
+        "tokens_per_second": {
+            kind: {n: (length if kind == "forward" else _NEW) / seconds[kind, n] for n in numbers}
+            for kind in ("forward", "generation")
+        },
+        "layers": layers,
+        "grows": grows,
+        "expected": expected,
+    }
+    if few == many:
+        return Finding(SPEED, Outcome.NOT_APPLICABLE, found, _SPEED_IF_WRONG, found_numbers)
+    linear = LEAST * expected < grows < MOST * expected
+    outcome = Outcome.PLAUSIBLE if linear else Outcome.SUSPICIOUS
+    return Finding(SPEED, outcome, found, _SPEED_IF_WRONG, found_numbers)
+
+
+def _expected(model: LoopedTransformer, n_layers: int) -> int:
+    """Weights that a token is multiplied with: those of its layers, and the unembedding."""
+    one = sum(p.numel() for name, p in model.named_parameters() if name.startswith("core.0."))
+    return n_layers * one + int(model.cfg.d_vocab * model.cfg.d_model)
+
+
+def _best_times(
+    jobs: dict[tuple[str, int], Callable[[], Any]], device: torch.device
+) -> dict[tuple[str, int], float]:
+    """Seconds of each, the best of several rounds in which all take their turn."""
+    best = dict.fromkeys(jobs, float("inf"))
+    with torch.no_grad():
+        for _ in range(_TIMES):
+            for name, job in jobs.items():
+                start = time.perf_counter()
+                job()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def weights_in_memory(model: LoopedTransformer) -> Finding:
+    """Bytes of all tensors that the model holds, against those of its parameters.
+
+    The process's resident memory is reported too, and not judged: it holds PyTorch, the tokenizer
+    and whatever else runs in it.
+
+    Args:
+        model: The model.
+    """
+    parameters = _bytes(p.data for p in model.parameters())
+    held = _bytes(_tensors_of(model))
+    resident = psutil.Process(os.getpid()).memory_info().rss
+    found = (
+        f"The parameters take {readable(parameters)}, all tensors that the model holds "
+        f"{readable(held)}, {held / max(1, parameters):.2f} times as much; up to {HELD} is "
+        f"plausible. The process has {readable(resident)} in memory, libraries included."
+    )
+    numbers = {"parameters": parameters, "held": held, "resident": resident}
+    outcome = Outcome.PLAUSIBLE if held <= HELD * parameters else Outcome.SUSPICIOUS
+    return Finding(MEMORY, outcome, found, _MEMORY_IF_WRONG, numbers)
+
+
+def _bytes(tensors: Any) -> int:
+    """Of the storages behind tensors, each counted once."""
+    storages = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors_of(model: LoopedTransformer) -> list[Tensor]:
+    """Every tensor that can be reached from the model, its code and its tokenizer left out."""
+    skipped = (type, ModuleType, FunctionType, BuiltinFunctionType, str, int, float)
+    seen: set[int] = {id(model.tokenizer)}
+    found: list[Tensor] = []
+    waiting: list[Any] = [model.__dict__]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, skipped):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found.append(thing)
+        waiting.extend(gc.get_referents(thing))
+    return found
