@@ -1,17 +1,9 @@
-"""Checkpoints against code that they bring along, run by another interpreter.
-
-The code is ``by_hand.py`` beside this file, the interpreter that of a venv which borrows the
-packages of the running one. The adapters are those of the package, but for the version of
-transformers that they declare.
-"""
+"""Checkpoints against code that they bring along, run by another interpreter."""
 
 from __future__ import annotations
 
+import ast
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,48 +13,30 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, load_golden
-from rawcheckpoints import raw_config, write_checkpoint
+from conftest import load_golden
+from rawcheckpoints import write_checkpoint
+from references import STYLES, declared, make_environment, registered, with_code
 from safetensors.torch import load_file
+from test_verify import EXACT, outcomes, verified
 
-import tl_looped
-from tl_looped import CheckpointError, InputError, LoopedTransformer
+from tl_looped import CheckpointError, ConfigError, InputError, LoopedTransformer
 from tl_looped.adapters import (
     Adapter,
     HuginnAdapter,
     OuroAdapter,
     Package,
     RetrofitLlamaAdapter,
-    RetrofitOlmoAdapter,
 )
 from tl_looped.checkpoints import open_checkpoint
-from tl_looped.verification import Finding, Outcome
-from tl_looped.verification.reference import (
-    ReferenceOptions,
-    check_reference,
-    compare_with_reference,
-)
+from tl_looped.verification import Finding, Outcome, ReferenceOptions
+from tl_looped.verification.reference import check_reference, compare_with_reference
 from tl_looped.verification.reference_process import SCRIPT
 from tl_looped.verification.subject import Subject
-
-STYLES = {
-    "huginn": ("huginn", HuginnAdapter),
-    "retrofit_llama": ("llama", RetrofitLlamaAdapter),
-    "retrofit_tinyllama": ("llama", RetrofitLlamaAdapter),
-    "retrofit_olmo": ("olmo", RetrofitOlmoAdapter),
-    "ouro": ("ouro", OuroAdapter),
-}
-INSTALLED = tuple(Package(name, version(name)) for name in ("transformers", "torch"))
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter of its own that finds the packages of the running one, and not tl_looped."""
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "borrowed.pth").write_text(str(Path(torch.__file__).parent.parent))
-    return folder / "bin" / "python"
+    return make_environment(tmp_path_factory.mktemp("environment"))
 
 
 @pytest.fixture(autouse=True)
@@ -73,24 +47,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield folder
     assert list(folder.iterdir()) == []
-
-
-def declared(of: type[Adapter], **changes: Any) -> Adapter:
-    """An adapter of the package that declares the installed versions."""
-    assert of.reference is not None
-    reference = replace(of.reference, packages=INSTALLED)
-    return type(of.__name__, (of,), {"reference": reference} | changes)()
-
-
-def with_code(case: str, folder: Path, fault: str | None = None, **changes: Any) -> Path:
-    """A golden checkpoint with its code."""
-    kind = "Ouro" if case == "ouro" else "Raven"
-    own = {"style": STYLES[case][0], "fault": fault, "marker": str(folder / "marker")}
-    code = {"AutoConfig": f"by_hand.{kind}Config", "AutoModelForCausalLM": f"by_hand.{kind}Model"}
-    raw = raw_config(case, by_hand=own, auto_map=code, **changes)
-    write_checkpoint(folder, raw, load_file(GOLDEN / case / "model.safetensors"))
-    shutil.copy(Path(__file__).parent / "by_hand.py", folder)
-    return folder
 
 
 def subject_of(folder: Path, adapter: Adapter, case: str) -> Subject:
@@ -139,72 +95,76 @@ def test_golden_checkpoints_compute_what_their_code_does(
 # -- what is wrong ----------------------------------------------------------------------------
 
 
-def exchanged(one: str, other: str) -> Callable[..., Any]:
-    """Sources of an adapter of the package with two parameters of every block exchanged."""
-
-    def sources(self: Adapter, cfg: Any) -> Any:
-        found = super(type(self), self).sources(cfg)
-        for name in [n for n in found if n.endswith(one)]:
-            other_name = name.removesuffix(one) + other
-            found[name], found[other_name] = found[other_name], found[name]
-        return found
-
-    return sources
-
-
-def test_exchanged_query_and_key_biases(tmp_path: Path, python: Path) -> None:
-    folder = with_code("huginn", tmp_path / "checkpoint")
-    adapter = declared(HuginnAdapter, sources=exchanged("q_bias", "k_bias"))
-    subject = subject_of(folder, adapter, "huginn")
-    subject.checkpoint.load_into(subject.model, torch.device("cpu"), torch.float32)
-    finding = compare_with_reference(subject, ReferenceOptions(python, True))
-    assert finding.outcome is Outcome.WRONG
-    assert "prelude.0.hook_resid_post" in finding.found  # where it begins
-    assert finding.numbers["rotary frequencies"]["largest"] < 1e-6
-
-
-@pytest.mark.full
-def test_exchanged_queries_and_keys(tmp_path: Path, python: Path) -> None:
-    folder = with_code("ouro", tmp_path / "checkpoint", num_key_value_heads=4)
+def with_full_heads(folder: Path) -> Path:
+    """The golden Ouro with as many key heads as query heads, so that they can be exchanged."""
+    with_code("ouro", folder, num_key_value_heads=4)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     for name in tensors:
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             tensors[name] = torch.randn(64, 64, generator=generator) * 0.2
-    write_checkpoint(folder, json.loads((folder / "config.json").read_text()), tensors)
-    assert compared("ouro", folder, python).outcome is Outcome.EXACT
+    return write_checkpoint(folder, json.loads((folder / "config.json").read_text()), tensors)
 
-    def sources(self: Adapter, cfg: Any) -> Any:
-        found = OuroAdapter.sources(self, cfg)  # type: ignore[arg-type]
-        for name in [n for n in found if n.endswith("attn.qkv")]:
-            q, k, v = found[name].names
-            found[name] = replace(found[name], names=(k, q, v))
+
+def exchanged(self: Any, cfg: Any) -> Any:
+    """Sources in which every query matrix is the key's, and the other way round."""
+    found = OuroAdapter.sources(self, cfg)
+    for name in [n for n in found if n.endswith("attn.qkv")]:
+        q, k, v = found[name].names
+        found[name] = replace(found[name], names=(k, q, v))
+    return found
+
+
+def with_field(**wrong: float) -> Callable[..., Any]:
+    """A reading of config.json that takes one field wrongly."""
+
+    def config(self: Any, raw: Any) -> Any:
+        return replace(OuroAdapter.config(self, raw), **wrong)
+
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({}, None),
+        ({"sources": exchanged}, "first recurrence.0.blocks.0.hook_resid_post"),
+        ({"config": with_field(eps=1.5e-6)}, "epsilon of"),
+        ({"config": with_field(rotary_base=1_000_100.0)}, "rotary frequencies"),
+    ],
+    ids=["none", "query and key", "eps", "theta"],
+)
+@pytest.mark.full
+def test_a_fault_of_an_adapter_turns_the_reference_red_and_nothing_else(
+    fault: dict[str, Any], said: str | None, tmp_path: Path, python: Path
+) -> None:
+    folder = with_full_heads(tmp_path / "checkpoint")
+    with registered(OuroAdapter, **fault):
+        options = ("--reference-python", str(python), "--trust-remote-code")
+        certificate = verified(folder, tmp_path / "c", *options, code=0 if said is None else 1)
+    assert outcomes(certificate) == dict.fromkeys(EXACT, Outcome.EXACT)
+    assert certificate.wrong == (() if said is None else ("reference",))
+    finding = next(finding for finding in certificate.findings if finding.check == "reference")
+    assert finding.outcome is (Outcome.EXACT if said is None else Outcome.WRONG)
+    assert (said or "greedy tokens") in finding.found
+
+
+def test_exchanged_query_and_key_biases(tmp_path: Path, python: Path) -> None:
+    def sources(self: Any, cfg: Any) -> Any:
+        found = HuginnAdapter.sources(self, cfg)
+        for name in [n for n in found if n.endswith("q_bias")]:
+            other = name.replace("q_bias", "k_bias")
+            found[name], found[other] = found[other], found[name]
         return found
 
-    subject = subject_of(folder, declared(OuroAdapter, sources=sources), "ouro")
+    folder = with_code("huginn", tmp_path / "checkpoint")
+    subject = subject_of(folder, declared(HuginnAdapter, sources=sources), "huginn")
     subject.checkpoint.load_into(subject.model, torch.device("cpu"), torch.float32)
     finding = compare_with_reference(subject, ReferenceOptions(python, True))
     assert finding.outcome is Outcome.WRONG
-    assert "recurrence.0.blocks.0" in finding.found
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("norm_eps", 2e-6, "epsilon of prelude.0.ln1"),
-        ("rope_theta", 500_100.0, "rotary frequencies"),
-    ],
-)
-def test_a_number_that_hardly_moves_the_logits(
-    key: str, value: float, said: str, tmp_path: Path, python: Path
-) -> None:
-    folder = with_code("retrofit_llama", tmp_path / "checkpoint", **{key: value})
-    subject = subject_of(folder, declared(RetrofitLlamaAdapter), "retrofit_llama")
-    right = LoopedTransformer.from_pretrained(GOLDEN / "retrofit_llama", device="cpu")
-    finding = compare_with_reference(replace(subject, model=right), ReferenceOptions(python, True))
-    assert finding.outcome is Outcome.WRONG
-    assert said in finding.found
+    assert "first prelude.0.hook_resid_post" in finding.found  # where it begins
+    assert "epsilon" not in finding.found
+    assert "rotary" not in finding.found
 
 
 # -- code that fails --------------------------------------------------------------------------
@@ -327,6 +287,15 @@ def test_options_that_contradict_each_other(python: Path) -> None:
 def test_the_script_needs_nothing_of_the_package() -> None:
     text = SCRIPT.read_text()
     assert "tl_looped" not in text.split('"""', 2)[2]
-    assert SCRIPT.is_relative_to(Path(tl_looped.__file__).parent)
-    compile(text, str(SCRIPT), "exec", flags=0, dont_inherit=True)
-    assert os.access(SCRIPT, os.R_OK)
+    ast.parse(text, feature_version=(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("blocks.{l}.hook_resid_post", "layers.{l}"), ("prelude.{r}.{l}.hook", "layers.{l}"),
+     ("coda.{l}.hook_resid_post", "layers"), ("coda.0.hook_resid_post", "layers.{l}")],
+)  # fmt: skip
+def test_a_declaration_names_activations_that_there_are(ours: str, theirs: str) -> None:
+    assert OuroAdapter.reference is not None
+    with pytest.raises(ConfigError):
+        replace(OuroAdapter.reference, activations={ours: theirs})
