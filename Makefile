@@ -20,7 +20,7 @@ TESTS_TL3 := tests/compat tests/surface tests/adapters/test_golden_parity.py $(a
 RUNS51 ?= runs/section51
 OUT51 ?= reproduction-section51
 
-.PHONY: demo test test-all test-lanes test-gpu lane-default lane-compatible lane-no-mkldnn lane-threads compat outside real docs docs-serve section51 bench bench-metrics bench-slow check lint types layers install clean
+.PHONY: demo test test-all test-lanes test-gpu lane-default lane-compatible lane-no-mkldnn lane-threads compat outside real docs docs-serve section51 bench bench-metrics bench-real bench-slow check lint types layers install clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, found %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -98,6 +98,11 @@ bench-metrics: install
 # Loads a checkpoint of 2.9 GB, which it writes into the temporary folder first.
 bench-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks -m slow --table BENCHMARKS.md --section Slow
+
+# The pretrained model of `make real` against transformers, and what making it a loop takes; minutes.
+bench-real: $(READY_REAL)
+	$(BIN)/python tests/real/smollm2.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -c tests/benchmarks/pytest.ini tests/benchmarks/bench_real.py --table BENCHMARKS.md --section Real
 
 # constraints-tl3.txt replaces one line of constraints.txt; everything else stays as tested.
 $(READY_TL3): pyproject.toml constraints.txt constraints-tl3.txt
