@@ -20,8 +20,8 @@ import transformer_lens  # noqa: F401 - its import is part of no measurement
 HEADER = """# Benchmarks
 
 Written by `make bench`, `make bench-metrics`, `make bench-real` and `make bench-slow`, each its own
-sections. Both sides of a ratio are measured in turn, in one process (loading: one process each), and
-the ratio is the median over pairs of neighbouring rounds. Times are medians. One thread of PyTorch.
+sections. Both sides of a ratio are measured in turn, in one process (loading: in one each), and the
+ratio is the median over pairs of neighbouring rounds. Times are medians. One thread of PyTorch.
 """
 
 
