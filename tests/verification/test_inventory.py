@@ -175,7 +175,7 @@ def test_special_tokens_of_the_adapter(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def certificate() -> Certificate:
-    return verify("demo", device="cpu")
+    return verify(GOLDEN / "retrofit_llama", device="cpu")
 
 
 def test_a_certificate_is_read_back(certificate: Certificate) -> None:
@@ -212,6 +212,12 @@ def test_paths_are_cut_out_and_other_texts_stay() -> None:
 def finding(**changes: Any) -> Finding:
     values: dict[str, Any] = {"check": "c", "outcome": Outcome.WRONG, "found": "f", "if_wrong": "w"}
     return Finding(**(values | changes))
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_wrong_alone_decides(outcome: Outcome) -> None:
+    certificate = Certificate("m", {}, (finding(check="a", outcome=outcome),))
+    assert certificate.holds is (outcome is not Outcome.WRONG)
 
 
 def test_numbers_that_are_none_and_texts_that_are_none_are_written() -> None:
@@ -315,5 +321,5 @@ def test_layers_that_are_alike_are_one_name() -> None:
 
 
 def test_dtypes_are_counted(certificate: Certificate) -> None:
-    assert certificate.about["stored as"] == "51 BF16"
-    assert certificate.findings[0].numbers["dtypes"] == {"BF16": 51}
+    assert certificate.about["stored as"] == "46 F32"
+    assert certificate.findings[0].numbers["dtypes"] == {"F32": 46}

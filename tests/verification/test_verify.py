@@ -28,6 +28,7 @@ from tl_looped.adapters.retrofit_llama import RetrofitLlamaAdapter
 from tl_looped.checkpoints import BUNDLED, HubOptions
 from tl_looped.cli import app
 from tl_looped.verification import Certificate, Outcome, run, verify
+from tl_looped.verification.plausibility import OF_TEXT
 
 pytestmark = pytest.mark.once
 
@@ -82,6 +83,8 @@ def test_the_authors_checkpoints_are_exact(case: str, tmp_path: Path) -> None:
     assert set(certificate.inventory["files"]) == {"config.json", "model.safetensors"}
     names = {one["name"] for one in certificate.inventory["tensors"]}
     assert names == set(golden_tensors(case))
+    of_text = {f.check: f.outcome for f in certificate.findings if f.check in OF_TEXT}
+    assert of_text == dict.fromkeys(OF_TEXT, Outcome.NOT_APPLICABLE)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def test_a_registered_family_is_exact(tmp_path: Path) -> None:
 
 
 def test_another_dtype_of_the_run(tmp_path: Path) -> None:
-    certificate = verified("demo", tmp_path / "c", "--dtype", "bfloat16")
+    certificate = verified(GOLDEN / "retrofit_olmo", tmp_path / "c", "--dtype", "bfloat16")
     assert outcomes(certificate) == ALL_EXACT
     assert certificate.about["run in"] == "bfloat16"
     finite = next(f for f in certificate.findings if f.check == "finite")
@@ -286,12 +289,13 @@ def test_what_cannot_be_had_is_an_ordinary_error(tmp_path: Path) -> None:
 
 
 def test_a_model_beyond_the_memory_is_refused_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "free_bytes", lambda device: 4 * 1_878_144 - 1)
-    with pytest.raises(InputError, match=r"7\.2 MiB .*bfloat16") as caught:
-        verify("demo", device="cpu")
+    n = sum(tensor.numel() for tensor in golden_tensors("ouro").values())
+    monkeypatch.setattr(run, "free_bytes", lambda device: 4 * n - 1)
+    with pytest.raises(InputError, match=f"{4 * n} bytes.*{4 * n - 1} bytes.*bfloat16") as caught:
+        verify(GOLDEN / "ouro", device="cpu")
     assert "--device" in str(caught.value)
-    monkeypatch.setattr(run, "free_bytes", lambda device: 2 * 1_878_144)
-    assert verify("demo", device="cpu", dtype="bfloat16").holds
+    monkeypatch.setattr(run, "free_bytes", lambda device: 4 * n)
+    assert verify(GOLDEN / "ouro", device="cpu").holds
 
 
 # -- writing --------------------------------------------------------------------------------------

@@ -34,6 +34,13 @@ def verify(
     seed: Annotated[
         int, typer.Option(help="Seed of the tokens that are drawn for a model without a tokenizer.")
     ] = 0,
+    problems: Annotated[
+        int,
+        typer.Option(help="Number of word problems to answer, at several numbers of recurrences."),
+    ] = 0,
+    problem_set: Annotated[
+        str, typer.Option(help="Of --problems: bundled, gsm8k, or gsm8k:FILE.jsonl.")
+    ] = "bundled",
     reference_python: Annotated[
         Path | None,
         typer.Option(
@@ -74,6 +81,8 @@ def verify(
             reference=verification.ReferenceOptions(
                 reference_python, trust_remote_code, reference_timeout, source
             ),
+            problems=problems,
+            problem_set=problem_set,
             progress=bar(bars, "checks"),
         )
         written = None if out is None else certificate.write(out)
@@ -101,7 +110,7 @@ def _check_out(out: Path | None) -> None:
 
 def show(certificate: Certificate) -> None:
     """The certificate on the screen: what was loaded, what it holds, the checks, one verdict."""
-    from tl_looped.verification.markdown import verdict
+    from tl_looped.verification.markdown import sentence, verdict
 
     _print(f"[bold]{_escaped(certificate.model)}[/bold]")
     for heading, value in certificate.about.items():
@@ -109,14 +118,15 @@ def show(certificate: Certificate) -> None:
         _print(f"  {heading}: {_escaped(str(text))}")
     for line in _holdings(certificate.inventory):
         _print(f"  {_escaped(line)}")
-    table = Table("check", "outcome", "found")
+    table = Table("check", "outcome")
+    table.add_column("found", overflow="fold")
     for finding in certificate.findings:
         outcome = finding.outcome.value
         style = _STYLES.get(outcome, "dim")
-        seen = f"\nif wrong: {finding.if_wrong}" if style in ("bold red", "yellow") else ""
-        table.add_row(
-            finding.check, f"[{style}]{outcome}[/{style}]", _escaped(finding.found + seen)
-        )
+        found = sentence(finding.found)
+        if style in ("bold red", "yellow"):
+            found += f"\nIf the load is wrong: {sentence(finding.if_wrong)}"
+        table.add_row(finding.check, f"[{style}]{outcome}[/{style}]", _escaped(found))
     console.print(table)
     _print(_escaped(verdict(certificate)))
 

@@ -43,8 +43,12 @@ def verdict(certificate: Certificate) -> str:
 def markdown_of(certificate: Certificate) -> str:
     """See :meth:`Certificate.to_markdown`."""
     inventory: dict[str, Any] = plain(certificate.inventory)
-    findings = [(f.check, _SIGNS[f.outcome], _text(plain(f.found))) for f in certificate.findings]
-    wrong = [(f.check, _text(plain(f.if_wrong))) for f in certificate.findings]
+    findings = [
+        (f.check, _SIGNS[f.outcome], _text(sentence(plain(f.found)))) for f in certificate.findings
+    ]
+    wrong = [
+        (f.check, _text(sentence(plain(f.if_wrong)))) for f in certificate.findings if f.if_wrong
+    ]
     numbers = [
         (f.check, code(json.dumps(plain(f.numbers), ensure_ascii=False), 600))
         for f in certificate.findings
@@ -73,6 +77,13 @@ def markdown_of(certificate: Certificate) -> str:
         size += length
         whole += part
     return "\n\n".join(whole) + "\n"
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop, wherever a finding is from."""
+    text = text.strip()
+    end = "" if not text or text[-1] in ".!?" else "."
+    return text[:1].upper() + text[1:] + end
 
 
 def code(text: str, longest: int = _VALUE) -> str:

@@ -88,8 +88,10 @@ def _findings(
     untrained: str | None = None
     if subject.texts is None:
         yield from (_not_applicable(check, "The model has no tokenizer.") for check in OF_TEXT)
+    elif not (passages := read_passages(model, subject.texts)):
+        why = "No bundled text is two tokens to this tokenizer."
+        yield from (_not_applicable(check, why) for check in OF_TEXT)
     else:
-        passages = read_passages(model, subject.texts)
         measured = measure(model, rows_of(model, passages))
         for check, run in _of_text(subject, passages, measured, recurrences).items():
             yield _not_applicable(check, run) if isinstance(run, str) else run()

@@ -31,6 +31,8 @@ from tl_looped.verification.inventory import (
     tensors_of,
 )
 from tl_looped.verification.opening import Opened, open_subject
+from tl_looped.verification.plausibility import CHECKS as PLAUSIBILITY
+from tl_looped.verification.plausibility import plausibility
 from tl_looped.verification.reference import (
     ReferenceOptions,
     check_reference,
@@ -55,6 +57,8 @@ def verify(
     dtype: str | torch.dtype = "float32",
     seed: int = 0,
     reference: ReferenceOptions | None = None,
+    problems: int = 0,
+    problem_set: str = "bundled",
     hub: HubOptions | None = None,
     progress: Progress = NOTICES,
 ) -> Certificate:
@@ -71,6 +75,9 @@ def verify(
         seed: Seed of the tokens that are drawn for a model without a tokenizer.
         reference: Another implementation that the model is compared with: the authors' own code,
             or the feedforward model that it was made of.
+        problems: Number of word problems that are answered at several numbers of recurrences; none
+            if 0, since it takes long.
+        problem_set: ``"bundled"``, ``"gsm8k"`` (from the hub) or ``"gsm8k:FILE.jsonl"``.
         hub: How the hub is asked.
         progress: What is told on the way: one step per check.
 
@@ -88,7 +95,7 @@ def verify(
     opened = open_subject(model_name, revision, hub)
     compared = replace(reference or ReferenceOptions(), hub=hub)
     check_reference(opened.checkpoint, compared)
-    progress.start(len(_LOADED) + 1, 0)
+    progress.start(1 + len(_LOADED) + len(PLAUSIBILITY) + (problems > 0), 0)
     inventory = inventory_of_files(opened)
     findings: list[Finding] = []
     subject: Subject | None = None
@@ -96,12 +103,22 @@ def verify(
         for finding in _of_weights(opened, wanted):
             findings.append(finding)
             progress.advance(1)
-        if not any(finding.outcome is Outcome.WRONG for finding in findings):
+        if not _failed(findings):
             subject = load_subject(opened, model_name, hub, device, wanted, seed)
             inventory |= inventory_of_text(subject.model, subject.texts)
             for finding in _of_model(subject, compared):
                 findings.append(finding)
                 progress.advance(1)
+            if "finite" not in _failed(findings):
+                measured = plausibility(
+                    subject,
+                    problems=problems,
+                    problem_set=problem_set,
+                    progress=Progress(say=progress.say),  # its steps are those of this progress
+                )
+                for finding in measured:
+                    findings.append(finding)
+                    progress.advance(1)
     findings += _not_run(findings)
     return _certificate(opened, subject, wanted, seed, findings, inventory)
 
@@ -126,12 +143,15 @@ def _of_model(subject: Subject, reference: ReferenceOptions) -> Iterator[Finding
     yield compare_with_reference(subject, reference, SILENT)
 
 
+def _failed(findings: list[Finding]) -> list[str]:
+    return [finding.check for finding in findings if finding.outcome is Outcome.WRONG]
+
+
 def _not_run(findings: list[Finding]) -> list[Finding]:
     """The checks that there was no model for."""
     done = {finding.check for finding in findings}
-    wrong = [finding.check for finding in findings if finding.outcome is Outcome.WRONG]
-    why = f"not run: {', '.join(wrong)} failed"
-    missing = [check for check in _LOADED if check not in done]
+    why = f"not run: {', '.join(_failed(findings))} failed"
+    missing = [check for check in (*_LOADED, *PLAUSIBILITY) if check not in done]
     return [Finding(check, Outcome.NOT_APPLICABLE, why, "") for check in missing]
 
 
