@@ -16,9 +16,15 @@ from pages import DOCS, assert_alike, blocks, run_page
 
 import tl_looped
 from tl_looped import LoopedTransformer, TLLoopedError, errors, metrics
+from tl_looped.adapters import all_aliases
 from tl_looped.model.block import GATED_HOOKS
 
-RUN = ["index.md", "tutorial.md", *(f"howto/{page.name}" for page in DOCS.glob("howto/*.md"))]
+RUN = [
+    "index.md",
+    "tutorial.md",
+    "verified.md",
+    *(f"howto/{page.name}" for page in DOCS.glob("howto/*.md")),
+]
 
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("as_it_was")]
@@ -194,6 +200,18 @@ def test_every_command_is_on_the_command_line_page(monkeypatch: pytest.MonkeyPat
         assert f"\n## `tl-looped {name}`\n" in text
         for parameter in commands[name].params:
             assert any(option in text for option in parameter.opts), (name, parameter.opts)
+
+
+def test_the_certificates_page_has_every_published_checkpoint_and_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(DOCS / "_generate"))
+    import verified
+
+    page = (DOCS / "verified.md").read_text(encoding="utf-8")
+    assert verified.written(page) == verified.parts()
+    for alias in all_aliases().values():
+        assert f"| `{alias.hub_id}` |" in page
 
 
 def test_the_guarantees_are_the_readmes() -> None:

@@ -27,7 +27,7 @@ from tl_looped.adapters import (
     Package,
     RetrofitLlamaAdapter,
 )
-from tl_looped.checkpoints import open_checkpoint
+from tl_looped.checkpoints import HubOptions, open_checkpoint
 from tl_looped.verification import Finding, Outcome, ReferenceOptions
 from tl_looped.verification.reference import check_reference, compare_with_reference
 from tl_looped.verification.reference_process import SCRIPT
@@ -281,7 +281,33 @@ def test_options_that_contradict_each_other(python: Path) -> None:
     with pytest.raises(InputError):
         ReferenceOptions(python, True, source="a model")
     with pytest.raises(InputError):
-        ReferenceOptions(python, True, timeout=0.0)
+        ReferenceOptions(trust_remote_code=True)
+    for timeout in (0.0, -1.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(InputError):
+            ReferenceOptions(python, True, timeout)
+
+
+def test_code_of_the_hub_is_that_of_the_commit(
+    tmp_path: Path, python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, repo = "c" * 40, tmp_path / "cache" / "models--owner--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots").mkdir()
+    folder = with_code("retrofit_llama", repo / "snapshots" / commit)
+    hub = HubOptions(cache_dir=tmp_path / "cache", local_files_only=True)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    adapter = declared(RetrofitLlamaAdapter)
+    checkpoint = replace(open_checkpoint("owner/name", None, hub), adapter=adapter)
+    assert checkpoint.folder == folder
+    with pytest.raises(InputError, match=f"by_hand.py of owner/name at the commit {commit}"):
+        check_reference(checkpoint, ReferenceOptions(python, hub=hub))
+    monkeypatch.chdir(tmp_path)  # where a folder is called like the model
+    check_reference(checkpoint, ReferenceOptions(python, True, hub=hub))
+    (folder / "by_hand.py").unlink()
+    with pytest.raises(CheckpointError, match=r"by_hand\.py"):
+        check_reference(checkpoint, ReferenceOptions(python, True, hub=hub))
+    assert not (folder / "marker").exists()
 
 
 def test_the_script_needs_nothing_of_the_package() -> None:

@@ -95,7 +95,7 @@ class Reference:
         """The command that makes an environment for it."""
         folder = "reference-" + "-".join(self.packages[0].pin.split("=="))
         pins = " ".join(package.pin for package in self.packages)
-        return f"python3 -m venv {folder} && {folder}/bin/pip install {pins} numpy"
+        return f"python3 -m venv {folder} && {folder}/bin/pip install {pins}"
 
     def places(self, cfg: LoopedConfig, n_recurrences: int) -> Iterator[tuple[str, str, int]]:
         """Every activation of a run: our name, their module, and the number of its call.

@@ -49,6 +49,7 @@ from tl_looped.verification.parity import (
 from tl_looped.verification.reference_process import Answer, NotCompared, ask, versions_in
 from tl_looped.verification.subject import Subject
 
+_LONGEST = 10**7  # seconds
 _WITHOUT_LOSS = {
     torch.float64: {"F64", "F32", "F16", "BF16"},
     torch.float32: {"F32", "F16", "BF16"},
@@ -78,7 +79,12 @@ class ReferenceOptions:
     hub: HubOptions | None = None
 
     def __post_init__(self) -> None:
-        number(self.timeout, "reference_timeout", above=0)
+        number(self.timeout, "reference_timeout", most=_LONGEST, above=0)
+        if self.trust_remote_code and self.python is None:
+            raise InputError(
+                "--trust-remote-code runs nothing by itself: name an environment that runs the "
+                "authors' code, --reference-python PATH, or leave it out"
+            )
         if self.python is not None and self.source is not None:
             raise InputError(
                 "--reference-python and --source exclude each other: the authors' own code, or the "
@@ -228,7 +234,7 @@ def _modules(checkpoint: Checkpoint) -> list[str]:
 def _hub_id(checkpoint: Checkpoint) -> str | None:
     """Of a checkpoint that was downloaded: where from."""
     is_snapshot = checkpoint.folder.parent.name == "snapshots"
-    if not is_snapshot or Path(checkpoint.name) == checkpoint.folder:
+    if not is_snapshot or Path(checkpoint.name).resolve() == checkpoint.folder.resolve():
         return None
     alias = all_aliases().get(checkpoint.name)
     return alias.hub_id if alias else checkpoint.name
