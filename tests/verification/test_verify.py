@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,9 +18,11 @@ from typer.testing import CliRunner
 import tl_looped
 from tl_looped import (
     CheckpointError,
+    DataError,
     InputError,
     LoopedTransformer,
     Source,
+    TLLoopedError,
     UnknownArchitectureError,
     register_adapter,
     unregister_adapter,
@@ -27,7 +30,8 @@ from tl_looped import (
 from tl_looped.adapters.retrofit_llama import RetrofitLlamaAdapter
 from tl_looped.checkpoints import BUNDLED, HubOptions
 from tl_looped.cli import app
-from tl_looped.verification import Certificate, Outcome, run, verify
+from tl_looped.retrofitting import build
+from tl_looped.verification import Certificate, Finding, Outcome, run, verify
 from tl_looped.verification.plausibility import OF_TEXT
 
 pytestmark = pytest.mark.once
@@ -271,6 +275,39 @@ def test_an_adapter_that_uses_a_tensor_twice_or_in_part_turns_names(
     assert any(line.startswith(fault if fault == "left over" else "used twice") for line in lines)
 
 
+def test_a_feedforward_model_that_is_read_wrong_turns_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is there and finite, but what is built does not compute what transformers' class does."""
+    feedforward("llama").save_pretrained(tmp_path / "llama")
+    looped_config = build.looped_config
+
+    def wrong(*args: Any) -> Any:
+        return replace(looped_config(*args), eps=0.1)
+
+    monkeypatch.setattr(build, "looped_config", wrong)
+    certificate = verified(tmp_path / "llama", tmp_path / "c", code=1)
+    assert outcomes(certificate) == dict.fromkeys(EXACT, Outcome.NOT_APPLICABLE) | {
+        "names": Outcome.EXACT
+    }
+    assert certificate.wrong == ("load",)
+
+
+def test_an_error_of_a_measurement_leaves_the_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        yield Finding(OF_TEXT[0], Outcome.PLAUSIBLE, "found", "")
+        raise InputError("no")
+
+    monkeypatch.setattr(run, "plausibility", fail)
+    certificate = verified(GOLDEN / "ouro", tmp_path / "c")
+    found = {f.check: f.outcome for f in certificate.findings}
+    assert outcomes(certificate) == ALL_EXACT
+    assert found[OF_TEXT[0]] is Outcome.PLAUSIBLE
+    assert found[OF_TEXT[1]] is Outcome.NOT_APPLICABLE
+
+
 # -- what is no checkpoint ------------------------------------------------------------------------
 
 
@@ -283,8 +320,12 @@ def test_what_cannot_be_had_is_an_ordinary_error(tmp_path: Path) -> None:
         verify(tmp_path)
     with pytest.raises(CheckpointError):
         verify("demo", revision="main")
-    with pytest.raises(InputError):
-        verify("demo", seed=-1)
+    for wrong in ({"seed": -1}, {"problems": -1}, {"dtype": "int8"}):
+        with pytest.raises(TLLoopedError):
+            verify("demo", **wrong)
+    for problem_set in ("nothing", f"gsm8k:{tmp_path}/none.jsonl"):
+        with pytest.raises(DataError):
+            verify("demo", problems=1, problem_set=problem_set)
     assert invoke(tmp_path).exit_code == 1
 
 

@@ -118,7 +118,7 @@ def show(certificate: Certificate) -> None:
         _print(f"  {heading}: {_escaped(str(text))}")
     for line in _holdings(certificate.inventory):
         _print(f"  {_escaped(line)}")
-    table = Table("check", "outcome")
+    table = Table("check", show_lines=True)
     table.add_column("found", overflow="fold")
     for finding in certificate.findings:
         outcome = finding.outcome.value
@@ -126,7 +126,8 @@ def show(certificate: Certificate) -> None:
         found = sentence(finding.found)
         if style in ("bold red", "yellow"):
             found += f"\nIf the load is wrong: {sentence(finding.if_wrong)}"
-        table.add_row(finding.check, f"[{style}]{outcome}[/{style}]", _escaped(found))
+        named = f"{_escaped(finding.check)}\n[{style}]{outcome}[/{style}]"
+        table.add_row(named, _escaped(found))
     console.print(table)
     _print(_escaped(verdict(certificate)))
 

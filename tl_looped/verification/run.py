@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tl_looped._compat import get_device
 from tl_looped._version import __version__
 from tl_looped.checkpoints import BUNDLED, HubOptions
 from tl_looped.checks import checked, whole
-from tl_looped.errors import InputError
+from tl_looped.errors import CheckpointError, ConfigError, InputError, TLLoopedError
 from tl_looped.model.config import parse_dtype
 from tl_looped.progress import NOTICES, SILENT, Progress
 from tl_looped.retrofitting import retrofit
@@ -33,6 +33,7 @@ from tl_looped.verification.inventory import (
 from tl_looped.verification.opening import Opened, open_subject
 from tl_looped.verification.plausibility import CHECKS as PLAUSIBILITY
 from tl_looped.verification.plausibility import plausibility
+from tl_looped.verification.plausible_answers import load_problems
 from tl_looped.verification.reference import (
     ReferenceOptions,
     check_reference,
@@ -44,6 +45,7 @@ from tl_looped.verification.weights import finite, finite_weights, names
 
 _ROWS, _LONGEST = 3, 24
 _LARGEST_SEED = 2**63 - 1
+_LOAD = "the model is not one of the family that its config names, or is another version of it"
 _LOADED = ("finite", *CHECKS, "reference")
 _LIBRARIES = ("torch", "transformers", "transformer-lens", "tokenizers", "safetensors")
 
@@ -90,7 +92,9 @@ def verify(
         InputError: the model does not fit into the memory; a reference that cannot be run, or is
             not trusted.
     """
-    seed = whole(seed, "seed", 0, _LARGEST_SEED)
+    seed, problems = whole(seed, "seed", 0, _LARGEST_SEED), whole(problems, "problems", 0)
+    if problems:
+        load_problems(problem_set, problems, seed)  # refused before minutes are spent
     wanted = parse_dtype(dtype)
     opened = open_subject(model_name, revision, hub)
     compared = replace(reference or ReferenceOptions(), hub=hub)
@@ -99,27 +103,26 @@ def verify(
     inventory = inventory_of_files(opened)
     findings: list[Finding] = []
     subject: Subject | None = None
-    with torch.no_grad():
-        for finding in _of_weights(opened, wanted):
+
+    def note(found: Iterable[Finding]) -> None:
+        for finding in found:
             findings.append(finding)
             progress.advance(1)
+
+    with torch.no_grad():
+        note(_of_weights(opened, wanted))
         if not _failed(findings):
-            subject = load_subject(opened, model_name, hub, device, wanted, seed)
+            try:
+                subject = load_subject(opened, model_name, hub, device, wanted, seed)
+            except (CheckpointError, ConfigError) as error:
+                note([Finding("load", Outcome.WRONG, str(error), _LOAD)])
+        if subject is not None:
             inventory |= inventory_of_text(subject.model, subject.texts)
-            for finding in _of_model(subject, compared):
-                findings.append(finding)
-                progress.advance(1)
+            note(_of_model(subject, compared))
             if "finite" not in _failed(findings):
-                measured = plausibility(
-                    subject,
-                    problems=problems,
-                    problem_set=problem_set,
-                    progress=Progress(say=progress.say),  # its steps are those of this progress
-                )
-                for finding in measured:
-                    findings.append(finding)
-                    progress.advance(1)
-    findings += _not_run(findings)
+                say_only = Progress(say=progress.say)  # the steps are those of this progress
+                note(_of_training(subject, problems, problem_set, say_only))
+    note(_not_run(findings))
     return _certificate(opened, subject, wanted, seed, findings, inventory)
 
 
@@ -141,6 +144,24 @@ def _of_model(subject: Subject, reference: ReferenceOptions) -> Iterator[Finding
     for check in CHECKS:
         yield run_check(check, runs)
     yield compare_with_reference(subject, reference, SILENT)
+
+
+def _of_training(
+    subject: Subject, problems: int, problem_set: str, progress: Progress
+) -> Iterator[Finding]:
+    """What trained weights make likely; an error of the package ends this part alone."""
+    done: list[str] = []
+    try:
+        for finding in plausibility(
+            subject, problems=problems, problem_set=problem_set, progress=progress
+        ):
+            done.append(finding.check)
+            yield finding
+    except TLLoopedError as error:
+        why = f"not measured: {type(error).__name__}: {error}"
+        for check in PLAUSIBILITY:
+            if check not in done:
+                yield Finding(check, Outcome.NOT_APPLICABLE, why, "")
 
 
 def _failed(findings: list[Finding]) -> list[str]:
