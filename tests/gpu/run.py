@@ -160,7 +160,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda", help="as torch names it: cuda, cuda:1, cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all lines there")
-    parser.add_argument("--size", choices=("small", "full"), default="full")
+    parser.add_argument("--size", choices=("small", "full"), help="full on CUDA, else small")
     parser.add_argument("--only", nargs="+", default=[], metavar="CHECK")
     parser.add_argument("--golden", type=Path, default=HERE.parent / "golden", metavar="FOLDER")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="the most it takes")
@@ -169,6 +169,8 @@ def options() -> argparse.Namespace:
         given.device = torch.device(given.device)
     except RuntimeError:
         parser.error(f"{given.device!r} is no device that torch knows")
+    if given.size is None:
+        given.size = "full" if given.device.type == "cuda" else "small"
     return given
 
 
