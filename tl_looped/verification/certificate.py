@@ -169,15 +169,18 @@ class Certificate:
             DataError: they cannot be written; then neither is there unless it was before.
         """
         as_json, as_markdown = paths_of(path)
-        make_folder(as_json.parent)
-        was_there = as_markdown.exists()
-        write_text(self.to_markdown(), as_markdown)
+        folder, was_there = as_json.parent, as_markdown.exists()
+        is_new = not folder.exists()
+        make_folder(folder)
         try:
+            write_text(self.to_markdown(), as_markdown)
             write_text(self.to_json(), as_json)
         except BaseException:
-            if not was_there:
-                with suppress(OSError):
-                    as_markdown.unlink()
+            with suppress(OSError):
+                if not was_there:
+                    as_markdown.unlink(missing_ok=True)
+                if is_new:
+                    folder.rmdir()
             raise
         return as_json, as_markdown
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from tl_looped.adapters import Adapter, Source
 from tl_looped.adapters.stored import Header, read_headers, tensor_files
 from tl_looped.checkpoints import Checkpoint, HubOptions, download, open_checkpoint, read_config
-from tl_looped.errors import ConfigError, UnknownArchitectureError
+from tl_looped.errors import CheckpointError, ConfigError, UnknownArchitectureError
 from tl_looped.files import is_folder
 from tl_looped.model.config import LoopedConfig
 from tl_looped.retrofitting.families import FAMILIES, family_of, feedforward_sources, looped_config
@@ -119,6 +119,12 @@ def open_subject(name: str | Path, revision: str | None, hub: HubOptions | None)
         if raw.get("model_type") not in list(FAMILIES):
             raise
         headers = read_headers(tensor_files(folder))
+        layers = raw.get("num_hidden_layers")
+        if type(layers) is int and layers > len(headers):  # a list of them is made
+            raise CheckpointError(
+                f"{name}: config.json asks for {layers} layers, and the files hold {len(headers)} "
+                "tensors in all; the config is not that of these tensors"
+            ) from None
         checkpoint = Checkpoint(folder, str(name), raw, headers, VirtualLoop())
     if isinstance(checkpoint.adapter, VirtualLoop):
         checkpoint = replace(checkpoint, headers=_by_head(checkpoint))
