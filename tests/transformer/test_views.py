@@ -7,7 +7,7 @@ import torch
 from conftest import exact_config
 from torch import Tensor
 
-from tl_looped import LoopedTransformer
+from tl_looped import InputError, LoopedTransformer
 from tl_looped.interventions import SkipRecurrences
 from tl_looped.model.config import InitialState, Injection
 
@@ -128,3 +128,11 @@ def test_a_view_that_is_converted_converts_the_model(
     assert model.cfg.dtype == torch.float64
     # The random state is drawn in the model's precision: what is left are the weights' own digits.
     assert (model(tokens, n_recurrences=MORE) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("n", "words"), [(1, "1 recurrence"), (3, "3 recurrences")])
+def test_a_view_is_refused_another_number_by_the_one_that_it_has(
+    model: LoopedTransformer, n: int, words: str
+) -> None:
+    with pytest.raises(InputError, match=rf"\b{words}\b"):
+        model.view_at(n).set_recurrences(MORE)

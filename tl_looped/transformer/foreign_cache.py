@@ -22,6 +22,7 @@ from tl_looped.errors import InputError
 from tl_looped.model.hook_points import LoopedHookPoint, Reader
 from tl_looped.model.kv_cache import LoopedKeyValueCache
 from tl_looped.model.rotary import rotate, rotation
+from tl_looped.words import count
 
 if TYPE_CHECKING:
     from tl_looped.transformer.hooked_loop import HookedLoop
@@ -118,7 +119,7 @@ def _check(model: HookedLoop, cache: TransformerLensKeyValueCache) -> None:
     if len(cache.entries) != loop.n_layers:
         raise InputError(
             f"the TransformerLensKeyValueCache has {len(cache.entries)} entries, and a run of "
-            f"{loop.R} recurrences has {loop.n_layers} effective layers: make it by "
+            f"{count(loop.R, 'recurrence')} has {loop.n_layers} effective layers: make it by "
             "init_cache(model.cfg, ...) once model.set_recurrences() has set them; or " + _OURS
         )
     batch, n_past = cache.previous_attention_mask.shape

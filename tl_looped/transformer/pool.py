@@ -38,6 +38,7 @@ from tl_looped.transformer.embeddings import Embed, Unembed
 from tl_looped.transformer.selecting import MOST_SELECTIONS, SelectedParts, select_parts
 from tl_looped.transformer.turns import Turns, in_turn
 from tl_looped.transformer.weights import make_weights, note_places, weight_modules
+from tl_looped.words import count
 
 
 @dataclass
@@ -205,9 +206,9 @@ class Pool(HookedRootModule):
             n = len(blocks) if isinstance(blocks, nn.ModuleList) else "no"
             raise InputError(
                 f"model.blocks has {n} blocks, and {self.loop.n_layers} effective "
-                f"layers run at {self.loop.R} recurrences: none can be taken out or added. "
-                "interventions.SkipLayers leaves layers out, set_recurrences shortens the loop, "
-                "and stop_at_layer= ends a run"
+                f"layers run at {count(self.loop.R, 'recurrence')}: none can be taken out or "
+                "added. interventions.SkipLayers leaves layers out, set_recurrences shortens the "
+                "loop, and stop_at_layer= ends a run"
             )
         for owner, name, module in self._borrowed:
             if module._forward_pre_hooks:
@@ -253,8 +254,8 @@ class Pool(HookedRootModule):
             return
         if self._base is not None:
             raise InputError(
-                f"this is a view of a model at {self.loop.R} recurrences, such as a cache holds: "
-                "set the number of recurrences of the model itself"
+                f"this is a view of a model at {count(self.loop.R, 'recurrence')}, such as a cache "
+                "holds: set the number of recurrences of the model itself"
             )
         self.loop = loop
         self.cfg.note(n_recurrences=loop.R, n_layers=loop.n_layers)

@@ -20,6 +20,7 @@ from tl_looped.checks import described
 from tl_looped.errors import InputError
 from tl_looped.model.config import LoopedConfig
 from tl_looped.transformer.weight_map import StoredRows
+from tl_looped.words import count
 
 if TYPE_CHECKING:
     from tl_looped.transformer.named_weights import NamedWeights
@@ -135,7 +136,7 @@ class _Found:
             raise InputError(
                 f"the state dict lacks {len(missing)} weights of this model, or more: {missing[:6]}"
                 f". It has {self.model.loop.n_layers} effective layers at "
-                f"{self.model.loop.R} recurrences; set_recurrences changes that, and "
+                f"{count(self.model.loop.R, 'recurrence')}; set_recurrences changes that, and "
                 "fill_missing_keys fills in its own weights"
             )
         return values

@@ -21,6 +21,7 @@ from tl_looped.model.context import LoopRun, RunContext
 from tl_looped.model.running import execute
 from tl_looped.transformer.intervening import refuse_interventions
 from tl_looped.transformer.prompt import check_tokens
+from tl_looped.words import count
 
 if TYPE_CHECKING:
     from tl_looped.transformer.looped_transformer import LoopedTransformer
@@ -52,8 +53,8 @@ def unroll(
             R = model.loop.R if R is None else R
             if model.loop.R != R:
                 raise InputError(
-                    f"the model went from {R} to {model.loop.R} recurrences while they were run "
-                    "one by one: take the next state first, and set_recurrences afterwards"
+                    f"the model went from {R} to {count(model.loop.R, 'recurrence')} while they "
+                    "were run one by one: take the next state first, and set_recurrences afterwards"
                 )
             state = next(states, None)
         if state is None:
