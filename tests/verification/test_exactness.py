@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, copy_of, write_tensors
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tl_looped import LoopedActivationCache, LoopedTransformer, checkpoints
 from tl_looped.model.kv_cache import KVRun, LoopedKeyValueCache
 from tl_looped.transformer import looped_transformer
+from tl_looped.verification import rounding
 from tl_looped.verification.certificate import Outcome
 from tl_looped.verification.exactness import CHECKS, Runs, run_check
 from tl_looped.verification.opening import open_subject
 from tl_looped.verification.rounding import MARGIN, _by_noise, difference, rounding_of
 from tl_looped.verification.run import load_subject
 from tl_looped.verification.subject import Subject
+from tl_looped.verification.weights import finite
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -173,3 +177,23 @@ def test_the_model_is_left_as_it_was() -> None:
     assert before == model.loop.R
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert not any(hook.fwd_hooks for hook in model.hook_dict.values())
+
+
+def test_without_memory_for_a_copy_bounds_are_noise_and_dtypes_are_left_out(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    folder = copy_of("ouro", tmp_path / "half")
+    tensors = load_file(folder / "model.safetensors")
+    write_tensors(folder, {name: tensor.half() for name, tensor in tensors.items()})
+    subject = load_subject(open_subject(folder, None, None), folder, None, "cpu", torch.float32, 0)
+    assert set(finite(subject).numbers) == {"float32", "float16"}
+    monkeypatch.setattr(rounding, "free_bytes", lambda device: 10_000)
+    found = finite(subject)
+    assert found.outcome is Outcome.EXACT
+    assert set(found.numbers) == {"float32"}
+    assert "float16" in found.found
+    runs = Runs(subject)
+    assert "noise" in runs.rounding.how
+    assert {run_check(name, runs).outcome for name in CHECKS} == {Outcome.EXACT}
+    keys_of_a_neighbour(monkeypatch)
+    assert run_check("cached = uncached", runs).outcome is Outcome.WRONG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,14 +121,16 @@ def show(certificate: Certificate) -> None:
         _print(f"  {_escaped(line)}")
     table = Table("check", show_lines=True)
     table.add_column("found", overflow="fold")
-    for finding in certificate.findings:
-        outcome = finding.outcome.value
-        style = _STYLES.get(outcome, "dim")
-        found = sentence(finding.found)
+    # What was not run for one reason is one row.
+    for (outcome, found), alike in groupby(
+        certificate.findings, key=lambda finding: (finding.outcome.value, finding.found)
+    ):
+        findings, style = list(alike), _STYLES.get(outcome, "dim")
+        names = _escaped("\n".join(finding.check for finding in findings))
+        text = sentence(found)
         if style in ("bold red", "yellow"):
-            found += f"\nIf the load is wrong: {sentence(finding.if_wrong)}"
-        named = f"{_escaped(finding.check)}\n[{style}]{outcome}[/{style}]"
-        table.add_row(named, _escaped(found))
+            text += f"\nIf the load is wrong: {sentence(findings[0].if_wrong)}"
+        table.add_row(f"{names}\n[{style}]{outcome}[/{style}]", _escaped(text))
     console.print(table)
     _print(_escaped(verdict(certificate)))
 
