@@ -1,7 +1,7 @@
 """The cells of the notebooks, run without Jupyter.
 
-Cells with the tag ``real`` need the pretrained model: ``make real`` runs them, the other lanes leave
-them out. They are a notebook's second half.
+Cells with the tag ``real`` need the pretrained model: ``make real`` runs them, the other lanes do
+not. They are a notebook's second half.
 """
 
 from __future__ import annotations
