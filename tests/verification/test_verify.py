@@ -190,6 +190,20 @@ def test_the_revision_of_a_hub_id_is_pinned(kind: str, tmp_path: Path) -> None:
         verify("me/mine", revision="v3", hub=hub)
 
 
+def test_an_alias_is_named_with_its_repository_and_its_recurrences(tmp_path: Path) -> None:
+    name, hub_id = "recurrent-llama-3.2-r4", "smcleish/Recurrent-Llama-3.2-train-recurrence-4"
+    repository = tmp_path / f"models--{hub_id.replace('/', '--')}"
+    for folder in ("refs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c" * 40)
+    copy_of("retrofit_llama", repository / "snapshots" / ("c" * 40))
+    hub = HubOptions(cache_dir=tmp_path, local_files_only=True)
+    certificate = verify(name, device="cpu", hub=hub)
+    assert certificate.model == name
+    assert certificate.about["revision"] == f"{hub_id} at {'c' * 40}"
+    assert certificate.about["shape"] == "(2, 3 x 4, 2)"
+
+
 # -- faults of files ------------------------------------------------------------------------------
 
 

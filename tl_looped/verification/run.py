@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_looped._compat import get_device
 from tl_looped._version import __version__
+from tl_looped.adapters import all_aliases
 from tl_looped.checkpoints import BUNDLED, HubOptions
 from tl_looped.checks import checked, whole
 from tl_looped.errors import CheckpointError, ConfigError, InputError, TLLoopedError
@@ -277,6 +278,9 @@ def _certificate(
         "stored as": ", ".join(f"{n} {kind}" for kind, n in stored.items()),
         "run in": str(dtype).removeprefix("torch."),
     }
+    alias = all_aliases().get(opened.checkpoint.name)
+    if alias is not None and opened.commit is not None:
+        about["revision"] = f"{alias.hub_id} at {opened.commit}"
     if subject is not None:
         model = subject.model
         about |= {
