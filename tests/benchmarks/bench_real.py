@@ -72,7 +72,7 @@ def bench_forward(pos: int, benchmark: Any, record: Recorder) -> None:
         1.05,
         lambda: model(ids),
         lambda: reference(ids, use_cache=False),
-        21 if pos < 512 else 9,
+        21 if pos < 512 else 15,
     )
 
 

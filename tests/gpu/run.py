@@ -198,10 +198,14 @@ def main() -> int:
     seconds = time.perf_counter() - start
     print(f"{len(report.lines)} lines, {len(failed)} failed, {seconds:.0f} s")
     if given.json is not None:
-        lines = [asdict(line) for line in report.lines]
+        # JSON has no NaN.
+        lines = [
+            asdict(line) | {"measured": line.measured if math.isfinite(line.measured) else None}
+            for line in report.lines
+        ]
         found = machine | {"size": given.size, "seconds": seconds, "lines": lines}
         aside = given.json.with_name(f".{given.json.name}.new")
-        aside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(aside, given.json)
     return 1 if failed else 0
 
