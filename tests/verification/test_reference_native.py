@@ -55,12 +55,19 @@ def test_a_feedforward_folder_is_compared_with_its_own_class(kind: str, tmp_path
 @pytest.mark.parametrize("mode", ["retrofit", "virtual-loop"])
 def test_a_loop_is_compared_with_what_it_was_made_of(mode: str, tmp_path: Path) -> None:
     source = source_folder("olmo2-grouped", tmp_path / "source")
-    retrofit(source, **STAGES, mode=mode, device="cpu").save_pretrained(tmp_path / "looped")
-    finding = reference_of(verified(tmp_path / "looped", tmp_path / "c", "--source", str(source)))
+    finding = compared(retrofit(source, **STAGES, mode=mode, device="cpu"), source)
     assert finding.outcome is Outcome.EXACT, finding.found
     assert finding.numbers["layers"] == [0, 1, 3, 4, 6]
     assert finding.numbers["norms"] == 5 * 4 + 1
     assert finding.numbers["source"] == "source"
+
+
+@pytest.mark.full
+def test_the_command_compares_with_a_source_that_is_named(tmp_path: Path) -> None:
+    source = source_folder("llama", tmp_path / "source")
+    retrofit(source, **STAGES, device="cpu").save_pretrained(tmp_path / "looped")
+    certificate = verified(tmp_path / "looped", tmp_path / "c", "--source", str(source))
+    assert reference_of(certificate).outcome is Outcome.EXACT
     finding = reference_of(verified(tmp_path / "looped", tmp_path / "c"))
     assert finding.outcome is Outcome.NOT_APPLICABLE
     assert "--source" in finding.found

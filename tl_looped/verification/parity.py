@@ -130,12 +130,13 @@ def _run(
 ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     out, kept = {}, {}
     for i, n in enumerate(runs.n_recurrences):
-        options = _options(model, runs.tokens, runs.state, n)
+        tokens = runs.tokens.to(model.W_E.device)
+        options = _options(model, tokens, runs.state, n)
         if i == 0:
-            logits, cache = model.run_with_cache(runs.tokens, names_filter=names, **options)
+            logits, cache = model.run_with_cache(tokens, names_filter=names, **options)
             kept = {name: cache[name].cpu() for name in names}
         else:
-            logits = model(runs.tokens, **options)
+            logits = model(tokens, **options)
         out[n] = logits.cpu()
         tick(1)
     return out, kept
@@ -163,6 +164,7 @@ def next_logits(
     model: LoopedTransformer, runs: Runs, tokens: Int[Tensor, "1 pos"]
 ) -> Float[Tensor, "1 d_vocab"]:
     """Logits after some tokens of the greedy run."""
+    tokens = tokens.to(model.W_E.device)
     with torch.no_grad():
         logits: Tensor = model(tokens, **_options(model, tokens, runs.state, runs.n_recurrences[0]))
     return logits[:, -1].cpu()

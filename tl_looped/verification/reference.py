@@ -332,6 +332,8 @@ def _compare(
     except NotCompared as error:
         raise NotCompared(f"{how}: {error}") from error
     about |= {"class": answer.results.get("class"), "loading": answer.results.get("loading")}
+    if about["loading"]:  # what is missing in the files, it has drawn at random
+        how += f"; on loading it reports {about['loading']}"
     return parity(model, norms_of(model, _sources(subject)), runs, ours, theirs, how, about)
 
 

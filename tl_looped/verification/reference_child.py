@@ -42,9 +42,8 @@ def main(folder: str) -> None:
             model = None  # before the next one is made: never two in memory
             model, made_for = load(request, run["config"], results), run["config"]
         outputs[run["name"]] = logits_of(request, model, run, inputs, results, outputs)
-        if run["n_greedy"]:
-            outputs["greedy"] = greedy(request, model, run, inputs)
         if run["activations"]:
+            outputs["greedy"] = greedy(request, model, run, inputs)
             read_numbers(request, model, results, outputs)
     save_file(
         {name: value.detach().cpu().contiguous().clone() for name, value in outputs.items()},
