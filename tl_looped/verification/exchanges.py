@@ -7,7 +7,7 @@ Each is its own inverse, so that a model into which one was built by mistake is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -176,13 +176,34 @@ def _is_square(cfg: LoopedConfig, part: Part) -> bool:
     return part.length == width
 
 
-def most_promising(
-    exchanges: Sequence[Exchange], slope: Callable[[Exchange], float], per_kind: int
-) -> list[Exchange]:
+def slopes_between(
+    model: LoopedTransformer, weights: dict[str, Tensor], gradients: dict[str, Tensor]
+) -> dict[Exchange, float]:
+    """:meth:`Exchange.slope` of all of :func:`between_layers`, by one matrix product a kind."""
+    layers = layers_of(model)
+    of: dict[str, Tensor] = {}
+    for name in next(iter(layers.values())):
+        w, g = (
+            torch.stack(
+                [parts[name].of(these).flatten().to(model.W_E) for parts in layers.values()]
+            )
+            for these in (weights, gradients)
+        )
+        toward = g @ w.T  # [layer, layer], gradient of one along the weights of the other
+        own = toward.diagonal()
+        of[name] = toward + toward.T - own[:, None] - own[None, :]
+    of |= {kind: sum((of[name] for name in names), 0 * own) for kind, names in _TOGETHER.items()}
+    place = {name: i for i, name in enumerate(layers)}
+    return {
+        exchange: float(of[exchange.kind][tuple(place[x] for x in exchange.where.split(" and "))])
+        for exchange in between_layers(model)
+    }
+
+
+def most_promising(slopes: dict[Exchange, float], per_kind: int) -> list[Exchange]:
     """Of every kind those with the steepest descent of the loss, if it descends at all."""
-    kinds: dict[str, list[tuple[float, int]]] = {}
-    for i, exchange in enumerate(exchanges):
-        steep = slope(exchange)
-        if steep < 0:
-            kinds.setdefault(exchange.kind, []).append((steep, i))
-    return [exchanges[i] for found in kinds.values() for _, i in sorted(found)[:per_kind]]
+    kinds: dict[str, list[Exchange]] = {}
+    for exchange in sorted(slopes, key=lambda one: slopes[one]):
+        if slopes[exchange] < 0:
+            kinds.setdefault(exchange.kind, []).append(exchange)
+    return [exchange for found in kinds.values() for exchange in found[:per_kind]]

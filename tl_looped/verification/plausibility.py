@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from tl_looped.progress import SILENT, Progress
 from tl_looped.verification.certificate import Finding, Outcome
 from tl_looped.verification.passages import (
@@ -36,6 +34,7 @@ from tl_looped.verification.plausible_loss import (
     is_untrained,
     loss_by_recurrences,
     loss_on_text,
+    trained_number,
 )
 from tl_looped.verification.plausible_settings import SETTINGS, loss_under_settings
 from tl_looped.verification.plausible_text import BOS, TOKENS, bos_as_trained, text_and_tokens
@@ -48,7 +47,7 @@ CHECKS = (*OF_TEXT, SPEED, MEMORY)
 """All checks but that of answers, which is asked for."""
 _LARGE = 20_000_000
 """Parameters from which fewer texts are enough where many runs are compared."""
-_FEW = 4
+_FEW = 6
 
 
 def plausibility(
@@ -97,9 +96,8 @@ def _findings(
             yield _not_applicable(check, run) if isinstance(run, str) else run()
         of = levels(passages, measured, bool(model.cfg.default_prepend_bos))
         untrained = is_untrained(model, of)
-    trained = round(model.cfg.trained_recurrences or 0) or model.cfg.n_recurrences
-    with torch.no_grad():
-        yield cost_by_recurrences(model, subject.tokens, sorted({trained, 2 * trained}))
+    trained = trained_number(model)
+    yield cost_by_recurrences(model, subject.tokens, sorted({1, trained, 2 * trained}))
     yield weights_in_memory(model)
     if problems and subject.texts is None:
         yield _not_applicable(ANSWERS, "The model has no tokenizer.")

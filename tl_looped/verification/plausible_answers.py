@@ -20,6 +20,7 @@ from tl_looped.experiments.prompts import ON_THE_HUB, WORD_PROBLEMS, choose
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.verification.baselines import wilson
 from tl_looped.verification.certificate import Finding, Outcome
+from tl_looped.verification.plausible_loss import trained_number
 from tl_looped.verification.texts import bundled_texts
 from tl_looped.words import count
 
@@ -27,6 +28,8 @@ ANSWERS = "answers to word problems"
 
 NEW = 160
 """Most tokens of an answer."""
+BATCH = 8
+"""Problems that are answered at once."""
 SHOTS = 4
 """Solved problems before the new one, where the context holds them."""
 SMALL = 500_000_000
@@ -35,6 +38,8 @@ ENOUGH = 20
 """Problems from which no right answer is suspicious in a larger model."""
 _MARK = re.compile(r"####\s*\$?\s*(-?\$?[0-9][0-9.,]*)")
 _NUMBER = re.compile(r"-?\$?[0-9][0-9,]*(?:\.[0-9]+)?|-?\$?\.[0-9]+")
+_END = "\n\n"
+"""Between a solved problem and the next."""
 _ASK = "Solve this problem step by step, and end with the line '#### ' and the number.\n\n"
 _IF_WRONG = (
     "Hardly any answer would be right where the authors report more, or one recurrence would "
@@ -150,28 +155,35 @@ def prompt_of(
     solved = [one.text for one in bundled_texts() if one.register == "word problem"]
     room = model.cfg.n_ctx - NEW
     for n in range(shots, -1, -1):
-        text = "".join(f"{one}\n\n" for one in solved[:n]) + f"{question}\n"
+        text = "".join(f"{one}{_END}" for one in solved[:n]) + f"{question}\n"
         if n == 0 or model.to_tokens(text, truncate=True).shape[1] < room:
             return text
     raise AssertionError("zero examples are always given")
 
 
-def answer_of(model: LoopedTransformer, prompt: Any, n_recurrences: int) -> str:
-    """The model's greedy answer, up to the next problem."""
-    tokens = model.tokenize(prompt, truncate=True)[0]
-    n_new = min(NEW, model.cfg.n_ctx - tokens.shape[1])
-    if n_new <= 0:
-        return ""
-    new = model.generate(
-        tokens,
-        max_new_tokens=n_new,
-        do_sample=False,
-        verbose=False,
-        n_recurrences=n_recurrences,
-        stop_strings=["\n\n"] if isinstance(prompt, str) else None,
-        stop_at_eos=True,
-    )[0, tokens.shape[1] :].tolist()
-    return str(model.tokenizer.decode(new, skip_special_tokens=True)).split("\n\n\n")[0]
+def answers_of(model: LoopedTransformer, questions: Sequence[str], n_recurrences: int) -> list[str]:
+    """The model's greedy answers, each up to the next problem; empty where no room is left."""
+    found: list[str] = []
+    for i in range(0, len(questions), BATCH):
+        prompts = [prompt_of(model, question) for question in questions[i : i + BATCH]]
+        is_chat = not isinstance(prompts[0], str)
+        tokens, mask = model.tokenize(prompts, padding_side="left", truncate=True)
+        n_new = min(NEW, model.cfg.n_ctx - tokens.shape[1])
+        if n_new <= 0:
+            found += [""] * len(prompts)
+            continue
+        replies = model.generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=n_new,
+            do_sample=False,
+            verbose=False,
+            n_recurrences=n_recurrences,
+            stop_strings=None if is_chat else [_END],
+        )[:, tokens.shape[1] :].tolist()
+        texts = (str(model.tokenizer.decode(r, skip_special_tokens=True)) for r in replies)
+        found += [text if is_chat else text.lstrip().split(_END)[0] for text in texts]
+    return found
 
 
 def answers_by_recurrences(
@@ -195,14 +207,14 @@ def answers_by_recurrences(
         DataError: problems that cannot be had.
     """
     problems, chosen = load_problems(problem_set, n, seed)
-    trained = round(model.cfg.trained_recurrences or 0) or model.cfg.n_recurrences
+    trained = trained_number(model)
     wanted = recurrences or [1, max(1, trained // 2), trained, 2 * trained]
     numbers_of = sorted({trained, *wanted})
     right: dict[int, int] = {}
     parsed: dict[int, int] = {}
     example = ""
     for r in numbers_of:
-        given = [answer_of(model, prompt_of(model, one.question), r) for one in problems]
+        given = answers_of(model, [one.question for one in problems], r)
         found = [number_in(text) for text in given]
         right[r] = sum(
             value is not None and value == number_in(one.answer)
@@ -247,22 +259,31 @@ def _finding(
         "with_a_number": parsed,
         "wilson_95": intervals,
     }
-    n_parameters = sum(p.numel() for p in model.parameters())
     if untrained is not None:
-        outcome = Outcome.NOT_APPLICABLE
         found = f"The model looks untrained: {untrained}. {found}"
-    elif 1 in right and intervals[1][0] > intervals[trained][1]:
-        outcome = Outcome.SUSPICIOUS
-        found += f" One recurrence answers better than {trained}."
-    elif right[trained]:
-        outcome = Outcome.PLAUSIBLE
-    elif n_parameters < SMALL or n < ENOUGH:
-        outcome = Outcome.NOT_APPLICABLE
-        found += (
-            f" None at all says nothing of a model of {n_parameters:,} parameters, or of fewer "
-            f"than {ENOUGH} problems."
+        return Finding(ANSWERS, Outcome.NOT_APPLICABLE, found, _IF_WRONG, numbers)
+    outcome, why = judged(right, n, trained, sum(p.numel() for p in model.parameters()))
+    return Finding(ANSWERS, outcome, found + why, _IF_WRONG, numbers)
+
+
+def judged(right: dict[int, int], n: int, trained: int, n_parameters: int) -> tuple[Outcome, str]:
+    """What numbers of right answers say of a trained model, and a sentence on it.
+
+    Args:
+        right: Right answers by number of recurrences.
+        n: Problems.
+        trained: The number of recurrences of the training.
+        n_parameters: Of the model.
+    """
+    if 1 in right and wilson(right[1], n)[0] > wilson(right[trained], n)[1]:
+        return Outcome.SUSPICIOUS, f" One recurrence answers better than {trained}."
+    if right[trained]:
+        return Outcome.PLAUSIBLE, ""
+    if n_parameters < SMALL:
+        return (
+            Outcome.NOT_APPLICABLE,
+            f" None at all says nothing of a model of {n_parameters:,} parameters.",
         )
-    else:
-        outcome = Outcome.SUSPICIOUS
-        found += " None at all is what a wrong load of a model of this size looks like."
-    return Finding(ANSWERS, outcome, found, _IF_WRONG, numbers)
+    if n < ENOUGH:
+        return Outcome.NOT_APPLICABLE, f" None at all of fewer than {ENOUGH} says nothing."
+    return Outcome.SUSPICIOUS, " None at all: a wrong load of a model of this size looks so."

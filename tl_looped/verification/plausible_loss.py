@@ -150,6 +150,11 @@ def shuffled_rows(
     return [[*row[:start], *draw.sample(row[start:], len(row) - start)] for row in rows]
 
 
+def trained_number(model: LoopedTransformer) -> int:
+    """The number of recurrences of the training, rounded; the model's own if it is not known."""
+    return round(model.cfg.trained_recurrences or 0) or model.cfg.n_recurrences
+
+
 def curve_numbers(model: LoopedTransformer, trained: int) -> list[int]:
     """The numbers of recurrences that are tried: 1, half, the trained one, between, and twice."""
     wanted = {1, trained // 2, trained, trained + max(1, trained // 2), 2 * trained}
@@ -172,7 +177,7 @@ def loss_by_recurrences(
     """
     of = levels(passages, measured, bool(model.cfg.default_prepend_bos))
     best, own = best_register(of, passages), model.cfg.n_recurrences
-    trained = round(model.cfg.trained_recurrences or 0) or own
+    trained = trained_number(model)
     here = [i for i, passage in enumerate(passages) if passage.register == best]
     rows = rows_of(model, [passages[i] for i in here])
     losses: dict[int, list[float]] = {}

@@ -8,6 +8,7 @@ to lower the loss of every kind of text that was tried, far beyond chance.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from tl_looped.verification.exchanges import (
     everywhere,
     made,
     most_promising,
+    slopes_between,
     within_layers,
 )
 from tl_looped.verification.passages import Passage, measure, padded, rows_of
@@ -32,10 +34,9 @@ GAIN = 0.02
 """Nats per token by which an exchange must lower the loss."""
 ERRORS = 4
 """Standard errors over texts by which it must do so."""
-_FIRST = 2
-"""Texts after which an exchange that makes the loss higher is left."""
+_MANY, _TWO = 10, 2
 _SMALL = 20_000_000
-"""Parameters up to which more exchanges are tried, since a forward pass costs little."""
+"""Parameters up to which many of a kind are tried, not two: a forward pass costs little."""
 _IF_WRONG = (
     "Exchanging two tensors that the load had exchanged (of two layers; queries and keys, gate and "
     "up, two norms; a matrix and its transpose; the halves of the injection) would lower the loss. "
@@ -43,6 +44,20 @@ _IF_WRONG = (
     "little), several at once, and wrong values in the right place are not found: the reference "
     "check sees those."
 )
+
+
+class Gain(NamedTuple):
+    """How much an exchange lowers the loss.
+
+    Args:
+        nats: Per token, a mean over texts.
+        error: Its standard error; infinite for one text.
+        texts: How many.
+    """
+
+    nats: float
+    error: float
+    texts: int
 
 
 def loss_under_exchanges(model: LoopedTransformer, passages: Sequence[Passage]) -> Finding:
@@ -54,56 +69,49 @@ def loss_under_exchanges(model: LoopedTransformer, passages: Sequence[Passage]) 
     """
     rows = rows_of(model, passages)
     before = [one.loss for one in measure(model, rows)]
-    single = [*between_layers(model), *within_layers(model)]
+    inside, tried = within_layers(model), everywhere(model)
+    n_single = len(between_layers(model)) + len(inside)
     gradients = _gradients(model, rows)
-    tried = everywhere(model)
     if gradients is not None:
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        n = 3 if sum(p.numel() for p in weights.values()) <= _SMALL else 1
-        tried += most_promising(single, lambda one: one.slope(weights, gradients), n)
+        slopes = slopes_between(model, weights, gradients)
+        slopes |= {one: one.slope(weights, gradients) for one in inside}
+        n = _MANY if sum(p.numel() for p in weights.values()) <= _SMALL else _TWO
+        tried += most_promising(slopes, n)
         del gradients
     gains = {}
     for exchange in tried:
         with made(model, exchange):
             gains[exchange] = _gain(model, rows, before)
-    return _finding(gains, len(single), sum(before) / len(before), len(rows))
+    return _finding(gains, n_single, sum(before) / len(before), len(rows))
 
 
-def _gain(
-    model: LoopedTransformer, rows: Sequence[Sequence[int]], before: Sequence[float]
-) -> tuple[float, float]:
-    """How much lower the loss is than before, and its error; of the first texts if it is not."""
-    for n in (_FIRST, len(rows)):
+def _gain(model: LoopedTransformer, rows: Sequence[Sequence[int]], before: Sequence[float]) -> Gain:
+    """How much lower the loss is than before; of the first text alone if it is not lower there."""
+    for n in (1, len(rows)):
         after = [one.loss for one in measure(model, rows[:n])]
-        found = mean_and_error([b - a for b, a in zip(before, after, strict=False)])
-        if found[0] <= 0:
+        gain, error = mean_and_error([b - a for b, a in zip(before, after, strict=False)])
+        if gain <= 0:
             break
-    return found
+    return Gain(gain, error, n)
 
 
-def _finding(
-    gains: dict[Exchange, tuple[float, float]], n_single: int, before: float, n_texts: int
-) -> Finding:
-    better = [
-        exchange
-        for exchange, (gain, error) in gains.items()
-        if gain > GAIN and gain > ERRORS * error
-    ]
-    better.sort(key=lambda exchange: -gains[exchange][0])
-    best = max(gains, key=lambda exchange: gains[exchange][0])
-    gain, error = gains[best]
+def _finding(gains: dict[Exchange, Gain], n_single: int, before: float, n_texts: int) -> Finding:
+    better = [one for one, of in gains.items() if of.nats > GAIN and of.nats > ERRORS * of.error]
+    better.sort(key=lambda exchange: -gains[exchange].nats)
+    best = max(gains, key=lambda exchange: gains[exchange].nats)
     found = (
-        f"{len(gains)} exchanges were tried on {n_texts} texts, the most promising of {n_single} "
-        f"single ones by the gradient among them. The best, {best.name}, changes the loss of "
-        f"{before:.3f} nats per token by {-gain:+.3f} (standard error over texts {error:.3f}); "
-        f"one that was made by mistake would lower it by more than {GAIN} and {ERRORS} errors."
+        f"{len(gains)} exchanges were tried on up to {n_texts} texts, the most promising of "
+        f"{n_single} single ones by the gradient among them. The best, {best.name}, changes the "
+        f"loss of {before:.3f} nats per token by {-gains[best].nats:+.3f}; one that was made by "
+        f"mistake would lower it by more than {GAIN}, and by {ERRORS} standard errors over texts."
     )
     if better:
-        names = "; ".join(f"{one.name} ({-gains[one][0]:+.3f})" for one in better[:3])
+        names = "; ".join(f"{one.name} ({-gains[one].nats:+.3f})" for one in better[:3])
         found += f" The loss is lower with these exchanged: {names}."
     numbers = {
         "loss": before,
-        "tried": {one.name: {"gain": g, "error": e} for one, (g, e) in gains.items()},
+        "tried": {one.name: {"gain": of.nats, "texts": of.texts} for one, of in gains.items()},
         "better": [one.name for one in better],
     }
     outcome = Outcome.SUSPICIOUS if better else Outcome.PLAUSIBLE
