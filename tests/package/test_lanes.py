@@ -48,3 +48,21 @@ def test_the_quick_lane_compares_every_family_with_its_authors() -> None:
         families[name].add(case)
     assert {"test_every_activation", "test_logits_with_and_without_listeners"} <= set(families)
     assert families == {name: set(CASES) for name in families}
+
+
+@pytest.mark.full
+@pytest.mark.once
+def test_the_pretrained_model_has_a_lane_of_its_own() -> None:
+    def collected(*arguments: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", *arguments, "-n", "0", "--collect-only"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [line for line in listed.stdout.splitlines() if "::" in line]
+
+    real = collected(*arguments_of("real"))
+    assert len(real) > 40
+    assert all(test.startswith("tests/real/") for test in real)
+    assert collected(*arguments_of("real"), "-m", "real") == real
+    others = collected(*arguments_of("test-all"))
+    assert len(others) > 1_000
+    assert not set(others) & set(real)
+    assert not any(test.startswith("tests/real/") for test in others)
