@@ -245,7 +245,8 @@ def test_files_that_are_not_there(tmp_path: Path, python: Path) -> None:
     assert "by_hand.py" in refused(folder, adapter, trusted)
     raw = json.loads((folder / "config.json").read_text())
     elsewhere = {"AutoConfig": "owner/name--by_hand.Config"}
-    for auto_map, said in ((elsewhere, "--"), (None, "auto_map")):
+    others = {"AutoTokenizer": ["by_hand.T", None], "AutoModel": "by_hand.RavenModel"}
+    for auto_map, said in ((elsewhere, "--"), (others, "auto_map"), (None, "auto_map")):
         (folder / "config.json").write_text(json.dumps(raw | {"auto_map": auto_map}))
         assert said in refused(folder, adapter, trusted)
 

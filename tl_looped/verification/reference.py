@@ -17,8 +17,6 @@ else than it was asked for) is ``WRONG``, not left out: an exit code of 0 says t
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_looped.adapters import Reference, Source, all_aliases
-from tl_looped.checkpoints import Checkpoint, HubOptions, download
+from tl_looped.adapters import Reference, Source
+from tl_looped.checkpoints import Checkpoint, HubOptions
 from tl_looped.checks import checked, number
-from tl_looped.errors import CheckpointError, InputError
+from tl_looped.errors import InputError
 from tl_looped.files import is_file
 from tl_looped.progress import NOTICES, Progress
 from tl_looped.transformer.cache_size import free_bytes
@@ -46,7 +44,16 @@ from tl_looped.verification.parity import (
     plan_runs,
     run_ours,
 )
-from tl_looped.verification.reference_process import Answer, NotCompared, ask, versions_in
+from tl_looped.verification.reference_code import (
+    check_versions,
+    code_files,
+    modules_of,
+    named,
+    public_version,
+    versions_of,
+    would_run,
+)
+from tl_looped.verification.reference_process import Answer, NotCompared, ask
 from tl_looped.verification.subject import Subject
 
 _LONGEST = 10**7  # seconds
@@ -121,14 +128,14 @@ def check_reference(checkpoint: Checkpoint, options: ReferenceOptions) -> None:
             f"--reference-python {options.python} is not a file; it must be the interpreter of "
             "an environment, such as reference/bin/python"
         )
-    modules = _modules(checkpoint)
+    modules = modules_of(checkpoint, reference)
     if not options.trust_remote_code:
         raise InputError(
-            f"--reference-python would run {_would_run(checkpoint, modules)}, as you and with your "
+            f"--reference-python would run {would_run(checkpoint, modules)}, as you and with your "
             "files. Read them; --trust-remote-code runs them"
         )
-    _code_files(checkpoint, options)
-    _check_versions(reference, _versions(options.python, reference), options.python)
+    code_files(checkpoint, reference, options.hub)
+    check_versions(reference, versions_of(options.python, reference), options.python)
 
 
 @checked
@@ -207,105 +214,6 @@ def _refuse_lossy(subject: Subject) -> None:
         )
 
 
-# -- the authors' files and packages --------------------------------------------------------------
-
-
-def _modules(checkpoint: Checkpoint) -> list[str]:
-    """Files that ``auto_map`` names; code of other repositories is refused.
-
-    Raises:
-        CheckpointError: none is named.
-    """
-    named = checkpoint.raw.get("auto_map")
-    classes = [c for c in named.values() if isinstance(c, str)] if isinstance(named, dict) else []
-    if not classes:
-        raise CheckpointError(
-            f"{checkpoint.name}: config.json has no auto_map, so it names no code of its authors"
-        )
-    elsewhere = [name for name in classes if "--" in name]
-    if elsewhere:
-        raise CheckpointError(
-            f"{checkpoint.name}: config.json takes its code from other repositories ({elsewhere}). "
-            "Copy it into a folder with the checkpoint, and take the part before -- out of auto_map"
-        )
-    return sorted({name.rpartition(".")[0].replace(".", "/") + ".py" for name in classes})
-
-
-def _hub_id(checkpoint: Checkpoint) -> str | None:
-    """Of a checkpoint that was downloaded: where from."""
-    is_snapshot = checkpoint.folder.parent.name == "snapshots"
-    if not is_snapshot or Path(checkpoint.name).resolve() == checkpoint.folder.resolve():
-        return None
-    alias = all_aliases().get(checkpoint.name)
-    return alias.hub_id if alias else checkpoint.name
-
-
-def _would_run(checkpoint: Checkpoint, modules: list[str]) -> str:
-    hub_id = _hub_id(checkpoint)
-    if hub_id is not None:
-        where = f"of {hub_id} at the commit {checkpoint.folder.name}, and what they import"
-        return f"the files {', '.join(modules)} {where}"
-    there = ", ".join(_python_files(checkpoint.folder)) or "none yet"
-    return (
-        f"code of {checkpoint.folder}: {', '.join(modules)} and what they import (its Python "
-        f"files: {there})"
-    )
-
-
-def _python_files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
-
-
-def _code_files(checkpoint: Checkpoint, options: ReferenceOptions) -> dict[str, str]:
-    """The authors' files and the SHA-256 of each; from the hub at the commit of the weights.
-
-    This package's own client fetches them, so that the process that runs them needs no network and
-    no token, be the model gated or not.
-    """
-    hub_id = _hub_id(checkpoint)
-    if hub_id is not None:
-        download(hub_id, checkpoint.folder.name, options.hub, patterns=["*.py"])
-    missing = [name for name in _modules(checkpoint) if not is_file(checkpoint.folder / name)]
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.name}: config.json names {', '.join(missing)}, and "
-            f"{checkpoint.folder} lacks it: copy the authors' file there"
-        )
-    return {
-        name: hashlib.sha256((checkpoint.folder / name).read_bytes()).hexdigest()
-        for name in _python_files(checkpoint.folder)
-    }
-
-
-def _versions(python: Path, reference: Reference) -> dict[str, str | None]:
-    return versions_in(python, tuple(package.name for package in reference.packages))
-
-
-def _check_versions(reference: Reference, found: Mapping[str, str | None], python: Path) -> None:
-    """Refuse a package that is missing or of another major version."""
-    for package in reference.packages:
-        there = found.get(package.name)
-        if there is None or there.split(".")[0] != package.tested.split(".")[0]:
-            has = "no " + package.name if there is None else f"{package.name} {there}"
-            raise InputError(
-                f"--reference-python {python} has {has}; the authors' code was tested with "
-                f"{package.tested}, and another major version is refused. An environment for it: "
-                f"{reference.environment}"
-            )
-
-
-def _public(version: str | None) -> str | None:
-    """Without the mark of the build: 2.13.0 of 2.13.0+cpu."""
-    return None if version is None else version.partition("+")[0]
-
-
-def _named(versions: Mapping[str, str | None]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-# -- the comparison -------------------------------------------------------------------------------
-
-
 def _compare(
     subject: Subject, options: ReferenceOptions, progress: Progress, about: dict[str, Any]
 ) -> Finding:
@@ -313,11 +221,11 @@ def _compare(
     reference, python, model = subject.checkpoint.adapter.reference, options.python, subject.model
     assert reference is not None  # otherwise refused
     assert python is not None
-    versions = _versions(python, reference)
-    about |= {"versions": versions, "code": _code_files(subject.checkpoint, options)}
-    others = [p.pin for p in reference.packages if _public(versions.get(p.name)) != p.tested]
+    versions = versions_of(python, reference)
+    about |= {"versions": versions, "code": code_files(subject.checkpoint, reference, options.hub)}
+    others = [p.pin for p in reference.packages if public_version(versions.get(p.name)) != p.tested]
     tested = f"; the declaration was tested with {', '.join(others)}" if others else ""
-    how = f"the authors' code under {_named(versions)}{tested}"
+    how = f"the authors' code under {named(versions)}{tested}"
     runs = plan_runs(model, subject.tokens)
     if reference.state_argument is None:
         runs = replace(runs, state=None)
