@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from notebookcells import NOTEBOOKS, cells_of, is_real, printed, run, started
 
@@ -35,8 +36,27 @@ def says_what_the_text_says_of_patching(names: dict[str, Any]) -> None:
         assert abs(grid[0, 0]) > 2 * max(abs(grid[1, 1]), abs(grid[2, 2]))
 
 
+def says_what_the_text_says_of_stages(names: dict[str, Any]) -> None:
+    """The massive activation and what comes with it; attention that repeats behind it alone."""
+    curve, depth, erased = (names[name] for name in ("curve", "depth", "erased"))
+    sinks, bits = curve(depth, "sink_rate"), curve(depth, "entropy_bits")
+    assert (sinks[[10, 11]] == 0).all()
+    assert (sinks[12:] > 0.5).all()
+    assert (curve(erased, "sink_rate")[17:] < 0.2).all()
+    assert bits[11:28].max() < 0.25 * curve(erased, "entropy_bits")[11:28].min()
+    assert max(names["left_out"][layer] for layer in (0, 1, 11)) < min(names["left_out"][12:24])
+    assert max(names["lens"][:20]) < 0.25
+    near, _, all_of_them = names["cores"]
+    like_first = [
+        np.corrcoef(names["profile"](names["loops"][core][0], "sink_score"))[0, 1:]
+        for core in (near, all_of_them)
+    ]
+    assert like_first[0].min() > like_first[1].max()
+
+
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "patching": says_what_the_text_says_of_patching,
+    "stages": says_what_the_text_says_of_stages,
 }
 
 
