@@ -34,9 +34,10 @@ GAIN = 0.02
 """Nats per token by which an exchange must lower the loss."""
 ERRORS = 4
 """Standard errors over texts by which it must do so."""
-_MANY, _TWO = 10, 2
+_MANY, _FEW = 10, 3
+"""How many exchanges of a kind are tried, of small models and of larger ones."""
 _SMALL = 20_000_000
-"""Parameters up to which many of a kind are tried, not two: a forward pass costs little."""
+"""Parameters of a small model, whose forward passes cost little."""
 _IF_WRONG = (
     "Exchanging two tensors that the load had exchanged (of two layers; queries and keys, gate and "
     "up, two norms; a matrix and its transpose; the halves of the injection) would lower the loss. "
@@ -76,7 +77,7 @@ def loss_under_exchanges(model: LoopedTransformer, passages: Sequence[Passage]) 
         weights = {name: p.detach() for name, p in model.named_parameters()}
         slopes = slopes_between(model, weights, gradients)
         slopes |= {one: one.slope(weights, gradients) for one in inside}
-        n = _MANY if sum(p.numel() for p in weights.values()) <= _SMALL else _TWO
+        n = _MANY if sum(p.numel() for p in weights.values()) <= _SMALL else _FEW
         tried += most_promising(slopes, n)
         del gradients
     gains = {}
