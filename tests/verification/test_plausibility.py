@@ -520,6 +520,15 @@ def test_without_a_tokenizer_the_cost_is_measured_alone() -> None:
     assert found == dict.fromkeys(OF_TEXT, Outcome.NOT_APPLICABLE) | measured
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("n_ctx", [1, 2, 12])
+def test_a_short_context_is_no_error(n_ctx: int) -> None:
+    found = outcomes(load(n_ctx=n_ctx, dtype="bfloat16"))
+    assert tuple(found) == CHECKS
+    if n_ctx == 1:
+        assert all(found[check] is Outcome.NOT_APPLICABLE for check in OF_TEXT)
+
+
 def exchanged(model: LoopedTransformer) -> LoopedTransformer:
     a, b = model.core[0].attn.out.data, model.core[1].attn.out.data
     kept = a.clone()

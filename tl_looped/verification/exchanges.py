@@ -67,10 +67,12 @@ class Exchange:
         """Change of the loss at the start of the straight line to the exchanged weights."""
         total = 0.0
         for a, b in self.pairs:
-            to_a, to_b = (b.of(weights), a.of(weights)) if a != b else (a.of(weights).mT, None)
-            total += float(((to_a - a.of(weights)) * a.of(gradients)).sum())
-            if to_b is not None:
-                total += float(((to_b - b.of(weights)) * b.of(gradients)).sum())
+            w_a, w_b = _wide(a.of(weights)), _wide(b.of(weights))
+            g_a, g_b = _wide(a.of(gradients)), _wide(b.of(gradients))
+            if a == b:
+                total += float(((w_a.mT - w_a) * g_a).sum())
+            else:
+                total += float(((w_b - w_a) * (g_a - g_b)).sum())
         return total
 
 
@@ -180,12 +182,12 @@ def slopes_between(
     model: LoopedTransformer, weights: dict[str, Tensor], gradients: dict[str, Tensor]
 ) -> dict[Exchange, float]:
     """:meth:`Exchange.slope` of all of :func:`between_layers`, by one matrix product a kind."""
-    layers = layers_of(model)
+    layers, device = layers_of(model), model.W_E.device
     of: dict[str, Tensor] = {}
     for name in next(iter(layers.values())):
         w, g = (
             torch.stack(
-                [parts[name].of(these).flatten().to(model.W_E) for parts in layers.values()]
+                [_wide(one[name].of(these)).flatten().to(device) for one in layers.values()]
             )
             for these in (weights, gradients)
         )
@@ -198,6 +200,11 @@ def slopes_between(
         exchange: float(of[exchange.kind][tuple(place[x] for x in exchange.where.split(" and "))])
         for exchange in between_layers(model)
     }
+
+
+def _wide(weights: Tensor) -> Tensor:
+    """In fp32 or better; sums of many products in bf16 say nothing."""
+    return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
 
 
 def most_promising(slopes: dict[Exchange, float], per_kind: int) -> list[Exchange]:

@@ -46,9 +46,10 @@ def greedy_continuations(
     reasons: dict[str, str] = {}
     for prompt in prompts:
         tokens = model.to_tokens(prompt, truncate=True)
-        n_new = min(NEW, model.cfg.n_ctx - tokens.shape[1] + 1)
+        tokens = tokens[:, : max(1, model.cfg.n_ctx - NEW)]
+        n_new = max(1, min(NEW, model.cfg.n_ctx - tokens.shape[1]))
         new = model.generate(
-            tokens[:, : model.cfg.n_ctx - n_new + 1],
+            tokens,
             max_new_tokens=n_new,
             do_sample=False,
             stop_at_eos=False,

@@ -48,15 +48,15 @@ def cost_by_recurrences(
         tokens: Tokens ``[batch, pos]``; the first row is run, repeated to some length.
         numbers: Numbers of recurrences.
     """
-    length = min(_POSITIONS, model.cfg.n_ctx - _NEW)
+    length, n_new = min(_POSITIONS, model.cfg.n_ctx), min(_NEW, model.cfg.n_ctx)
     row = tokens[:1].repeat(1, -(-length // tokens.shape[1]))[:, :length]
     jobs: dict[tuple[str, int], Callable[[], Any]] = {}
     for n in numbers:
         jobs["forward", n] = partial(model, row, n_recurrences=n)
         jobs["generation", n] = partial(
             model.generate,
-            row[:, :4],
-            max_new_tokens=_NEW,
+            row[:, :1],
+            max_new_tokens=n_new,
             do_sample=False,
             stop_at_eos=False,
             verbose=False,
@@ -69,7 +69,7 @@ def cost_by_recurrences(
     expected = _expected(model, layers[many]) / _expected(model, layers[few])
     each = ", ".join(
         f"{n} ({layers[n]} layers): {length / seconds['forward', n]:.0f} forward, "
-        f"{_NEW / seconds['generation', n]:.0f} generated"
+        f"{n_new / seconds['generation', n]:.0f} generated"
         for n in numbers
     )
     found = (
@@ -80,7 +80,7 @@ def cost_by_recurrences(
     found_numbers = {
         "positions": length,
         "tokens_per_second": {
-            kind: {n: (length if kind == "forward" else _NEW) / seconds[kind, n] for n in numbers}
+            kind: {n: (length if kind == "forward" else n_new) / seconds[kind, n] for n in numbers}
             for kind in ("forward", "generation")
         },
         "layers": layers,

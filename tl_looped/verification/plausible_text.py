@@ -54,7 +54,7 @@ def bos_as_trained(model: LoopedTransformer, passages: Sequence[Passage]) -> Fin
     means = {setting: sum(each) / len(each) for setting, each in losses.items()}
     n_worse = sum(difference > 0 for difference in worse)
     found = (
-        f"{model.describe_bos().capitalize()}. Loss beyond the first token, mean over "
+        f"Now {model.describe_bos()}. Loss beyond the first token, mean over "
         f"{len(passages)} texts: {means[True]:.3f} nats with BOS, {means[False]:.3f} without; the "
         f"model's own setting differs by {mean:+.3f} (standard error {error:.3f}) and is worse in "
         f"{n_worse} texts. It would be suspicious from {WORSE:+} on, with a sign test below "
