@@ -6,6 +6,7 @@ d_model 576, 9 heads (3 of keys and values), 49,152 tokens, tied.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+    gc.collect()  # models refer to themselves, and each takes half a gigabyte or more
 
 
 @pytest.fixture(scope="session")
