@@ -1,19 +1,14 @@
 """The indirect-object task on pretrained weights: heads by name, and across recurrences.
 
-Prompts after Wang et al. 2023 (arXiv 2211.00593): *When Mary and John went to the store, John gave
-a drink to* -> *Mary*, the indirect object; *John* is the subject S, at S1 and S2. The corrupted
-prompt has the other name at S2, which exchanges the two roles. Heads are numbered as in
-TransformerLens's L17H4; the weights are the Q4_1 quantisation of SmolLM2-135M-Instruct,
-dequantised.
-
-What is said of heads is found on one template and two pairs of names, and holds on others too.
+Heads are numbered as in TransformerLens's L17H4; the weights are the Q4_1 quantisation of
+SmolLM2-135M-Instruct, dequantised. What is said of heads is found on one template and two pairs of
+names, and holds on others too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -24,71 +19,29 @@ from torch import Tensor
 from transformer_lens import patching as tl_patching
 from transformers import LlamaForCausalLM
 
+from real.ioi import (
+    AGAINST_OBJECT,
+    AGAINST_SUBJECT,
+    CORE,
+    EACH,
+    EVERYWHERE,
+    FOUND_ON,
+    HELD_OUT,
+    IN_CORE,
+    INDUCTION,
+    INHIBITION,
+    LATE,
+    N_HEADS,
+    N_LAYERS,
+    SIX,
+    Head,
+    Names,
+    Task,
+    clean_run,
+)
 from real.test_loops import ByHand
 from tl_looped import LoopedActivationCache, LoopedTransformer
 from tl_looped.patching import patch_recurrences
-
-STORE = "When {} and {} went to the store, {} gave a drink to"
-OFFICE = "While {} and {} were working at the office, {} gave a book to"
-PARK = "After {} and {} went to the park, {} gave a bottle of milk to"
-HOSPITAL = "Then, {} and {} were working at the hospital. {} decided to give a basketball to"
-
-Names = tuple[tuple[str, str], tuple[str, str]]
-FOUND_ON: tuple[str, Names] = (STORE, (("Mary", "John"), ("Tom", "James")))
-HELD_OUT: list[tuple[str, Names]] = [
-    (OFFICE, (("Anna", "David"), ("Sarah", "Paul"))),
-    (PARK, (("Kate", "Simon"), ("Robert", "Lisa"))),
-    (HOSPITAL, (("Alice", "Mark"), ("Martin", "Amy"))),
-]
-EVERYWHERE = [FOUND_ON, *HELD_OUT]
-
-Head = tuple[int, int]
-INDUCTION, INHIBITION, AGAINST_SUBJECT, AGAINST_OBJECT = (17, 4), (20, 0), (23, 3), (24, 4)
-IN_CORE = [INDUCTION, INHIBITION, AGAINST_SUBJECT, AGAINST_OBJECT]
-SIX = {*IN_CORE, (29, 0), (29, 1)}
-CORE = range(17, 25)
-N_LAYERS, N_HEADS, N_VOCAB = 30, 9, 49_152
-
-
-@dataclass(frozen=True)
-class Task:
-    """Four prompts: each of two pairs of names in both roles, one pair in each order of them.
-
-    ABBA: the indirect object is named first; BABA: the subject is.
-    """
-
-    clean: Tensor
-    corrupted: Tensor
-    answers: Tensor  # [prompt, 2]: the indirect object's token, the subject's
-
-    @classmethod
-    def of(cls, tokenizer: Any, template: str, names: Names) -> Task:
-        roles = [pair for a, b in names for pair in ((a, b), (b, a))]
-        orders = [*roles[:2], *(pair[::-1] for pair in roles[2:])]
-
-        def tokens(last: int) -> Tensor:
-            texts = [
-                template.format(*order, role[last])
-                for order, role in zip(orders, roles, strict=True)
-            ]
-            return tokenizer(texts, return_tensors="pt").input_ids
-
-        answers = tokenizer([f" {a} {b}" for a, b in roles], return_tensors="pt").input_ids
-        return cls(tokens(1), tokens(0), answers)
-
-    def differences(self, logits: Tensor) -> Tensor:
-        """Of every prompt: the logit of the indirect object minus that of the subject."""
-        last = logits[:, -1].gather(1, self.answers)
-        return last[:, 0] - last[:, 1]
-
-    def difference(self, logits: Tensor) -> Tensor:
-        return self.differences(logits).mean()
-
-    def places(self, which: int, nth: int) -> Tensor:
-        """Where the n-th mention of the indirect object (0) or subject (1) stands, ``[prompt]``."""
-        found = (self.clean == self.answers[:, which : which + 1]).nonzero()
-        rows = [found[found[:, 0] == row, 1] for row in range(len(self.clean))]
-        return torch.stack([row[nth] for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +53,6 @@ def model(virtual: Callable[..., LoopedTransformer]) -> LoopedTransformer:
 @pytest.fixture(scope="module")
 def task(tokenizer: Any) -> Task:
     return Task.of(tokenizer, *FOUND_ON)
-
-
-def clean_run(model: LoopedTransformer, task: Task) -> tuple[LoopedActivationCache, float]:
-    with torch.no_grad():
-        logits, cache = model.run_with_cache(task.clean)
-    return cache, float(task.difference(logits))
 
 
 @pytest.fixture(scope="module")
@@ -164,28 +111,25 @@ def test_logit_differences_are_those_of_transformers_layers(
     virtual: Callable[..., LoopedTransformer], hf: LlamaForCausalLM, task: Task, core: range
 ) -> None:
     model = virtual(core)
-    exact = deepcopy(model).double()
     by_hand = ByHand(hf, task.clean)
     means = []
-    for n in (1, 2, 4):
+    for n in (4, 2, 1):
         found = task.differences(model(task.clean, n_recurrences=n))
+        if n == 4:  # the longest run rounds most
+            in_fp64 = deepcopy(model).double()(task.clean, n_recurrences=4)
+            bound = rounding_bound(task.differences(in_fp64), found)
+            assert bound < 0.01  # of differences of several nats
         layers = [*range(core.start), *(list(core) * n), *range(core.stop, N_LAYERS)]
         expected = by_hand.read_out(by_hand.through(by_hand.embedded, layers))
-        bound = rounding_bound(task.differences(exact(task.clean, n_recurrences=n)), found)
-        assert bound < 0.01  # of differences of several nats
         torch.testing.assert_close(found, task.differences(expected), atol=bound, rtol=0.0)
         means.append(float(found.mean()))
-    assert abs(means[0] - float(task.difference(hf(task.clean).logits))) < bound
+    assert abs(means[-1] - float(task.difference(hf(task.clean).logits))) < bound
     # Repeating layers that were not trained for it costs the answer, little by little.
-    assert means == sorted(means, reverse=True)
-    assert means[0] > 2 * means[-1] > 0
+    assert means == sorted(means)
+    assert means[-1] > 2 * means[0] > 0
 
 
 # -- patching in the model as it was trained -----------------------------------------------------
-
-
-LATE = range(15, N_LAYERS)  # notebooks/patching.ipynb sweeps all 30, and finds the same six
-EACH = list(range(N_HEADS))
 
 
 def by_hand(model: LoopedTransformer, cache: Any, corrupted: Any, task: Task) -> dict[Head, float]:
@@ -241,6 +185,46 @@ def test_the_same_six_on_prompts_that_were_not_searched(
     effects = by_hand(model, clean_run(model, task)[0], corrupted, task)
     assert largest(effects, 6) == SIX
     assert {head for head in SIX if effects[head] < 0} == {AGAINST_OBJECT, (29, 0)}
+
+
+@pytest.mark.parametrize(("template", "names"), EVERYWHERE)
+def test_heads_look_where_their_names_say(
+    model: LoopedTransformer, tokenizer: Any, template: str, names: Names
+) -> None:
+    """More than half of their attention, on the mean of the prompts."""
+    task = Task.of(tokenizer, template, names)
+    cache, best = clean_run(model, task)
+    rows, end = torch.arange(4), torch.full((4,), task.clean.shape[1] - 1)
+    s1, s2, io = task.places(1, 0), task.places(1, 1), task.places(0, 0)
+
+    def attention(head: Head, queries: Tensor, keys: Tensor) -> float:
+        found: Tensor = cache["pattern", head[0]][rows, head[1], queries, keys]
+        return float(found.mean())
+
+    assert attention(INDUCTION, s2, s1 + 1) > 0.5
+    assert attention(INHIBITION, end, s2) > 0.5
+    assert attention(AGAINST_SUBJECT, end, s2) > 0.5
+    assert attention(AGAINST_OBJECT, end, io) > 0.5
+
+    # What they write themselves about the two names: nothing, or against one of them.
+    stack, labels = cache.stack_head_results(
+        pos_slice=-1, return_labels=True, labels="transformer_lens"
+    )
+    of_names = [
+        dict(zip(labels, cache.logit_attrs(stack, tokens=a, pos_slice=-1).mean(-1), strict=True))
+        for a in task.answers.T
+    ]
+
+    def written(head: Head) -> tuple[float, float]:
+        label = f"L{head[0]}H{head[1]}"
+        return float(of_names[0][label]), float(of_names[1][label])
+
+    for head in (INDUCTION, INHIBITION):
+        assert abs(written(head)[0] - written(head)[1]) < 0.02 * best
+    io_logit, s_logit = written(AGAINST_SUBJECT)
+    assert s_logit < -2 * abs(io_logit)
+    io_logit, s_logit = written(AGAINST_OBJECT)
+    assert io_logit < -2 * abs(s_logit)
 
 
 # -- TransformerLens's patching, and ours --------------------------------------------------------
@@ -335,7 +319,7 @@ def test_states_patched_across_recurrences_are_runs_of_other_lengths(
     assert min(abs(runs[n] - runs[n + 1]) for n in range(1, 5)) > 10 * rounding
 
 
-@pytest.mark.parametrize(("template", "names"), EVERYWHERE)
+@pytest.mark.parametrize(("template", "names"), [FOUND_ON, HELD_OUT[-1]])
 def test_the_circuit_works_in_the_first_recurrence_alone(
     model: LoopedTransformer, tokenizer: Any, template: str, names: Names
 ) -> None:
