@@ -38,7 +38,9 @@ def test_wilson_gives_the_published_intervals(
 def test_an_interval_of_all_successes_is_that_of_none_mirrored() -> None:
     none, every = wilson(0, 12), wilson(12, 12)
     assert every[0] == pytest.approx(1 - none[1], abs=1e-15)
-    assert every[1] == 1.0
+    for n in range(1, 30):
+        assert wilson(0, n)[0] == 0.0
+        assert wilson(n, n)[1] == 1.0
 
 
 def test_sign_tests_are_binomial_tails() -> None:

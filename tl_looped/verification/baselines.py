@@ -53,7 +53,8 @@ def wilson(successes: int, n: int, z: float = _Z95) -> tuple[float, float]:
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     below, above = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, below), min(1.0, above)
+    # Exact at the ends, where rounding would leave the proportion outside.
+    return below if successes else 0.0, above if successes < n else 1.0
 
 
 def sign_test(differences: Sequence[float]) -> float:

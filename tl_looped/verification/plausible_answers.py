@@ -26,8 +26,8 @@ from tl_looped.words import count
 
 ANSWERS = "answers to word problems"
 
-NEW = 160
-"""Most tokens of an answer."""
+NEW, NEW_CHAT = 160, 320
+"""Most tokens of an answer; one in a conversation is longer."""
 BATCH = 8
 """Problems that are answered at once."""
 SHOTS = 4
@@ -168,7 +168,7 @@ def answers_of(model: LoopedTransformer, questions: Sequence[str], n_recurrences
         prompts = [prompt_of(model, question) for question in questions[i : i + BATCH]]
         is_chat = not isinstance(prompts[0], str)
         tokens, mask = model.tokenize(prompts, padding_side="left", truncate=True)
-        n_new = min(NEW, model.cfg.n_ctx - tokens.shape[1])
+        n_new = min(NEW_CHAT if is_chat else NEW, model.cfg.n_ctx - tokens.shape[1])
         if n_new <= 0:
             found += [""] * len(prompts)
             continue
