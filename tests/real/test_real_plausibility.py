@@ -62,9 +62,7 @@ def test_an_exchange_is_found_among_thousands(
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        ({"rotary_base": 1e6}, "rotary theta 100000"),
         ({"rotary_style": "interleaved"}, "rotary pairs half"),
-        ({"eps": 1.0}, "eps 0.01"),
     ],
 )
 def test_a_wrong_setting_is_found(
