@@ -142,6 +142,29 @@ def test_a_tied_unembedding_that_is_stored_twice(same: bool, tmp_path: Path) -> 
         retrofit(folder, **STAGES)
 
 
+def test_a_tied_unembedding_is_compared_in_the_models_dtype(tmp_path: Path) -> None:
+    """As transformers does: stored in fp32 and in bf16, the two are equal in bf16 alone."""
+    folder = folder_of(feedforward("llama-tied"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[HEAD] = tensors[EMBEDDING].bfloat16()
+    rewrite(folder, tensors)
+    looped = retrofit(folder, **STAGES, dtype="bfloat16")
+    same_bits(looped, retrofit(whole(folder, torch.bfloat16), **STAGES, dtype="bfloat16"))
+    with pytest.raises(CheckpointError, match=r"unexpected: lm_head\.weight"):
+        retrofit(folder, **STAGES)
+
+
+def test_a_file_that_the_config_names_is_the_one_that_is_read(tmp_path: Path) -> None:
+    folder = folder_of(feedforward("llama"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    others = {name: 1.5 * tensor for name, tensor in tensors.items()}
+    save_file(others, folder / "other.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    named = config | {"transformers_weights": "other.safetensors"}
+    (folder / "config.json").write_text(json.dumps(named))
+    same_bits(retrofit(folder, **STAGES), retrofit(whole(folder), **STAGES))
+
+
 def test_names_that_transformers_translates_are_left_to_it(tmp_path: Path) -> None:
     model = feedforward("llama-tied")
     folder = folder_of(model, tmp_path)

@@ -182,7 +182,10 @@ def _load(
         raise CheckpointError("\n  ".join((f"{name} is not a checkpoint of weights:", *codes)))
     model = _from_files_of(folder, raw["model_type"], text, dtype, device_map={"": "meta"})
     _check_class(model, family, name)
-    stored = stored_parameters(model, headers) if give_rotary_frequencies(model) else None
+    stored = None
+    # A config may name another file than transformers, and we, look for by themselves.
+    if raw.get("transformers_weights") is None and give_rotary_frequencies(model):
+        stored = stored_parameters(model, headers)
     if stored is None:
         model = _from_files_of(folder, raw["model_type"], text, dtype)
     own = read_tokenizer(folder) if tokenizer is None else tokenizer

@@ -38,11 +38,20 @@ def stored_parameters(model: Any, headers: Mapping[str, Header]) -> dict[str, He
     if not set(names) <= set(headers):
         return None
     if UNEMBEDDING in names and model.config.tie_word_embeddings:
-        # Both are stored. transformers ties them if they are equal, which it cannot see here.
         with TensorReader(headers) as read:
-            if torch.equal(read(EMBEDDING), read(UNEMBEDDING)):
+            if _same(read(EMBEDDING), read(UNEMBEDDING), model.dtype):
                 names.remove(UNEMBEDDING)
     return {name: headers[name] for name in names}
+
+
+def _same(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether transformers ties two stored tensors: they are equal in the dtype of the model.
+
+    It cannot see that of a model without values.
+    """
+    if one.dtype == other.dtype and torch.equal(one, other):
+        return True
+    return torch.equal(one.to(dtype), other.to(dtype))
 
 
 def give_rotary_frequencies(model: Any) -> bool:
