@@ -139,8 +139,8 @@ def test_one_token_s_share_bounds_the_entropy(model: LoopedTransformer, whole: x
             rest = (1 - p) * math.log2((len(row) - 1) / (1 - p))
             found = float(whole["entropy_bits"].isel(prompt=i, effective_layer=layer))
             assert 0 < found <= -p * math.log2(p) + rest
-            # Of the squared singular values themselves, where metrics take the smaller Gram matrix.
-            # Two runs' fp32 states differ by some 1e-5 of themselves, entropies by a few times that.
+            # Of the squared singular values themselves; metrics take the smaller Gram matrix.
+            # States of two runs in fp32 differ by some 1e-5, entropies by a few times that.
             shares = torch.linalg.svdvals(cache["resid_post", layer][0].double()).square()
             bits = float(torch.special.entr(shares / shares.sum()).sum()) / math.log(2)
             assert abs(found - bits) < 1e-3 * bits
