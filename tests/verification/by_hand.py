@@ -7,6 +7,7 @@ authors' are, which the adapters declare. ``by_hand`` in config.json plants faul
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -201,6 +202,20 @@ class RavenModel(PreTrainedModel):
             logits = logits[..., :-1]
         if self.fault == "nan":
             logits[0, 0, 0] = float("nan")
+        if self.fault in ("pipe", "link", "stderr"):
+            name = "stderr" if self.fault == "stderr" else "results.json"
+            if name == "stderr":
+                os.unlink(name)
+            if self.fault == "link":
+                os.symlink("/etc/hostname", name)
+            else:
+                os.mkfifo(name)
+            os._exit(0)
+        if self.fault == "child":
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            with open(c.by_hand["marker"], "w") as file:
+                file.write(str(child.pid))
+            self.fault = None
         if self.fault == "garbage":
             print("{garbage" * 1000)
             os._exit(0)

@@ -11,9 +11,10 @@ import pytest
 from conftest import CASES, GOLDEN, copy_of, write_tensors
 from feedforwards import feedforward
 from rawcheckpoints import raw_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tl_looped import DataError
+from tl_looped.cli.verify import show
 from tl_looped.verification import Certificate, Finding, Outcome, verify
 from tl_looped.verification import opening as opening_module
 from tl_looped.verification.inventory import Option, options_of_config, tensors_of
@@ -206,7 +207,50 @@ def test_paths_are_cut_out_and_other_texts_stay() -> None:
 
     for text in ("1/2 and/or 3 km/h", "https://x.org/a/b", "ByteDance/Ouro-1.4B", "model.layers.0"):
         assert without_paths(text) == text
-    assert without_paths("in '/a/b c' (~/d/e.x), C:\\f") == "in '(path) c' ((path)), (path)"
+    assert without_paths("in '/a/b c' (~/d/e.x), C:\\f") == "in '(path)' ((path)), (path)"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ('File "/home/a friend/my models/x.py", line 3', 'File "(path)", line 3'),
+        (r"C: 'C:\Users\a friend\x'", "C: '(path)'"),
+        ("file:///home/me/x and file:/etc", "(path) and (path)"),
+        ("LIBS=/a/b/c:/home/me/q", "LIBS=(path):(path)"),
+        (r"\\server\share\me", "(path)"),
+        (r"'\\\\server\\share\\me'", "'(path)'"),
+        ("~me/models", "(path)"),
+        ("'/'|'/x' and 7/8 of \"a/b\"", "'/'|'/x' and 7/8 of \"a/b\""),
+        ("in ../my secret/m and m", "in (path) and m"),
+        ("in ../my secret/m/x.py", "in (path)"),
+        ("beyond ../my secret/more", "beyond (path)"),
+    ],
+)
+def test_paths_of_every_spelling_are_cut_out(text: str, left: str) -> None:
+    from tl_looped.verification.certificate import without_paths
+
+    known = ("../my secret/m", "m", "/", ".", "..")
+    assert without_paths(text, known) == left
+    assert without_paths(left, known) == left
+
+
+def test_a_relative_path_with_spaces_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of("retrofit_llama", (tmp_path / "a secret")) / ".." / "a secret"
+    (folder / "config.json").write_text(
+        json.dumps(raw_config("retrofit_llama", note=f"in {tmp_path / 'a secret'} and elsewhere"))
+    )
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:3]
+    save_file(tensors, folder / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    certificate = verify("../" + tmp_path.name + "/a secret", device="cpu")
+    assert certificate.wrong == ("names",)
+    assert certificate.model == "a secret"
+    for text in (certificate.to_json(), certificate.to_markdown()):
+        assert tmp_path.name not in text
+        assert "(path) secret" not in text
 
 
 def finding(**changes: Any) -> Finding:
@@ -285,6 +329,55 @@ def test_markdown_holds_what_a_checkpoint_says_as_text(tmp_path: Path) -> None:
     plain = re.sub(r"(`+) ?.*?[^`]\1(?!`)", "", text)
     assert "@somebody" in text
     assert not {"@somebody", "#12", "<img"} & set(re.findall(r"@somebody|#12|<img", plain))
+
+
+def test_a_certificate_from_outside_is_text_in_markdown_and_on_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every place of it; colours, reversed writing, links that need no brackets."""
+    hostile = "\x1b[31m|</details>\u202e https://x.org www.x.org \x9b2J"
+    inventory = {
+        "files": {hostile: {"bytes": 3, "sha256": hostile, "hashed": hostile}},
+        "options": [],
+        "special_tokens": [{"kind": hostile, "id": hostile, "token": hostile, "from": hostile}],
+        "texts": [{"text": hostile, "ids": [0], "tokens": [hostile]}],
+        "tensors": [
+            {
+                "name": hostile,
+                "shape": hostile,
+                "dtype": hostile,
+                "use": hostile,
+                "parameters": [hostile],
+            }
+        ],
+    }
+    bad = finding(check=hostile, found=hostile, if_wrong=hostile, numbers={hostile: hostile})
+    certificate = Certificate(hostile, {hostile: hostile}, (bad,), inventory)
+    text = certificate.to_markdown()
+    show(certificate)
+    for written in (text, capsys.readouterr().out):
+        assert not set("\x1b\u202e\x9b") & set(written)
+    outside = re.sub(r"(`+) ?.*?[^`]\1(?!`)", "", text)
+    assert "https://" not in outside
+    assert "www." not in outside
+    assert outside.count("</details>") == outside.count("<details>")
+    for line in outside.splitlines():
+        if line.startswith("| "):
+            assert line.replace("\\|", "").count("|") in (3, 4, 5)
+
+
+def test_values_within_hundreds_of_values_are_cut_off(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(450):
+        deep = [deep]
+    certificate = Certificate("m", {"a": deep}, (), {"options": []})
+    again = Certificate.from_json(certificate.to_json())
+    inside, n = again.about["a"], 0
+    while isinstance(inside, list):
+        (inside,), n = inside, n + 1
+    assert (inside, n) == ("(deeper)", 62)  # of 64 with the certificate and "about"
+    assert Certificate.from_json(again.to_json()) == again
+    certificate.to_markdown()
 
 
 def test_code_holds_any_text() -> None:

@@ -42,6 +42,7 @@ from tl_looped.verification.plausible_cost import (
     MEMORY,
     SPEED,
     cost_by_recurrences,
+    least,
     weights_in_memory,
 )
 from tl_looped.verification.plausible_loss import (
@@ -424,12 +425,37 @@ def test_a_cost_that_does_not_grow_is_suspicious() -> None:
 
     def slow(x: Tensor, hook: Any) -> None:
         if x.shape[1] > 4:  # the forward passes
-            time.sleep(1.0)
+            end = time.process_time() + 0.3
+            while time.process_time() < end:
+                pass
 
     with model.hooks(fwd_hooks=[("hook_embed", slow)]):
         found = cost_by_recurrences(model, tokens, [1, 16])
     assert found.outcome is Outcome.SUSPICIOUS
     assert cost_by_recurrences(model, tokens, [4]).outcome is Outcome.NOT_APPLICABLE
+
+
+def test_a_growth_that_overhead_hides_in_part_is_none_to_suspect() -> None:
+    assert 1 < least(117) < 38
+    assert 1.5 > least(3.75) > 1
+
+
+def test_a_process_that_waits_for_others_is_not_slow() -> None:
+    """As on a busy machine, where a long run is interrupted, and a short one is not."""
+    model, tokens = load(), torch.arange(48).reshape(2, 24)
+
+    def wait(module: Any, args: Any, options: dict[str, Any]) -> None:
+        if options["n_recurrences"] > 1:
+            time.sleep(0.5)
+
+    handle = model.register_forward_pre_hook(wait, with_kwargs=True)
+    try:
+        found = cost_by_recurrences(model, tokens, [1, 8])
+    finally:
+        handle.remove()
+    assert found.outcome is Outcome.PLAUSIBLE
+    clock = found.numbers["tokens_per_second"]["forward"]
+    assert clock[8] < 200 < clock[1]
 
 
 def test_weights_that_are_held_twice_are_suspicious() -> None:

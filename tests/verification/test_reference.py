@@ -6,11 +6,13 @@ import ast
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import load_golden
@@ -179,6 +181,9 @@ def test_exchanged_query_and_key_biases(tmp_path: Path, python: Path) -> None:
         ("shape", "expected"),
         ("garbage", "without an answer"),
         ("calls", "ran 4 times, expected 5"),
+        ("pipe", "no ordinary file"),
+        ("link", "no ordinary file"),
+        ("stderr", "was replaced"),
     ],
 )
 def test_code_that_fails_is_told_and_leaves_nothing(
@@ -199,6 +204,15 @@ def test_code_that_hangs_is_killed(tmp_path: Path, python: Path) -> None:
     finding = compared("retrofit_llama", folder, python, timeout=5.0)
     assert finding.outcome is Outcome.WRONG
     assert "did not end within 5 s" in finding.found
+
+
+@pytest.mark.full
+def test_what_the_code_leaves_running_is_ended(tmp_path: Path, python: Path) -> None:
+    folder = with_code("retrofit_llama", tmp_path / "checkpoint", "child")
+    assert compared("retrofit_llama", folder, python).outcome is Outcome.EXACT
+    left = int((folder / "marker").read_text())
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(left).status() == psutil.STATUS_ZOMBIE  # ended, and nobody asked
 
 
 # -- what is refused, before anything runs ----------------------------------------------------

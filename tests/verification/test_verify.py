@@ -13,6 +13,8 @@ import torch
 from conftest import CASES, GOLDEN, copy_of, files_of_at_most, write_tensors
 from feedforwards import KINDS, feedforward
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from typer.testing import CliRunner
 
 import tl_looped
@@ -342,10 +344,22 @@ def test_what_cannot_be_had_is_an_ordinary_error(tmp_path: Path) -> None:
     for wrong in ({"seed": -1}, {"problems": -1}, {"dtype": "int8"}):
         with pytest.raises(TLLoopedError):
             verify("demo", **wrong)
+    for device in ("cuda:99", "no such thing"):
+        with pytest.raises(InputError):
+            verify("demo", device=device)
     for problem_set in ("nothing", f"gsm8k:{tmp_path}/none.jsonl"):
         with pytest.raises(DataError):
             verify("demo", problems=1, problem_set=problem_set)
     assert invoke(tmp_path).exit_code == 1
+
+
+def test_a_tokenizer_that_fails_turns_load(tmp_path: Path) -> None:
+    """Of the tokenizers library, which raises a plain Exception for an unknown token."""
+    copy_of("ouro", tmp_path / "c")
+    Tokenizer(WordLevel({"a": 0})).save(str(tmp_path / "c" / "tokenizer.json"))
+    certificate = verified(tmp_path / "c", tmp_path / "out", code=1)
+    assert certificate.wrong == ("load",)
+    assert outcomes(certificate)["finite"] is Outcome.NOT_APPLICABLE
 
 
 def test_a_model_beyond_the_memory_is_refused_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +392,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(
     monkeypatch.setattr(run, "open_subject", lambda *args: pytest.fail("it was opened"))
     (tmp_path / "file").write_text("")
     (tmp_path / "c.md").mkdir()
-    for out in (tmp_path / "file" / "c", tmp_path / "c", Path("/")):
+    for out in (tmp_path / "file" / "c", tmp_path / "c", Path("/"), tmp_path / ".."):
         result = invoke("demo", "--out", str(out))
         assert result.exit_code == 1
         assert isinstance(result.exception, tl_looped.TLLoopedError)

@@ -116,7 +116,7 @@ def show(certificate: Certificate) -> None:
     _print(f"[bold]{_escaped(certificate.model)}[/bold]")
     for heading, value in certificate.about.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        _print(f"  {heading}: {_escaped(str(text))}")
+        _print(f"  {_escaped(heading)}: {_escaped(str(text))}")
     for line in _holdings(certificate.inventory):
         _print(f"  {_escaped(line)}")
     table = Table("check", show_lines=True)
@@ -165,6 +165,9 @@ def _print(line: str) -> None:
 
 
 def _escaped(text: str) -> str:
+    """What is no markup, and no control sequence of the terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    from tl_looped.verification.markdown import printable
+
+    return escape(printable(text, kept="\n"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def load_model(cls: type[LoopedTransformer], options: LoadOptions) -> LoopedTransformer:
     """A model with a checkpoint's weights; see :meth:`LoopedTransformer.from_pretrained`."""
-    target = None if options.spread else _device(options.device)
+    target = None if options.spread else target_device(options.device)
     source = _source(options)
     cfg = source.config()
     options.processing.check(cfg)
@@ -53,7 +53,12 @@ def _source(options: LoadOptions) -> Checkpoint:
     return checkpoints.open_checkpoint(options.model_name, options.revision, options.hub)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def target_device(device: str | torch.device | None) -> torch.device:
+    """Where a model is to go: TransformerLens's default device if None.
+
+    Raises:
+        InputError: torch knows no such device, or this machine has none.
+    """
     try:
         target = torch.device(get_device() if device is None else device)
     except RuntimeError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -25,11 +25,17 @@ from tl_looped.files import make_folder, write_text
 SCHEMA = 1
 """Version of the JSON file's structure."""
 
+_DEEPEST = 64
+_REST = r"[^\s'\"`<>|:,;()]*"
 _KEYS = ("schema", "model", "holds", "about", "findings", "inventory")
 _A_PATH = re.compile(
-    r"(?<![\w:/.~-])~?/(?:[^\s/'\"`<>|:,;()]+/)+[^\s/'\"`<>|:,;()]*"  # /home/me/models
+    # In quotes a path may hold spaces: "/home/me/my models", 'C:\\Users\\a friend', '~/x y'.
+    r"""(?<=(["'`]))(?:file:/+|~?/(?!/)(?=[^"'`\n]*/)|~/|[A-Za-z]:[\\/]|\\\\)[^"'`\n]+(?=\1)"""
+    r"|file:/+[^\s'\"`<>|,;()]*"  # file:///home/me
+    r"|(?<![\w/.~-])~?/(?!/)(?:[^\s/'\"`<>|:,;()]+/)+[^\s/'\"`<>|:,;()]*"  # /home/me/models
     r"|(?<!\w)[A-Za-z]:[\\/][^\s'\"`<>|:,;()]*"  # C:\Users\me
-    r"|(?<![\w:/.~-])~/[^\s/'\"`<>|:,;()]+"  # ~/models
+    r"|\\{2,}[\w.$-]+\\+[^\s'\"`<>|:,;()]+"  # \\server\me
+    r"|(?<![\w/.~-])~(?:[A-Za-z][\w.-]*)?/[^\s'\"`<>|:,;()]+"  # ~/models, ~me/models
 )
 
 
@@ -153,7 +159,7 @@ class Certificate:
 
         try:
             return markdown_of(self)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise DataError(f"the inventory of this certificate is none: {error!r}") from error
 
     def write(self, path: str | Path) -> tuple[Path, Path]:
@@ -190,32 +196,54 @@ def paths_of(path: str | Path) -> tuple[Path, Path]:
     base = Path(path)
     if base.suffix in (".json", ".md"):
         base = base.with_suffix("")
-    if not base.name:
+    if base.name in ("", "..") or "\n" in base.name or "\0" in base.name:
         raise DataError(f"{str(path)!r} names no file; give FILE, for FILE.json and FILE.md")
     return base.with_name(base.name + ".json"), base.with_name(base.name + ".md")
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON holds it, without paths and without NaN."""
+def plain(value: Any, known: Sequence[str] = (), deepest: int = _DEEPEST) -> Any:
+    """A value as JSON holds it, without paths and without NaN.
+
+    Args:
+        value: Whatever stands in a certificate.
+        known: See :func:`without_paths`.
+        deepest: Levels of values within values that are kept; a config.json can have hundreds.
+    """
     if isinstance(value, Enum):
-        return plain(value.value)
+        return plain(value.value, known, deepest)
     if isinstance(value, str):
         # Half of a surrogate pair, which a hostile config.json can hold, is in no file.
-        return without_paths(value.encode("utf-8", "backslashreplace").decode("utf-8"))
+        return without_paths(value.encode("utf-8", "backslashreplace").decode("utf-8"), known)
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if isinstance(value, Iterable) and not deepest:
+        return "(deeper)"
     if isinstance(value, Mapping):
-        return {plain(str(key)): plain(each) for key, each in value.items()}
+        pairs = value.items()
+        return {plain(str(key), known): plain(each, known, deepest - 1) for key, each in pairs}
     if isinstance(value, Iterable):
-        return [plain(each) for each in value]
-    return plain(str(value))
+        return [plain(each, known, deepest - 1) for each in value]
+    return plain(str(value), known)
 
 
-def without_paths(text: str) -> str:
-    """A text in which ``(path)`` stands for every absolute path."""
+def without_paths(text: str, known: Sequence[str] = ()) -> str:
+    """A text in which ``(path)`` stands for every absolute path.
+
+    Args:
+        text: Of any origin.
+        known: Paths that are known, relative ones and such with spaces among them, which nothing
+            in a text tells from other words.
+    """
+    for path in sorted(filter(_is_telling, known), key=len, reverse=True):
+        text = re.sub(rf"(?<![\w/.~-]){re.escape(path)}{_REST}", "(path)", text)
     return _A_PATH.sub("(path)", text)
+
+
+def _is_telling(path: str) -> bool:
+    """Whether a path is more than a word, ``.`` or the root."""
+    return len(path.strip("./\\")) > 1 and any(mark in path for mark in "/\\")
 
 
 def _finding(value: Any) -> Finding:

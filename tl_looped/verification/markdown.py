@@ -44,13 +44,16 @@ def markdown_of(certificate: Certificate) -> str:
     """See :meth:`Certificate.to_markdown`."""
     inventory: dict[str, Any] = plain(certificate.inventory)
     findings = [
-        (f.check, _SIGNS[f.outcome], _text(sentence(plain(f.found)))) for f in certificate.findings
+        (_text(f.check), _SIGNS[f.outcome], _text(sentence(plain(f.found))))
+        for f in certificate.findings
     ]
     wrong = [
-        (f.check, _text(sentence(plain(f.if_wrong)))) for f in certificate.findings if f.if_wrong
+        (_text(f.check), _text(sentence(plain(f.if_wrong))))
+        for f in certificate.findings
+        if f.if_wrong
     ]
     numbers = [
-        (f.check, code(json.dumps(plain(f.numbers), ensure_ascii=False), 600))
+        (_text(f.check), code(json.dumps(plain(f.numbers), ensure_ascii=False), 600))
         for f in certificate.findings
         if f.numbers
     ]
@@ -86,9 +89,21 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + end
 
 
+def printable(text: str, kept: str = "") -> str:
+    """A text in which control characters are written out: they colour, move or reverse the rest.
+
+    Args:
+        text: Of any origin.
+        kept: Control characters that stay.
+    """
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def code(text: str, longest: int = _VALUE) -> str:
     """A text as code on one line, whatever it holds."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = printable(text)
     if len(shown) > longest:
         shown = f"{shown[:longest]}... ({len(text)} characters)"
     shown = shown.replace("|", "\\|")  # of a table; outside one the backslash is seen, and harmless
@@ -148,10 +163,11 @@ def _about(value: Any) -> str:
 
 def _text(text: str) -> str:
     """Plain text, in which nothing is markup."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # A zero-width space: `@name` would call somebody, `#1` link an issue.
-    line = re.sub(r"([@#])(?=\w)", "\\1\u200b", line)
+    # `https://` and `www.` are links without any mark.
+    line = re.sub(r"([@#])(?=\w)|\b(https?|ftp|mailto|xmpp|www)(?=[:.])", "\\g<0>\u200b", line)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
 
 
@@ -166,7 +182,7 @@ def _folded(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _files(inventory: dict[str, Any]) -> list[str]:
     rows = [
-        (code(name), str(one["bytes"]), code(one["sha256"]), one["hashed"])
+        (code(name), _text(str(one["bytes"])), code(one["sha256"]), _text(one["hashed"]))
         for name, one in inventory.get("files", {}).items()
     ]
     return _folded("Files", ("file", "bytes", "SHA-256", "of"), rows)
@@ -200,7 +216,7 @@ def _options(inventory: dict[str, Any]) -> list[str]:
 
 def _tokens(inventory: dict[str, Any]) -> list[str]:
     special = [
-        (one["kind"], str(one["id"]), code(one["token"]), one["from"])
+        (_text(one["kind"]), _text(str(one["id"])), code(one["token"]), _text(one["from"]))
         for one in inventory.get("special_tokens", [])
     ]
     texts = [
@@ -216,7 +232,7 @@ def _tokens(inventory: dict[str, Any]) -> list[str]:
 def _tensors(inventory: dict[str, Any]) -> list[str]:
     tensors = inventory.get("tensors", [])
     rows = [
-        (code(name), shape.replace("[", "").replace("]", ""), dtype, code(use, 400))
+        (code(name), _text(shape.strip("[]")), _text(dtype), code(use, 400))
         for name, shape, dtype, use in grouped_tensors(tensors)
     ]
     return _folded(f"Tensors ({len(tensors)})", ("tensor", "shape", "dtype", "becomes"), rows)

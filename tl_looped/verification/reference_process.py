@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ PASSED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MKL_N
 """Environment variables that the process inherits: where programs lie, and how many threads."""
 _TAIL = 2000
 """Characters of the end of stderr that a message quotes."""
+_MOST = {".json": 2**26, ".safetensors": 2**34}
+"""Bytes of an answer: that of the largest model here, with all its activations, is far below."""
 _SECONDS_FOR_VERSIONS = 120.0
 
 
@@ -100,6 +103,8 @@ def ask(
 def _read_answer(folder: Path) -> Answer:
     """Without a pickle, and with everything in memory before the folder goes."""
     try:
+        for name in ("results.json", "outputs.safetensors"):
+            _expect_file(folder / name)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         if not isinstance(results, dict):
             raise ValueError(f"results.json holds a {type(results).__name__}")
@@ -110,6 +115,20 @@ def _read_answer(folder: Path) -> Answer:
             f"it ended without an answer that can be read ({error})" + _said(folder)
         ) from error
     return Answer(results, tensors)
+
+
+def _expect_file(path: Path) -> None:
+    """Refuse a link to a file elsewhere, and a pipe, which would be waited for forever.
+
+    Raises:
+        ValueError: it is one, or too large to be what was asked for.
+        OSError: it is not there.
+    """
+    found, most = path.lstat(), _MOST[path.suffix]
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path.name} is no ordinary file")
+    if found.st_size > most:
+        raise ValueError(f"{path.name} has {found.st_size:,} bytes, more than {most:,}")
 
 
 @contextmanager
@@ -147,25 +166,29 @@ def _run(command: list[str], folder: Path, timeout: float) -> None:
         )
         try:
             code = process.wait(timeout)
-        except BaseException as error:  # of the clock, or the user's Ctrl-C
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started itself
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        except subprocess.TimeoutExpired:
             raise NotCompared(
                 f"it did not end within {timeout:g} s (--reference-timeout)" + _said(folder)
             ) from None
+        finally:  # at its end, when time is up, and at the user's Ctrl-C
+            with suppress(ProcessLookupError):  # and whatever it has started and left behind
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if code != 0:
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
         raise NotCompared(f"it {ended}" + _said(folder))
 
 
 def _said(folder: Path) -> str:
-    """The end of what it wrote to stderr."""
-    with suppress(OSError), (folder / "stderr").open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - _TAIL))
-        text = file.read().decode("utf-8", "replace").strip()
+    """The end of what it wrote to stderr; nothing if it has put something else in its place."""
+    path = folder / "stderr"
+    with suppress(OSError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return "; its stderr was replaced"
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _TAIL))
+            text = file.read().decode("utf-8", "replace").strip()
         if text:
             return f"; the end of its stderr:\n{text}"
     return "; it wrote nothing to stderr"

@@ -6,13 +6,13 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_looped._compat import get_device
 from tl_looped._version import __version__
 from tl_looped.adapters import all_aliases
 from tl_looped.checkpoints import BUNDLED, HubOptions
@@ -23,6 +23,7 @@ from tl_looped.progress import NOTICES, SILENT, Progress
 from tl_looped.retrofitting import retrofit
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.cache_size import free_bytes, readable
+from tl_looped.transformer.loading import target_device
 from tl_looped.verification.certificate import Certificate, Finding, Outcome, plain
 from tl_looped.verification.exactness import CHECKS, Runs, run_check
 from tl_looped.verification.inventory import (
@@ -90,13 +91,14 @@ def verify(
     Raises:
         CheckpointError, UnknownArchitectureError, ConfigError: there is no such checkpoint, nothing
             here can run it, or a file of it is damaged.
-        InputError: the model does not fit into the memory; a reference that cannot be run, or is
-            not trusted.
+        InputError: the model does not fit into the memory; a device that is not there; a reference
+            that cannot be run, or is not trusted.
     """
     seed, problems = whole(seed, "seed", 0, _LARGEST_SEED), whole(problems, "problems", 0)
     if problems:
         load_problems(problem_set, problems, seed)  # refused before minutes are spent
     wanted = parse_dtype(dtype)
+    target_device(device)
     opened = open_subject(model_name, revision, hub)
     compared = replace(reference or ReferenceOptions(), hub=hub)
     check_reference(opened.checkpoint, compared)
@@ -124,7 +126,8 @@ def verify(
                 say_only = Progress(say=progress.say)  # the steps are those of this progress
                 note(_of_training(subject, problems, problem_set, say_only))
     note(_not_run(findings))
-    return _certificate(opened, subject, wanted, seed, findings, inventory)
+    known = _paths_of(opened, model_name, compared)
+    return _certificate(opened, subject, wanted, seed, findings, inventory, known)
 
 
 def _of_weights(opened: Opened, dtype: torch.dtype) -> Iterator[Finding]:
@@ -197,7 +200,7 @@ def load_subject(
     Raises:
         InputError: the model does not fit into the memory.
     """
-    refuse_too_large(opened, torch.device(get_device() if device is None else device), dtype)
+    refuse_too_large(opened, target_device(device), dtype)
     model = _load(opened, model_name, hub, device, dtype)
     texts = None if model.tokenizer is None else tuple(one.text for one in bundled_texts())
     tokens = _drawn(model, seed) if texts is None else _read(model, texts)
@@ -245,7 +248,14 @@ def _load(
 
 def _read(model: LoopedTransformer, texts: tuple[str, ...]) -> Tensor:
     """The first texts as tokens, all as long as the shortest."""
-    rows = [model.to_tokens(text)[0] for text in texts[:_ROWS]]
+    try:
+        rows = [model.to_tokens(text)[0] for text in texts[:_ROWS]]
+    except TLLoopedError:
+        raise
+    except Exception as error:  # of the tokenizers library, which raises nothing more specific
+        raise CheckpointError(
+            f"the tokenizer cannot read English text ({error}); it is damaged, or another model's"
+        ) from error
     n = min(_LONGEST, model.cfg.n_ctx, *map(len, rows))
     return torch.stack([row[:n] for row in rows])
 
@@ -267,6 +277,7 @@ def _certificate(
     seed: int,
     findings: list[Finding],
     inventory: dict[str, Any],
+    known: list[str],
 ) -> Certificate:
     cfg, stored = opened.checkpoint.config(), dtypes_stored(opened.checkpoint)
     is_bundled = opened.checkpoint.folder in BUNDLED.values()
@@ -299,11 +310,20 @@ def _certificate(
         "Python": platform.python_version(),
         **versions,
     }
-    clean = [
-        Finding(f.check, f.outcome, plain(f.found), plain(f.if_wrong), plain(f.numbers))
+    clean = partial(plain, known=known)
+    cleaned = (
+        Finding(f.check, f.outcome, clean(f.found), clean(f.if_wrong), clean(f.numbers))
         for f in findings
-    ]
-    return Certificate(plain(opened.called), plain(about), tuple(clean), plain(inventory))
+    )
+    return Certificate(clean(opened.called), clean(about), tuple(cleaned), clean(inventory))
+
+
+def _paths_of(opened: Opened, model_name: str | Path, compared: ReferenceOptions) -> list[str]:
+    """What messages may hold and nobody else is to read: where things lie on this machine."""
+    given = (model_name, compared.source or "", compared.python or "")
+    local = [Path(one) for one in given if one and Path(one).exists()]
+    folders = [*local, opened.checkpoint.folder, Path.home(), Path.cwd()]
+    return [str(path) for one in folders for path in (one, one.absolute(), one.resolve())]
 
 
 def _device(device: torch.device) -> str:
