@@ -153,6 +153,19 @@ def test_early_layers_mix(whole: xr.Dataset) -> None:
     assert mixing[:2].min() > mixing[MADE + 1 : 28].max()
 
 
+def test_mixing_is_the_mean_entropy_of_rows_over_the_length(
+    model: LoopedTransformer, whole: xr.Dataset
+) -> None:
+    row = model.token_rows(TEXTS)[0]
+    _, cache = model.run_with_cache(row[None], names_filter=lambda n: n.endswith("hook_pattern"))
+    found = whole["mixing_per_token"].isel(prompt=0)
+    for layer in (0, MADE, N_LAYERS - 1):
+        nats = torch.special.entr(cache["pattern", layer].double()).sum(-1).mean()
+        expected = float(nats) / len(row)
+        # Patterns of two runs in fp32 differ by some 1e-5 (test_parity).
+        assert abs(float(found.isel(effective_layer=layer)) - expected) < 1e-3 * expected
+
+
 def test_the_prediction_settles_late(model: LoopedTransformer) -> None:
     agreeing, n = dict.fromkeys((4, 9, 14, 19, 24, 29), 0), 0
     for row in model.token_rows(TEXTS):

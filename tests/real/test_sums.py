@@ -90,6 +90,25 @@ def test_streamed_metrics_are_those_of_the_cache(
     assert_same_data(metrics.stream(exact, tokens, names), metrics.from_cache(cache, names))
 
 
+def test_streamed_steps_are_from_the_recurrence_before(
+    exact: LoopedTransformer, tokens: Tensor
+) -> None:
+    """By the states of the run: of three recurrences, so that the last step is not the first."""
+    looped = exact.view_at(3)
+    data = metrics.stream(looped, tokens, ["successive"])
+    cache = looped.run_with_cache(tokens, names_filter=lambda n: n.endswith("resid_post"))[1]
+    steps = data["successive_abs"].squeeze("prompt").transpose("recurrence", "layer")
+    for r in (1, 2):
+        for layer in range(6):
+            moved = cache["resid_post", (r, layer)] - cache["resid_post", (r - 1, layer)]
+            size = moved[0].norm(dim=-1)
+            found = torch.tensor(float(steps.sel(recurrence=r, layer=layer)), dtype=torch.float64)
+            # Differences of states that are far larger: the first token's norm is 25,000.
+            largest = float(cache["resid_post", (r, layer)].abs().max())
+            assert_same(found, size.mean(), scale=largest)
+    assert not torch.isclose(*torch.tensor(steps.sel(layer=0).values[1:]), rtol=1e-3)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read on Linux")
 def test_a_prompt_of_1600_tokens_streams_in_bounded_memory(real_folder: Path) -> None:
     script = memory_of_streaming.__file__
