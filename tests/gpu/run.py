@@ -169,6 +169,8 @@ def options() -> argparse.Namespace:
         given.device = torch.device(given.device)
     except RuntimeError:
         parser.error(f"{given.device!r} is no device that torch knows")
+    if given.json is not None and not given.json.absolute().parent.is_dir():
+        parser.error(f"--json: {given.json.absolute().parent} is no folder")
     if given.size is None:
         given.size = "full" if given.device.type == "cuda" else "small"
     return given

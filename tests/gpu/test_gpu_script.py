@@ -96,6 +96,8 @@ def test_a_check_that_fails_decides_and_the_others_go_on(tmp_path: Path) -> None
         (("--device", "gpu"), "'gpu' is no device that torch knows"),
         (("--device", "cpu", "--only", "nothing"), "there are no checks ['nothing']"),
         (("--device", "cpu", "--size", "huge"), "invalid choice: 'huge'"),
+        # Before ten minutes of checks, and not behind them.
+        (("--device", "cpu", "--json", "no/such/found.json"), "no/such is no folder"),
     ],
 )
 def test_wrong_options_are_refused(options: tuple[str, ...], message: str) -> None:
