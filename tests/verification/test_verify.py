@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -417,3 +419,25 @@ def test_a_run_that_is_stopped_leaves_nothing(
     result = invoke(GOLDEN / "ouro", "--out", str(tmp_path / "c"))
     assert result.exit_code == 130
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_is_killed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even what it has just saved, to load it again, or another process that it waits for."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    seen: list[str] = []
+
+    def killed(self: Any, folder: Path) -> None:
+        seen.extend(os.listdir(tmp_path / "temporary"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(LoopedTransformer, "save_pretrained", killed)
+    result = invoke(GOLDEN / "ouro", "--out", str(tmp_path / "c"))
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert len(seen) == 1
+    assert os.listdir(tmp_path) == ["temporary"]
+    assert os.listdir(tmp_path / "temporary") == []
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,7 +76,7 @@ def verify(
     _check_out(out)
     from tl_looped import verification
 
-    with stoppable("Nothing was written."), progress_bars() as bars:
+    with _ended_by_kill(), stoppable("Nothing was written."), progress_bars() as bars:
         certificate = verification.verify(
             model,
             revision=revision,
@@ -93,6 +97,23 @@ def verify(
         console.print(f"The certificate is in {names}", soft_wrap=True, highlight=False)
     if not certificate.holds:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _ended_by_kill() -> Iterator[None]:
+    """``kill`` ends the command as Ctrl-C does: temporary folders and processes go with it."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_out(out: Path | None) -> None:
