@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_looped import LoopedTransformer
 from tl_looped.checkpoints import open_checkpoint
+from tl_looped.model.config import Injection
 from tl_looped.verification.certificate import Finding, Outcome
 from tl_looped.verification.exchanges import (
     Exchange,
@@ -49,6 +50,7 @@ from tl_looped.verification.plausible_loss import (
     CURVE,
     LOSS,
     curve_numbers,
+    is_untrained,
     loss_by_recurrences,
     loss_on_text,
     shuffled_rows,
@@ -189,6 +191,24 @@ def test_an_untrained_model_is_not_judged(init_mode: str) -> None:
     found = loss_on_text(model, passages, measure(model, rows_of(model, passages)))
     assert found.outcome is Outcome.NOT_APPLICABLE
     assert found.numbers["untrained"]
+
+
+def test_a_model_that_was_cut_or_looped_without_training_is_not_judged() -> None:
+    """The layers are trained, and what they are put to is not."""
+    demo, layers = load(), {"prelude": [0, 1], "core": [2, 3, 4, 5], "coda": [6, 7]}
+    passages = read_passages(demo, TEXTS)
+    measured = measure(demo, rows_of(demo, passages))
+    of = levels(passages, measured, bool(demo.cfg.default_prepend_bos))
+    for core, injection, trained, judged_so in (
+        ([2, 3, 4, 5], Injection.LINEAR, None, True),  # all of them: [0 | I] changes nothing
+        ([2, 3, 4, 5], Injection.NONE, None, False),
+        ([2, 3, 4, 7], Injection.LINEAR, None, False),
+        ([2, 3, 4, 7], Injection.LINEAR, 4, True),
+    ):
+        made_of = layers | {"core": core, "coda": [core[-1] + 1, core[-1] + 2]}
+        cfg = demo.cfg
+        cfg.note(injection=injection, source_layers=made_of, trained_recurrences=trained)
+        assert (is_untrained(demo, of) is None) == judged_so, (core, injection, trained)
 
 
 def test_a_model_that_is_confident_and_wrong_is_suspicious() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.stopping import special_ids
 from tl_looped.verification.certificate import Finding, Outcome
+from tl_looped.words import count
 
 CONTINUATIONS = "greedy continuations"
 
@@ -60,11 +61,14 @@ def greedy_continuations(
         if reason is not None:
             reasons[prompt] = reason
     shown = "; ".join(f"{prompt!r} -> {reply!r}" for prompt, reply in replies.items())
-    found = f"At {model.cfg.n_recurrences} recurrences, the most likely token each time: {shown}."
+    depth = count(model.cfg.n_recurrences, "recurrence")
+    found = f"At {depth}, the most likely token each time: {shown}."
     numbers: dict[str, Any] = {"continuations": replies, "degenerate": reasons}
     if untrained is not None:
         found = f"The model looks untrained: {untrained}. {found}"
         return Finding(CONTINUATIONS, Outcome.NOT_APPLICABLE, found, _IF_WRONG, numbers)
+    if not reasons:
+        found += " None of them goes in circles; whether they make sense is for a reader."
     suspicious = 2 * len(reasons) > len(prompts)
     if reasons:
         found += f" {len(reasons)} of {len(prompts)} degenerate: {', '.join(reasons.values())}."

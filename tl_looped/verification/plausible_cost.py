@@ -80,8 +80,8 @@ def cost_by_recurrences(
     found = (
         f"Tokens per second of one text of {length} tokens by recurrences: {each}. From {few} to "
         f"{many} recurrences a forward pass takes {grows:.2f} times as much time{of_cpu}, and the "
-        f"weights that are multiplied grow {expected:.2f} times; {least(expected):.2f} to "
-        f"{MOST * expected:.2f} are plausible."
+        f"weights that are multiplied grow {expected:.2f} times; plausible: {least(expected):.2f} "
+        f"to {MOST * expected:.2f}."
     )
     found_numbers = {
         "positions": length,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tl_looped.model.config import Injection
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.verification.baselines import adaptive_bits_per_byte, mean_and_error
 from tl_looped.verification.certificate import Finding, Outcome
@@ -62,8 +63,12 @@ def is_untrained(model: LoopedTransformer, of: dict[str, Level]) -> str | None:
     """Why a model looks untrained, or None.
 
     That a prediction is flat says so, and that every norm's gain is exactly one: no training
-    leaves them there. A model that is confident and wrong is not taken for an untrained one.
+    leaves them there. A model that is confident and wrong is not taken for an untrained one. One
+    that was cut or looped without training is untrained as a whole, whatever its layers know.
     """
+    not_healed = _not_healed(model)
+    if not_healed is not None:
+        return not_healed
     uniform, entropy = math.log(model.cfg.d_vocab), min(one.entropy for one in of.values())
     if entropy >= FLAT * uniform:
         return (
@@ -73,6 +78,22 @@ def is_untrained(model: LoopedTransformer, of: dict[str, Level]) -> str | None:
     gains = [p for name, p in model.named_parameters() if p.ndim == 1 and name.endswith(".w")]
     if gains and all(bool((gain == 1).all()) for gain in gains):
         return "all gains of its norms are exactly one, as before training"
+    return None
+
+
+def _not_healed(model: LoopedTransformer) -> str | None:
+    """What was done to a feedforward model that it was not trained for since, or None."""
+    cfg, made_of = model.cfg, model.cfg.source_layers
+    if not made_of or cfg.trained_recurrences is not None:
+        return None
+    layers = [i for stage in ("prelude", "core", "coda") for i in made_of.get(stage) or ()]
+    dropped = len(set(range(max(layers, default=-1) + 1)) - set(layers))
+    compared = "whether it is what it was made of, the reference check says (--source)"
+    if dropped:
+        out = count(dropped, "layer")
+        return f"{out} of its source were left out, and it was not trained since; {compared}"
+    if cfg.injection is Injection.NONE and cfg.n_recurrences > 1:
+        return f"its layers were put into a loop, and it was not trained since; {compared}"
     return None
 
 
@@ -110,8 +131,8 @@ def loss_on_text(
     each = ", ".join(f"{name} {one.loss:.2f} ({one.bits_per_byte:.2f})" for name, one in of.items())
     found = (
         f"Nats per token (bits per byte) at {count(model.cfg.n_recurrences, 'recurrence')}: "
-        f"{each}. Best at {best}: {level.loss:.2f} nats, where the model expects "
-        f"{level.entropy:.2f}, its tokens in shuffled order have {shuffled:.2f}, and "
+        f"{each}. Of those with several texts {best} is best: {level.loss:.2f} nats, where the "
+        f"model expects {level.entropy:.2f}, its tokens in shuffled order have {shuffled:.2f}, and "
         f"ln(vocabulary) is {uniform:.2f}; "
         f"{level.bits_per_byte:.2f} bits per byte, where an adaptive model of order 2 has "
         f"{spelling:.2f}."
@@ -191,7 +212,7 @@ def loss_by_recurrences(
         "loss": means,
     }
     listed = ", ".join(f"{loss:.2f} at {n}" for n, loss in means.items())
-    found = f"Mean loss of the texts of {best}, in nats per token, by recurrences: {listed}."
+    found = f"Mean loss of the {best} texts, in nats per token, by recurrences: {listed}."
     untrained = is_untrained(model, of)
     if untrained is not None:
         return Finding(
@@ -241,10 +262,10 @@ def _drift(means: dict[int, float], start: int) -> str:
         return f"At {last} recurrences it is not finite."
     if abs(rise) < 0.05:
         return (
-            f"From {start} to {last} recurrences it is flat ({rise:+.3f}), as of a loop with a "
-            "fixed point, which is right."
+            f"From {start} to {last} recurrences it is flat ({rise:+.3f}), as it is right for a "
+            "loop with a fixed point, or one that takes no notice of its state."
         )
-    kind = "more recurrences still help" if rise < 0 else "it gets worse, as loops may"
+    kind = "more recurrences still help" if rise < 0 else "it gets worse, which is common"
     if rise > DRIFT:
         kind = "it drifts away, there is no fixed point that keeps the text"
     return f"From {start} to {last} recurrences it changes by {rise:+.2f}: {kind}."

@@ -67,11 +67,11 @@ def loss_under_settings(model: LoopedTransformer, passages: Sequence[Passage]) -
         gains[name] = mean_and_error([b - a for b, a in zip(before, after, strict=True)])
     better = [name for name, (gain, e) in gains.items() if gain > GAIN and gain > ERRORS * e]
     mean = sum(before) / len(before)
-    each = ", ".join(f"{name} {-gain:+.3f}" for name, (gain, _) in gains.items())
+    each = ", ".join(f"{name} {-gain:+.3f} ± {error:.3f}" for name, (gain, error) in gains.items())
     found = (
         f"On {len(rows)} texts with a loss of {mean:.3f} nats per token, other settings change it "
-        f"by: {each}. One that is right would lower it by more than {GAIN} and by {ERRORS} "
-        "standard errors over texts."
+        f"by: {each} (standard errors over texts). The right setting would lower it by more than "
+        f"{GAIN} and by {ERRORS} standard errors."
     )
     if better:
         found += f" The loss is lower with {', '.join(better)}."

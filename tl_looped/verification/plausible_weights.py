@@ -104,8 +104,10 @@ def _finding(gains: dict[Exchange, Gain], n_single: int, before: float, n_texts:
     found = (
         f"{len(gains)} exchanges were tried on up to {n_texts} texts, the most promising of "
         f"{n_single} single ones by the gradient among them. The best, {best.name}, changes the "
-        f"loss of {before:.3f} nats per token by {-gains[best].nats:+.3f}; one that was made by "
-        f"mistake would lower it by more than {GAIN}, and by {ERRORS} standard errors over texts."
+        f"loss of {before:.3f} nats per token by {-gains[best].nats:+.3f}"
+        + (f" ± {gains[best].error:.3f}" if gains[best].texts > 1 else " in the first text")
+        + f"; undoing one that was made by mistake lowers it by more than {GAIN}, and by {ERRORS} "
+        "standard errors over texts."
     )
     if better:
         names = "; ".join(f"{one.name} ({-gains[one].nats:+.3f})" for one in better[:3])

@@ -35,7 +35,7 @@ adds is the order of its sums. Summing n terms one after another is at worst sqr
 in blocks, where a term counts; a mistake is larger by orders of magnitude.
 """
 
-_BY_FLOAT64 = "measured beside the same run in float64"
+_BY_FLOAT64 = "measured against the same run in float64"
 _BY_NOISE = "estimated by noise of the size of roundings"
 _SHARE = 0.8  # of the free memory
 _DRAWS = 2
