@@ -66,6 +66,8 @@ from tl_looped.verification.plausible_weights import WEIGHTS, loss_under_exchang
 from tl_looped.verification.subject import Subject
 from tl_looped.verification.texts import bundled_texts
 
+pytestmark = pytest.mark.once
+
 TEXTS = tuple(one.text for one in bundled_texts())
 
 

@@ -35,6 +35,8 @@ from tl_looped.verification.reference import check_reference, compare_with_refer
 from tl_looped.verification.reference_process import SCRIPT
 from tl_looped.verification.subject import Subject
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
