@@ -49,8 +49,18 @@ def bench_loading_a_full_size_checkpoint(benchmark: Any, record: Recorder, tmp_p
     )
     failed: list[AssertionError] = []
     for what, value, bound, detail in (
-        ("loading Ouro-1.4B: peak memory / file", memory, 1.25, "resident, beyond the imports"),
-        ("loading Ouro-1.4B: time / reading by safetensors", seconds, 1.3, f"{shown} s"),
+        (
+            "loading random weights of Ouro-1.4B's size: peak memory / file",
+            memory,
+            1.25,
+            "resident, beyond the imports",
+        ),
+        (
+            "loading random weights of Ouro-1.4B's size: time / reading by safetensors",
+            seconds,
+            1.3,
+            f"{shown} s",
+        ),
     ):
         try:
             record.add(what, value, bound, detail)

@@ -181,7 +181,7 @@ def main() -> int:
     given = options()
     reason = missing(given.device)
     if reason is not None:
-        print(f"{reason}: nothing was checked")
+        print(f"{reason}: nothing was checked; make test-gpu DEVICE=cpu runs it on the CPU")
         return 0
     from checks import CHECKS
 

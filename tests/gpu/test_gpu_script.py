@@ -58,7 +58,9 @@ def test_everything_holds_on_the_cpu(whole: tuple[str, dict[str, object]]) -> No
 def test_without_a_device_it_says_so_and_stops() -> None:
     done = script(CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "there is no CUDA device: nothing was checked\n"
+    assert done.stdout.startswith("there is no CUDA device: nothing was checked; ")
+    assert "make test-gpu DEVICE=cpu" in done.stdout
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_check_that_fails_decides_and_the_others_go_on(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from rawcheckpoints import raw_config
 from safetensors.torch import load_file, save_file
 
 from tl_looped import DataError
+from tl_looped.cli.console import console
 from tl_looped.cli.verify import show
 from tl_looped.verification import Certificate, Finding, Outcome, verify
 from tl_looped.verification import opening as opening_module
 from tl_looped.verification.inventory import Option, options_of_config, tensors_of
-from tl_looped.verification.markdown import LONGEST, code, grouped
+from tl_looped.verification.markdown import LONGEST, code, grouped, verdict
 from tl_looped.verification.opening import hashes, open_subject
 
 pytestmark = pytest.mark.once
@@ -355,7 +356,9 @@ def test_a_certificate_from_outside_is_text_in_markdown_and_on_the_screen(
     certificate = Certificate(hostile, {hostile: hostile}, (bad,), inventory)
     text = certificate.to_markdown()
     show(certificate)
-    for written in (text, capsys.readouterr().out):
+    full = capsys.readouterr().out
+    show(certificate, full=False)
+    for written in (text, full, capsys.readouterr().out):
         assert not set("\x1b\u202e\x9b") & set(written)
     outside = re.sub(r"(`+) ?.*?[^`]\1(?!`)", "", text)
     assert "https://" not in outside
@@ -364,6 +367,64 @@ def test_a_certificate_from_outside_is_text_in_markdown_and_on_the_screen(
     for line in outside.splitlines():
         if line.startswith("| "):
             assert line.replace("\\|", "").count("|") in (3, 4, 5)
+
+
+def test_the_last_line_counts_names_and_says_what_was_not_compared() -> None:
+    def told(*found: Finding) -> str:
+        return verdict(Certificate("m", {}, found))
+
+    exact, likely = finding(outcome=Outcome.EXACT), finding(check="p", outcome=Outcome.PLAUSIBLE)
+    odd = finding(check="loss on text", outcome=Outcome.SUSPICIOUS)
+    for option in ("--reference-python", "--source"):
+        not_run = finding(
+            check="reference", outcome=Outcome.NOT_APPLICABLE, found=f"{option} PATH compares them"
+        )
+        line = told(exact, likely, odd, not_run)
+        assert line.startswith("m: 1 exactness check held, none failed; 1 ")
+        assert "1 suspicious: loss on text." in line
+        assert line.endswith(f"({option})")
+    assert "Not compared" in told(exact)
+    assert "Not compared" in told(finding(check="reference", outcome=Outcome.NOT_APPLICABLE))
+    line = told(finding(check="names"), finding(check="reference", outcome=Outcome.EXACT), likely)
+    assert line.startswith("m is WRONG in names; 1 exactness check held; 1 ")
+    assert line.endswith("0 suspicious")
+
+
+def test_numbers_have_separators() -> None:
+    files = {"w": {"bytes": 4321000, "sha256": "0", "hashed": "the whole file"}}
+    about = {"parameters": 1878144, "seconds": 1234.5, "family": "f"}
+    text = Certificate("m", about, (), {"files": files}).to_markdown()
+    assert "| parameters | 1,878,144 |" in text
+    assert "| 4,321,000 |" in text
+    assert "| seconds | 1234.5 |" in text
+
+
+def test_the_screen_is_short_unless_all_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "width", 80)
+    name, sha = "transformer.h.0.w", "c7a4f7c04943"
+    tensor = {"name": name, "shape": [2], "dtype": "F32", "use": "whole", "parameters": ["core.w"]}
+    inventory = {
+        "files": {"model.safetensors": {"bytes": 8, "sha256": sha, "hashed": "all"}},
+        "options": [{"key": "a", "value": "the value", "read": False, "fields": []}],
+        "special_tokens": [],
+        "texts": [{"text": "", "ids": [], "tokens": [f"piece{i}" for i in range(50)]}],
+        "tensors": [tensor],
+    }
+    bad = finding(check="loss under exchanges of weights", if_wrong="nonsense is seen")
+    certificate = Certificate("m", {"versions": {"torch": "9.9"}, "n": 1234}, (bad,), inventory)
+    only_full = {name, sha, "torch 9.9", "the value", "piece49"}
+    for full in (True, False):
+        show(certificate, full)
+        out = capsys.readouterr().out
+        assert {text for text in only_full if text in out} == (only_full if full else set())
+        assert "n: 1,234" in out
+        assert "piece19" in out
+        assert "nonsense is seen" in out.lower().replace("\n", " ")
+        (top,) = (line for line in out.splitlines() if line.startswith("┏"))
+        assert top.index("┳") <= 19
+        assert len(top) <= 80
 
 
 def test_values_within_hundreds_of_values_are_cut_off(tmp_path: Path) -> None:

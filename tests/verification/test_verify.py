@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,6 +90,13 @@ def test_the_authors_checkpoints_are_exact(case: str, tmp_path: Path) -> None:
     assert certificate.inventory["special_tokens"] == []
     assert "texts" not in certificate.inventory
     assert set(certificate.inventory["files"]) == {"config.json", "model.safetensors"}
+    numbers = certificate.findings[0].numbers
+    assert numbers["ignored"] == (["freqs_cis"] if case == "huginn" else [])
+    assert numbers["copies"] == []
+    date = datetime.strptime(certificate.about["date"], "%Y-%m-%d %H:%M UTC")
+    now = datetime.now(timezone.utc).replace(tzinfo=None)
+    assert timedelta() <= now - date < timedelta(hours=2)
+    assert 0 < certificate.about["wall time in seconds"] < 7200
     names = {one["name"] for one in certificate.inventory["tensors"]}
     assert names == set(golden_tensors(case))
     of_text = {f.check: f.outcome for f in certificate.findings if f.check in OF_TEXT}
@@ -267,6 +275,10 @@ def test_a_tied_copy_that_differs_turns_names(tmp_path: Path) -> None:
     certificate = verified(folder, tmp_path / "a")
     uses = {one["name"]: one["use"] for one in certificate.inventory["tensors"]}
     assert uses["lm_head.weight"] == "duplicate of transformer.wte.weight"
+    names = certificate.findings[0]
+    assert (names.numbers["copies"], names.numbers["tensors"]) == (["lm_head.weight"], 77)
+    for part in ("75 of 77 tensors", "83 parameters", ": freqs_cis", ": lm_head.weight"):
+        assert part in names.found
     tensors["lm_head.weight"][0, 0] += 1
     write_tensors(folder, tensors)
     assert outcomes(verified(folder, tmp_path / "b", code=1)) == only("names")
@@ -347,8 +359,8 @@ def test_what_cannot_be_had_is_an_ordinary_error(tmp_path: Path) -> None:
         with pytest.raises(TLLoopedError):
             verify("demo", **wrong)
     for device in ("cuda:99", "no such thing"):
-        with pytest.raises(InputError):
-            verify("demo", device=device)
+        with pytest.raises(InputError):  # before anything is read
+            verify("demo", device=device, problems=1, problem_set="nothing")
     for problem_set in ("nothing", f"gsm8k:{tmp_path}/none.jsonl"):
         with pytest.raises(DataError):
             verify("demo", problems=1, problem_set=problem_set)

@@ -17,11 +17,13 @@ from rich.table import Table
 from tl_looped.cli.console import bar, console, progress_bars, stoppable
 from tl_looped.cli.runs import Dtype, Revision
 from tl_looped.errors import DataError
+from tl_looped.words import count
 
 if TYPE_CHECKING:
     from tl_looped.verification import Certificate
 
 _STYLES = {"exact": "green", "wrong": "bold red", "plausible": "green", "suspicious": "yellow"}
+_CHECK, _PIECES = 16, 20  # columns for the names of checks, tokens of the text that is shown
 
 
 def verify(
@@ -68,6 +70,10 @@ def verify(
             help="Feedforward model, hub id or folder, that this one was made of, to compare with."
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Show tensors, hashes, options and tokens too, as --out does."),
+    ] = False,
 ) -> None:
     """Was a checkpoint loaded right? Exactness checks decide the exit code, 0 or 1.
 
@@ -91,7 +97,7 @@ def verify(
             progress=bar(bars, "checks"),
         )
         written = None if out is None else certificate.write(out)
-    show(certificate)
+    show(certificate, full)
     if written is not None:
         names = " and ".join(str(path.resolve()) for path in written)
         console.print(f"The certificate is in {names}", soft_wrap=True, highlight=False)
@@ -130,17 +136,26 @@ def _check_out(out: Path | None) -> None:
             raise DataError(f"--out: {above} cannot be written to; name another file")
 
 
-def show(certificate: Certificate) -> None:
-    """The certificate on the screen: what was loaded, what it holds, the checks, one verdict."""
-    from tl_looped.verification.markdown import sentence, verdict
+def show(certificate: Certificate, full: bool = True) -> None:
+    """The certificate on the screen: what was loaded, what it holds, the checks, one verdict.
+
+    Args:
+        certificate: Of any origin.
+        full: Whether each tensor, hash, version and token is shown.
+    """
+    from tl_looped.verification.markdown import sentence, shown, verdict
 
     _print(f"[bold]{_escaped(certificate.model)}[/bold]")
     for heading, value in certificate.about.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        _print(f"  {_escaped(heading)}: {_escaped(str(text))}")
-    for line in _holdings(certificate.inventory):
+        if heading == "versions" and not full:
+            continue
+        pairs = value.items() if isinstance(value, dict) else ()
+        text = ", ".join(f"{k} {shown(v)}" for k, v in pairs) or shown(value)
+        _print(f"  {_escaped(heading)}: {_escaped(text)}")
+    for line in (_holdings if full else _summary)(certificate.inventory):
         _print(f"  {_escaped(line)}")
-    table = Table("check", show_lines=True)
+    table = Table(show_lines=True)
+    table.add_column("check", overflow="fold", max_width=_CHECK)
     table.add_column("found", overflow="fold")
     # What was not run for one reason is one row.
     for (outcome, found), alike in groupby(
@@ -161,23 +176,47 @@ def _holdings(inventory: dict[str, Any]) -> list[str]:
     from tl_looped.verification.markdown import grouped_tensors
 
     lines = []
+    options = inventory["options"]
     for name, one in inventory["files"].items():
         lines.append(f"{name}: {one['bytes']:,} bytes, SHA-256 {one['sha256']} of {one['hashed']}")
     for name, shape, dtype, use in grouped_tensors(inventory["tensors"]):
         lines.append(f"{name} {shape} {dtype}, {use}")
-    options = inventory["options"]
     ignored = [f"{one['key']}={one['value']!r}" for one in options if not one["read"]]
     lines.append(
         f"config.json: {len(options) - len(ignored)} options count; ignored: "
         f"{', '.join(ignored) or 'none'}"
     )
-    for one in inventory["special_tokens"]:
-        lines.append(f"{one['kind']}: {one['id']} {one['token']!r}, says the {one['from']}")
+    lines += _special(inventory)
+    for one in inventory.get("texts", [])[:1]:
+        lines.append("text as tokens: " + "|".join(one["tokens"]))
+    return lines
+
+
+def _summary(inventory: dict[str, Any]) -> list[str]:
+    """The same without tensors, hashes and values."""
+    files, options = inventory["files"], inventory["options"]
+    size = sum(one["bytes"] for one in files.values())
+    ignored = sum(not one["read"] for one in options)
+    lines = [
+        f"{count(len(inventory['tensors']), 'tensor')} in {count(len(files), 'file')}, {size:,} "
+        "bytes",
+        f"config.json: {len(options) - ignored} options count, {ignored} are ignored",
+        *_special(inventory),
+    ]
+    for one in inventory.get("texts", [])[:1]:
+        more = "..." * (len(one["tokens"]) > _PIECES)
+        lines.append("text as tokens: " + "|".join(one["tokens"][:_PIECES]) + more)
+    return [*lines, "(--full shows tensors, hashes, options and versions)"]
+
+
+def _special(inventory: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{one['kind']}: {one['id']} {one['token']!r}, says the {one['from']}"
+        for one in inventory["special_tokens"]
+    ]
     if inventory.get("stop_tokens"):
         ends = ", ".join(repr(one["token"]) for one in inventory["stop_tokens"])
         lines.append(f"a generated text ends at {ends}")
-    for one in inventory.get("texts", [])[:1]:
-        lines.append("text as tokens: " + "|".join(one["tokens"]))
     return lines
 
 

@@ -25,19 +25,41 @@ _SIGNS = {
     Outcome.SUSPICIOUS: "**suspicious**",
     Outcome.NOT_APPLICABLE: "not applicable",
 }
+_REFERENCE = "reference"
+_OTHERS = {
+    "--reference-python": "the authors' code",
+    "--source": "the feedforward model that it was made of",
+}
 _VALUE, _ROWS = 160, 200  # characters of a value, rows of a folded table
 
 
 def verdict(certificate: Certificate) -> str:
-    """One line: whether the exactness checks hold."""
-    findings = certificate.findings
-    held = sum(finding.outcome is Outcome.EXACT for finding in findings)
-    open_ = sum(finding.outcome is Outcome.SUSPICIOUS for finding in findings)
-    told = f"; {count(open_, 'measurement')} suspicious" if open_ else ""
-    if certificate.holds:
-        return f"{count(held, 'exactness check')} of {certificate.model} held, none failed{told}"
+    """One line: what held and failed, what is suspicious, and whether other code was compared."""
+    names: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
+    for finding in certificate.findings:
+        names[finding.outcome].append(finding.check)
+    held = f"{count(len(names[Outcome.EXACT]), 'exactness check')} held"
     failed = ", ".join(certificate.wrong)
-    return f"{certificate.model} is WRONG in {failed}; {count(held, 'exactness check')} held{told}"
+    plausible, suspicious = len(names[Outcome.PLAUSIBLE]), names[Outcome.SUSPICIOUS]
+    are = "measurement is" if plausible == 1 else "measurements are"
+    which = f": {', '.join(suspicious)}" if suspicious else ""
+    return (
+        f"{certificate.model}"
+        + (f" is WRONG in {failed}; {held}" if failed else f": {held}, none failed")
+        + f"; {plausible} {are} plausible, {len(suspicious)} suspicious{which}"
+        + _not_compared(certificate)
+    )
+
+
+def _not_compared(certificate: Certificate) -> str:
+    """What the exactness checks cannot see is said beside them, with the option that shows it."""
+    found = next((f for f in certificate.findings if f.check == _REFERENCE), None)
+    if found is not None and found.outcome is not Outcome.NOT_APPLICABLE:
+        return ""
+    for option, other in _OTHERS.items():
+        if found is not None and option in found.found:
+            return f". Not compared with {other} ({option})"
+    return ". Not compared with another implementation"
 
 
 def markdown_of(certificate: Certificate) -> str:
@@ -87,6 +109,11 @@ def sentence(text: str) -> str:
     text = text.strip()
     end = "" if not text or text[-1] in ".!?" else "."
     return text[:1].upper() + text[1:] + end
+
+
+def shown(value: Any) -> str:
+    """A value as a reader takes it in: whole numbers with separators, ``1,878,144``."""
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def printable(text: str, kept: str = "") -> str:
@@ -157,8 +184,8 @@ def grouped_tensors(tensors: Sequence[dict[str, Any]]) -> list[tuple[str, str, s
 
 def _about(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{_text(k)} {_text(str(v))}" for k, v in value.items())
-    return _text(str(value))
+        return ", ".join(f"{_text(k)} {_text(shown(v))}" for k, v in value.items())
+    return _text(shown(value))
 
 
 def _text(text: str) -> str:
@@ -182,7 +209,7 @@ def _folded(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _files(inventory: dict[str, Any]) -> list[str]:
     rows = [
-        (code(name), _text(str(one["bytes"])), code(one["sha256"]), _text(one["hashed"]))
+        (code(name), _text(shown(one["bytes"])), code(one["sha256"]), _text(one["hashed"]))
         for name, one in inventory.get("files", {}).items()
     ]
     return _folded("Files", ("file", "bytes", "SHA-256", "of"), rows)

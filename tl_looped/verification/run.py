@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,14 +97,14 @@ def verify(
             that cannot be run, or is not trusted.
     """
     seed, problems = whole(seed, "seed", 0, _LARGEST_SEED), whole(problems, "problems", 0)
+    wanted, since, started = parse_dtype(dtype), datetime.now(timezone.utc), time.perf_counter()
+    target_device(device)
     if problems:
         load_problems(problem_set, problems, seed)  # refused before minutes are spent
-    wanted = parse_dtype(dtype)
-    target_device(device)
+    progress.start(1 + len(_LOADED) + len(PLAUSIBILITY) + (problems > 0), 0)
     opened = open_subject(model_name, revision, hub)
     compared = replace(reference or ReferenceOptions(), hub=hub)
     check_reference(opened.checkpoint, compared)
-    progress.start(1 + len(_LOADED) + len(PLAUSIBILITY) + (problems > 0), 0)
     inventory = inventory_of_files(opened)
     findings: list[Finding] = []
     subject: Subject | None = None
@@ -127,7 +129,11 @@ def verify(
                 note(_of_training(subject, problems, problem_set, say_only))
     note(_not_run(findings))
     known = _paths_of(opened, model_name, compared)
-    return _certificate(opened, subject, wanted, seed, findings, inventory, known)
+    when = {
+        "date": since.strftime("%Y-%m-%d %H:%M UTC"),
+        "wall time in seconds": round(time.perf_counter() - started, 1),
+    }
+    return _certificate(opened, subject, wanted, seed, findings, inventory, known, when)
 
 
 def _of_weights(opened: Opened, dtype: torch.dtype) -> Iterator[Finding]:
@@ -278,6 +284,7 @@ def _certificate(
     findings: list[Finding],
     inventory: dict[str, Any],
     known: list[str],
+    when: dict[str, Any],
 ) -> Certificate:
     cfg, stored = opened.checkpoint.config(), dtypes_stored(opened.checkpoint)
     is_bundled = opened.checkpoint.folder in BUNDLED.values()
@@ -304,6 +311,7 @@ def _certificate(
         }
     if opened.is_feedforward:
         about["examined as"] = "the loop of all layers of a feedforward model, run once"
+    about |= when
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     about["versions"] = {
         "tl-looped": __version__,

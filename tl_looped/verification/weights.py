@@ -18,8 +18,10 @@ from tl_looped.transformer import LoopedTransformer
 from tl_looped.transformer.cache_size import readable
 from tl_looped.verification.certificate import Finding, Outcome
 from tl_looped.verification.inventory import DTYPES, dtypes_stored, uses_that_overlap
+from tl_looped.verification.markdown import grouped
 from tl_looped.verification.rounding import copy_bytes, copy_fits, in_dtype
 from tl_looped.verification.subject import Subject
+from tl_looped.words import count
 
 _LISTED = 12
 _NAMES = (
@@ -43,19 +45,39 @@ def names(checkpoint: Checkpoint) -> Finding:
     if not found:
         found += _differing_copies(checkpoint, duplicates)
     kinds = dtypes_stored(checkpoint)
-    numbers = {"tensors": len(shapes), "parameters": len(targets), "dtypes": kinds}
+    used_once = {name for source in sources.values() for name in source.names} & set(shapes)
+    copies = [name for name in shapes if name in duplicates and name not in used_once]
+    ignored = [name for name in shapes if name not in used_once and name not in duplicates]
+    numbers: dict[str, Any] = {"tensors": len(shapes), "parameters": len(targets), "dtypes": kinds}
     if found:
         listed = "; ".join(found[:_LISTED])
         more = f"; and {len(found) - _LISTED} more" * (len(found) > _LISTED)
         return Finding("names", Outcome.WRONG, listed + more, _NAMES, numbers | {"problems": found})
     told = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    some = "" if len(used_once) == len(shapes) else f"{len(used_once)} of "
+    sentences = [
+        f"{some}{count(len(shapes), 'tensor')} ({told}) make {count(len(targets), 'parameter')}, "
+        "each used once",
+        *_left_aside(ignored, "ignored"),
+        *_left_aside(copies, "an equal copy of another", "equal copies of others"),
+    ]
     return Finding(
         "names",
         Outcome.EXACT,
-        f"{len(shapes)} tensors ({told}) are those of {len(targets)} parameters, each used once",
+        "; ".join(sentences),
         _NAMES,
-        numbers,
+        numbers | {"ignored": ignored, "copies": copies},
     )
+
+
+def _left_aside(names: list[str], one: str, many: str | None = None) -> list[str]:
+    """What becomes of tensors that make no parameter; nothing if there are none."""
+    if not names:
+        return []
+    shown = grouped(names)
+    more = f" and {len(shown) - _LISTED} more" * (len(shown) > _LISTED)
+    become = f"1 is {one}" if len(names) == 1 else f"{len(names):,} are {many or one}"
+    return [f"{become}: {', '.join(shown[:_LISTED])}{more}"]
 
 
 def _differing_copies(checkpoint: Checkpoint, duplicates: dict[str, str]) -> list[str]:
