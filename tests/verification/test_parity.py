@@ -9,6 +9,7 @@ import torch
 from conftest import VARIANTS, random_config
 
 from tl_looped import LoopedTransformer
+from tl_looped.adapters import Source
 from tl_looped.model.rotary import inverse_frequencies
 from tl_looped.verification import Outcome
 from tl_looped.verification.parity import (
@@ -18,6 +19,7 @@ from tl_looped.verification.parity import (
     Theirs,
     difference,
     in_dtype,
+    norms_of,
     parity,
     plan_runs,
     run_ours,
@@ -55,6 +57,16 @@ def test_runs_are_what_a_model_can_run(variant: str) -> None:
     assert ours.greedy.shape == (1, runs.prompt.shape[1] + runs.n_greedy)
     small = plan_runs(LoopedTransformer.from_config(random_config(n_ctx=1)), tokens)
     assert (small.tokens.shape[1], small.prompt.shape[1], small.n_greedy) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("gain", ["weight", "w", "scale_weight"])
+def test_a_norm_is_the_module_that_holds_its_gain_whatever_that_is_called(gain: str) -> None:
+    model = LoopedTransformer.from_config(random_config())
+    names = [name for name in model.state_dict() if name.endswith(("ln1.w", "final_norm.w"))]
+    assert len(names) > 1
+    sources = {name: Source((f"net.{name.removesuffix('.w')}.{gain}",)) for name in names}
+    expected = {name.removesuffix(".w"): f"net.{name.removesuffix('.w')}" for name in names}
+    assert norms_of(model, sources) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

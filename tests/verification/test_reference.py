@@ -217,6 +217,30 @@ def test_what_the_code_leaves_running_is_ended(tmp_path: Path, python: Path) -> 
         assert psutil.Process(left).status() == psutil.STATUS_ZOMBIE  # ended, and nobody asked
 
 
+def test_a_declaration_of_what_is_not_there_says_what_is(tmp_path: Path, python: Path) -> None:
+    folder, ours = with_code("ouro", tmp_path / "checkpoint"), "recurrence.{r}.blocks.{l}.hook"
+    adapter = declared(OuroAdapter)
+    assert adapter.reference is not None
+    wrong = replace(
+        adapter.reference,
+        activations={ours: "model.layer.{l}", "recurrence.{r}.hook_state_out": "model.norm"},
+        rotary="model.rotary.inv_freq",
+        norm_eps="variance",
+    )
+    finding = compared("ouro", folder, python, reference=wrong)
+    assert finding.outcome is Outcome.WRONG
+    has_no = "the authors' model has no"
+    for said in (
+        f"activations[{ours!r}]: {has_no} module model.layer.0; it has model.layers.0, ",
+        f"rotary: {has_no} buffer model.rotary.inv_freq; it has model.rotary_emb.inv_freq",
+        f"norm_eps: {has_no} attribute model.",
+    ):
+        assert said in finding.found
+    assert ".variance_epsilon" in finding.found
+    assert "model.norm;" not in finding.found
+    assert "Traceback" not in finding.found
+
+
 # -- what is refused, before anything runs ----------------------------------------------------
 
 
@@ -250,6 +274,23 @@ def test_another_major_version_is_refused(tmp_path: Path, python: Path) -> None:
     assert "no no-such-thing" in refused(folder, adapter, ReferenceOptions(python, True))
 
 
+def test_an_interpreter_of_a_relative_path_and_of_home(
+    tmp_path: Path, python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_code("retrofit_llama", tmp_path / "checkpoint")
+    checkpoint = replace(open_checkpoint(folder), adapter=declared(RetrofitLlamaAdapter))
+    assert python.is_symlink()
+    environment = python.parent.parent
+    monkeypatch.setenv("HOME", str(environment.parent))
+    monkeypatch.chdir(environment.parent)
+    for given in (Path(environment.name), Path("~", environment.name)):
+        options = ReferenceOptions(given / "bin" / "python", True)
+        assert options.python == python  # and not where the link leads
+        check_reference(checkpoint, options)  # runs it in another folder
+    with pytest.raises(InputError):
+        ReferenceOptions(Path("~no-such-user-here/python"), True)
+
+
 def test_files_that_are_not_there(tmp_path: Path, python: Path) -> None:
     folder = with_code("retrofit_llama", tmp_path / "checkpoint")
     adapter, trusted = declared(RetrofitLlamaAdapter), ReferenceOptions(python, True)
@@ -258,7 +299,8 @@ def test_files_that_are_not_there(tmp_path: Path, python: Path) -> None:
     not_python.write_text("")
     assert "does not run" in refused(folder, adapter, replace(trusted, python=not_python))
     (folder / "by_hand.py").unlink()
-    assert "by_hand.py" in refused(folder, adapter, trusted)
+    assert f"{folder} lacks by_hand.py, which" in refused(folder, adapter, trusted)
+    assert "holds none" in refused(folder, adapter, replace(trusted, trust_remote_code=False))
     raw = json.loads((folder / "config.json").read_text())
     elsewhere = {"AutoConfig": "owner/name--by_hand.Config"}
     others = {"AutoTokenizer": ["by_hand.T", None], "AutoModel": "by_hand.RavenModel"}

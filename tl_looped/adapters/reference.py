@@ -55,12 +55,13 @@ class Reference:
             output, or the first of several, is that activation.
         rotary: Path of the buffer with the rotary frequencies ``[half]`` or the table of cosines
             and sines ``[1, position, 1, half, 2]``.
-        rotary_is: Which of the two.
+        rotary_is: Which of the two: ``"frequencies"`` or ``"table"``.
         norm_eps: Attribute of its norms that holds epsilon. A norm is found by the checkpoint's
             name of its gain.
         recurrences_argument: Argument of ``forward`` that takes the number of recurrences.
         recurrences_config: Fields of its config that are set before the model is made, each to the
-            number of recurrences plus the value that is given here.
+            number of recurrences R plus the offset that is given here: ``{"total_ut_steps": 0}``
+            sets it to R.
         state_argument: Argument of ``forward`` that takes the state of recurrence 0.
         arguments: Further arguments of ``forward``.
         auto_class: Class of transformers that opens the checkpoint.

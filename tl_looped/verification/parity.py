@@ -245,10 +245,10 @@ class Theirs:
 
 
 def norms_of(model: LoopedTransformer, sources: Mapping[str, Source]) -> dict[str, str]:
-    """Every norm with a gain of its own in a file -> the other side's module, named like that."""
+    """Every norm with a gain of its own in a file -> the other side's module, which holds it."""
     norms = [name for name, module in model.named_modules() if isinstance(module, NormWeights)]
     return {
-        name: sources[f"{name}.w"].names[0].removesuffix(".weight")
+        name: sources[f"{name}.w"].names[0].rpartition(".")[0]
         for name in norms
         if f"{name}.w" in sources
     }

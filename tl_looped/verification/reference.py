@@ -50,6 +50,7 @@ from tl_looped.verification.reference_code import (
     modules_of,
     named,
     public_version,
+    refuse_absent,
     versions_of,
     would_run,
 )
@@ -72,7 +73,8 @@ class ReferenceOptions:
     """What the checkpoint is compared with.
 
     Args:
-        python: Interpreter of another environment that runs the authors' own code.
+        python: Interpreter of another environment that runs the authors' own code; kept as an
+            absolute path, since it is started in another folder.
         trust_remote_code: Run the Python files that lie beside the checkpoint.
         timeout: Seconds after which the authors' code is given up.
         source: Feedforward model, hub id or folder, that the looped one was made of.
@@ -87,6 +89,8 @@ class ReferenceOptions:
 
     def __post_init__(self) -> None:
         number(self.timeout, "reference_timeout", most=_LONGEST, above=0)
+        if self.python is not None:
+            object.__setattr__(self, "python", _absolute(self.python))
         if self.trust_remote_code and self.python is None:
             raise InputError(
                 "--trust-remote-code runs nothing by itself: name an environment that runs the "
@@ -97,6 +101,14 @@ class ReferenceOptions:
                 "--reference-python and --source exclude each other: the authors' own code, or the "
                 "feedforward model that this one was made of"
             )
+
+
+def _absolute(python: Path) -> Path:
+    """The same file from any folder. Links are kept: that of a venv says which venv it is."""
+    try:
+        return python.expanduser().absolute()
+    except (OSError, RuntimeError) as error:  # no such user, or no current folder
+        raise InputError(f"--reference-python {python}: {error}; give the whole path") from error
 
 
 @checked
@@ -235,6 +247,7 @@ def _compare(
         request = _request(subject, reference, runs, places)
         answer = ask(python, request, _inputs(runs), options.timeout)
         progress.advance(1)
+        refuse_absent(reference, request, answer.results.get("absent"))
         ours = run_ours(model, runs, [name for name, _, _ in places], progress.advance)
         theirs = _theirs(answer, reference, runs, ours, places)
     except NotCompared as error:

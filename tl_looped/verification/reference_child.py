@@ -14,6 +14,7 @@ but on stderr.
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import json
 import os
@@ -41,6 +42,9 @@ def main(folder: str) -> None:
         if model is None or run["config"] != made_for:
             model = None  # before the next one is made: never two in memory
             model, made_for = load(request, run["config"], results), run["config"]
+            results["absent"] = absent(request, model)
+            if results["absent"]:
+                break
         outputs[run["name"]] = logits_of(request, model, run, inputs, results, outputs)
         if run["activations"]:
             outputs["greedy"] = greedy(request, model, run, inputs)
@@ -85,6 +89,32 @@ def load(request: dict[str, Any], changes: dict[str, Any], results: dict[str, An
         kind: sorted(str(name) for name in names) for kind, names in loading.items() if names
     }
     return model.float().eval()
+
+
+def absent(request: dict[str, Any], model: Any) -> dict[str, list[str]]:
+    """What the request names and the model lacks, each with the names there that are nearest."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    wanted = [(path, "", list(modules)) for path in request["modules"]]
+    for path, attribute in request["eps"].values():
+        own = [path + "." + name for name in vars(modules.get(path, model)) if name[0] != "_"]
+        wanted.append((path, attribute, own if path in modules else list(modules)))
+    owner, _, leaf = request["rotary"].rpartition(".")
+    wanted.append((owner, leaf, [name for name, _ in model.named_buffers()]))
+    missing = {}
+    for path, leaf, names in wanted:
+        if not has(model, path, leaf):
+            whole = ".".join(filter(None, (path, leaf)))
+            missing[whole] = difflib.get_close_matches(whole, names, 3, 0)
+    return missing
+
+
+def has(model: Any, path: str, leaf: str) -> bool:
+    """Whether there is a module, and an attribute of it if one is named."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return not leaf or hasattr(module, leaf)
 
 
 def forward(

@@ -1,16 +1,18 @@
-"""The authors' files of a checkpoint, and the packages of the environment that runs them."""
+"""The authors' files of a checkpoint, the packages that run them, and the modules they make."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tl_looped.adapters import Reference, all_aliases
 from tl_looped.checkpoints import Checkpoint, HubOptions, download
 from tl_looped.errors import CheckpointError, InputError
 from tl_looped.files import is_file
-from tl_looped.verification.reference_process import versions_in
+from tl_looped.verification.reference_process import NotCompared, versions_in
 
 
 def modules_of(checkpoint: Checkpoint, reference: Reference) -> list[str]:
@@ -52,11 +54,9 @@ def would_run(checkpoint: Checkpoint, modules: list[str]) -> str:
     if hub_id is not None:
         where = f"of {hub_id} at the commit {checkpoint.folder.name}, and what they import"
         return f"the files {', '.join(modules)} {where}"
-    there = ", ".join(_python_files(checkpoint.folder)) or "none yet"
-    return (
-        f"code of {checkpoint.folder}: {', '.join(modules)} and what they import (its Python "
-        f"files: {there})"
-    )
+    files = ", ".join(_python_files(checkpoint.folder))
+    there = f"its Python files: {files}" if files else "the folder holds none"
+    return f"code of {checkpoint.folder}: {', '.join(modules)} and what they import ({there})"
 
 
 def _python_files(folder: Path) -> list[str]:
@@ -79,8 +79,8 @@ def code_files(
     ]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.name}: config.json names {', '.join(missing)}, and "
-            f"{checkpoint.folder} lacks it: copy the authors' file there"
+            f"{checkpoint.folder} lacks {' and '.join(missing)}, which config.json names: copy "
+            f"{'them' if len(missing) > 1 else 'it'} from the authors' repository"
         )
     return {
         name: hashlib.sha256((checkpoint.folder / name).read_bytes()).hexdigest()
@@ -112,6 +112,38 @@ def check_versions(reference: Reference, found: Mapping[str, str | None], python
                 f"{package.tested}, and another major version is refused. An environment for it: "
                 f"{reference.environment}"
             )
+
+
+def refuse_absent(reference: Reference, request: Mapping[str, Any], absent: Any) -> None:
+    """Refuse a declaration that names what the authors' model does not have.
+
+    Args:
+        reference: The declaration.
+        request: What was asked for.
+        absent: What the process says is not there, each with the nearest names that are.
+
+    Raises:
+        NotCompared: there is something.
+    """
+    found = absent if isinstance(absent, dict) else {}
+    eps = [".".join(place) for place in request["eps"].values()]
+    wrong: dict[str, str] = {}  # the first of each field
+    for path in (*request["modules"], *eps, request["rotary"]):
+        if path in found:
+            field, kind = _declared(reference, path)
+            near = [str(name) for name in found[path]] if isinstance(found[path], list) else []
+            text = f"{field}: the authors' model has no {kind} {path}; it has "
+            wrong.setdefault(field, text + (", ".join(near) or "none"))
+    if wrong:
+        raise NotCompared("; ".join(wrong.values()))
+
+
+def _declared(reference: Reference, path: str) -> tuple[str, str]:
+    """Field of the declaration that a path comes from, and what it should lead to."""
+    for ours, theirs in reference.activations.items():
+        if re.fullmatch(re.escape(theirs).replace(r"\{l\}", r"\d+"), path):
+            return f"activations[{ours!r}]", "module"
+    return ("rotary", "buffer") if path == reference.rotary else ("norm_eps", "attribute")
 
 
 def public_version(version: str | None) -> str | None:

@@ -96,7 +96,7 @@ def ask(
         try:
             _run([str(python), "-I", str(SCRIPT), str(folder)], folder, timeout)
         except OSError as error:
-            raise NotCompared(f"{python} does not run: {error}") from error
+            raise NotCompared(f"its interpreter does not run: {error.strerror}") from error
         return _read_answer(folder)
 
 
