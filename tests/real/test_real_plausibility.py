@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tl_looped import LoopedTransformer
+from tl_looped import LoopedTransformer, RotaryStyle
 from tl_looped.verification.certificate import Outcome
 from tl_looped.verification.exchanges import between_layers, made, within_layers
 from tl_looped.verification.passages import Passage, measure, read_passages, rows_of
@@ -62,7 +62,7 @@ def test_an_exchange_is_found_among_thousands(
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        ({"rotary_style": "interleaved"}, "rotary pairs half"),
+        ({"rotary_style": RotaryStyle.INTERLEAVED}, "rotary pairs half"),
     ],
 )
 def test_a_wrong_setting_is_found(
