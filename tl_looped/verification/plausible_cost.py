@@ -149,9 +149,9 @@ def weights_in_memory(model: LoopedTransformer) -> Finding:
     held = _bytes(_tensors_of(model))
     resident = psutil.Process(os.getpid()).memory_info().rss
     found = (
-        f"The parameters take {readable(parameters)}, all tensors that the model holds "
-        f"{readable(held)}, {held / max(1, parameters):.2f} times as much; up to {HELD} is "
-        f"plausible. The process has {readable(resident)} in memory, libraries included."
+        f"The parameters take {_short(parameters)}, all tensors that the model holds "
+        f"{_short(held)}, {held / max(1, parameters):.2f} times as much; up to {HELD} is "
+        f"plausible. The process has {_short(resident)} in memory, libraries included."
     )
     numbers = {"parameters": parameters, "held": held, "resident": resident}
     outcome = Outcome.PLAUSIBLE if held <= HELD * parameters else Outcome.SUSPICIOUS
@@ -183,3 +183,8 @@ def _tensors_of(model: LoopedTransformer) -> list[Tensor]:
             found.append(thing)
         waiting.extend(gc.get_referents(thing))
     return found
+
+
+def _short(n_bytes: int) -> str:
+    """A size without the number of bytes, which :attr:`Finding.numbers` has."""
+    return readable(n_bytes).split(" (")[0]
