@@ -617,7 +617,6 @@ def _of(model: LoopedTransformer, **changes: Any) -> LoopedTransformer:
 
 FAULTS: dict[str, Callable[[LoopedTransformer], LoopedTransformer]] = {
     WEIGHTS: exchanged,
-    LOSS: shifted,
     SETTINGS: other_theta,
     BOS: without_bos,
     TOKENS: lower_case,
@@ -629,3 +628,14 @@ FAULTS: dict[str, Callable[[LoopedTransformer], LoopedTransformer]] = {
 @pytest.mark.parametrize("check", FAULTS)
 def test_a_fault_makes_its_own_finding_suspicious_and_no_other(check: str) -> None:
     assert outcomes(FAULTS[check](load())) == PLAUSIBLE | {check: Outcome.SUSPICIOUS}
+
+
+@pytest.mark.full
+def test_a_model_that_reads_other_tokens_is_suspicious_wherever_its_loss_is_looked_at() -> None:
+    """What is compared with a loss that is lost may look better than it, by chance."""
+    found = outcomes(shifted(load()))
+    assert found[LOSS] is Outcome.SUSPICIOUS
+    of_no_loss = (TOKENS, SPEED, MEMORY)
+    assert {check: found[check] for check in of_no_loss} == dict.fromkeys(
+        of_no_loss, Outcome.PLAUSIBLE
+    )
