@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TOLERANCE, Golden, load_golden
+from goldenkeys import golden_keys
 from torch import Tensor
 
 from tl_looped import LoopedActivationCache, LoopedTransformer
@@ -37,22 +38,12 @@ def test_logits_at_other_recurrence_counts(golden, golden_model, recurrences) ->
 
 def expected_names(golden: Golden, model: LoopedTransformer) -> dict[str, object]:
     """Golden tensor -> cache key, for every tensor that is an activation of the run."""
-    loop = model.loop
-    keys: dict[str, object] = {"embed": "hook_embed"}
-    for i in range(loop.p):
-        keys[f"prelude.{i}"] = f"prelude.{i}.hook_resid_post"
-        keys[f"attn.prelude.{i}"] = f"prelude.{i}.attn.hook_pattern"
-    for i in range(loop.c):
-        keys[f"coda.{i}"] = f"coda.{i}.hook_resid_post"
-        keys[f"attn.coda.{i}"] = f"coda.{i}.attn.hook_pattern"
-    for r in range(loop.R):
-        keys[f"loop_out.{r}"] = f"recurrence.{r}.hook_state_out"
-        for i in range(loop.k):
-            keys[f"core.{r}.{i}"] = ("resid_post", (r, i))
-            keys[f"attn.core.{r}.{i}"] = ("pattern", (r, i))
+    keys = golden_keys(model, golden.is_raven)
     if golden.is_raven:
-        keys |= {f"injected.{r}": f"recurrence.{r}.hook_injected" for r in range(loop.R)}
-        keys |= {"initial_state": "hook_initial_state", "latent_states": ("resid_pre", -loop.c)}
+        keys |= {
+            "initial_state": "hook_initial_state",
+            "latent_states": ("resid_pre", -model.loop.c),
+        }
     return keys
 
 

@@ -66,6 +66,16 @@ class Recorder:
         self.rows.append(row)
         assert row.met, f"{what}: {row.markdown()}"
 
+    def add_all(self, *rows: tuple[str, float, float, str]) -> None:
+        """Several lines of one measurement: all are recorded before one that is not met fails."""
+        failed: list[AssertionError] = []
+        for what, value, bound, detail in rows:
+            try:
+                self.add(what, value, bound, detail)
+            except AssertionError as error:
+                failed.append(error)
+        assert not failed, failed
+
     def ratio(
         self,
         benchmark: Any,

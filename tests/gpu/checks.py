@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from closeness import SAME, rounding_bound
 from costs import hooks_cost, memory_of_runs
+from goldenkeys import golden_keys
 from run import Report
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,23 +44,6 @@ class Case:
 
     def model(self, device: Any, dtype: torch.dtype = torch.float32) -> LoopedTransformer:
         return LoopedTransformer.from_pretrained(self.folder, device=device, dtype=dtype)
-
-    def keys(self, model: LoopedTransformer) -> dict[str, Any]:
-        """Name of a golden tensor -> cache key, for every activation of the run."""
-        loop = model.loop
-        keys: dict[str, Any] = {"embed": "hook_embed"}
-        for stage, n in (("prelude", loop.p), ("coda", loop.c)):
-            for i in range(n):
-                keys[f"{stage}.{i}"] = f"{stage}.{i}.hook_resid_post"
-                keys[f"attn.{stage}.{i}"] = f"{stage}.{i}.attn.hook_pattern"
-        for r in range(loop.R):
-            keys[f"loop_out.{r}"] = f"recurrence.{r}.hook_state_out"
-            for i in range(loop.k):
-                keys[f"core.{r}.{i}"] = ("resid_post", (r, i))
-                keys[f"attn.core.{r}.{i}"] = ("pattern", (r, i))
-        if self.random:
-            keys |= {f"injected.{r}": f"recurrence.{r}.hook_injected" for r in range(loop.R)}
-        return keys
 
 
 def each_case(check: Callable[[Report, Case], None]) -> Callable[[Report], None]:
@@ -94,7 +78,7 @@ def golden_parity(report: Report, case: Case) -> None:
     logits, cache = model.run_with_cache(case.tokens, **case.run)
     shares = {
         name: share_of_tolerance(cache[key], case.tensors[name])
-        for name, key in case.keys(model).items()
+        for name, key in golden_keys(model, case.random).items()
     }
     shares["logits"] = share_of_tolerance(logits, case.tensors["logits"])
     # Nobody listens: attention is fused, and other kernels run.

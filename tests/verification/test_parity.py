@@ -13,7 +13,6 @@ from tl_looped.adapters import Source
 from tl_looped.model.rotary import inverse_frequencies
 from tl_looped.verification import Outcome
 from tl_looped.verification.parity import (
-    SAMPLES,
     Ours,
     Runs,
     Theirs,
@@ -24,6 +23,7 @@ from tl_looped.verification.parity import (
     plan_runs,
     run_ours,
 )
+from tl_looped.verification.rounding import MARGIN
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -32,12 +32,12 @@ def test_the_bound_is_that_of_the_rounding_and_never_below_one_rounding() -> Non
     exact = torch.tensor([1.0, -4.0, 0.0], dtype=torch.float64)
     rounded = exact.float() + torch.tensor([0.0, 1e-5, 0.0])
     error = float((rounded.double() - exact).abs().max())
-    assert difference(exact.float(), exact, rounded).bound == pytest.approx(SAMPLES * error)
-    assert difference(exact.float(), exact, exact.float()).bound == SAMPLES * EPS * 4.0
+    assert difference(exact.float(), exact, rounded).bound == pytest.approx(MARGIN * error)
+    assert difference(exact.float(), exact, exact.float()).bound == MARGIN * EPS * 4.0
     off = exact.clone()
-    off[2] = 0.9 * SAMPLES * error
+    off[2] = 0.9 * MARGIN * error
     assert difference(off, exact, rounded).holds
-    off[2] = 1.1 * SAMPLES * error
+    off[2] = 1.1 * MARGIN * error
     assert not difference(off, exact, rounded).holds
     off[2] = float("nan")
     assert not difference(off, exact, rounded).holds

@@ -18,13 +18,7 @@ from tl_looped.words import count
 LONGEST = 60_000
 """Characters of a certificate in Markdown."""
 
-_SIGNS = {
-    Outcome.EXACT: "exact",
-    Outcome.WRONG: "**WRONG**",
-    Outcome.PLAUSIBLE: "plausible",
-    Outcome.SUSPICIOUS: "**suspicious**",
-    Outcome.NOT_APPLICABLE: "not applicable",
-}
+_SIGNS = {Outcome.WRONG: "**WRONG**", Outcome.SUSPICIOUS: "**suspicious**"}
 _REFERENCE = "reference"
 _OTHERS = {
     "--reference-python": "the authors' code",
@@ -66,7 +60,7 @@ def markdown_of(certificate: Certificate) -> str:
     """See :meth:`Certificate.to_markdown`."""
     inventory: dict[str, Any] = plain(certificate.inventory)
     findings = [
-        (_text(f.check), _SIGNS[f.outcome], _text(sentence(plain(f.found))))
+        (_text(f.check), _SIGNS.get(f.outcome, f.outcome.value), _text(sentence(plain(f.found))))
         for f in certificate.findings
     ]
     wrong = [

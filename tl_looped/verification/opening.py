@@ -66,14 +66,12 @@ class VirtualLoop(Adapter):
     def config(self, config: Mapping[str, Any]) -> LoopedConfig:
         """As ``tl_looped.retrofit`` has it, by transformers' own configuration."""
         theirs = _theirs(config)
-        return looped_config(theirs, _plan(theirs), "feedforward", False, 1)
+        return looped_config(theirs, _plan(theirs.num_hidden_layers), "feedforward", False, 1)
 
     def sources(self, cfg: LoopedConfig) -> dict[str, Source]:
         """As ``tl_looped.retrofit`` reads them."""
-        layers = tuple(range(cfg.n_core))
-        plan = LayerPlan((), layers, (), cfg.n_core)
         norms = next(f for f in FAMILIES.values() if f.layout is cfg.norm_layout)
-        return feedforward_sources(cfg, norms, plan, cfg.tie_embeddings)
+        return feedforward_sources(cfg, norms, _plan(cfg.n_core), cfg.tie_embeddings)
 
     def ignored(self, cfg: LoopedConfig) -> frozenset[str]:
         """Rotary tables of old versions, which transformers leaves out too."""
@@ -99,9 +97,9 @@ def _theirs(config: Mapping[str, Any]) -> Any:
         logging.set_verbosity(shown)
 
 
-def _plan(theirs: Any) -> LayerPlan:
-    layers = tuple(range(theirs.num_hidden_layers))
-    return LayerPlan((), layers, (), len(layers))
+def _plan(n_layers: int) -> LayerPlan:
+    """All layers in the loop."""
+    return LayerPlan((), tuple(range(n_layers)), (), n_layers)
 
 
 def open_subject(name: str | Path, revision: str | None, hub: HubOptions | None) -> Opened:

@@ -3,7 +3,7 @@
 The other side computes in fp32, in sums of another order. How much that rounds depends on the
 weights, on their loop above all, so it is measured and not guessed: the same run here, in fp32 and
 in fp64, differs by the rounding of one fp32 run. The other side may be off our fp64 by
-:data:`SAMPLES` times that, tensor by tensor.
+:data:`~tl_looped.verification.rounding.MARGIN` times that, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -24,18 +24,13 @@ from tl_looped.model.norms import NormWeights
 from tl_looped.model.rotary import inverse_frequencies
 from tl_looped.transformer import LoopedTransformer
 from tl_looped.verification.certificate import Finding, Outcome
+from tl_looped.verification.rounding import MARGIN
 
 CHECK = "reference"
 IF_WRONG = (
     "a tensor in the wrong place, an exchanged query and key, another rotary base or epsilon: "
     "residuals differ from that layer on, by far more than the bound"
 )
-SAMPLES = 16
-"""By how much the largest of one run's rounding errors may exceed that of another.
-
-Both are maxima over many errors of the same kind, which differ by a factor of 2 or 3; the order of
-sums may add a factor of sqrt(n) for n some hundred terms.
-"""
 MOST_ROWS, MOST_POSITIONS, N_GREEDY = 2, 24, 8
 _SEED = 0
 _STATE_SIZE = 0.8
@@ -219,7 +214,7 @@ def difference(theirs: Tensor, exact: Tensor, rounded: Tensor) -> Difference:
     """
     floor = torch.finfo(torch.float32).eps * float(exact.abs().max())  # one rounding of the result
     rounding = max(float((rounded.double() - exact).abs().max()), floor)
-    return Difference(float((theirs.double() - exact).abs().max()), SAMPLES * rounding)
+    return Difference(float((theirs.double() - exact).abs().max()), MARGIN * rounding)
 
 
 # -- the finding ----------------------------------------------------------------------------------
@@ -302,7 +297,7 @@ def parity(
     most = max(logits.values(), key=lambda d: d.share)
     found = (
         f"logits at R = {', '.join(map(str, logits))} differ by at most {most}, and the bound is "
-        f"{SAMPLES} x the rounding of our own fp32; {len(inner)} activations, at most "
+        f"{MARGIN:g} x the rounding of our own fp32; {len(inner)} activations, at most "
         f"{max((d.share for d in inner.values()), default=0.0):.0%} of their bounds; "
         f"{runs.n_greedy} greedy tokens, epsilon of {len(norms)} norms and the rotary frequencies "
         f"are the same ({how})"

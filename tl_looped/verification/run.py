@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -245,7 +245,7 @@ def _load(
             dtype=dtype,
             revision=None if here else opened.commit,
         )
-    of_hub = {} if hub is None else {f.name: getattr(hub, f.name) for f in fields(hub)}
+    of_hub = {} if hub is None else asdict(hub)
     given = {name: value for name, value in of_hub.items() if value not in (None, False)}
     return LoopedTransformer.from_pretrained(
         model_name, device=device, dtype=dtype, revision=opened.commit, **given
